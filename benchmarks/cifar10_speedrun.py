@@ -74,7 +74,7 @@ CLOSE = 0.95
 """Share of the highest samples per second that is enough. A larger batch with less gain only costs updates."""
 
 WORTH_COMPILING = 400.0
-"""Seconds that must be left to try compiled networks. Compilation takes a minute or two, which a shorter training could
+"""Seconds that must be left to try compiled networks. Compilation takes a minute or two, which shorter training could
 not recover. The comparison includes the time to compile."""
 
 
@@ -89,7 +89,7 @@ class Size(NamedTuple):
     """Minimum number of training samples for a teacher."""
     students: tuple[int, ...]
     start: int
-    """Number of steps of the teacher of the first student."""
+    """Number of steps of the first student's teacher."""
     count: int
     """Number of samples per row of the table, and of training images for its floor."""
     num_reference: int

@@ -26,7 +26,7 @@ UPDATES, BATCH, RATE, DECAY = 1500, 128, 2e-3, 0.995
 
 
 def train_teacher(folder: Path) -> None:
-    """Train a DDPM of the digits and save it with diffusers in the folder."""
+    """Train a DDPM on the digits and save it with diffusers in the folder."""
     torch.manual_seed(0)
     network = recipes["digits"]().network
     assert isinstance(network, UNetConfig)

@@ -41,7 +41,7 @@ from halfstep.studies.roads import AT_BEST, way_to
 from halfstep.studies.scales import SCALES, Scale
 
 MARK: Final = 1.1
-"""A student is good enough below this multiple of the distance of the teacher at its best."""
+"""A student is good enough below this multiple of the distance of its teacher at its best."""
 PAPER: Final = "the paper's chain"
 STEPS: Final = (4, 1)
 """Numbers of steps of the timed students."""

@@ -30,7 +30,7 @@ MEASURED: Final = tuple(
         *("behaviour/test_api_door.py", "behaviour/test_python_api.py"),
     )
 )
-"""The tests of the mathematics and of its argument checks: only they are measured for coverage, which slows down all
+"""The tests of the mathematics and of its argument checks. Only these are measured for coverage, which slows down all
 Python code that runs."""
 
 

@@ -40,7 +40,7 @@ from toys import finish, points, toy_plan, toy_spec, weights
 
 Seen = TypeVar("Seen")
 REMEDY: Final = re.compile("restore|remove|choose another|start a new run|again", re.I)
-"""A word of what to do, in every refusal."""
+"""Words of a remedy; every error must contain one."""
 
 
 def other_spec() -> RunSpec:
@@ -131,7 +131,7 @@ class Storm:
         self.dealt: Counter[str] = Counter()
         self.ends: Counter[str] = Counter()
         self.met: Counter[str] = Counter()
-        """Faults by the run that they met."""
+        """Numbers of faults by the kind of run."""
         chain = torture.spec()
         finish(chain, folder / "uncut")
         finish(other_spec(), folder / "other")

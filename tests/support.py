@@ -32,7 +32,7 @@ from halfstep.registry import Registry
 from halfstep.samplers import DDIM, coordinates, samplers
 
 REQUIRED: Final[dict[str, Any]] = {"num_steps": 4, "objective": Halving(4)}
-"""Values for the arguments without a default that a registered class may have."""
+"""Values for arguments of registered classes that have no default."""
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -85,7 +85,7 @@ FURTHER_PROCESSES: Final = [
     pytest.param(VPTable(zero_terminal_betas(linear_betas())), id="vp_table_zero_terminal"),
     pytest.param(VPTable((0.02, 0.1, 0.3, 0.5)), id="vp_table_of_4"),
 ]
-"""What the registered processes become by their arguments, where that changes more than numbers."""
+"""Registered processes with arguments that change more than numbers."""
 
 
 def members_and_further_processes() -> list[Any]:

@@ -393,7 +393,7 @@ UNETS: dict[str, dict[str, Any]] = {
     "plain": {},
     "small": {"precision": "bf16", "gradient_checkpointing": True, "lora_rank": 2, "teacher_precision": "bf16"},
 }
-"""What goes together with weights that are spread, for networks of diffusers."""
+"""Settings that can be combined with sharding, for diffusers networks."""
 
 
 def unet_runs(folder: str, sharding: str) -> None:

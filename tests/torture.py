@@ -38,7 +38,7 @@ from halfstep.runtime.storage import NoStorage
 from toys import finish, toy_plan, toy_spec, weights
 
 NO_STORAGE: Final = 3
-"""Exit code of a run that names its last good state because its disk is full or gone."""
+"""Exit code of a run whose disk is full or gone."""
 
 
 def spec() -> RunSpec:
@@ -87,16 +87,16 @@ class Ordeal:
         self.path = folder / "run"
         self.dice = random.Random(seed)
         self.dealt: Counter[str] = Counter()
-        """Blows by their kind."""
+        """Numbers of faults by kind."""
         self.finished = 0
-        """Runs that came to their end, with the weights and figures of the uncut one."""
+        """Number of completed runs with the weights and figures of the uninterrupted one."""
         self.where: Counter[str] = Counter()
-        """What the blows met: the stage and what of it was there."""
+        """Numbers of faults by stage and its state."""
         self.slowest_loss = 0.0
-        """The longest time from the end of one of two processes to that of the other, in seconds."""
+        """Longest time in seconds from the end of one of two processes to the end of the other."""
         self._pair: tuple[dict[str, bytes], dict[str, Any]] | None = None
         self.slowest_stop = 0.0
-        """The longest time from a SIGTERM to the end of a run, with its state saved, in seconds."""
+        """Longest time in seconds from a SIGTERM until a run has saved its state and ended."""
         self._context = teams.context()
         finish(spec(), folder / "uncut")
         self._weights, self._figures = weights(folder / "uncut"), figures(folder / "uncut")

@@ -167,7 +167,7 @@ def assert_ancestral_steps_are_diffusers(
 
 
 LAST_TIMESTEP: Final = 895
-"""Of our t = 0.875, where the other two samplers start: at zero SNR diffusers' sigma / alpha would be 2e4."""
+"""The timestep of t = 0.875, where the other two samplers start: at zero SNR, diffusers' sigma / alpha would be 2e4."""
 
 
 def later_times(num_steps: int) -> Tensor:

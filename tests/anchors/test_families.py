@@ -42,9 +42,9 @@ class Family(NamedTuple):
 
     options: dict[str, Any]
     facts: dict[str, Any]
-    """What the recording must find."""
+    """The facts that the recording must find."""
     steps: tuple[int, int] = (4, 12)
-    """A table of 1000 levels has no 12 steps of one length."""
+    """A table of 1000 levels cannot be divided into 12 equal steps."""
 
 
 SQUARE: Final = {"height": 8, "width": 8}
@@ -100,7 +100,7 @@ def guided(model: Model, pipe: Any) -> list[tuple[dict[str, Any], float | None]]
 
 
 NEEDS: Final = {"stable_audio": "torchsde"}
-"""Packages without which diffusers does not have a family."""
+"""Packages that diffusers needs for a family."""
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -36,7 +36,7 @@ def loaded(name: str) -> ModuleType:
 
 
 WITH_NETWORK: Final = "someone_elses_teacher.py"
-"""The one that brings the network of another project."""
+"""The example with another project's network."""
 FOREIGN: Final = Path(__file__).parents[3] / "shared" / "data"
 
 

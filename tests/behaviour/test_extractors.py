@@ -18,7 +18,7 @@ from halfstep.runtime.files import DamagedFile
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 FIDELITY = Path(sys.prefix) / "torch-fidelity"
-"""Where `make` puts it without its dependencies: one of them would replace the CPU build of torch."""
+"""The folder in which `make` installs it without dependencies, one of which would replace the CPU build of torch."""
 
 
 def _no_labels() -> tuple[Tensor, Tensor]:

@@ -196,7 +196,7 @@ def test_a_teacher_that_was_saved_in_fewer_bits_is_opened_as_what_its_weights_st
 
 
 SIZES: Final = {"sdxl": "2.57", "flux.1-dev": "11.9", "wan2.1-1.3b": "1.42", "wan2.1-14b": "14.3"}
-"""Billions of parameters that their authors state."""
+"""Billions of parameters, as stated by the authors."""
 
 
 def test_published_networks_have_the_size_that_their_authors_state_and_the_call_of_a_recording(

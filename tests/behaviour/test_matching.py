@@ -30,7 +30,7 @@ from halfstep.train.engine import StageTrainer
 from support import Watched, numbers
 
 MEANS: Final = torch.tensor([[[0.8, 0.3], [0.2, 0.9]], [[-0.7, 0.1], [-0.1, -0.8]]], dtype=torch.float64)
-"""Of two classes of two Gaussians each."""
+"""The mixtures of two classes, with two Gaussians each."""
 STD: Final = 0.35
 LOW, HIGH = 1.0, 4.0
 

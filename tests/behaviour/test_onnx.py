@@ -73,7 +73,7 @@ MEMBERS: Final = {
 }
 STEPS: Final = (1, 2, 4, 8)
 QUICK: Final = {"v": 1, "both": 1, "edm": 1, "flow": 2}
-"""Steps of the graphs exported in the quick suite: torch takes about a second to export a step."""
+"""Numbers of steps of the graphs in the fast suite: torch takes about a second to export a step."""
 
 
 @pytest.mark.parametrize(("process", "prediction"), MEMBERS.values(), ids=MEMBERS)

@@ -53,7 +53,7 @@ from support_pipelines import assert_same, noise, quietly, wake
 from toys import points
 
 START, MATCHED, OWN = "zeta", "00-between", "x-own-thing"
-"""By name the matched model comes first, and looks like a teacher."""
+"""Sorted by name, the matched model comes first and looks like a teacher."""
 TEACHER = Outcome(role="teacher")
 STUDENT = Outcome(role="student", num_steps=4, sampler=samplers.describe(Heun()))
 

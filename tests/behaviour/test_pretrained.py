@@ -18,7 +18,7 @@ from support_cli import Capture, refused
 
 NAMES = sorted(pretrained())
 HEADER = 32_768
-"""Bytes that the names and shapes of a weights file may take."""
+"""Maximum bytes of the names and shapes in a weights file."""
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -45,10 +45,10 @@ ONLY_PARSED: Final = {
     "MODEL": "a placeholder",
     "SUBJECT": "a placeholder",
 }
-"""Commands that a word of theirs keeps from being run here, with the reason. Their options are checked."""
+"""Words of commands that are not run here, with the reason. Their options are checked."""
 
 DRY: Final = ("cifar10", "fashion_mnist", "imagenet64", "cifar10_paper", "imagenet64_paper", "table1", "roads")
-"""Recipes and studies whose data are elsewhere or whose smallest run takes minutes: their plan is made."""
+"""Recipes and studies without local data or with a smallest run of minutes: only their plan is printed."""
 
 BUDGET: Final = {
     "--teacher.num-updates": "4",
@@ -72,7 +72,7 @@ BUDGET: Final = {
     "--engine.precision": "float32",
     "--engine.threads": "1",
 }
-"""Options that make a run last a second; they replace those of a command."""
+"""Options with which a run takes a second; they replace those of a command."""
 UNET_TINY: Final = {
     "--network.block-out-channels": "8 16",
     "--network.attention-head-dim": "8",

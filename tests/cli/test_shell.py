@@ -153,7 +153,7 @@ def test_a_closed_terminal_stops_like_sigterm_unless_nohup_started_it() -> None:
 
 
 COMMAND = sys.modules["halfstep.cli.main"]
-"""The module; its package has the function under the same name."""
+"""The module; its package has a function with the same name."""
 
 
 @pytest.mark.parametrize(("verb", "said"), [("sample", "stopped at once\n"), ("run", "the last checkpoint is safe\n")])
@@ -326,7 +326,7 @@ for file in Path(sys.argv[-1]).rglob("*.safetensors"):
     os.mkfifo(file)
 main(sys.argv[1:])
 """
-"""A command on a folder with FIFOs, which have no writer, as weights."""
+"""A command on a folder with FIFOs without writers as weights."""
 
 
 def test_a_report_opens_no_fifo(toy_run: Path, tmp_path: Path) -> None:
@@ -399,7 +399,7 @@ VALUES = (
     *("file", "file/x", "fifo", "fifo/x", "socket", "link", "loop", "empty", "foreign", "cut", "bytes", "blocked", "p"),
 )
 DRY = {"run": ["digits"], "train": ["digits"], "study": ["table1"], "demo": []}
-"""Verbs that would train, with what makes them begin; a dry run is all that is asked of them."""
+"""Verbs that would train, with their required arguments; only their dry runs are tested."""
 ON_RUNS = ("sample", "evaluate", "report", "status", "export", "distill", "finish", "explore")
 
 

@@ -21,7 +21,7 @@ from toys import TINY_ARRAYS
 
 ROOT = Path(__file__).parents[2]
 FIRST = {"run": ["digits"], "train": ["digits"], "distill": ["MODEL"]}
-"""What must stand before the options for them to be read."""
+"""Arguments that must precede the options."""
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ every_deterministic = pytest.mark.parametrize(
     "sampler", [parameter for parameter in variants() if not parameter.values[0].stochastic]
 )
 FINE = 24
-"""Times of the teacher's grid of a test that takes them all."""
+"""Size of the teacher's grid in tests of all its times."""
 
 
 def edges(num_steps: int, grid: int) -> tuple[Tensor, Tensor, Tensor]:

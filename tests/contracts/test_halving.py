@@ -322,7 +322,7 @@ every_deterministic = pytest.mark.parametrize(
 )
 every_few = in_turn("num_teacher_steps", [1, 2, 3, 4])
 NARROW: Final = VPCosine(-4.0, 4.0)
-"""A process whose noise at t = 0 ends before the stages of a step onto clean data."""
+"""A process with less noise at t = 0 than at the stages of a step to clean data."""
 
 
 def steps_of(process: NoiseProcess, sampler: Sampler, num_steps: int) -> tuple[Tensor, Tensor]:

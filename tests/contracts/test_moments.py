@@ -40,7 +40,7 @@ every_process = pytest.mark.parametrize("process", members_and_further_processes
 
 SIZE: Final = 4096
 MEAN, STD = 0.3, 0.5
-"""Of `gaussian`, each entry of the data."""
+"""Mean and standard deviation of each entry of the data, as in `gaussian`."""
 
 
 def draw_for(size: int = SIZE, update: int = 0) -> Draw:

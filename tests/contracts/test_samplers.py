@@ -90,7 +90,7 @@ REACHING_CLEAN_EVENLY: Final = {"vp_cosine": VPCosine(), "flow": FlowMatching()}
 Grid = Callable[[int], Tensor]
 
 FIRST, LAST = 0.95, 0.05
-"""The ends of the interior way, on which no coordinate is near the ends of its axis."""
+"""The ends of the interior path, on which no coordinate is near the ends of its axis."""
 
 
 def interior_times(num_steps: int) -> Tensor:

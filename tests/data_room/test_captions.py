@@ -15,7 +15,7 @@ from halfstep.data.captions import CaptionedImages, read_captions
 from halfstep.data.images import Preparation
 
 CAPTIONS = {"b.png": 'a dog, "sitting"', "a/c.png": "", "a/a.png": "zwei Vögel\nim Baum", "z.png": "a\u2028cat"}
-"""In no order: with quotes, commas, ends of lines and none."""
+"""Unordered captions: with quotes, commas and line ends, and an empty one."""
 ORDERED = ["a/a.png", "a/c.png", "b.png", "z.png"]
 
 

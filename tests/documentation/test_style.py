@@ -10,7 +10,7 @@ from support_style import ALLOWED, PATTERNS, faults, found_in, prose_of_markdown
 ROOT: Final = Path(__file__).parents[2]
 
 RECORDED: Final = {"docs/pages/reproductions.md"}
-"""Pages made from recorded results, whose texts are those of the version that measured."""
+"""Pages generated from recorded results, with the texts of the version that measured them."""
 
 FILES: Final = sorted(
     str(path.relative_to(ROOT))

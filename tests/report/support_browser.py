@@ -20,7 +20,7 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 SCREENS = [(width, scheme) for width in (390, 820, 1400) for scheme in ("light", "dark")]
-"""A phone, a tablet, a desk; light and dark."""
+"""A phone, a tablet and a desktop; light and dark."""
 
 
 def chromium() -> str:

@@ -367,7 +367,7 @@ def trajectory(*args, **kwargs):
 explorer.trajectory = trajectory
 main(["explore", *sys.argv[1:]])
 """
-"""An explorer with little patience whose sampling never ends."""
+"""An explorer with short timeouts and endless sampling."""
 
 
 def test_slow_connections_are_closed_a_long_sampling_is_not_and_ctrl_c_ends_it(run: Path) -> None:

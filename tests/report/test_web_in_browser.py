@@ -107,7 +107,7 @@ def pictures(stochastic: bool, guided: bool, shape: tuple[int, ...], num_steps: 
 
 STUDENTS = [pictures(False, False, (1, 8, 8), steps) for steps in (1, 2)]
 GAME = pictures(True, True, (3, 4, 6), 3)
-"""Colour, not square, of a stochastic sampler, with a scale of guidance."""
+"""A model of colour images that are not square, with a stochastic sampler and a guidance scale."""
 
 
 @pytest.fixture(scope="module")
