@@ -267,7 +267,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Replay, 
     return recording, made, network, pipe
 
 
-def test_a_recording_that_lies_is_refused_with_the_fact(honest: tuple[Any, Any, Replay, Any]) -> None:
+def test_a_false_recording_is_rejected_with_the_fact(honest: tuple[Any, Any, Replay, Any]) -> None:
     recording, made, _, pipe = honest
     module = pipe.transformer
 
@@ -295,7 +295,9 @@ def test_a_swapped_condition_is_refused_by_name(honest: tuple[Any, Any, Replay, 
         verify(network, recording.schedule, lying)
 
 
-def test_what_no_clock_and_no_guidance_explains_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_without_a_matching_clock_or_guidance_are_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipe = support_pipelines.tiny_flux_schnell(tmp_path)
     step = type(pipe.scheduler).step
 
@@ -331,7 +333,7 @@ LOW_RANK: Final = ["--chain.lora-rank", "2", "--chain.learning-rate", "0.01"]
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "wan", *OTHERS) if name != "pixart"),
     ],
 )
-def test_low_rank_additions_are_loaded_by_the_pipeline(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+def test_lora_weights_are_loaded_by_the_pipeline(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
     run = distilled(saved(name), FAMILIES[name].options, tmp_path / "run", *LOW_RANK)
     main(["export", str(run), "--format", "lora", "--out", str(tmp_path / "lora")])
     student = load(run)
@@ -363,7 +365,7 @@ def test_a_student_that_no_scheduler_of_diffusers_samples_is_refused(
 
 
 @pytest.mark.slow
-def test_low_rank_additions_that_no_pipeline_loads_are_refused(
+def test_lora_weights_that_no_pipeline_loads_are_rejected(
     saved: Callable[[str], Path], tmp_path: Path, capsys: Capture
 ) -> None:
     run = distilled(saved("pixart"), FAMILIES["pixart"].options, tmp_path / "run", *LOW_RANK)
@@ -383,7 +385,9 @@ def test_an_export_that_samples_otherwise_is_refused(saved: Callable[[str], Path
     assert not (tmp_path / "out").exists()
 
 
-def test_what_prompts_cannot_do_is_one_line(saved: Callable[[str], Path], tmp_path: Path, capsys: Capture) -> None:
+def test_unsupported_uses_of_prompts_are_rejected_in_one_line(
+    saved: Callable[[str], Path], tmp_path: Path, capsys: Capture
+) -> None:
     folder, prompts = saved("flux"), tmp_path / "prompts.txt"
     prompts.write_text("a\n")
     call = ["--call", "height=8", "width=8"]

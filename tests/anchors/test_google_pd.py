@@ -36,7 +36,7 @@ def toy(name: str) -> GooglePDConfig:
 @needs_official
 @pytest.mark.parametrize("name", list(TOYS))
 @torch.no_grad()
-def test_an_imported_network_puts_out_what_the_authors_code_put_out(name: str) -> None:
+def test_an_imported_network_gives_the_output_of_the_authors_code(name: str) -> None:
     """Outputs agree to 2e-5 of the largest, in float32, at log-SNRs from one end to the other. The denoiser is called
     with its own time, so the test covers the clock, the fold and the class bias."""
     config = toy(name)

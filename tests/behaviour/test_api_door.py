@@ -341,7 +341,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @in_turn("case", [("data", name) for name in DATA] + [("networks", name) for name in NETWORKS])
-def test_what_does_not_fit_is_said_before_an_update(case: tuple[str, str]) -> None:
+def test_mismatches_are_reported_before_an_update(case: tuple[str, str]) -> None:
     call, words = {"data": DATA, "networks": NETWORKS}[case[0]][case[1]]
     with pytest.raises(ValueError, match=words) as caught:
         call()
@@ -411,7 +411,7 @@ def test_the_call_before_training_leaves_no_trace() -> None:
     assert all(parameter.grad is None for parameter in own.parameters())
 
 
-def test_frozen_parts_conditions_by_default_and_any_keyword_are_no_faults() -> None:
+def test_frozen_parts_default_conditions_and_any_keyword_are_accepted() -> None:
     class Free(Trained):
         def forward(self, x_t: Tensor, time: Tensor, scale: float = 1.0, **further: Tensor) -> Tensor:
             return scale * super().forward(x_t, time) + sum(value.sum() * 0 for value in further.values())
@@ -471,7 +471,7 @@ def test_batches_that_change_their_conditions_are_refused() -> None:
             _fit(Told(), [first, second])
 
 
-def test_classes_without_samples_are_warned_of() -> None:
+def test_classes_without_samples_give_a_warning() -> None:
     with pytest.warns(
         halfstep.HalfstepWarning, match="go up to 3, but there are no samples of class 0 \\(and 1 more\\)"
     ):
@@ -611,7 +611,7 @@ def test_home_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (tmp_path / "run" / "recipe.json").is_file()
 
 
-def test_a_process_of_ones_own_that_is_not_registered_is_said_before_training() -> None:
+def test_an_unregistered_process_is_reported_before_training() -> None:
     class Own(halfstep.NoiseProcess):
         def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
             return halfstep.VPCosine().alpha_sigma(t)

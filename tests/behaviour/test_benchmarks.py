@@ -157,7 +157,9 @@ def test_scale(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_the_speedrun_goes_on_where_it_was_cut(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_speedrun_resumes_where_it_was_interrupted(
+    modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     weights = SHARED / "weights" / "resnet20-cifar10.safetensors"
     if not weights.is_file():
         pytest.skip(f"{weights} is not there")

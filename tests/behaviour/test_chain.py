@@ -75,7 +75,7 @@ def test_only_the_weights_that_were_asked_for_stay_with_the_teacher_and_the_last
 
 
 @pytest.mark.parametrize("stage", STUDENTS)
-def test_a_run_that_keeps_few_weights_goes_on_after_a_cut_anywhere(tmp_path: Path, uncut: Path, stage: str) -> None:
+def test_a_run_that_keeps_few_weights_resumes_after_any_interruption(tmp_path: Path, uncut: Path, stage: str) -> None:
     path = tmp_path / "run"
     spec = toy_spec(plan=_long(), start_steps=16, keep=(), log_every=1, checkpoint_updates=2)
     events = run(spec, path)
@@ -88,7 +88,7 @@ def test_a_run_that_keeps_few_weights_goes_on_after_a_cut_anywhere(tmp_path: Pat
     assert weights(path) == {name: weights(uncut)[name] for name in ("00-denoise", "04-halve-0001")}
 
 
-def test_a_cut_between_manifest_and_weights_is_made_good(tmp_path: Path) -> None:
+def test_an_interruption_between_weights_and_manifest_is_repaired(tmp_path: Path) -> None:
     path = tmp_path / "run"
     spec = toy_spec(plan=_long(), start_steps=16, keep=())
     finish(dataclasses.replace(spec, keep=None), path)

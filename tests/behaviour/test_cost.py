@@ -132,7 +132,7 @@ def test_the_papers_recipes_make_a_run_and_cost_what_the_paper_says(name: str) -
     assert all(not t.weight_decay and not t.dropout and not t.ema_decay and t.anneal for t in trainings)
 
 
-def test_settings_of_a_chain_that_say_nothing_are_refused() -> None:
+def test_settings_of_a_chain_without_effect_are_rejected() -> None:
     idle = {"num_updates": 5, "learning_rate": 1e-3, "early_end": {"window": 7}}
     for settings, said in (
         ({"training": idle}, r"early_end\.window 7 has no effect without early_end\.patience\. Add it"),

@@ -96,7 +96,7 @@ def test_the_renaming_that_is_advised_restores_the_weights(
     assert_same_weights(weights(ddpm), weights(saved / "ddpm"))
 
 
-def test_a_missing_a_further_and_a_non_finite_tensor_are_refused_by_name(ddpm: Path) -> None:
+def test_missing_unexpected_and_non_finite_tensors_are_rejected_by_name(ddpm: Path) -> None:
     file = ddpm / "unet" / WEIGHTS
     whole = file.read_bytes()
     spoiled: list[tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = [
@@ -152,7 +152,7 @@ def test_each_part_of_a_pipeline_of_prompts_is_checked(saved: Path, tmp_path: Pa
         import_pipeline(folder)
 
 
-def test_averaged_weights_of_a_pipeline_of_prompts_are_recorded_if_asked_for(saved: Path, tmp_path: Path) -> None:
+def test_averaged_weights_of_a_prompt_pipeline_are_recorded_on_request(saved: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(saved / "sd", tmp_path / "sd")
     shutil.copytree(folder / "unet", folder / "unet_ema")
     rewrite(folder / "unet_ema" / WEIGHTS, lambda held: {name: value * 0.5 for name, value in held.items()})
@@ -172,7 +172,7 @@ def test_averaged_weights_of_a_pipeline_of_prompts_are_recorded_if_asked_for(sav
         assert torch.equal(value, 0.5 * plain.denoiser.network.state_dict()[name])  # type: ignore[union-attr]
 
 
-def test_weights_of_the_variant_fp16_are_read_where_there_are_no_others(saved: Path, tmp_path: Path) -> None:
+def test_weights_of_the_variant_fp16_are_read_if_there_are_no_others(saved: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
     plain = import_pipeline(saved / "sd")
@@ -201,7 +201,7 @@ def test_a_vae_that_is_not_read_is_refused_when_the_teacher_is_opened(saved: Pat
         import_pipeline(folder)
 
 
-def test_additions_to_averaged_weights_are_not_exported_alone(saved: Path, tmp_path: Path) -> None:
+def test_lora_weights_over_averaged_weights_are_not_exported_alone(saved: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(saved / "sd", tmp_path / "sd")
     shutil.copytree(folder / "unet", folder / "unet_ema")
     model = import_pipeline(folder, ema=True)
@@ -306,7 +306,7 @@ def test_an_index_of_transformers_cannot_name_a_pickle_beside_a_decoy(
         open_part(folder, "transformers.CLIPTextModel")
 
 
-def test_averaged_weights_are_named_and_taken_if_asked_for(tmp_path: Path) -> None:
+def test_averaged_weights_are_reported_and_used_on_request(tmp_path: Path) -> None:
     from diffusers.training_utils import EMAModel
 
     folder, unet = tmp_path / "out" / "checkpoint-500", tiny_unet()
@@ -433,7 +433,7 @@ def test_samples_that_are_not_finite_are_not_written(tmp_path: Path, capsys: pyt
     assert not out.exists()
 
 
-def test_a_last_level_that_holds_signal_warns_with_how_much() -> None:
+def test_a_last_level_with_signal_warns_and_gives_the_amount() -> None:
     betas = linear_betas(50, 1e-4, 0.02)
     power = torch.tensor(betas, dtype=torch.float64).neg().add(1).prod()
     with pytest.warns(HalfstepWarning, match=f"keeps {power:.2f} of the signal's power"):

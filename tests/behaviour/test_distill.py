@@ -81,7 +81,7 @@ def test_a_student_is_distilled_further_from_the_steps_that_it_takes(tmp_path: P
         distill(student, points(), to=1, start=4, training=training)
 
 
-def test_batches_of_pixels_are_refused_and_a_teacher_is_given_back_as_it_was() -> None:
+def test_batches_of_pixels_are_rejected_and_a_teacher_is_returned_unchanged() -> None:
     """Integers would be mixed with noise as integers, which would leave nothing."""
     teacher = NetworkDenoiser(LinearAtEachTime(), PROCESS, X0())
     with pytest.raises(ValueError, match=r"x0 must be floats, got torch.uint8: scale pixels to \[-1, 1\]"):
@@ -90,7 +90,7 @@ def test_batches_of_pixels_are_refused_and_a_teacher_is_given_back_as_it_was() -
     assert all(p.requires_grad for p in teacher.parameters())
 
 
-def test_a_plan_of_ones_own_shows_its_students_the_scales_that_were_matched() -> None:
+def test_a_user_defined_plan_passes_the_matched_scales_to_its_students() -> None:
     torch.manual_seed(0)
     teacher = NetworkDenoiser(MLP((2,), width=16, depth=1, num_classes=3), VPCosine(), V())
     data = [(torch.randn(16, 2), {"class_labels": torch.arange(16) % 2})]

@@ -140,7 +140,7 @@ def test_a_resumed_stage_counts_its_seconds_from_those_of_the_checkpoint(tmp_pat
     assert 1234.5 < again.window().seconds < 1334.5
 
 
-def test_a_loss_that_is_not_finite_names_stage_and_update_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+def test_a_non_finite_loss_reports_stage_and_update_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     broken = points()
 
     class Poisoned(MLP.__mro__[1]):  # type: ignore[name-defined,misc]

@@ -40,7 +40,7 @@ WITH_NETWORK: Final = "someone_elses_teacher.py"
 FOREIGN: Final = Path(__file__).parents[3] / "shared" / "data"
 
 
-def test_there_are_nine_and_each_is_short() -> None:
+def test_there_are_nine_short_examples() -> None:
     assert len(SCRIPTS) == 9
     for script in SCRIPTS:
         assert len(script.read_text().splitlines()) < (80 if script.name == WITH_NETWORK else 60), script.name
@@ -78,7 +78,7 @@ def test_the_example_of_guidance_trains_and_samples() -> None:
 
 
 @pytest.mark.slow
-def test_low_rank_additions_of_the_latent_example_sample_in_stock_diffusers_as_here(tmp_path: Path) -> None:
+def test_lora_weights_of_the_latent_example_give_the_same_samples_in_stock_diffusers(tmp_path: Path) -> None:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     torch.set_num_threads(1)
@@ -145,7 +145,7 @@ def test_an_example_of_prompts_alone_samples_in_stock_diffusers_as_here(
         ("wan_video", "PIPELINE PROMPTS OUT"),
     ],
 )
-def test_an_example_of_pipelines_says_how_it_is_used(name: str, usage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_example_of_pipelines_prints_its_usage(name: str, usage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import runpy
 
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])

@@ -99,7 +99,7 @@ def test_an_image_model_of_classes(tmp_path: Path, clip: bool) -> None:
 
 
 @pytest.mark.parametrize("clip", [False, True])
-def test_a_dit_whose_guidance_was_taken_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clip: bool) -> None:
+def test_a_dit_with_baked_in_guidance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clip: bool) -> None:
     """If x0 is clipped, its pipeline does not pass use_clipped_model_output: the scheduler alone must do it."""
     from diffusers.pipelines.dit import pipeline_dit
 

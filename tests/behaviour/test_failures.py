@@ -131,7 +131,7 @@ def trainer(objective: Objective, micro_batch: int | None = None, x0: torch.Tens
 
 
 @pytest.mark.parametrize("micro_batch", [None, 5])
-def test_a_loss_that_is_not_finite_is_told_with_the_statistics_of_its_batch(micro_batch: int | None) -> None:
+def test_a_non_finite_loss_is_reported_with_the_statistics_of_its_batch(micro_batch: int | None) -> None:
     x0 = points()[:16]
     x0[3] = torch.tensor([7.0, -9.0])
     poisoned = trainer(Poisoned(6, (2, 11), math.nan), micro_batch, x0)
@@ -205,7 +205,7 @@ def test_a_signal_that_a_library_makes_an_error_of_its_own_of_is_still_one() -> 
 
 
 @pytest.mark.parametrize("where", ["build", "make_report"])
-def test_a_signal_before_and_after_training_ends_with_the_code_that_was_asked_for(
+def test_a_signal_before_or_after_training_ends_with_the_requested_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: str
 ) -> None:
     np.save(tmp_path / "toy.npy", points().numpy())
@@ -222,7 +222,9 @@ def test_a_signal_before_and_after_training_ends_with_the_code_that_was_asked_fo
     assert "stopped by SIGUSR1; the state is saved" in capsys.readouterr().err
 
 
-def test_what_broke_is_known_however_seldom_the_log_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_reported_however_rarely_the_log_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module in (recent, pipeline):
         monkeypatch.setattr(module, "KEPT", 4)
     spec = toy_spec(plan=one_stage(Poisoned(7, (4,), math.inf)), log_every=10**6, checkpoint_updates=10**6)
@@ -230,7 +232,7 @@ def test_what_broke_is_known_however_seldom_the_log_is_written(tmp_path: Path, m
         finish(spec, tmp_path / "run")
 
 
-def test_what_broke_in_a_later_stage_names_the_stage_before_it(tmp_path: Path) -> None:
+def test_a_failure_in_a_later_stage_reports_the_stage_before_it(tmp_path: Path) -> None:
     stages = (toy_plan().stages[0], one_stage(Poisoned(1, (4,), math.inf)).stages[0])
     with pytest.raises(NonFinite, match=r"the last complete stage is .*00-denoise$"):
         finish(toy_spec(plan=Plan(stages)), tmp_path / "run")
@@ -252,7 +254,7 @@ def test_a_run_that_diverged_keeps_the_statistics_and_its_last_checkpoint(tmp_pa
 # ----------------------------------------------------------------------------------------------------------- memory
 
 
-def test_errors_of_memory_are_told_from_others() -> None:
+def test_memory_errors_are_distinguished_from_others() -> None:
     with pytest.raises(RuntimeError) as real:
         torch.empty(2**50, dtype=torch.uint8)
     held = (real.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory."))
@@ -306,7 +308,7 @@ def test_trying_leaves_no_trace_in_the_result(tmp_path: Path) -> None:
         assert all(torch.equal(held[name], value) for name, value in tensors.items())
 
 
-def test_a_run_goes_on_with_the_micro_batch_that_was_found(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_the_micro_batch_that_was_found(tmp_path: Path) -> None:
     # The size is kept on a machine with more memory too, because another split would round differently.
     spec = toy_spec(plan=one_stage(Hungry(5)), micro_batch="auto", log_every=1)
     finish(spec, tmp_path / "uncut")
@@ -444,7 +446,7 @@ def test_only_a_second_ctrl_c_ends_a_process_at_once_and_not_a_launchers_echo() 
         assert stop.number == signal.SIGINT
 
 
-def test_what_may_be_left_is_left_once_and_only_inside() -> None:
+def test_an_interruptible_block_is_left_once_and_only_from_inside() -> None:
     with StopSignal() as stop:
         with pytest.raises(Interrupted), at_once(stop):
             signal.raise_signal(signal.SIGTERM)
@@ -456,7 +458,7 @@ def test_what_may_be_left_is_left_once_and_only_inside() -> None:
         pass
 
 
-def test_a_module_that_is_being_imported_is_not_left_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_import_leaves_no_partial_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "half_imported.py").write_text("import signal\nsignal.raise_signal(signal.SIGTERM)\nwhole = True\n")
     monkeypatch.syspath_prepend(tmp_path)
     with StopSignal() as stop, pytest.raises(Interrupted), at_once(stop):  # noqa: PT012
@@ -471,7 +473,7 @@ def test_a_module_that_is_being_imported_is_not_left_half(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("how", ["moved away", "unmounted"])
-def test_a_folder_that_vanishes_names_the_last_good_checkpoint_and_is_not_made_anew(
+def test_a_vanished_folder_is_not_recreated_and_the_message_gives_the_last_good_checkpoint(
     tmp_path: Path, uncut: Path, how: str
 ) -> None:
     disk, away = tmp_path / "disk", tmp_path / "away"
@@ -499,7 +501,7 @@ def test_a_folder_that_vanishes_names_the_last_good_checkpoint_and_is_not_made_a
 
 
 @pytest.mark.parametrize("part", ["first", "second"])
-def test_a_folder_that_vanishes_while_a_checkpoint_is_written_is_not_made_anew(
+def test_a_folder_that_vanishes_during_a_checkpoint_is_not_recreated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     folder = RunFolder(tmp_path / "disk" / "run").stage("00-denoise")
@@ -526,7 +528,7 @@ def test_only_an_error_of_the_connection_is_one_of_a_lost_process(monkeypatch: p
     assert not is_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
-def test_an_error_of_the_disk_is_told_from_one_of_other_files() -> None:
+def test_a_disk_error_is_distinguished_from_errors_of_other_files() -> None:
     run_path, last = Path("runs/x"), Path("runs/x/stages/00-denoise/checkpoint-00000003")
     for number in (errno.EIO, errno.ESTALE, errno.ENOTCONN):
         said = no_storage(OSError(number, os.strerror(number)), run_path, last)
@@ -571,7 +573,7 @@ def test_checkpoints_are_pruned_only_after_what_replaces_them_was_read_back(
     assert weights(path) == weights(uncut)
 
 
-def test_a_checkpoint_is_of_the_moment_at_which_it_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_contains_the_state_at_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, go_on, written = trainer(Denoising()), threading.Event(), checkpoints.write_checkpoint
 
     def late(*arguments: Any) -> Path:
@@ -614,7 +616,7 @@ def test_the_remedy_for_a_damaged_stage_is_one(tmp_path: Path, uncut: Path) -> N
     assert weights(path) == weights(uncut)
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_begins_the_stage_anew_and_says_so(tmp_path: Path, uncut: Path) -> None:
+def test_if_all_checkpoints_are_damaged_the_stage_restarts_with_a_notice(tmp_path: Path, uncut: Path) -> None:
     path = tmp_path / "run"
     events = run(toy_spec(log_every=1), path)
     next(e for e in events if isinstance(e, Progress) and e.window.update == 14)
@@ -628,7 +630,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_begins_the_stage_anew_and_says_
     assert weights(path) == weights(uncut)
 
 
-def test_what_a_killed_writer_leaves_is_cleared_away_and_refuses_no_run(tmp_path: Path, uncut: Path) -> None:
+def test_leftovers_of_a_killed_writer_are_removed_and_block_no_run(tmp_path: Path, uncut: Path) -> None:
     path = tmp_path / "run"
     path.mkdir()
     # Killed while writing its recipe.

@@ -98,7 +98,7 @@ def test_training_ahead_is_training_bit_for_bit(objective: object) -> None:
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_what_is_asked_for_at_the_first_update_is_made_ahead_for_the_later_ones() -> None:
+def test_inputs_of_the_first_update_are_prepared_ahead_for_later_ones() -> None:
     feed = Feed(_batches, _places, CPU, ahead=2)
     drawn_late = []
     for number, fed in enumerate(feed.updates(0, lambda: 6)):
@@ -147,7 +147,7 @@ def test_training_on_files_that_do_not_fit_into_memory_is_training_on_those_that
     assert weights(tmp_path / "runs" / "held") == weights(tmp_path / "runs" / "streamed")
 
 
-def test_an_error_of_the_data_reaches_the_one_who_trains() -> None:
+def test_an_error_of_the_data_reaches_the_training_loop() -> None:
     def batches(draw: Draw) -> Batch:
         if draw.update == 4:
             raise ValueError("picture.png cannot be decoded")
@@ -185,7 +185,7 @@ class _Slow(Data):
 
 
 @pytest.mark.parametrize(("reading", "computing", "is_told"), [(0.03, 0.0, True), (0.0, 0.03, False)])
-def test_a_run_that_waits_for_its_data_is_told(
+def test_a_run_that_waits_for_its_data_gets_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reading: float, computing: float, is_told: bool
 ) -> None:
     call = MLP.forward
@@ -266,7 +266,7 @@ class _Copies(TorchDispatchMode):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_an_update_copies_nothing_from_the_host_but_what_is_made_ahead(
+def test_an_update_copies_nothing_from_the_host_except_prepared_inputs(
     objective: Objective, process: NoiseProcess
 ) -> None:
     # On the device "meta", every copy from the host is recorded: on a GPU it would wait.
@@ -291,7 +291,7 @@ def _observed(draw: Draw) -> Batch:
     return Batch(x0, {"observation": torch.zeros(len(x0), 3)})
 
 
-def test_clock_numbers_are_sent_where_there_is_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clock_numbers_are_sent_to_devices_with_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     # Apple's GPUs do not support float64 and reject the copy.
     went: list[tuple[torch.dtype, str]] = []
     monkeypatch.setattr(
@@ -351,7 +351,7 @@ def _quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_quick_compiler")
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_networks_are_compiled_once_for_the_chain_and_train_alike(tmp_path: Path, precision: str) -> None:
+def test_networks_are_compiled_once_for_the_chain_and_train_equally(tmp_path: Path, precision: str) -> None:
     from torch._dynamo import reset
     from torch._dynamo.utils import counters
 
@@ -372,7 +372,7 @@ def test_networks_are_compiled_once_for_the_chain_and_train_alike(tmp_path: Path
             assert torch.linalg.norm(other - value) <= apart * torch.linalg.norm(value)
 
 
-def test_code_is_made_for_the_shapes_at_hand_whatever_was_compiled_before(
+def test_code_is_compiled_for_the_current_shapes_whatever_was_compiled_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch._dynamo import reset

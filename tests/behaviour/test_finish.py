@@ -118,7 +118,9 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("stage", "update"), [("03-finish-0002", 2), ("03-finish-0002", 7), ("04-finish-0001", 2)])
-def test_a_finish_that_was_cut_ends_as_the_uncut_one(tmp_path: Path, uncut: Path, stage: str, update: int) -> None:
+def test_an_interrupted_finish_ends_like_an_uninterrupted_one(
+    tmp_path: Path, uncut: Path, stage: str, update: int
+) -> None:
     """Interrupt in the lead of the auxiliary denoiser, after it, and between two finishes."""
     events: Iterator[Any] = run(_spec(log_every=1, checkpoint_updates=1), tmp_path / "run")
     for event in events:
@@ -131,7 +133,7 @@ def test_a_finish_that_was_cut_ends_as_the_uncut_one(tmp_path: Path, uncut: Path
 
 
 @pytest.mark.parametrize("by", ["SIGKILL", "SIGTERM"])
-def test_a_finish_that_is_killed_between_two_turns_of_an_update_ends_as_the_uncut_one(
+def test_a_finish_killed_between_two_turns_of_an_update_ends_like_an_uninterrupted_one(
     tmp_path: Path, uncut: Path, by: str
 ) -> None:
     team = teams.start(1, run_cut, tmp_path / "team", str(tmp_path / "run"), by)
@@ -251,7 +253,7 @@ def test_the_command_of_a_run_accepts_the_folder_that_has_grown(trained: Path, c
     assert weights(trained) == before
 
 
-def test_what_a_finish_cannot_do_is_one_line(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_unsupported_finishes_are_rejected_in_one_line(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     assert "refines a student of 3 steps" in refused(["finish", str(trained), "--steps", "3"], capsys)
     assert "finished once, got 1, 1" in refused(["finish", str(trained), "--steps", "1", "1"], capsys)
     assert "is not a run (no recipe.json)" in refused(["finish", str(tmp_path), "--steps", "1"], capsys)
@@ -278,7 +280,7 @@ def test_a_chain_from_a_given_teacher_is_finished_in_its_own_folder(trained: Pat
     assert load(out).manifest.teacher == "00-teacher"
 
 
-def test_stages_cannot_be_changed_under_the_cover_of_a_finish(tmp_path: Path) -> None:
+def test_a_finish_cannot_change_existing_stages(tmp_path: Path) -> None:
     recipe = {"name": "toy", "seed": 0, "finish": {"steps": []}}
     finish(toy_spec(recipe=recipe), tmp_path / "run")
     other = dataclasses.replace(_spec(), recipe={**recipe, "finish": {"steps": [2, 1]}})
@@ -302,7 +304,7 @@ def test_a_recipe_finishes_the_students_that_its_chain_has(tmp_path: Path, capsy
     assert "refines a student of 1 steps, but the students before it take 8, 4, 2" in refused(asked, capsys)
 
 
-def test_distill_finishes_in_memory_and_integrates_its_teacher_by_another_sampler() -> None:
+def test_distill_finishes_in_memory_and_runs_its_teacher_with_another_sampler() -> None:
     from halfstep.samplers import Heun
 
     torch.manual_seed(0)

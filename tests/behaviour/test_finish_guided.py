@@ -35,7 +35,7 @@ class Recording(Denoiser):
 
 
 @pytest.mark.parametrize("guidance", [None, FixedGuidance(3.0), GuidanceRange(1.0, 4.0)])
-def test_every_network_of_a_turn_is_shown_the_classes_and_one_scale_where_a_range_was_learned(
+def test_every_network_of_a_turn_receives_the_classes_and_one_scale_if_a_range_was_learned(
     guidance: Guidance | None,
 ) -> None:
     count, objective = 16, Finishing(2, guidance=guidance)

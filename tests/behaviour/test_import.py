@@ -94,7 +94,7 @@ def test_an_imported_network_is_a_stock_one_that_diffusers_reads_back(tmp_path: 
 
 
 @torch.no_grad()
-def test_what_flax_versions_write_differently_is_read_alike(tmp_path: Path) -> None:
+def test_files_of_different_flax_versions_are_read_equally(tmp_path: Path) -> None:
     """Test merged axes and axes of length 1, chunked arrays, unchanged half precision, and scalars as arrays."""
     plain = params(TINY)
     other: dict[str, Any] = {}

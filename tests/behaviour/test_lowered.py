@@ -74,7 +74,7 @@ def size(network: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_lowered_network_is_smaller_by_what_is_counted_and_is_read_back_as_it_was(plain: Any, precision: str) -> None:
+def test_a_quantised_network_has_the_counted_size_and_is_read_back_unchanged(plain: Any, precision: str) -> None:
     model, cond = plain
     whole, found = model.denoiser.network, lowered(model, precision)
     again = build_network(describe_network(found))

@@ -158,7 +158,7 @@ def test_each_sample_draws_its_own_scale_from_the_whole_range() -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 2.0), (2.0, 2.0), (3.0, 1.0), (1.0, float("inf"))])
-def test_a_range_that_is_none_is_refused(low: float, high: float) -> None:
+def test_an_empty_range_is_rejected(low: float, high: float) -> None:
     with pytest.raises(ValueError, match="must satisfy 0 <= low < high"):
         GuidanceRange(low, high)
 
@@ -251,7 +251,7 @@ def test_the_weights_of_a_clock_that_was_replaced_are_as_large_as_those_of_the_o
 
 
 @torch.no_grad()
-def test_a_network_that_is_shown_a_scale_starts_as_it_was_whatever_the_scale() -> None:
+def test_a_network_with_a_scale_input_starts_unchanged_for_any_scale() -> None:
     network = MLP((2,), width=16, depth=1, num_classes=3)
     shown = with_guidance(network)
     x_t, time, label = numbers(5, 2).float(), torch.rand(5), torch.tensor([0, 1, 2, 0, 1])
@@ -282,9 +282,7 @@ class Sines(nn.Module):
 
 
 @pytest.mark.parametrize(("own", "process"), [(VPTable(), VPCosine(-10.0, 9.0)), (VE(0.01, 50.0), VPCosine(-7.0, 9.0))])
-def test_a_network_of_ones_own_starts_on_another_process_as_what_it_was(
-    own: NoiseProcess, process: NoiseProcess
-) -> None:
+def test_a_user_defined_network_starts_unchanged_on_another_process(own: NoiseProcess, process: NoiseProcess) -> None:
     teacher = NetworkDenoiser(Sines(), own, Eps())
     objective = Matching(100, process=process)
     student = objective.start(teacher)

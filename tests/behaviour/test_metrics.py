@@ -194,7 +194,7 @@ def test_the_distances_from_the_same_noise_have_their_closed_forms() -> None:
     assert set(paired_figures(a, a, is_image=False).values) == {"rmse"}
 
 
-def test_lpips_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_lpips_reports_its_missing_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import importlib.util
 
     a = torch.zeros(2, 3, 32, 32)
@@ -220,7 +220,7 @@ def test_ssim_of_many_pairs_is_that_of_each(monkeypatch: pytest.MonkeyPatch) -> 
     assert together == pytest.approx(sum(ssim(x[None], y[None]) for x, y in zip(a, b, strict=True)) / 7, rel=1e-12)
 
 
-def test_all_figures_of_a_set_are_there_and_those_without_enough_samples_are_named() -> None:
+def test_all_figures_of_a_set_exist_and_those_without_enough_samples_are_listed() -> None:
     real = described(_features(100, 4, 0).float())
     figures = figures_of(Pixels(), _features(50, 4, 1).float(), real)
     assert list(figures.values) == [name for name in METRICS if name in figures.values]

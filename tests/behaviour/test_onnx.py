@@ -177,7 +177,7 @@ def test_a_graph_that_samples_otherwise_is_not_written(tmp_path: Path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_beside_the_graph_are_found_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_next_to_the_graph_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from halfstep.hub import onnx as room
 
     monkeypatch.setattr(room, "LARGEST", 0)
@@ -188,7 +188,7 @@ def test_weights_beside_the_graph_are_found_where_it_lies(tmp_path: Path, monkey
     assert_same(ran(file, noise=noise), sample(made, noise, 1))
 
 
-def test_a_missing_package_and_a_missing_number_of_steps_are_said(
+def test_a_missing_package_and_a_missing_number_of_steps_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = points(VPCosine(), V())

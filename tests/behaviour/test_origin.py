@@ -96,14 +96,14 @@ def test_stages_of_another_place_seed_or_plan_are_refused(path: Path, made: Path
     assert all("belongs to no stage in the plan" in text for text in refusals(path))
 
 
-def test_a_folder_beside_the_plans_stages_is_no_model_of_the_run(path: Path) -> None:
+def test_a_folder_next_to_the_plans_stages_is_no_model_of_the_run(path: Path) -> None:
     shutil.copytree(stage(path, FIRST).path, stage(path, "99-copy").path)
     assert load(path).manifest.stage == THIRD
     with pytest.raises(DamagedFile, match=r"99-copy/manifest\.json belongs to stage 00-denoise"):
         load(stage(path, "99-copy").path)
 
 
-def test_a_run_that_is_not_at_its_end_says_which_stage_it_gives(path: Path) -> None:
+def test_an_unfinished_run_reports_the_stage_that_it_loads(path: Path) -> None:
     stage(path, THIRD).manifest_path.unlink()
     with pytest.warns(HalfstepWarning, match=f"is not complete .stage {THIRD} is missing.*{SECOND} is used"):
         assert load(path).manifest.stage == SECOND
@@ -149,7 +149,7 @@ def test_a_lost_recipe_is_written_again_and_a_foreign_one_refused(path: Path, ma
 
 
 @pytest.mark.parametrize("content", ['{"recipe": null}', '{"recipe": {"seed": 1}}', "[]", "{"])
-def test_a_damaged_recipe_is_named_with_the_way_on(path: Path, content: str) -> None:
+def test_a_damaged_recipe_is_reported_with_a_remedy(path: Path, content: str) -> None:
     file = RunFolder(path).recipe_path
     file.write_text(content)
     for said in refusals(path):
@@ -158,7 +158,7 @@ def test_a_damaged_recipe_is_named_with_the_way_on(path: Path, content: str) -> 
 
 
 @pytest.mark.parametrize("damage", ["cut", "altered", "other stage", "samples"])
-def test_damaged_figures_and_samples_are_made_again_with_a_line(path: Path, made: Path, damage: str) -> None:
+def test_damaged_figures_and_samples_are_regenerated_with_a_notice(path: Path, made: Path, damage: str) -> None:
     file = stage(path, SECOND).metrics_path
     if damage == "cut":
         file.write_text(file.read_text()[:50])
@@ -219,7 +219,7 @@ def test_a_damaged_row_of_the_log_is_dropped(made: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "name", ["log.jsonl", f"stages/{THIRD}/manifest.json", f"stages/{THIRD}/metrics.json", ".lock"]
 )
-def test_a_folder_in_the_place_of_a_file_is_no_lost_disk(path: Path, name: str) -> None:
+def test_a_folder_instead_of_a_file_is_no_lost_disk(path: Path, name: str) -> None:
     (path / name).unlink()
     (path / name / "deeper").mkdir(parents=True)
     shutil.rmtree(stage(path, SECOND).path)

@@ -128,7 +128,7 @@ def names(run: Path) -> list[str]:
     return [stage.name for stage in RunFolder(run).stages()]
 
 
-def test_stages_stand_in_the_order_of_the_plan(run: Path, tmp_path: Path) -> None:
+def test_stages_are_in_the_order_of_the_plan(run: Path, tmp_path: Path) -> None:
     assert names(run) == [row.name for row in RunFolder(run).plan]
     start = RunFolder(run).start
     assert start is not None
@@ -180,7 +180,7 @@ def test_the_report_puts_each_model_into_its_place(run: Path) -> None:
     assert all("matched" in note and note in html for note in notes)
 
 
-def test_a_chain_that_starts_from_a_student_is_compared_with_that(continued: Path) -> None:
+def test_a_chain_that_starts_from_a_student_is_compared_with_it(continued: Path) -> None:
     facts = read_run(continued)
     assert [stage.name for stage in facts.students] == [OWN]
     (group,) = quality_groups(facts.stages, facts.start)
@@ -196,7 +196,7 @@ def test_a_chain_that_starts_from_a_student_is_compared_with_that(continued: Pat
     assert (own.num_evals, start.stage, start.num_steps, start.num_evals) == (7, START, 8, RK4().num_evals(8))
 
 
-def test_the_explorer_asks_each_model_by_its_own_sampler(run: Path) -> None:
+def test_the_explorer_uses_each_models_own_sampler(run: Path) -> None:
     explorer = Explorer(run)
     assert [choice.name for choice in explorer.choices] == names(run)
     labels = [explorer.label(choice) for choice in explorer.choices]
@@ -222,7 +222,7 @@ def test_the_explorer_draws_the_noise_of_a_stochastic_sampler_as_the_library_doe
     np.testing.assert_array_equal(frames[0], load(run / "stages" / OWN).sample([2]).numpy()[0])
 
 
-def test_status_tells_the_roles(run: Path, capsys: Capture) -> None:
+def test_status_shows_the_roles(run: Path, capsys: Capture) -> None:
     main(["status", str(run), "--json"])
     stages = json.loads(capsys.readouterr().out)["stages"]
     assert [(s["stage"], s["role"], s["num_steps"], s["state"]) for s in stages[:: len(stages) - 1]] == [
@@ -271,7 +271,7 @@ def evaluated(subject: Path, out: Path, capsys: Capture, *options: str) -> dict[
     return held
 
 
-def test_an_evaluation_samples_each_model_by_its_own_sampler(
+def test_an_evaluation_uses_each_models_own_sampler(
     run: Path, continued: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     held = evaluated(run, tmp_path / "whole", capsys)

@@ -75,6 +75,6 @@ def test_a_student_is_distilled_from_it_and_it_stays_as_it_was(fitted: Linear) -
     assert (two - four).square().mean() < 0.3 * (undistilled - four).square().mean()
 
 
-def test_what_only_a_network_can_do_is_refused(fitted: Linear) -> None:
+def test_options_that_need_a_network_are_rejected(fitted: Linear) -> None:
     with pytest.raises(ValueError, match="the teacher has no prediction to match: pass a NetworkDenoiser"):
         halfstep.distill(fitted, points(), start=4, to=2, prediction=halfstep.X0())

@@ -106,7 +106,7 @@ def test_the_manifest_says_what_the_objective_declares_and_helpers_are_not_hande
     }  # fmt: skip
 
 
-def test_it_is_sampled_by_its_own_sampler(uncut: Path, tmp_path: Path) -> None:
+def test_it_is_sampled_with_its_own_sampler(uncut: Path, tmp_path: Path) -> None:
     main(["sample", str(uncut), "--num-samples", "5", "--out", str(tmp_path / "drawn.npz")])
     model = load(uncut)
     by_hand = sample(model, model.noise(range(5)), 4, Heun())
@@ -157,7 +157,7 @@ def test_micro_batches_give_the_weights_of_the_batch(uncut: Path, tmp_path: Path
         torch.testing.assert_close(final(tmp_path / "micro")[name], value, atol=1e-5, rtol=0)
 
 
-def test_the_micro_batch_that_fits_is_looked_for_with_all_players(uncut: Path, tmp_path: Path) -> None:
+def test_the_micro_batch_search_uses_all_players(uncut: Path, tmp_path: Path) -> None:
     main(words(tmp_path, "auto", "--engine.micro-batch", "auto"))
     for name, value in final(uncut).items():
         assert torch.equal(value, final(tmp_path / "auto")[name]), name
@@ -306,7 +306,7 @@ class Broken(Game):
         return Losses(loss * (math.inf if draw.update == 3 else 1), log_snr)
 
 
-def test_a_helper_that_diverges_is_named() -> None:
+def test_a_diverging_helper_is_reported() -> None:
     trainer = made_trainer(Broken())
     for _ in trainer.run():
         pass

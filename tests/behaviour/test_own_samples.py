@@ -18,7 +18,7 @@ from toys import finish, toy_spec
 
 
 @pytest.mark.parametrize("process", [VPCosine(), VE(0.01, 20.0)])
-def test_they_have_the_law_of_the_teacher(process: NoiseProcess) -> None:
+def test_they_have_the_teachers_distribution(process: NoiseProcess) -> None:
     drawn = samples_of(GaussianDenoiser(process, mean=0.3, std=0.5), 20_000, (1,))
     assert len(drawn) == 20_000
     # Five standard errors of each.
@@ -90,7 +90,7 @@ def test_distill_without_data_is_distill_with_these_samples() -> None:
         assert torch.equal(one, other)
 
 
-def test_what_cannot_be_drawn_is_one_line() -> None:
+def test_impossible_samples_are_rejected_in_one_line() -> None:
     bare = GaussianDenoiser(VPCosine(), 0.0, 1.0)
     with pytest.raises(ValueError, match=r"the shape of a sample is not known\. Pass data=samples_of"):
         distill(bare)

@@ -29,7 +29,7 @@ def _digests(folder: Path) -> dict[str, str]:
     }
 
 
-def test_there_is_one_of_clothes() -> None:
+def test_the_package_contains_a_student_of_clothes() -> None:
     assert "fashion" in NAMES
 
 
@@ -82,7 +82,7 @@ def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.M
     assert not torch.equal(packaged.sample([0]), zeroed.sample([0]))
 
 
-def test_an_unknown_name_is_told_which_there_are(
+def test_an_unknown_name_gets_the_list_of_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -96,7 +96,7 @@ def test_gradients_are_sent_once_an_update_not_with_each_micro_batch(pair: list[
     assert 1 < counts[0] < 10
 
 
-def test_what_is_sharded_lies_in_halves_teacher_and_moments_too(pair: list[dict[str, Any]]) -> None:
+def test_sharding_splits_everything_including_teacher_and_moments(pair: list[dict[str, Any]]) -> None:
     for held in pair:
         student, teacher, average, moments = held["shares"]
         # Uneven slices, and a counter for each parameter next to the moments.
@@ -160,7 +160,7 @@ def test_a_run_of_two_ends_with_the_weights_of_a_run_of_one(
         assert apart(held[stage], expected[stage]) < 1e-5
 
 
-def test_a_run_of_two_that_was_cut_and_resumed_on_two_is_the_uncut_one_bit_for_bit(
+def test_a_run_interrupted_and_resumed_on_two_processes_is_bit_for_bit_the_uninterrupted_one(
     folders: tuple[Path, list[torch.Tensor]],
 ) -> None:
     path, _ = folders
@@ -198,7 +198,7 @@ def test_images_are_the_same_on_any_number_of_processes(folders: tuple[Path, lis
             assert np.allclose(file, other, atol=1e-4)
 
 
-def test_what_one_process_refuses_ends_all_with_its_code(tmp_path: Path) -> None:
+def test_an_error_of_one_process_ends_all_with_its_code(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "letter.txt").write_text("dear")
     first, second = together(2, teams.refusals, tmp_path / "left", str(tmp_path / "folder"))
@@ -273,7 +273,7 @@ def test_sharding_one_process_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_networks_of_diffusers_are_sharded_with_what_goes_with_it(tmp_path: Path) -> None:
+def test_networks_of_diffusers_are_sharded_together_with_other_settings(tmp_path: Path) -> None:
     teams.unet_runs(str(tmp_path / "one"), "none")
     together(2, teams.unet_runs, tmp_path / "left", str(tmp_path / "two"), "full")
     for name in teams.UNETS:
@@ -298,7 +298,7 @@ def test_one_process_writes_an_evaluation(tmp_path: Path) -> None:
     assert all(first.count(name) == 1 for name in figures | cells)
 
 
-def test_an_evaluation_of_two_that_is_cut_keeps_what_was_measured(tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_on_two_processes_keeps_its_measurements(tmp_path: Path) -> None:
     np.save(tmp_path / "points.npy", teams.points().numpy())
     main(["run", "arrays", "--data", str(tmp_path / "points.npy"), "--out", str(tmp_path / "run"), *TINY_ARRAYS])
     out = tmp_path / "evaluation"

@@ -113,7 +113,7 @@ def _of_kind(kind: str, **more: Any) -> halfstep.Model:
 
 
 @pytest.mark.parametrize("kind", ["fit", "distill", pytest.param("lora", marks=pytest.mark.slow)])
-def test_a_call_that_was_cut_resumes_bit_for_bit_and_is_the_call_in_memory(kind: str, tmp_path: Path) -> None:
+def test_an_interrupted_call_resumes_bit_for_bit_and_equals_the_call_in_memory(kind: str, tmp_path: Path) -> None:
     whole = _of_kind(kind, out=tmp_path / "whole")
     end = 10 if kind == "fit" else 20
     cuts = [
@@ -145,7 +145,7 @@ def test_a_call_that_was_cut_resumes_bit_for_bit_and_is_the_call_in_memory(kind:
     assert all(map(torch.allclose, state(_of_kind(kind)), state(whole)))
 
 
-def test_a_cut_call_does_not_move_the_network_that_the_next_one_begins_with(tmp_path: Path) -> None:
+def test_an_interrupted_call_does_not_change_the_next_calls_network(tmp_path: Path) -> None:
     own = denoiser()
     before = state(own)
     with pytest.raises(Cut):
@@ -294,7 +294,7 @@ def test_conditions_reach_the_network_row_by_row_and_classes_can_be_sampled(tmp_
         halfstep.distill(model, (points(32), {"class_labels": labels}), **CHAIN)
 
 
-def test_a_scale_far_from_the_noise_is_warned_of() -> None:
+def test_a_scale_far_from_the_noise_gives_a_warning() -> None:
     for data in (1000 * points(), [1000 * points()]):
         with pytest.warns(halfstep.HalfstepWarning, match=r"noise has unit variance.*Train on \(x - mean\) / std"):
             halfstep.fit(denoiser(), data, TRAINING, engine=CPU)
@@ -374,7 +374,7 @@ def test_a_callable_whose_modules_cannot_be_found_or_copied_is_refused() -> None
 # Models.
 
 
-def test_what_is_saved_is_loaded_again(tmp_path: Path, student: halfstep.Model) -> None:
+def test_saved_models_can_be_loaded(tmp_path: Path, student: halfstep.Model) -> None:
     halfstep.save(student, tmp_path / "student")
     with pytest.raises(ValueError, match=r"of your own class .*Net.*halfstep.load\(path, network=MyNetwork\(\)\)"):
         halfstep.load(tmp_path / "student")
@@ -401,7 +401,7 @@ def test_a_saved_model_of_the_library_needs_no_network_and_keeps_classes_and_nul
     assert not torch.equal(again.sample(range(2), **asked), again.sample(range(2), **asked | {"guidance_scale": 1.0}))
 
 
-def test_low_rank_additions_are_merged_when_saved(tmp_path: Path) -> None:
+def test_lora_weights_are_merged_when_saved(tmp_path: Path) -> None:
     _of_kind("lora", out=tmp_path / "run")
     student = halfstep.load(tmp_path / "run")
     halfstep.save(student, tmp_path / "student")
@@ -433,7 +433,7 @@ def test_a_saved_model_that_was_altered_is_refused(tmp_path: Path, student: half
         halfstep.load(tmp_path / "student", network=Net())
 
 
-def test_sample_knows_the_steps_and_the_sampler_of_a_student(student: halfstep.Model) -> None:
+def test_sample_uses_the_steps_and_the_sampler_of_a_student(student: halfstep.Model) -> None:
     noise = student.noise(range(3))
     assert len(list(halfstep.trajectory(student, noise))) == 1
     assert torch.equal(halfstep.sample(student, noise), halfstep.sample(student, noise, 1, halfstep.DDIM()))
@@ -554,7 +554,7 @@ def test_a_wrong_argument_is_one_line_with_the_usual_fix(case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_what_a_model_cannot_make_is_refused(student: halfstep.Model) -> None:
+def test_unsupported_requests_to_a_model_are_rejected(student: halfstep.Model) -> None:
     for call, remedy in (
         (lambda: halfstep.sample(student, torch.zeros(3, 4)), r"Pass noise of shape \[batch, 2\]"),
         (lambda: halfstep.sample(student, torch.zeros(2)), r"Pass noise of shape \[batch, 2\]"),

@@ -145,7 +145,7 @@ def test_the_teacher_and_the_auxiliary_of_a_finish_share_the_base_of_a_lora_stud
     assert isinstance(finished.denoiser.network, LoRA)
 
 
-def test_additions_merged_into_the_weights_say_the_same(lora_run: Path) -> None:
+def test_merged_lora_weights_give_the_same_output(lora_run: Path) -> None:
     lora = load(lora_run).denoiser.network
     x_t, time = numbers(3, 1, 8, 8).float(), torch.tensor([0.1, 0.5, 1.0])
     plain = merged(lora).requires_grad_(False)
@@ -198,7 +198,7 @@ def test_a_stage_that_was_cut_and_resumed_is_the_uncut_one_bit_for_bit(
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}], ids=lambda changes: "+".join(changes) or "whole")
-def test_beside_a_teacher_in_bfloat16_its_weights_in_float32_are_let_go(
+def test_with_a_bfloat16_teacher_its_float32_weights_are_freed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     parents: list[Model] = []
@@ -261,7 +261,7 @@ def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient() -> None
 
 
 @torch.no_grad()
-def test_a_teacher_in_half_precision_says_nearly_the_same_in_half_the_memory() -> None:
+def test_a_teacher_in_half_precision_gives_nearly_the_same_output_in_half_the_memory() -> None:
     plain = network()
     before = {name: value.clone() for name, value in plain.state_dict().items()}
     half = InHalf(plain)
@@ -279,7 +279,7 @@ def test_a_teacher_in_half_precision_says_nearly_the_same_in_half_the_memory() -
 
 
 @torch.no_grad()
-def test_networks_of_arrays_are_asked_in_half_precision_too() -> None:
+def test_networks_of_arrays_are_called_in_half_precision_too() -> None:
     torch.manual_seed(0)
     plain = MLP((3,), width=32, depth=2, guided=True)
     x_t, time, scale = torch.randn(16, 3), torch.linspace(0.05, 1, 16), torch.linspace(1, 8, 16)

@@ -163,7 +163,7 @@ def test_one_number_of_steps_by_two_samplers_is_two_rows(
     assert line.split(" | ")[3] == f"{student.frechet / best:.2f}"
 
 
-def test_a_fine_teacher_is_what_others_are_compared_with() -> None:
+def test_samples_are_compared_with_a_fine_teacher() -> None:
     fine = teacher_methods(DDIM(), (16, 256, 64), EVALUATION)
     assert [(type(one.sampler).__name__, one.num_steps) for one in fine] == [
         ("DDIM", 256), ("DDIM", 64), ("DDIM", 16), ("Heun", 32),
@@ -191,7 +191,7 @@ def test_the_teacher_at_its_best_is_its_smallest_finite_distance_by_ddim_or_heun
     assert Best("ddim", 1, 1, 0.0).ratio(1.0) is None
 
 
-def test_a_cell_is_told_apart_by_all_that_its_samples_depend_on() -> None:
+def test_the_identity_of_a_cell_contains_everything_its_samples_depend_on() -> None:
     others = [
         cell(steps=4), cell(seeds=range(16, 32)), cell(sampler=Heun()), cell(sampler=Ancestral(0.0)),
         cell(sampler=Ancestral(1.0)), cell(shift=0.5), cell(guidance_scale=1.0), cell(precision="bf16"),
@@ -247,7 +247,7 @@ def test_figures_are_those_of_the_samples_that_are_kept(tmp_path: Path, referenc
     )
 
 
-def test_a_broken_cell_is_named_and_leaves_nothing(tmp_path: Path, reference: Reference) -> None:
+def test_a_broken_cell_is_reported_and_leaves_nothing(tmp_path: Path, reference: Reference) -> None:
     store, bad = Store(tmp_path), cell(shift=float("nan"))
     with pytest.raises(NonFinite, match="sampling with 2 steps gave values that are not finite"):
         store.result(bad, reference)

@@ -7,7 +7,7 @@ import pytest
 from storm import Storm
 
 
-def test_damage_to_any_file_of_a_run_changes_nothing_in_silence(tmp_path: Path) -> None:
+def test_damage_to_any_file_of_a_run_changes_nothing_silently(tmp_path: Path) -> None:
     storm = Storm(tmp_path, seed=17)
     storm.deal(12)
     assert storm.dealt.total() == storm.ends.total() == 12
@@ -16,7 +16,7 @@ def test_damage_to_any_file_of_a_run_changes_nothing_in_silence(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_two_hundred_faults_change_nothing_in_silence(tmp_path: Path) -> None:
+def test_two_hundred_faults_change_nothing_silently(tmp_path: Path) -> None:
     storm = Storm(tmp_path, seed=2022)
     storm.deal(200)
     assert min(storm.met.values()) >= 10, "a kind of run was left out"
@@ -25,7 +25,7 @@ def test_two_hundred_faults_change_nothing_in_silence(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_faults_in_runs_of_two_processes_change_nothing_in_silence(tmp_path: Path) -> None:
+def test_faults_in_runs_of_two_processes_change_nothing_silently(tmp_path: Path) -> None:
     storm = Storm(tmp_path, seed=5, kinds=("pair",))
     storm.runs = [(spec, uncut, start) for spec, uncut, start in storm.runs if spec is None]
     storm.deal(16)

@@ -13,7 +13,7 @@ from torture import Ordeal, write_growth
 
 
 @pytest.mark.slow
-def test_a_run_that_is_cut_at_random_moments_ends_with_the_weights_and_the_figures_of_an_uncut_one(
+def test_a_run_interrupted_at_random_moments_ends_like_an_uninterrupted_one(
     tmp_path: Path,
 ) -> None:
     ordeal = Ordeal(tmp_path, seed=20221)

@@ -33,7 +33,7 @@ def _events(path: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in held.Scalars(tag)] for tag in held.Tags()["scalars"]}
 
 
-def test_tensorboard_holds_the_log_once_also_of_a_run_that_was_cut(tmp_path: Path) -> None:
+def test_tensorboard_contains_the_log_once_also_after_an_interruption(tmp_path: Path) -> None:
     evaluation = Evaluation(num_samples=20, num_compared=5, num_shown=4)
     spec = toy_spec(trackers=("tensorboard",), evaluation=evaluation)
     events = run(spec, tmp_path)
@@ -59,7 +59,7 @@ def test_tensorboard_holds_the_log_once_also_of_a_run_that_was_cut(tmp_path: Pat
     assert value == pytest.approx(metrics.results[0].frechet, rel=1e-6)
 
 
-def test_a_picture_is_shown_as_it_lies_in_the_folder(tmp_path: Path) -> None:
+def test_a_picture_is_shown_as_it_is_in_the_folder(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
@@ -86,7 +86,7 @@ def _cut_and_gone_on(path: Path, tracker: str) -> list[dict[str, Any]]:
     return read_log(RunFolder(path).log_path)
 
 
-def test_trackio_holds_the_log_of_a_run_that_was_cut_as_one_run(
+def test_trackio_contains_the_log_of_an_interrupted_run_as_one_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The environment is read when the package is imported, which happens here.
@@ -106,7 +106,7 @@ def test_trackio_holds_the_log_of_a_run_that_was_cut_as_one_run(
         assert entry[f"{row['stage']}/loss"] == pytest.approx(row["loss"], rel=1e-6)
 
 
-def test_weights_and_biases_is_told_the_log_of_a_run_that_was_cut_as_one_run(
+def test_weights_and_biases_receives_the_log_of_an_interrupted_run_as_one_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb")
@@ -148,7 +148,7 @@ def test_weights_and_biases_without_a_login_is_refused_with_the_ways_out(
 
 
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.ESTALE])
-def test_a_disk_that_fails_under_tensorboards_thread_is_one_line_and_loses_nothing(
+def test_a_disk_failure_in_tensorboards_thread_is_one_line_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fault: int
 ) -> None:
     from tensorboard.summary.writer.record_writer import RecordWriter

@@ -81,7 +81,7 @@ def test_a_damaged_cache_is_filled_again(registry: Path, tmp_path: Path) -> None
     assert held.read_bytes() == CONTENTS[runtime.BINARY]
 
 
-def test_an_unreachable_registry_is_said_with_what_to_download(registry: Path) -> None:
+def test_an_unreachable_registry_is_reported_with_the_package_to_download(registry: Path) -> None:
     registry.unlink()
     with pytest.raises(
         ValueError, match=r"cannot be downloaded .* Download file:\S+registry.tgz on another machine"
@@ -142,7 +142,9 @@ def test_weights_of_half_the_bytes_are_near_for_each_channel(tmp_path: Path) -> 
     assert sizes[1] - small.nbytes < 0.52 * (sizes[0] - small.nbytes)
 
 
-def test_weights_stay_whole_where_halving_would_change_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_stay_float32_if_halving_them_would_change_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, kinds = small_model(), []
     whole = export_onnx(model, tmp_path / "sampler.onnx")
     monkeypatch.setattr(page, "export_onnx", lambda model, out, steps: shutil.copyfile(whole, out))
@@ -169,7 +171,7 @@ def held_in(html: str) -> dict[str, bytes]:
     return {name: gzip.decompress(base64.b64decode(content)) for name, content in found}
 
 
-def test_a_folder_and_a_file_hold_the_same(quick: None, tmp_path: Path) -> None:
+def test_a_folder_and_a_file_contain_the_same(quick: None, tmp_path: Path) -> None:
     models: Sequence[tuple[Model, int | None]] = [(small_model(), None), (small_model(outcome={"role": "teacher"}), 4)]
     sizes = [
         export_web(models, tmp_path / "page.html", "A <name> & $more", single_file=True),
@@ -210,7 +212,7 @@ def test_models_without_a_page_are_refused(quick: None, tmp_path: Path, changes:
     assert not (tmp_path / "page").exists()
 
 
-def test_large_models_and_taken_places_are_refused(
+def test_large_models_and_existing_outputs_are_rejected(
     quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match="already exists"):

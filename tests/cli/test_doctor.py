@@ -100,7 +100,7 @@ def test_places_that_cannot_be_written_or_are_full_are_problems(
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
-def test_what_is_missing_is_told_with_what_it_would_give() -> None:
+def test_missing_packages_are_listed_with_their_purpose() -> None:
     finding = doctor.extra_finding("lora", ("peft", "a-package-that-is-not"), "halfstep[lora]")
     assert finding.verdict == "missing"
     assert "not installed: a-package-that-is-not; would add LoRA students" in finding.found

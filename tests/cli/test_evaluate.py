@@ -58,7 +58,7 @@ def test_the_students_figures_are_those_of_the_run(toy_run: Path, tmp_path: Path
     assert "4 steps, from the same noise" in same_noise.protocol.reference
 
 
-def test_bfloat16_sampling_is_a_protocol_of_its_own_with_nearly_the_same_figures(
+def test_bfloat16_sampling_is_a_separate_protocol_with_nearly_the_same_figures(
     digits_run: Path, tmp_path: Path
 ) -> None:
     options = ["evaluate", str(digits_run), "--against", "teacher-ddim", "--num-steps", "2", "--num-samples", "40"]
@@ -98,7 +98,7 @@ def test_samples_are_drawn_as_many_at_once_as_was_asked(
         ([], "free some memory for this process"),
     ],
 )
-def test_memory_that_does_not_suffice_is_told_in_one_line(
+def test_insufficient_memory_is_reported_in_one_line(
     toy_run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -212,7 +212,7 @@ def test_the_kept_samples_are_lossless_and_give_the_figures(digits_run: Path, tm
     assert row.figures["frechet"].mean == pytest.approx(frechet_distance(real, mine), rel=1e-5)
 
 
-def test_a_second_call_draws_nothing_and_a_cut_one_goes_on(
+def test_a_second_call_draws_nothing_and_an_interrupted_one_resumes(
     toy_run: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from halfstep.models.model import Model
@@ -273,7 +273,7 @@ def test_gamma_is_searched_for_each_number_of_steps(toy_run: Path, tmp_path: Pat
         assert tried[steps, best.gamma] == best.figures["frechet"].mean  # type: ignore[index]
 
 
-def test_a_folder_of_images_and_an_npz_are_measured_alike(tmp_path: Path) -> None:
+def test_a_folder_of_images_and_an_npz_are_measured_equally(tmp_path: Path) -> None:
     data = open_data(DataConfig())
     pixels = data.fetch(torch.arange(60)).x0.add(1).mul(127.5).round().to(torch.uint8).squeeze(1).numpy()
     (tmp_path / "images").mkdir()
@@ -307,7 +307,7 @@ def test_an_exported_pipeline_gives_the_figures_of_its_stage(digits_run: Path, t
     assert theirs.figures["frechet"].mean == pytest.approx(ours.figures["frechet"].mean, rel=1e-3)
 
 
-def test_what_is_damaged_or_not_there_yet_is_left_out_and_said(toy_run: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_damaged_and_missing_parts_are_skipped_with_a_note(toy_run: Path, tmp_path: Path, capsys: Capture) -> None:
     run = tmp_path / "run"
     shutil.copytree(toy_run, run)
     first, last = RunFolder(run).stages()[1:]
@@ -334,7 +334,7 @@ def test_what_is_damaged_or_not_there_yet_is_left_out_and_said(toy_run: Path, tm
     assert "has no stage that can be measured" in refused(["evaluate", str(run)], capsys)
 
 
-def test_what_was_cut_says_the_same_in_all_its_files(
+def test_an_interrupted_run_has_consistent_files(
     toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from halfstep.models.model import Model
@@ -360,7 +360,7 @@ def test_what_was_cut_says_the_same_in_all_its_files(
     assert len(rows) == sum(len(row.figures) for table in tables for row in table.rows)
 
 
-def test_a_row_is_of_all_sets_of_seeds_or_not_there(
+def test_a_row_covers_all_sets_of_seeds_or_is_omitted(
     toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from halfstep.models.model import Model
@@ -392,7 +392,7 @@ def test_times_of_another_machine_are_no_column_with_those_of_this(toy_run: Path
     assert there[2] is not None
 
 
-def test_photos_of_mixed_sizes_are_brought_to_that_of_the_samples(tmp_path: Path) -> None:
+def test_photos_of_mixed_sizes_are_resized_to_the_samples(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     for index, side in enumerate([8, 9, 12, 16] * 3):
         for folder in ("photos", "samples"):

@@ -83,7 +83,7 @@ def test_a_long_estimate_names_the_options_that_a_given_teacher_has(ddpm: Path) 
     assert "network" in shorter([Role.TEACHER, Role.STUDENT], None)
 
 
-def test_an_import_says_so_before_it_starts(ddpm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_import_prints_a_line_before_it_starts(ddpm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     printed = io.StringIO()
     said: list[str] = []
     monkeypatch.setattr("halfstep.cli.importing.import_pipeline", lambda *_, **__: said.append(printed.getvalue()))

@@ -64,7 +64,7 @@ def test_the_script_for_slurm_saves_the_state_and_asks_to_be_queued_again(tmp_pa
     assert list(tmp_path.glob(checkpoints))
 
 
-def test_the_manifest_for_kubernetes_gives_up_on_what_would_fail_again() -> None:
+def test_the_manifest_for_kubernetes_does_not_retry_permanent_failures() -> None:
     job = yaml.safe_load(block("yaml"))
     spec = job["spec"]["template"]["spec"]
     (container,) = spec["containers"]

@@ -80,11 +80,11 @@ def test_terminals_without_utf8_get_ascii() -> None:
     assert lines[3].startswith("> 03-")
 
 
-def test_nothing_is_left_out_where_there_is_no_terminal() -> None:
+def test_nothing_is_omitted_without_a_terminal() -> None:
     assert len(lines_of(status_at(3), 160, 5, terminal=False)) == 12
 
 
-def test_the_shown_range_holds_what_is_asked() -> None:
+def test_the_displayed_range_satisfies_its_requirements() -> None:
     for count in range(1, 15):
         for at in range(count):
             for room in range(1, 16):

@@ -52,7 +52,7 @@ def test_lost_streams_end_in_one_line_at_most(line: str, code: int, said: str) -
     assert len(ended.stderr.splitlines()) == (1 if said else 0)
 
 
-def test_a_broken_stream_loses_text_and_not_work(tmp_path: Path) -> None:
+def test_a_broken_stream_loses_output_but_no_work(tmp_path: Path) -> None:
     class Broken(io.TextIOWrapper):
         def write(self, text: str) -> int:
             raise OSError(errno.EPIPE, "Broken pipe")
@@ -109,7 +109,7 @@ def test_a_launchers_variables_are_checked(
         check_launch()
 
 
-def test_a_command_names_a_launchers_bad_variable(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_a_command_reports_a_launchers_bad_variable(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setenv("RANK", "x")
     assert "RANK must be a whole number" in refused(["status", "nowhere"], capsys)
 
@@ -121,7 +121,7 @@ def test_a_rank_without_a_world_is_that_of_one_process(monkeypatch: pytest.Monke
     assert (rank(), world_size()) == (3, 4)
 
 
-def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_user_without_a_home_gets_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def homeless(path: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
 

@@ -78,7 +78,7 @@ def test_the_pace_of_an_earlier_process_does_not_count(tmp_path: Path, num_rows:
     assert status.stages[0].seconds == 540 + 2.5 * num_rows, "the time so far is that of all processes"
 
 
-def test_a_process_that_is_gone_or_silent_has_stopped(tmp_path: Path) -> None:
+def test_a_missing_or_silent_process_counts_as_stopped(tmp_path: Path) -> None:
     rows = [row("00-denoise", 10, 3.0)]
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
@@ -94,7 +94,7 @@ def test_a_process_that_is_gone_or_silent_has_stopped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("state", ["stopped", "diverged", "failed"])
-def test_how_a_run_ended_is_told(state: str, tmp_path: Path, capsys: Capture) -> None:
+def test_the_end_of_a_run_is_reported(state: str, tmp_path: Path, capsys: Capture) -> None:
     path = folder_of(tmp_path / "run", [row("00-denoise", 10, 3.0)], state=state, message="because")
     checkpoint = path / "stages" / "00-denoise" / "checkpoint-00000008"
     checkpoint.mkdir(parents=True)
@@ -134,7 +134,7 @@ def test_numbers_that_no_float_can_hold_and_endless_nesting_are_passed_over(tmp_
         read_status(path)
 
 
-def test_ctrl_c_ends_the_watch_in_good_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_ctrl_c_ends_the_watch_cleanly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     path = folder_of(tmp_path / "run", [row("00-denoise", 10, 3.0)], state="running")
 
     def pressed(seconds: float) -> None:
@@ -165,7 +165,7 @@ def test_a_run_of_the_engine_is_followed_to_its_end(tmp_path: Path) -> None:
     assert read_status(tmp_path / "run").state == "stopped"
 
 
-def test_ends_are_told_apart(tmp_path: Path) -> None:
+def test_ends_are_distinguished(tmp_path: Path) -> None:
     def ended(error: BaseException | None) -> dict[str, Any]:
         with (
             contextlib.suppress(BaseException),
@@ -202,7 +202,7 @@ def wait_for(path: Path, state: str, seconds: float = 60.0) -> RunStatus:
         time.sleep(0.05)
 
 
-def test_another_process_sees_a_run_run_and_be_killed_and_stopped(tmp_path: Path) -> None:
+def test_another_process_sees_that_a_run_is_running_killed_and_stopped(tmp_path: Path) -> None:
     np.save(tmp_path / "toy.npy", points().numpy())
     out = tmp_path / "run"
     argv = ["run", "arrays", "--data", str(tmp_path / "toy.npy"), "--out", str(out), *TINY_ARRAYS]

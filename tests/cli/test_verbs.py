@@ -129,7 +129,7 @@ def test_every_verb_is_known_everywhere() -> None:
         assert verb.examples
 
 
-def test_the_overview_names_verbs_and_codes_without_torch(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_overview_lists_verbs_and_codes_without_torch(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     printed = help_of([], capsys)
     for name in VERBS:
@@ -142,7 +142,7 @@ def test_the_overview_names_verbs_and_codes_without_torch(capsys: Capture, monke
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("distill", "finish")])
-def test_a_mistyped_option_names_the_one_that_is_near(verb: str, capsys: Capture) -> None:
+def test_a_mistyped_option_suggests_the_nearest_one(verb: str, capsys: Capture) -> None:
     said = refused([verb, *FIRST.get(verb, []), "--hlep"], capsys)
     assert "unknown option '--hlep'; did you mean '--help'?" in said
 
@@ -195,7 +195,7 @@ def test_samples_and_figures_as_json(run: Path, tmp_path: Path, capsys: Capture)
     assert not (tmp_path / "st").exists()
 
 
-def test_evaluate_prints_what_it_writes(run: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_evaluate_prints_its_files(run: Path, tmp_path: Path, capsys: Capture) -> None:
     figures = document(["evaluate", str(run), "--num-steps", "4", "--out", str(tmp_path / "e"), "--json"], capsys)
     assert figures == read_sealed(tmp_path / "e" / "evaluation.json")
 

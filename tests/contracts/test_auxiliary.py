@@ -112,7 +112,7 @@ def test_it_is_not_guided_whatever_the_guidance_of_its_teacher() -> None:
             assert differ(auxiliary, guided, class_labels=labels)
 
 
-def test_it_takes_the_scale_that_its_student_is_shown_and_starts_without_heeding_it() -> None:
+def test_it_receives_its_students_scale_and_ignores_it_at_first() -> None:
     labels, scale = torch.tensor([0, 1, 2, 0, 1]), torch.linspace(1, 4, 5)
     plain = seen(mlp(0, num_classes=4))
     student = seen(with_guidance(mlp(1, num_classes=4)))
@@ -129,7 +129,7 @@ def test_it_takes_the_scale_that_its_student_is_shown_and_starts_without_heeding
     assert bool(grad.any())
 
 
-def test_on_another_process_than_its_teacher_s_it_is_seen_as_the_teacher_is() -> None:
+def test_on_another_process_it_is_converted_like_the_teacher() -> None:
     teacher = Reprocessed(NetworkDenoiser(mlp(0), VE(0.001, 100.0), V()), VPCosine(-9, 9))
     models = Models(NetworkDenoiser(mlp(1), VPCosine(-9, 9), V()), teacher)
     auxiliary = auxiliary_denoiser(models)
@@ -138,7 +138,7 @@ def test_on_another_process_than_its_teacher_s_it_is_seen_as_the_teacher_is() ->
     assert_same(auxiliary, teacher)
 
 
-def test_beside_a_lora_student_it_is_a_second_set_of_additions_to_one_base() -> None:
+def test_for_a_lora_student_it_is_a_second_set_of_lora_weights_on_one_base() -> None:
     images, base = numbers(2, 1, 8, 8).float(), unet()
     models = Models(seen(lora(base, 1)), seen(base))
     auxiliary = auxiliary_denoiser(models)
@@ -210,7 +210,7 @@ class Own(Denoiser):
         return type(self.exact(x_t, t))(self.weight * x0, eps)
 
 
-def test_a_denoiser_of_one_s_own_is_copied() -> None:
+def test_a_user_defined_denoiser_is_copied() -> None:
     teacher = Own(0.7).requires_grad_(False)
     models = Models(Own(1.3), teacher)
     auxiliary = auxiliary_denoiser(models)

@@ -144,7 +144,7 @@ def test_one_ddim_step_lands_where_the_teacher_s_step_and_the_student_s_do(
 
 @every_process_or_further
 @torch.no_grad()
-def test_the_student_is_not_heard_where_the_teacher_s_step_ends_on_the_boundary(process: NoiseProcess) -> None:
+def test_the_student_is_ignored_if_the_teachers_step_ends_on_the_boundary(process: NoiseProcess) -> None:
     """The student's prediction is ignored there, finite or not; at every other time it counts."""
     t, s, boundary = edges(4, FINE)
     teacher, x_t = toy_denoiser(process, V()), noisy(process, t, 2)
@@ -253,7 +253,7 @@ def test_times_are_drawn_evenly_from_the_teacher_s_grid(num_steps: int) -> None:
 
 
 @in_turn("num_steps", [1, 3, 7, 24, 640])
-def test_the_teacher_and_the_student_are_asked_on_the_grid_to_the_last_bit(num_steps: int) -> None:
+def test_teacher_and_student_are_called_on_the_grid_to_the_last_bit(num_steps: int) -> None:
     """Rounding leaves no step empty and creates none of a rounding's width."""
     process = VPCosine()
     teacher, student = (Watched(data_set_denoiser(process, numbers(1, 2))) for _ in range(2))
@@ -267,7 +267,7 @@ def test_the_teacher_and_the_student_are_asked_on_the_grid_to_the_last_bit(num_s
     assert torch.equal(middle[~anchored], (index - 1)[~anchored] / grid)
 
 
-def test_what_an_update_draws_can_be_made_ahead_however_the_grid_grows() -> None:
+def test_draws_of_an_update_can_be_prepared_however_the_grid_grows() -> None:
     """The calls are those of every other update, and the losses depend only on the update's number."""
     process, x0 = VPCosine(), 0.5 * numbers(64, 2)
     models = Models(toy_denoiser(process, V(), seed=1), toy_denoiser(process, V(), seed=2))
@@ -312,7 +312,7 @@ def test_autocast_s_cache_keeps_the_gradient() -> None:
     assert any(bool(grad.any()) for grad in grads if grad is not None)
 
 
-def test_the_average_answers_in_the_student_s_place_and_the_student_learns_alone() -> None:
+def test_the_average_replaces_the_student_in_predictions_and_only_the_student_learns() -> None:
     process = VPCosine()
     student, teacher, average = (Watched(toy_denoiser(process, V(), seed=seed)) for seed in (1, 2, 3))
     objective = Consistency(2, 8, 8, self_teacher=0.95)

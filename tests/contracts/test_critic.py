@@ -514,7 +514,7 @@ def test_a_critic_is_made_from_any_teacher_and_shares_no_weight() -> None:
         torch.testing.assert_close(critic(y, tau, LABELS), reference(y, tau, LABELS), rtol=0, atol=atol)
 
 
-def test_the_scale_of_guidance_is_shown_to_a_critic_that_takes_it_only() -> None:
+def test_only_a_critic_with_a_scale_input_receives_the_guidance_scale() -> None:
     y, tau = numbers(3, 2).float(), torch.tensor([0.1, 0.5, 1.0]).double()
     scale = {GUIDANCE: torch.tensor([1.0, 2.0, 7.0])}
     plain, shown = (
@@ -530,7 +530,7 @@ def test_the_scale_of_guidance_is_shown_to_a_critic_that_takes_it_only() -> None
         within(y, tau, {})
 
 
-def test_a_teacher_whose_half_is_unknown_is_refused_in_one_line() -> None:
+def test_a_teacher_without_an_encoder_half_is_rejected_in_one_line() -> None:
     own = GaussianDenoiser(VPCosine(), 0.3, 0.5)
     with pytest.raises(ValueError, match=r"GaussianDenoiser is unknown.*encoder_half\.register\(GaussianDenoiser\)"):
         critic_of(Models(own, own))
@@ -539,7 +539,7 @@ def test_a_teacher_whose_half_is_unknown_is_refused_in_one_line() -> None:
         critic_of(Models(elsewhere, elsewhere))
 
 
-def test_a_network_of_ones_own_registers_its_half() -> None:
+def test_a_user_defined_network_registers_its_encoder_half() -> None:
     denoiser = toy_denoiser(VPCosine(), V())
     critic = critic_of(Models(denoiser, denoiser))
     assert isinstance(critic.encoder, ToyHalf)

@@ -89,7 +89,7 @@ every_wrapping = pytest.mark.parametrize("wrapped", OWN_AND_EXACT.values(), ids=
 @every_wrapping
 @pytest.mark.parametrize("sampler", variants())
 @pytest.mark.parametrize("process", [VPCosine(), VE()], ids=["vp_cosine", "ve"])
-def test_a_denoiser_written_on_the_process_alone_samples_and_teaches(
+def test_a_denoiser_that_only_uses_the_process_samples_and_teaches(
     process: NoiseProcess, sampler: Sampler, wrapped: Callable[[Denoiser, NoiseProcess], Denoiser]
 ) -> None:
     """It behaves like the library's own exact denoiser, in sampling and in a target, inside every wrapper."""
@@ -123,7 +123,7 @@ def test_hooks_of_a_denoiser_and_of_what_it_wraps_run_for_one_time_and_for_each(
 @every_process
 @every_prediction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_one_time_for_all_says_what_the_same_time_for_each_says(
+def test_one_time_for_all_gives_the_same_result_as_that_time_for_each(
     process: NoiseProcess, prediction: Prediction, dtype: torch.dtype
 ) -> None:
     x_t = numbers(5, 3, 2).to(dtype)
@@ -148,7 +148,7 @@ def test_one_time_for_all_says_what_the_same_time_for_each_says(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_the_network_is_told_the_time_exactly_on_every_grid_of_a_power_of_two(dtype: torch.dtype) -> None:
+def test_the_network_receives_exact_times_on_every_grid_of_a_power_of_two(dtype: torch.dtype) -> None:
     heard: list[Tensor] = []
 
     def network(x_t: Tensor, time: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def test_the_network_is_told_the_time_exactly_on_every_grid_of_a_power_of_two(dt
     assert torch.equal(heard[0].double() * 8192, index.double())
 
 
-def test_the_network_is_shown_the_conditions_by_name() -> None:
+def test_the_network_receives_the_conditions_by_name() -> None:
     heard: dict[str, Tensor] = {}
 
     def network(x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def test_clipping_keeps_x0_in_range_and_splits_the_same_x_t(
     assert bool((x0[raw < low] == low).all())
 
 
-def test_clipping_that_meets_nothing_changes_nothing() -> None:
+def test_clipping_without_values_outside_changes_nothing() -> None:
     denoiser, t = mixture(VPCosine()), interior_times(31)
     x_t = numbers(31, 2)
     torch.testing.assert_close(Clipped(denoiser, -50.0, 50.0)(x_t, t), denoiser(x_t, t), rtol=0, atol=1e-12)
@@ -369,7 +369,7 @@ def test_an_imperfect_denoiser_seen_through_another_process_splits_x_t_by_that_p
         pytest.param(VPCosine(-4.0, 4.0), VPCosine(-4.0 - 1e-6, 4.0), id="by_a_little_below"),
     ],
 )
-def test_a_process_with_noise_levels_that_the_denoiser_does_not_know_is_refused(
+def test_a_process_with_noise_levels_outside_the_denoisers_is_rejected(
     own: NoiseProcess, process: NoiseProcess
 ) -> None:
     with pytest.raises(ValueError, match=r"the denoiser covers log-SNRs from .* to .*, but the process goes from") as e:
@@ -461,7 +461,7 @@ def guided_pair(process: NoiseProcess) -> tuple[Denoised, Denoised]:
 
 
 @every_process
-def test_a_scale_of_1_is_the_condition_s_answer_and_0_the_unconditional_one(process: NoiseProcess) -> None:
+def test_scale_1_is_the_conditional_output_and_scale_0_the_unconditional_one(process: NoiseProcess) -> None:
     x_t, t, labels = labelled(process)
     inner, null = ClassDenoiser(process), {"class_labels": torch.tensor(NULL)}
     with_, without = guided_pair(process)
@@ -564,7 +564,7 @@ def test_guidance_weighs_samples_of_any_shape_by_their_own_scale(shape: tuple[in
         (None, {"text": 0, "guidance_scale": 0}, "needs the condition 'class_labels', got guidance_scale, text"),
     ],
 )
-def test_guidance_without_what_it_weighs_is_refused(
+def test_guidance_without_its_condition_is_rejected(
     scale: float | None, cond: Mapping[str, Any] | None, message: str
 ) -> None:
     inner = ClassDenoiser(VPCosine())
@@ -574,7 +574,7 @@ def test_guidance_without_what_it_weighs_is_refused(
     assert not inner.batches
 
 
-def test_guidance_that_knows_no_null_is_refused() -> None:
+def test_guidance_without_a_null_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"guidance needs values that mean no condition\. Pass null"):
         Guided(mixture(VPCosine()), {}, 2.0)
 

@@ -330,7 +330,7 @@ def test_a_student_is_finished_once() -> None:
         Plan.finishes([4, 4])
 
 
-def test_the_first_student_alone_learns_from_another_sampler() -> None:
+def test_only_the_first_student_learns_from_another_sampler() -> None:
     from halfstep.samplers import DDIM, Heun
 
     plan = Plan.halvings(16, 2, teacher_sampler=Heun(), teacher_steps=3)

@@ -168,7 +168,7 @@ def test_the_last_step_of_the_student_aims_at_the_teacher_s_last_x0_itself(proce
         assert torch.equal(target, teacher.answers[-1].x0)
 
 
-def test_short_steps_far_from_the_data_weigh_the_two_predictions_alike() -> None:
+def test_short_steps_far_from_the_data_weight_the_two_predictions_equally() -> None:
     weights = weights_of(VPCosine(), clock(0.5, 0.9), clock(0.5 - 2**-13, 0.9 - 2**-13), 2)
     torch.testing.assert_close(weights, torch.full((2, 2), 0.5, dtype=torch.float64), rtol=0, atol=1e-3)
 
@@ -176,7 +176,7 @@ def test_short_steps_far_from_the_data_weigh_the_two_predictions_alike() -> None
 @every_process
 @in_turn("num_steps", [2**k for k in range(13)])
 @every_k
-def test_the_teacher_is_asked_exactly_on_its_own_grid(
+def test_the_teacher_is_called_exactly_on_its_own_grid(
     process: NoiseProcess, num_steps: int, num_teacher_steps: int
 ) -> None:
     """Times are multiples of 1 / (K num_steps): to the last bit if K is a power of two, otherwise up to rounding."""
@@ -350,7 +350,7 @@ def landing(teacher: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, num_teacher_st
 @every_few
 @in_turn("num_steps", [1, 3])
 @torch.no_grad()
-def test_one_ddim_step_of_the_student_lands_where_any_sampler_takes_the_teacher(
+def test_one_ddim_step_of_the_student_lands_where_the_teachers_steps_with_any_sampler_land(
     process: NoiseProcess, sampler: Sampler, num_teacher_steps: int, num_steps: int
 ) -> None:
     """Test steps from t = 1, between interior times and to clean data in one batch; to 1e-9 of the sample's size."""
@@ -367,7 +367,7 @@ def test_one_ddim_step_of_the_student_lands_where_any_sampler_takes_the_teacher(
 @every_process_or_further
 @every_deterministic
 @torch.no_grad()
-def test_the_target_of_a_sample_does_not_depend_on_its_company(process: NoiseProcess, sampler: Sampler) -> None:
+def test_the_target_of_a_sample_does_not_depend_on_its_batch(process: NoiseProcess, sampler: Sampler) -> None:
     def network(x_t: Tensor, time: Tensor, *, shift: Tensor) -> Tensor:
         return torch.sin(2 * x_t + 3 * time[:, None]) + shift
 

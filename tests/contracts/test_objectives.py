@@ -158,7 +158,7 @@ def test_each_update_draws_other_times_and_noise(objective: Objective) -> None:
 
 
 @every_objective
-def test_what_is_distilled_or_learned_is_the_same_for_float32_data_up_to_its_rounding(
+def test_float32_data_give_the_same_training_up_to_rounding(
     objective: Objective,
 ) -> None:
     models, x0 = toy_models(objective, VPCosine(), X0()), data().float()
@@ -219,7 +219,7 @@ def test_the_noise_level_that_the_losses_report_is_shown(objective: Objective) -
             assert scipy.stats.kstest(shown.answers[-1].eps.flatten().numpy(), "norm").pvalue > 0.01
 
 
-def test_the_objective_that_needs_a_teacher_says_so() -> None:
+def test_an_objective_that_needs_a_teacher_declares_it() -> None:
     with pytest.raises(ValueError, match="a student learns from a teacher, but none is given"):
         Halving(4).loss(Models(mixture(VPCosine())), Batch(numbers(4, 2)), Draw(0, "", 0, 4, range(4)))
     assert {name: member.needs_teacher for name, member in objectives.items()}["halve"]

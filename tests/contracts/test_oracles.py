@@ -104,7 +104,7 @@ def test_close_to_the_data_a_data_set_s_x0_is_the_nearest_point(process: NoisePr
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "mixture"])
-def test_an_oracle_answers_float32_with_its_float64_answer_rounded(kind: str) -> None:
+def test_an_oracle_returns_its_rounded_float64_output_for_float32(kind: str) -> None:
     process = VPCosine()
     denoiser: Denoiser = gaussian(process) if kind == "gaussian" else mixture(process)
     x_t = numbers(64, 2).float()

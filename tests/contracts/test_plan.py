@@ -101,7 +101,7 @@ def test_a_factor_below_2_is_refused(factor: int) -> None:
     patience=st.integers(1, 4),
     min_drop=st.sampled_from([0.0, 0.01, 0.3]),
 )
-def test_a_loss_has_stopped_falling_when_patience_windows_in_a_row_brought_no_new_low(
+def test_a_loss_has_stopped_falling_after_patience_windows_without_a_new_low(
     losses: list[float], patience: int, min_drop: float
 ) -> None:
     """Compare with the definition: the last window with a sufficient new low is at least `patience` windows back."""
@@ -126,13 +126,13 @@ def test_a_loss_has_stopped_falling_when_patience_windows_in_a_row_brought_no_ne
         {"min_drop": 0.5},
     ],
 )
-def test_an_early_end_that_makes_no_sense_is_refused(wrong: dict[str, float]) -> None:
+def test_an_invalid_early_end_is_rejected(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=rf"^early_end\.{list(wrong)[-1]} "):
         EarlyEnd(**wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 1), (8, 0), (-8, -16), (8.0, 1)])
-def test_a_chain_of_steps_that_are_not_whole_numbers_of_at_least_1_is_refused(start: float, end: float) -> None:
+def test_a_chain_of_steps_that_are_not_positive_integers_is_rejected(start: float, end: float) -> None:
     with pytest.raises(ValueError, match="whole number of at least 1"):
         Plan.halvings(start, end)  # type: ignore[arg-type]
 

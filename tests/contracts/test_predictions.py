@@ -38,7 +38,7 @@ def test_x0_and_eps_survive_every_pair_of_predictions(
 
 @every_process
 @every_prediction
-def test_an_output_survives_denoising_and_being_made_a_target_again(
+def test_an_output_survives_denoising_and_conversion_back_to_a_target(
     process: NoiseProcess, prediction: Prediction
 ) -> None:
     """Test the inverse in the other order: for one output, denoised() loses and adds nothing."""
@@ -53,7 +53,7 @@ def test_an_output_survives_denoising_and_being_made_a_target_again(
 
 @every_process
 @every_prediction
-def test_what_any_output_means_adds_up_to_x_t(process: NoiseProcess, prediction: Prediction) -> None:
+def test_x0_and_eps_of_any_output_add_up_to_x_t(process: NoiseProcess, prediction: Prediction) -> None:
     """An imperfect network also splits x_t into alpha x0 + sigma eps; otherwise DDIM would leave the trajectory."""
     t = interior_times(999)
     alpha, sigma = process.alpha_sigma(t)

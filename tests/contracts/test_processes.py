@@ -94,7 +94,7 @@ def test_time_at_inverts_log_snr_at_the_last_time_too(process: NoiseProcess) -> 
 
 
 @every_process
-def test_each_time_has_its_own_amplitudes_whatever_the_order_and_the_company(process: NoiseProcess) -> None:
+def test_each_time_has_its_own_amplitudes_in_any_order_and_batch(process: NoiseProcess) -> None:
     t = interior_times(64)
     shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     for together, mixed in zip(process.alpha_sigma(t), process.alpha_sigma(t[shuffled]), strict=True):
@@ -237,7 +237,7 @@ def test_the_cosine_process_refuses_bounds_that_leave_no_range(low: float, high:
         VPCosine(low, high)
 
 
-def test_what_a_process_remembers_of_its_times_is_bounded_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_caches_its_times_correctly_and_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("halfstep.core.noise.REMEMBERED", 8)
     process = VPCosine()
     for number in range(100):

@@ -309,7 +309,7 @@ def test_it_calls_the_network_as_often_as_claimed_and_only_at_times_above_0(
 
 @every_one_call_or_heun
 @pytest.mark.parametrize("num_steps", [7, 1024])
-def test_a_sampler_without_inner_stages_asks_at_the_times_of_the_grid_to_the_last_bit(
+def test_a_sampler_without_inner_stages_calls_at_the_times_of_the_grid_to_the_last_bit(
     sampler: Sampler, num_steps: int
 ) -> None:
     """A network with a table of timesteps supports no other times."""
@@ -319,7 +319,7 @@ def test_a_sampler_without_inner_stages_asks_at_the_times_of_the_grid_to_the_las
 
 
 @every_variant
-def test_a_way_that_ends_in_noise_has_no_last_step(sampler: Sampler) -> None:
+def test_a_path_that_ends_in_noise_has_no_last_step(sampler: Sampler) -> None:
     denoiser = Watched(mixture(VPCosine()))
     sample(denoiser, numbers(4, 2), 3, sampler, grid=interior_times, noise=noise_for(sampler, range(4), 2))
     assert len(denoiser.times) == 3 * sampler.evals_per_step
@@ -353,7 +353,7 @@ def test_the_same_noise_gives_the_same_samples_to_the_last_bit(sampler: Sampler,
 
 @every_variant
 @every_prediction
-def test_a_sample_does_not_depend_on_its_company(sampler: Sampler, prediction: Prediction) -> None:
+def test_a_sample_does_not_depend_on_its_batch(sampler: Sampler, prediction: Prediction) -> None:
     """Compare up to a few roundings, because vectorised and scalar library functions differ in the last bit.
     Eps-prediction divides by alpha(1) = 4.5e-5 and amplifies that bit by 2e4, relative to equally large samples."""
     denoiser, x_1, seeds = toy_denoiser(VPCosine(), prediction), numbers(16, 3, 2), range(100, 116)
@@ -435,7 +435,7 @@ def test_sampling_leaves_no_gradient_and_its_starting_noise_untouched(sampler: S
 
 
 @every_sampler
-def test_a_trajectory_tells_its_steps_and_ends_on_the_sample(sampler: Sampler) -> None:
+def test_a_trajectory_yields_its_steps_and_ends_at_the_sample(sampler: Sampler) -> None:
     denoiser, x_1, noise = mixture(VPCosine()), numbers(4, 2), noise_for(sampler, range(4), 2)
     steps = list(trajectory(denoiser, x_1, 4, sampler, noise=noise))
     assert [(step.number, step.t, step.s) for step in steps] == [

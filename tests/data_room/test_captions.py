@@ -236,13 +236,13 @@ def test_damaged_csv(tmp_path, rows, words):
     refused(tmp_path, "metadata.csv", *words)
 
 
-def test_a_text_that_is_none(tmp_path):
+def test_a_text_file_that_is_not_text(tmp_path):
     image(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     refused(tmp_path, "a.txt", "UTF-8")
 
 
-def test_an_image_that_is_none(tmp_path):
+def test_a_file_that_is_not_an_image(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
     write_texts(tmp_path, {"a.png": ""})
     with pytest.raises(ValueError, match=r"a\.png is not an image"):

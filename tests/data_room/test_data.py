@@ -427,7 +427,7 @@ def test_labels_of_the_layout_of_edm(tmp_path):
         opened(tmp_path)
 
 
-def test_a_class_of_a_table_without_rows_is_no_class(tmp_path):
+def test_a_class_without_rows_in_a_table_is_ignored(tmp_path):
     import datasets
 
     features = datasets.Features({"scan": datasets.Image(), "kind": datasets.ClassLabel(names=["x", "y", "z"])})

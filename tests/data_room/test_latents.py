@@ -193,7 +193,7 @@ def test_it_is_training_data(images, tmp_path):
     refused(lambda: training_batch(data, draw, True), "only images can be mirrored")
 
 
-def test_a_fetch_touches_the_shards_of_its_samples_only(images, tmp_path):
+def test_a_fetch_only_reads_the_shards_of_its_samples(images, tmp_path):
     data = encode(images, ENCODER, tmp_path / "latents", shard_size=4)
     (tmp_path / "latents/shard-00000.safetensors").unlink()
     data.fetch(torch.tensor([4, 10]))
@@ -233,7 +233,7 @@ def test_a_stopped_encoding_goes_on_to_the_same_bytes(images, tmp_path, last):
     assert [""] not in second.told
 
 
-def test_a_try_that_made_nothing_is_no_obstacle_to_other_settings(images, tmp_path):
+def test_an_empty_attempt_does_not_block_other_settings(images, tmp_path):
     folder, other = tmp_path / "latents", dataclasses.replace(images, preparation=Preparation(8, channels=3))
     encode(other, ENCODER, tmp_path / "whole", shard_size=4)
     with pytest.raises(Killed):
@@ -242,7 +242,7 @@ def test_a_try_that_made_nothing_is_no_obstacle_to_other_settings(images, tmp_pa
     assert files(folder) == files(tmp_path / "whole")
 
 
-def test_a_hard_kill_leaves_nothing_half(images, tmp_path):
+def test_a_hard_kill_leaves_nothing_incomplete(images, tmp_path):
     """A process dies without unwinding in the middle of a shard and leaves temporary files."""
     script = """
 import os, sys
@@ -279,7 +279,7 @@ def flipped(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("damage", [cut, flipped, None])
 @pytest.mark.parametrize(("name", "shown"), [("shard-00001.safetensors", 2), ("null.safetensors", 0)])
-def test_a_damaged_file_is_made_anew_and_no_other(images, tmp_path, name, shown, damage):
+def test_only_a_damaged_file_is_written_again(images, tmp_path, name, shown, damage):
     folder = tmp_path / "latents"
     encode(images, ENCODER, folder, batch_size=2, shard_size=4)
     before, path = files(folder), folder / name
@@ -410,7 +410,7 @@ def test_a_damaged_index(images, tmp_path, change, words):
         refused(call, "index.json", *words, "delete the folder")
 
 
-def test_the_index_says_what_it_is_of(images, tmp_path):
+def test_the_index_identifies_its_data(images, tmp_path):
     encode(images, ENCODER, tmp_path / "latents", shard_size=4)
     index = json.loads((tmp_path / "latents/index.json").read_text())
     assert index["encoder"] == "corners"
@@ -445,7 +445,7 @@ def with_nan(x: Tensor) -> Tensor:
         ),
     ],
 )
-def test_encoders_that_do_not_keep_to_the_form(images, tmp_path, broken, words):
+def test_encoders_with_outputs_of_the_wrong_form(images, tmp_path, broken, words):
     encoder = dataclasses.replace(ENCODER, **broken)
     refused(lambda: encode(images, encoder, tmp_path / "latents", batch_size=4), "the encoder returned", *words)
 
@@ -458,7 +458,7 @@ def test_images_of_other_forms(images, tmp_path):
     refused(lambda: encode(mixed, ENCODER, tmp_path / "mixed"), "00.png is 24x16", "05.png is 32x16", "size")
 
 
-def test_samples_of_prompts_go_on_where_they_were_cut(tmp_path: Path) -> None:
+def test_prompt_samples_resume_where_they_were_interrupted(tmp_path: Path) -> None:
     """The latents equal those of an uninterrupted call: each depends only on its place and its prompt."""
 
     def sampled(places: range, conditions: dict[str, Tensor]) -> Tensor:

@@ -43,14 +43,14 @@ def links_of(page: Path) -> list[tuple[str, str]]:
     return re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", text)
 
 
-def test_the_navigation_holds_every_page_once() -> None:
+def test_the_navigation_contains_every_page_once() -> None:
     found = navigation()
     written = {path.relative_to(PAGES).as_posix() for path in PAGES.rglob("*.md")}
     assert sorted(found) == sorted(written | FROM_ELSEWHERE.keys())
 
 
 @pytest.mark.parametrize("page", navigation())
-def test_the_links_of_a_page_lead_somewhere(page: str) -> None:
+def test_the_links_of_a_page_are_valid(page: str) -> None:
     source = FROM_ELSEWHERE.get(page, PAGES / page)
     for path, anchor in links_of(source):
         if path in ("docs/fashion.png", "llms.txt"):

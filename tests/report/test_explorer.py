@@ -99,7 +99,7 @@ def drawn(run: Path, stage: str, seeds: list[int], steps: int, class_label: int 
     return samples_array(load(run / "stages" / stage).sample(seeds, steps, class_label=class_label), True)[..., 0]
 
 
-def test_the_main_path_in_a_browser(run: Path, url: str, window: Any) -> None:
+def test_the_main_workflow_in_a_browser(run: Path, url: str, window: Any) -> None:
     watched = opened(window, url)
     page = watched.page
     assert "03-halve-0001 is missing" in page.locator("body").inner_text()
@@ -226,7 +226,7 @@ def test_two_hundred_at_once_are_served_or_told_to_come_back(run: Path, url: str
     assert "html" in one(0)
 
 
-def test_an_answer_comes_soon_after_its_sampling(url: str) -> None:
+def test_a_response_follows_its_sampling_quickly(url: str) -> None:
     """Take the best of a few times: the test is about the page's overhead, not about the load of the machine."""
     added = []
     for seed in range(8):

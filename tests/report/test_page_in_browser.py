@@ -89,7 +89,7 @@ def test_it_is_quiet_fits_and_is_accessible(window: Any, url: str, width: int, s
     page.close()
 
 
-def test_the_keyboard_comes_by_in_the_order_of_the_page(window: Any, url: str) -> None:
+def test_keyboard_focus_follows_the_order_of_the_page(window: Any, url: str) -> None:
     page = opened(window, url).page
     places = []
     for _ in range(60):

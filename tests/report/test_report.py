@@ -301,7 +301,7 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     assert folder in page.text
 
 
-def test_a_run_in_progress_shows_what_is_there_and_names_what_is_not(tmp_path: Path) -> None:
+def test_a_run_in_progress_shows_existing_parts_and_lists_missing_ones(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", students=STUDENT_STEPS[:3])
     with open(run / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"stage": "04-halve-0016", "update": 120, "loss": 0.5}) + '\n{"stage": "04-ha')
@@ -320,11 +320,11 @@ def test_a_teacher_alone_is_reported(tmp_path: Path) -> None:
     assert "Distilled" not in page.text
 
 
-def test_a_whole_run_says_nothing_of_missing_parts(html: str) -> None:
+def test_a_complete_run_mentions_no_missing_parts(html: str) -> None:
     assert "Notices about this report" not in html
 
 
-def test_a_damaged_stage_is_left_out_and_named(tmp_path: Path) -> None:
+def test_a_damaged_stage_is_skipped_and_reported(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run")
     (run / "stages/02-halve-0064/manifest.json").write_text('{"format": 1', encoding="utf-8")
     page = reported(run)
@@ -360,7 +360,7 @@ def bomb(path: Path) -> None:
     ],
     ids=["empty", "cut", "zeros", "other key", "pickle", "no samples", "bad header"],
 )
-def test_samples_that_cannot_be_read_are_named(tmp_path: Path, spoil: Callable[[Path], object]) -> None:
+def test_unreadable_samples_are_reported(tmp_path: Path, spoil: Callable[[Path], object]) -> None:
     run = write_fake_run(tmp_path / "run", students=(128, 64), planned=(128, 64))
     spoil(run / "stages/02-halve-0064/samples/steps-0064.npz")
     page = reported(run)
@@ -368,7 +368,7 @@ def test_samples_that_cannot_be_read_are_named(tmp_path: Path, spoil: Callable[[
     assert "No samples to look at for stage 02-halve-0064." in page.text
 
 
-def test_missing_figures_recipe_log_and_samples_are_named(tmp_path: Path) -> None:
+def test_missing_figures_recipe_log_and_samples_are_listed(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
     for path in ("recipe.json", "log.jsonl", "stages/01-halve-0128/metrics.json"):
         (run / path).unlink()
@@ -442,7 +442,7 @@ def test_points_in_the_plane_are_drawn_where_they_are(tmp_path: Path) -> None:
     np.testing.assert_allclose(drawn - drawn.mean(axis=0), scale * centre * [1, -1], atol=0.11)
 
 
-def test_samples_without_a_picture_are_said_to_have_none(tmp_path: Path) -> None:
+def test_samples_without_a_picture_are_described_as_such(tmp_path: Path) -> None:
     def audio(steps: int, student: bool) -> np.ndarray:
         return np.zeros((4, 1, 160), np.float32)
 
@@ -461,7 +461,7 @@ def test_without_a_stage_and_without_a_log_there_is_one_clear_line(tmp_path: Pat
         write_report(tmp_path / "nowhere")
 
 
-def test_the_room_imports_no_torch() -> None:
+def test_the_package_imports_no_torch() -> None:
     code = (
         "import sys, types; package = types.ModuleType('halfstep'); "
         f"package.__path__ = [{str(Path(sys.modules['halfstep'].__file__ or '').parent)!r}]; "

@@ -64,7 +64,7 @@ def test_samples_of_other_shapes_are_not_compared(tmp_path: Path) -> None:
     assert {row[0]: row for row in reported(run).table("Stage")[2:]}["02-halve-0064"][6] == "–"
 
 
-def test_what_it_cost_follows_from_times_and_figures(tmp_path: Path) -> None:
+def test_the_cost_follows_from_times_and_figures(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run")
     content = json.loads((run / "recipe.json").read_text())
     content["recipe"] |= {"teacher": {"batch_size": 128}, "chain": {"batch_size": 64}}
@@ -163,7 +163,7 @@ def test_a_run_without_figures_of_its_own_takes_the_first_sentence_from_its_eval
     ],
     ids=["cut", "later", "wrong", "list"],
 )
-def test_a_damaged_evaluation_is_left_out_and_said(tmp_path: Path, spoil: Any) -> None:
+def test_a_damaged_evaluation_is_skipped_with_a_note(tmp_path: Path, spoil: Any) -> None:
     run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
     path = RunFolder(run).evaluation_path
     path.parent.mkdir()
@@ -262,7 +262,7 @@ def test_a_symmetric_image_counts_once_and_few_images_are_enough() -> None:
     assert len(alone.real) == 0
 
 
-def test_of_large_data_a_part_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_of_large_data_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("halfstep.measure.nearest.MOST_VALUES", 36 * 10)
     assert nearest_samples(pictures(50), pictures(2, 1).fetch(torch.arange(2)).x0).num_searched == 10
 
@@ -306,7 +306,7 @@ def digit_samples_clean() -> np.ndarray:
     return ((x0 + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-def test_data_that_cannot_be_opened_is_said(tmp_path: Path) -> None:
+def test_data_that_cannot_be_opened_is_reported(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
     content = json.loads((run / "recipe.json").read_text())
     for recipe, said in (
@@ -320,7 +320,7 @@ def test_data_that_cannot_be_opened_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\3\4junk", b"x" * 1000])
-def test_a_damaged_file_of_neighbours_is_said(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_file_of_neighbours_is_reported(tmp_path: Path, content: bytes) -> None:
     run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
     path = RunFolder(run).nearest_path
     path.parent.mkdir()

@@ -64,7 +64,7 @@ def test_the_noise_of_steps_is_torchs(script: Any) -> None:
         torch.testing.assert_close(torch.tensor(found), step_noise(SEEDS, (20,))(step), rtol=0, atol=2e-6)
 
 
-def test_the_way_between_two_noises_is_that_of_the_library(script: Any) -> None:
+def test_the_path_between_two_noises_is_that_of_the_library(script: Any) -> None:
     shares = [0.0, 0.2, 0.5, 1.0]
     for first, second in ((3, 8), (5, 5)):
         found = script.evaluate(

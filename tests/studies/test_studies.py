@@ -181,7 +181,7 @@ def test_a_diverged_cell_says_so_and_does_not_stop_the_study(tmp_path: Path, pro
     assert probe.calls == [0, 1, 2]
 
 
-def test_a_study_goes_on_at_the_cell_where_it_was_cut(tmp_path: Path, probe: Probe) -> None:
+def test_a_study_resumes_at_the_interrupted_cell(tmp_path: Path, probe: Probe) -> None:
     probe.stop_at = 2
     with pytest.raises(Interrupted):
         run_study(probe, tiny(), tmp_path)
@@ -240,7 +240,7 @@ def test_equal_network_calls_are_as_many_steps_as_fit(method: str, num_evals: in
 
 
 @pytest.mark.parametrize("name", ["tiny", *SCALES])
-def test_every_road_to_a_student_costs_what_the_scale_says_within_one_update(name: str) -> None:
+def test_every_method_costs_the_scales_budget_within_one_update(name: str) -> None:
     scale = tiny() if name == "tiny" else SCALES[name]()
     for road in ROADS.values():
         for steps, passes in scale.roads.passes.items():
@@ -354,7 +354,7 @@ def test_same_noise_is_the_distance_from_the_teachers_finest_samples(shared: Pat
     assert [(axes["method"], axes["evals"]) for axes in at_zero] == [("heun", 63)]
 
 
-def test_a_method_that_cannot_take_a_single_step_has_none() -> None:
+def test_a_method_with_more_calls_per_step_than_given_takes_no_step() -> None:
     assert most_steps("rk4", 2) == 0
     assert most_steps("rk4", 3) == 1
 
@@ -400,7 +400,7 @@ def test_every_scale_has_a_plan_whose_models_exist(name: str, study: str) -> Non
             assert axes.get("steps", axes.get("evals")) in students
 
 
-def test_what_is_said_of_the_paper_agrees_with_itself() -> None:
+def test_statements_about_the_paper_are_consistent() -> None:
     """Table 2's row of the method is the start of figure 4's curve; the best of table 1 are printed bold."""
     assert {n: fid for n, fid in FIGURE_4["CIFAR-10"]["student"].items() if n <= 8} == TABLE_2["student"]
     known = {key: value for key, value in TABLE_1.items() if value is not None}
