@@ -84,7 +84,7 @@ class Size(NamedTuple):
     networks: dict[str, UNetConfig]
     """Candidate networks, smallest first."""
     batches: tuple[int, ...]
-    """Candidate batch sizes. Networks and precisions are tried with the first."""
+    """Candidate batch sizes. Trials of networks and precisions use the first."""
     enough: int
     """Minimum number of training samples for a teacher."""
     students: tuple[int, ...]
