@@ -63,7 +63,7 @@ def build(member: type[Any]) -> Any:
 def members(registry: Registry[Any]) -> list[Any]:
     """Return an instance of every registered member as a pytest parameter with its name."""
     found = [pytest.param(build(member), id=name) for name, member in registry.items()]
-    assert found, f"no {registry.family} is registered, so its contract would pass unseen"
+    assert found, f"no {registry.family} is registered, so its contract would pass silently"
     return found
 
 
@@ -120,7 +120,7 @@ def in_turn(name: str, values: Sequence[Any]) -> Callable[[Callable[..., None]],
 
         signature = inspect.signature(test)
         kept = [parameter for parameter in signature.parameters.values() if parameter.name != name]
-        assert len(kept) == len(signature.parameters) - 1, f"the test takes no {name}"
+        assert len(kept) == len(signature.parameters) - 1, f"the test has no argument {name}"
         run.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
         return run
 

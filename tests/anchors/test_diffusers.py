@@ -185,7 +185,7 @@ def set_steps(scheduler: Any, times: Tensor) -> None:
     exact = sigma / alpha
     if isinstance(scheduler, HeunDiscreteScheduler):
         exact = torch.cat([exact[:1], exact[1:-1].repeat_interleave(2), exact[-1:]])
-    assert scheduler.sigmas.shape == exact.shape  # Of another schedule until now, so only the shape can be compared.
+    assert scheduler.sigmas.shape == exact.shape  # the old values are another schedule's
     scheduler.sigmas = exact
 
 

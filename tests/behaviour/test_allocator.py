@@ -35,7 +35,7 @@ def _faults(how: str) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory")
 def test_blocks_that_are_used_again_are_not_cleared_again() -> None:
     pages = 2 * (8 << 20) // resource.getpagesize()
     assert _faults("kept") < pages

@@ -43,7 +43,7 @@ class Net(nn.Module):
         self.layers = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 2))
 
     def forward(self, x_t: Tensor, time: Tensor) -> Tensor:
-        assert self.is_trained or not self.training, "an update was done"
+        assert self.is_trained or not self.training, "an update was run"
         found: Tensor = self.layers(torch.cat([x_t, time[:, None]], 1))
         return found
 

@@ -125,7 +125,7 @@ def test_a_stage_whose_loss_has_stopped_falling_ends_by_its_rule(tmp_path: Path)
         losses = [float(row["loss"]) for row in rows]
         means = [sum(losses[i : i + 5]) / 5 for i in range(0, len(losses), 5)]
         plateau = next(k for k in range(1, len(means) + 1) if RULE.has_stopped_falling(means[:k])) * 5
-        assert plateau < 55, "the toy must have a plateau inside its budget, or this test shows nothing"
+        assert plateau < 55, "without a plateau in the toy's budget, this test proves nothing"
         assert len(rows) == stage.manifest().num_updates == plateau + 5
         rates = [float(row["learning_rate"]) for row in rows]
         planned = [1e-3 * (1 - k / 60) for k in range(len(rows))]

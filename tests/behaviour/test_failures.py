@@ -494,7 +494,7 @@ def test_a_vanished_folder_is_not_recreated_and_the_message_gives_the_last_good_
         r"the last good checkpoint is .*/01-halve-0002/checkpoint-0000000[36]; restore it", str(error.value)
     )
     assert "\n" not in str(error.value)
-    assert not list(disk.iterdir()), "folders were made where the mount had been"
+    assert not list(disk.iterdir()), "folders were created at the old mount point"
     away.rename(path)
     finish(spec, path)
     assert weights(path) == weights(uncut)

@@ -106,7 +106,7 @@ def test_inputs_of_the_first_update_are_prepared_ahead_for_later_ones() -> None:
             made = dict(draw._ahead)
             value = draw.normal("noise", batch.x0.shape[1:])
             drawn_late.append(not made)
-            assert not draw._ahead, "an answer was given twice, or another question was answered"
+            assert not draw._ahead, "a number was used twice or for another request"
             fresh = Draw(0, "a", number, 12, draw.places)
             assert torch.equal(value, fresh.normal("noise", (2,)))
             assert torch.equal(draw.normal("noise", (2,)), value)
@@ -239,7 +239,7 @@ def test_an_update_never_waits_for_the_device(objective: object) -> None:
     assert watch.waits == []
     with _Watch() as watch:
         trainer.window()
-    assert watch.waits, "the watch sees nothing"
+    assert watch.waits, "nothing was recorded"
 
 
 class _Copies(TorchDispatchMode):
@@ -282,7 +282,7 @@ def test_an_update_copies_nothing_from_the_host_except_prepared_inputs(
                 objective.loss(Models(student, teacher), part.batch, part.place.draw)
         copies.append(watch.copies)
     # The first update finds out which numbers it needs. From then on, they stay on the device.
-    assert copies[0], "the watch sees nothing"
+    assert copies[0], "nothing was recorded"
     assert copies[-1] == []
 
 
@@ -305,13 +305,13 @@ def test_clock_numbers_are_sent_to_devices_with_float64(monkeypatch: pytest.Monk
     assert {device for dtype, device in went if dtype == torch.float64} == {"cpu"}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch itself watches there")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, where torch itself detects this")
 def test_on_a_gpu_torch_finds_no_wait_either() -> None:
     trainer = _trainer(Halving(4), ahead=3, cpu=False)
     _finds_no_wait(trainer)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch itself watches there")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, where torch itself detects this")
 def test_on_a_gpu_images_that_lie_there_are_fetched_and_mirrored_without_a_wait() -> None:
     pixels = torch.randint(256, (64, 1, 2, 2), dtype=torch.uint8)
     held = held_on(torch.device("cuda"), MemoryData("toy", pixels))

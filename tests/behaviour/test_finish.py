@@ -93,7 +93,7 @@ def test_a_finish_brings_mean_and_width_of_a_wrong_student_to_the_teachers(gain:
     for _ in trainer.run():
         pass
     after = moments(trainer.finish())
-    assert max(abs(before[0] - MEAN), abs(before[1] - STD)) > 0.15, "the student must start wrong"
+    assert max(abs(before[0] - MEAN), abs(before[1] - STD)) > 0.15, "the student must start with a wrong distribution"
     # Over eight further seeds the largest error was 0.018.
     assert abs(after[0] - MEAN) < 0.03
     assert abs(after[1] - STD) < 0.03

@@ -284,4 +284,4 @@ def test_a_flipped_bit_in_the_reference_cache_changes_no_figure(
     assert torch.equal(again.features, first.features)
     assert torch.equal(again.moments.covariance, first.moments.covariance)
     monkeypatch.setattr(references, "described", None)
-    assert torch.equal(described().features, first.features), "what was made again is not kept"
+    assert torch.equal(described().features, first.features), "what was measured again is not kept"

@@ -476,7 +476,7 @@ def test_the_half_computes_what_a_hook_sees_in_the_whole_network(
     assert found.shape[:2] == (3, half.channels)
     assert float(found.std()) > 0
     fewer = [sum(p.numel() for p in each.parameters()) for each in (half, network)]
-    assert fewer[0] < 0.85 * fewer[1], "the decoder must not be kept"
+    assert fewer[0] < 0.85 * fewer[1], "the decoder must be dropped"
 
 
 @pytest.mark.parametrize(("make", "place", "cond"), CASES)
@@ -485,7 +485,7 @@ def test_every_weight_of_a_critic_takes_part(make: Any, place: str, cond: Mappin
     denoiser = NetworkDenoiser(_random(make()), VPCosine(), V())
     critic = critic_of(Models(denoiser, denoiser))
     y, tau = numbers(3, 2, 8, 8, seed=3), torch.tensor([0.1, 0.5, 1.0]).double()
-    assert torch.equal(critic(y, tau, cond), torch.zeros(3).double()), "a fresh critic decides nothing"
+    assert torch.equal(critic(y, tau, cond), torch.zeros(3).double()), "a fresh critic is undecided"
     nn.init.normal_(critic.leave.weight)
     critic(y, tau, cond).square().sum().backward()
     for name, parameter in critic.named_parameters():
@@ -649,6 +649,6 @@ def test_the_term_alone_repairs_a_wrong_mean() -> None:
     means = []
     for _ in trainer.run():
         means.append(float(student.mean))
-    assert means[19] == -0.5, "a fresh critic must be led"
+    assert means[19] == -0.5, "a fresh critic needs its lead updates"
     late = sum(means[-50:]) / 50
     assert abs(late - float(data.mean())) < 0.1

@@ -134,7 +134,7 @@ def test_the_auxiliary_loss_is_smallest_at_the_score_of_the_landing_points(
         return float(slopes.mean() / (slopes.std() / math.sqrt(SIZE)))
 
     assert abs(slope(0.4)) < 4, "the score of the landing points must be a minimum"
-    assert abs(slope(0.0)) > 8, "the score of other points must not, or nothing was shown"
+    assert abs(slope(0.0)) > 8, "the score of other points must not be a minimum"
 
 
 @every_process
@@ -155,7 +155,7 @@ def test_a_shifted_student_is_pushed_back_at_every_sample(process: NoiseProcess,
     models = models_of(moved, teacher, OptimalAuxiliary(student), start=student)
     Finishing(num_steps).loss(models, gaussian_data(200), draw_for(200)).loss.sum().backward()
     assert moved.by.grad is not None
-    assert bool((moved.by.grad * shift > 0).all()), "descent must go against the shift"
+    assert bool((moved.by.grad * shift > 0).all()), "descent must reduce the shift"
 
 
 class Moved(Denoiser):

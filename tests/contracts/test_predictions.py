@@ -43,7 +43,7 @@ def test_an_output_survives_denoising_and_conversion_back_to_a_target(
 ) -> None:
     """Test the inverse in the other order: for one output, denoised() loses and adds nothing."""
     if prediction.channels != 1:
-        pytest.skip("two outputs for two unknowns are blended, so many outputs mean the same (x0, eps)")
+        pytest.skip("two outputs are blended for two unknowns: several outputs mean the same (x0, eps)")
     t = interior_times(999)
     alpha, sigma = process.alpha_sigma(t)
     output, x_t = numbers(len(t), *SHAPE), numbers(len(t), *SHAPE, seed=1)

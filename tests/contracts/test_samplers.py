@@ -45,7 +45,7 @@ from support import (
 
 def those(parameters: list[Any], kind: str, *, wanted: bool) -> list[Any]:
     found = [parameter for parameter in parameters if getattr(parameter.values[0], kind) is wanted]
-    assert found, "a contract without members would pass unseen"
+    assert found, "a contract without members would pass silently"
     return found
 
 
