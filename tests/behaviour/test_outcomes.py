@@ -283,9 +283,7 @@ def test_an_evaluation_uses_each_models_own_sampler(
     assert rows["student", 4] == (OWN, 7)
     assert rows["teacher-ddim", 8] == (START, 8)
     assert not between or rows["matched", 8] == (MATCHED, 8)
-    assert "teacher-heun at 32 steps" in held["tables"][-1]["protocol"]["reference"], (
-        "the cell with the most network calls"
-    )
+    assert "teacher-heun at 32 steps" in held["tables"][-1]["protocol"]["reference"], "the cell with most network calls"
     held = evaluated(continued, tmp_path / "continued", capsys)
     found = [(row["series"], row["stage"], row["num_steps"], row["num_evals"]) for row in held["tables"][0]["rows"]]
     assert found == [("student", OWN, 4, 7), ("teacher-rk4", START, 8, RK4().num_evals(8))]
