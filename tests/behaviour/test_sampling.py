@@ -49,7 +49,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
     assert torch.allclose(found, expected, atol=1e-5)
     fitting = [size for size in sizes if size <= room]
     assert sum(fitting) == asked
-    # Sizes that did not fit are not tried again, and the chosen size is the largest possible.
+    # Sizes that did not fit are not tried again, and the chosen size is more than half of the largest that fits.
     assert len({size for size in sizes if size > room}) == sum(size > room for size in sizes)
     assert max(fitting) > min(room, asked) / 2
 

@@ -395,7 +395,7 @@ def test_slow_connections_are_closed_a_long_sampling_is_not_and_ctrl_c_ends_it(r
         slow = connected(f"POST /gradio_api/call/compare HTTP/1.1\n{head}Content-Length: 100\n\n{{")
         assert (silent.recv(1), half.recv(1)) == (b"", b"")
         assert b" 408 " in slow.recv(4096)
-        # A client that requests a lot of data and reads none; a small window keeps the data out of the system's buffers.
+        # A client that requests a lot of data but reads none; a small window keeps it out of the system's buffers.
         deaf = socket.socket()
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         deaf.settimeout(60)
