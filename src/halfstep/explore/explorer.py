@@ -23,12 +23,7 @@ from halfstep.core.warnings import HalfstepWarning
 from halfstep.measure.samples import samples_array
 from halfstep.models.folder import find_stage, load, model_path
 from halfstep.models.model import Model
-<<<<<<< HEAD
-from halfstep.report.words import count, inside
-=======
-from halfstep.models.pretrained import model_path
 from halfstep.report.words import inside
->>>>>>> w-report
 from halfstep.runs import Manifest, RunFolder, StageFolder, is_finite
 from halfstep.runtime.files import DamagedFile
 from halfstep.samplers import trajectory

@@ -147,26 +147,14 @@ def check_measurable(data: Data, evaluation: Evaluation) -> None:
 
 
 def few_samples(extractor: str, num_samples: int, num_reference: int, size: int) -> str | None:
-<<<<<<< HEAD
     """Return a warning if these are too few samples for a Frechet distance in `size` dimensions; None if not."""
-    least = min(num_samples, num_reference)
     where = f"In {extractor}, the Frechet distance from {num_samples:,} samples to {num_reference:,} real ones"
-    if least <= size:
+    if too_few(num_samples, num_reference, size):
         needed = f"{size} dimensions need more than {size} of each, preferably {10 * size}"
         return f"{where} is unreliable: {needed}. Use KID instead."
     # By convention, the bias of 50,000 samples is ignored.
-    if least < 50_000:
-        return f"{where} is biased upwards, and more so with fewer samples. Compare it only within its table."
-=======
-    """Return a warning about a Frechet distance of this few samples in `size` dimensions; None if they are enough."""
-    where = f"In {extractor} the Frechet distance of {num_samples:,} samples to {num_reference:,} real ones"
-    if too_few(num_samples, num_reference, size):
-        remedy = f"{size} dimensions need more than {size} of each, preferably ten times as many; use KID instead"
-        return f"{where} is unreliable: {remedy}."
-    # The bias of 50,000 samples is conventionally ignored.
     if min(num_samples, num_reference) < 50_000:
-        return f"{where} is biased upwards, more so with fewer samples: compare it only within its table."
->>>>>>> w-report
+        return f"{where} is biased upwards, and more so with fewer samples. Compare it only within its table."
     return None
 
 
@@ -215,16 +203,11 @@ class Reference(Against):
             "seeds": "0, 1, 2, ...",
             "images": "rounded to uint8" if data.is_image else "as they are",
         }
-<<<<<<< HEAD
-        self.note = few_samples(self.extractor.name, evaluation.num_samples, len(rows), self.real.features.shape[1])
-        """Warning about too few samples, as in `few_samples`."""
-=======
         counts = (evaluation.num_samples, len(rows), self.real.features.shape[1])
         self.note = few_samples(self.extractor.name, *counts)
-        """Warning about distances between so few samples; None if they are enough."""
+        """Warning about too few samples, as in `few_samples`."""
         self.too_few = too_few(*counts)
-        """Whether they are too few for a reliable Frechet distance."""
->>>>>>> w-report
+        """Whether the samples are too few for a reliable Frechet distance."""
         if evaluation.precision != "float32":
             self.protocol["precision"] = evaluation.precision
         if isinstance(self.extractor, Classifier):

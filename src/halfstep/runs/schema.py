@@ -199,13 +199,9 @@ class Metrics(Record):
     seconds: float | None = None
     """Wall time of sampling and measuring, excluding results that already existed."""
     note: str | None = None
-<<<<<<< HEAD
     """Warning if the samples are too few for reliable distances."""
-=======
-    """Warning about distances between so few samples."""
     too_few: bool = False
     """Whether the samples are too few for a reliable Frechet distance (`best.too_few`)."""
->>>>>>> w-report
 
 
 def shortened(names: Sequence[str]) -> str:
