@@ -13,11 +13,22 @@ from halfstep.cli.arguments import device_of, processes_of
 from halfstep.cli.importing import imported
 from halfstep.cli.usage import Count, Side, Steps, Switch, UsageError, in_own_words, parse
 from halfstep.cli.words import Screen, duration
-from halfstep.data import LatentData, Prompts, read_captions, read_classes, read_prompts
+from halfstep.data import (
+    CaptionedClips,
+    CaptionedImages,
+    LatentData,
+    Prompts,
+    read_captions,
+    read_classes,
+    read_clips,
+    read_prompts,
+)
 from halfstep.data import encode as encode_images
 from halfstep.data.images import Preparation
 from halfstep.hub import (
     PIXELS,
+    Autoencoder,
+    autoencoder_of,
     encoder_of,
     export_lora,
     export_onnx,
@@ -122,9 +133,9 @@ def _export_page(arguments: ExportArguments) -> None:
 
 @dataclass
 class EncodeArguments:
-    """Encode images and their captions or classes once, with a latent pipeline's own VAE and text encoders: halfstep
-    encode PIPELINE --data FOLDER --out latents. Without images, sample them from prompts: halfstep encode PIPELINE
-    --prompts prompts.txt --out latents. To resume, run the same command again.
+    """Encode images, videos or sounds with captions or classes once, with a latent pipeline's own VAE and text
+    encoders: halfstep encode PIPELINE --data FOLDER --out latents. Without data, sample it from prompts: halfstep
+    encode PIPELINE --prompts prompts.txt --out latents. To resume, run the same command again.
     """
 
     pipeline: tyro.conf.Positional[str]
@@ -132,8 +143,9 @@ class EncodeArguments:
     out: Path
     """Folder of the latents."""
     data: str | None = None
-    """Images with captions (metadata.jsonl, .csv or .parquet, or a .txt file for each) for a text-conditioned model;
-    one folder of images per class, in the order of the class names, for a class-conditional model.
+    """Images, videos (files or folders of frames) or sounds with captions (metadata.jsonl, .csv or .parquet, or a .txt
+    file for each) for a text-conditioned model; one folder of images per class, in the order of the class names, for a
+    class-conditional model.
     """
     prompts: Path | None = None
     """Text file with one prompt per line, instead of images; the latents are the pipeline's own samples."""
@@ -145,12 +157,14 @@ class EncodeArguments:
     """With --prompts: seed of the noise."""
     image_size: Side | None = None
     """Height and width to resize images to; by default their common size."""
+    frame_rate: float | None = None
+    """Frames per second to take from video files; all by default."""
     call: tuple[str, ...] = ()
     """Pipeline call arguments, such as height=512 width=512."""
     base_precision: BasePrecision = "float32"
     """With --prompts: precision of the weights, the same as in the run."""
     batch_size: Count = 8
-    """Images encoded at once."""
+    """Samples encoded at once."""
     device: str | None = None
     """Device of the encoders; by default cuda if available."""
 
@@ -180,22 +194,13 @@ def encode(argv: Sequence[str]) -> None:
         latents = count(len(found), "latent")
         screen.say(f"{arguments.out}: {latents} of shape {list(found.shape)} sampled from their prompts")
         return
-    assert arguments.data is not None
-    preparation, source = Preparation(arguments.image_size, channels=3), Path(arguments.data)
     model = imported(arguments.pipeline, arguments.call, screen)
-    is_text = not model.num_classes
-    with in_own_words("image-size"):
-        images, names = (read_captions(source, preparation), ()) if is_text else read_classes(source, preparation)
-    encoder = encoder_of(model, device, names)
+    autoencoder = autoencoder_of(model, device)
+    images, names = _data(arguments, autoencoder, model)
+    encoder = encoder_of(model, autoencoder, device, names)
     # Detect unreadable parts before creating the folder, which is tied to these encoders.
     encoder.texts([""])
-    needed = model.shape
-    made = tuple(encoder.images(images.loaded([0]).fetch(torch.tensor([0])).x0).shape[1:])
-    if made != needed:
-        raise UsageError(
-            f"images of the size of {images.files[0]} become latents of shape {list(made)}, but the network of "
-            f"{arguments.pipeline} takes {list(needed)}: choose another --image-size"
-        )
+    encoder.images(images.x0([0]))
     with in_own_words("image-size"):
         found = encode_images(
             images,
@@ -209,6 +214,39 @@ def encode(argv: Sequence[str]) -> None:
     release_texts()
     shown = f"of {count(len(names), 'class')}" if names else "with their texts"
     screen.say(f"{arguments.out}: {count(len(found), 'latent')} of shape {list(found.shape)} {shown}")
+
+
+def _data(
+    arguments: EncodeArguments, autoencoder: Autoencoder, model: Model
+) -> tuple[CaptionedImages | CaptionedClips, tuple[str, ...]]:
+    """Return the data to encode, checked as far as possible without decoding all of it, and the class names."""
+    assert arguments.data is not None
+    source, size = Path(arguments.data), autoencoder.image_size
+    for option, value, is_used in (
+        ("--image-size", arguments.image_size, size is not None),
+        ("--frame-rate", arguments.frame_rate, len(autoencoder.decoded) == 4 and size is None),
+    ):
+        if value is not None and not is_used:
+            raise UsageError(f"{option} has no effect on this pipeline. Remove it")
+    if size is None:
+        assert model.manifest.pipeline is not None
+        preparation = autoencoder.preparation(
+            arguments.frame_rate, model.manifest.pipeline.options.get("audio_end_in_s")
+        )
+        clips = read_clips(source, preparation)
+        clips.check()
+        return clips, ()
+    with in_own_words("image-size"):
+        pixels = Preparation(arguments.image_size, channels=3)
+        images, names = read_classes(source, pixels) if model.num_classes else (read_captions(source, pixels), ())
+        height, width = images.x0([0]).shape[2:]
+    if (height, width) != size:
+        remedy = f"add --image-size {size[0]}" if size[0] == size[1] else "resize the images"
+        raise UsageError(
+            f"{images.files[0]} has {width} x {height} pixels, but {arguments.pipeline} takes {size[1]} x {size[0]}: "
+            f"{remedy}, or change the pipeline's size with --call height={height} width={width}"
+        )
+    return images, names
 
 
 def progress_of(verb: str, screen: Screen) -> Callable[[int, int], None]:

@@ -1,9 +1,11 @@
-"""Latents and text conditions of captioned images, encoded once into a folder and then read from it.
+"""Latents and text conditions of captioned images and clips, encoded once into a folder and then read from it.
+
+"Images" includes clips below: videos and sounds.
 
 FOLDER/
   index.json                  `Index`: the encoder, the images, and a sha256 of each file below
   null.safetensors            the conditions of the empty caption, one sample without the batch axis
-  shard-00000.safetensors     latents [n, channels, height, width] and each condition [n, ...] of the first `shard_size`
+  shard-00000.safetensors     latents [n, *dims] and each condition [n, ...] of the first `shard_size`
   shard-00001.safetensors     images; and so on, in the order of the images
 
 The encoders are callables, independent of the libraries that provide them. Tensors are stored in the dtype of the
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from halfstep.data.base import Data
 from halfstep.data.captions import CaptionedImages, Prompts
+from halfstep.data.clips import CaptionedClips
 from halfstep.objectives.base import Batch
 from halfstep.runtime.files import DamagedFile, InUse, read_json, refuse_file, sha256_of, sweep, user_path, write_json
 from halfstep.runtime.processes import Processes
@@ -47,7 +50,7 @@ class Encoder:
     """Encodes images as latents and captions as conditions, on any device."""
 
     images: Callable[[Tensor], Tensor]
-    """float32 images `[n, 3, h, w]` in [-1, 1] -> latents `[n, c, h/8, w/8]`, scaled as the network expects."""
+    """float32 images `[n, 3, h, w]`, or clips, in [-1, 1] -> latents `[n, *dims]`, scaled as the network expects."""
     texts: Callable[[list[str]], dict[str, Tensor]]
     """n captions -> the conditions by name, each `[n, ...]` with one shape for all captions."""
     key: str
@@ -187,7 +190,7 @@ def open_latents(folder: Path) -> LatentData:
 
 
 def encode(
-    images: CaptionedImages | Prompts,
+    images: CaptionedImages | CaptionedClips | Prompts,
     encoder: Encoder,
     folder: Path,
     batch_size: int = 8,
@@ -252,7 +255,11 @@ def _check_folder(root: Path) -> None:
 
 
 def _begin(
-    images: CaptionedImages | Prompts, encoder: Encoder, root: Path, shard_size: int, class_names: tuple[str, ...]
+    images: CaptionedImages | CaptionedClips | Prompts,
+    encoder: Encoder,
+    root: Path,
+    shard_size: int,
+    class_names: tuple[str, ...],
 ) -> Index:
     """Return the folder's index; write a new one if none exists, or if the existing one has no shards."""
     shards = (None,) * -(-len(images) // shard_size)
@@ -292,16 +299,15 @@ def _differs(then: Origin, now: Origin) -> str:
     return "other " + " and ".join(word for name, word in kinds.items() if getattr(then, name) != getattr(now, name))
 
 
-def _origin(images: CaptionedImages | Prompts) -> Origin:
+def _origin(images: CaptionedImages | CaptionedClips | Prompts) -> Origin:
     """Identify the images; reads all files."""
     if isinstance(images, Prompts):
         return Origin(
             count=len(images), names="", contents="", captions=_digest(images.captions), preparation={"sampled": True}
         )
-    paths = [images.root / path for path in images.files]
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            contents = list(pool.map(lambda path: [path.stat().st_size, sha256_of(path)], paths))
+            contents = list(pool.map(lambda path: [path.stat().st_size, sha256_of(path)], images.contents))
     except OSError as error:
         raise ValueError(f"{error.filename} cannot be read ({error.strerror}): repeat the command") from error
     return Origin(
@@ -326,7 +332,7 @@ def _digest(values: Iterable[Any]) -> str:
 class _Encoding:
     """Fills a folder, and records each file when it is complete."""
 
-    images: CaptionedImages | Prompts
+    images: CaptionedImages | CaptionedClips | Prompts
     encoder: Encoder
     root: Path
     batch_size: int
@@ -386,17 +392,12 @@ class _Encoding:
             conditions = self.encoder.texts(captions)
         if isinstance(self.images, Prompts):
             return self._known({LATENTS: self.images.sampled(part, conditions), **conditions}, captions)
-        x0 = self.images.loaded(part).fetch(torch.arange(len(part))).x0
+        x0 = self.images.x0(part)
         names = [str(self.images.files[index]) for index in part]
-        if x0.shape[1] != 3:
-            raise ValueError(f"{names[0]} has {x0.shape[1]} channels, but encoders take 3: prepare with channels=3")
         with torch.no_grad():
             latents = self.encoder.images(x0)
-        if latents.ndim != 4 or not latents.is_floating_point():
-            raise ValueError(
-                f"the encoder returned {latents.dtype} latents of shape {tuple(latents.shape)} for {names[0]}: floats "
-                f"[n, channels, height, width] are needed"
-            )
+        if not latents.is_floating_point():
+            raise ValueError(f"the encoder returned {latents.dtype} latents for {names[0]}: floats are needed")
         return self._known({LATENTS: latents, **conditions}, names)
 
     def _known(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:

@@ -217,7 +217,7 @@ def trace(pipe: Any, num_steps: int, *, of: int = STEPS, computed: bool = True, 
     if computed:
         hooks.append(module.register_forward_hook(after))
     else:
-        module.forward = _zeros
+        module.forward = zeros
     scheduler.step, scheduler.set_timesteps = seen, set_seen
     pipe.set_progress_bar_config(disable=True)
     try:
@@ -237,7 +237,7 @@ def trace(pipe: Any, num_steps: int, *, of: int = STEPS, computed: bool = True, 
     )
 
 
-def _zeros(sample: Any = None, *args: Any, **kwargs: Any) -> Any:
+def zeros(sample: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Stand-in for a denoiser that is not run."""
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
