@@ -229,7 +229,9 @@ def _is_foreign(path: Path) -> bool:
 def _opened(path: Path, kind: str) -> Iterator[tuple[Any, Any]]:
     """Open a file with PyAV; return its container and first track of a kind."""
     if find_spec("av") is None:
-        raise _Unfit("needs the package av: pip install 'halfstep[clips]', or convert it to .gif, .wav or a folder of frames")
+        raise _Unfit(
+            "needs the package av: pip install 'halfstep[clips]', or convert it to .gif, .wav or a folder of frames"
+        )
     import av
 
     with av.open(str(path)) as container:
@@ -261,7 +263,7 @@ def _wave(path: Path) -> tuple[NDArray[np.float32], int]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", wavfile.WavFileWarning)
         rate, values = wavfile.read(path)
-    x = values.reshape(len(values), -1).T
+    x = np.atleast_2d(values.T)
     if x.dtype.kind == "u":
         x = (x.astype(np.float32) - 128) / 128
     elif x.dtype.kind == "i":

@@ -55,6 +55,8 @@ class Encoder:
     """n captions -> the conditions by name, each `[n, ...]` with one shape for all captions."""
     key: str
     """Identifies weights and settings; equal encoders have equal keys."""
+    null: Mapping[str, Tensor] | None = None
+    """The conditions of one sample without a caption, by name; if None, those of the empty caption."""
 
 
 class _Record(BaseModel):
@@ -357,11 +359,12 @@ class _Encoding:
 
     def _write_null(self) -> None:
         with torch.no_grad():
-            conditions = self.encoder.texts([""])
+            null = self.encoder.null
+            conditions = self.encoder.texts([""]) if null is None else {name: null[name][None] for name in null}
         if LATENTS in conditions:
             raise ValueError(f"the encoder returned a condition called {LATENTS}: give it another name")
-        null = self._checked(conditions, ["the empty caption"])
-        self._record(null=_write(self.root / NULL, {name: value[0] for name, value in null.items()}))
+        checked = self._checked(conditions, ["the empty caption"])
+        self._record(null=_write(self.root / NULL, {name: value[0] for name, value in checked.items()}))
 
     def _write_shard(self, number: int, done: int) -> int:
         """Encode a shard; return the number of images encoded so far, which was `done` before."""

@@ -66,7 +66,7 @@ def encoder_of(
     parts = sorted(file for name in names for file in folder.glob(f"{name}/*.*"))
     key = " ".join(f"{file.relative_to(folder)}:{sha256_of(file)[:12]}" for file in parts)
     options = json.dumps(pipeline.options, sort_keys=True)
-    return Encoder(autoencoder.encode, texts, f"{pipeline.kind} {key} {options}")
+    return Encoder(autoencoder.encode, texts, f"{pipeline.kind} {key} {options}", plain.null)
 
 
 def prompts_of(model: Model, device: str | torch.device = "cpu") -> Encoder:
@@ -77,15 +77,14 @@ def prompts_of(model: Model, device: str | torch.device = "cpu") -> Encoder:
     """
 
     def texts(captions: list[str]) -> dict[str, Tensor]:
-        if captions == [""] and model.null:
-            return {name: value[None] for name, value in model.null.items()}
         return text_conditions(model.manifest, captions, device)
 
     def images(pixels: Tensor) -> Tensor:
         raise NotImplementedError("prompts have no images to encode")
 
     options = json.dumps(_pipeline_of(model.manifest).options, sort_keys=True)
-    return Encoder(images, texts, f"{_pipeline_of(model.manifest).kind} {model.manifest.source} {options}")
+    key = f"{_pipeline_of(model.manifest).kind} {model.manifest.source} {options}"
+    return Encoder(images, texts, key, model.null or None)
 
 
 def _pipeline_of(manifest: Manifest) -> Pipeline:
