@@ -561,8 +561,9 @@ def test_what_cannot_be_encoded_is_refused_before_anything_is_written(
         assert not (tmp_path / "out").exists()
         return line
 
-    needed = "become latents of shape [4, 8, 8], but the network of"
-    assert needed in said("sd", "captioned", "--image-size", "16")
+    line = said("sd", "captioned", "--image-size", "16")
+    assert "0.png has 16 x 16 pixels" in line
+    assert "takes 8 x 8: add --image-size 8, or change the pipeline's size" in line
     assert "--batch-size must be at least 1, got 0" in said("dit", "classes", "--batch-size", "0")
     assert "the device 'banana' cannot be used here" in said("sd", "captioned", "--device", "banana")
     assert "does not use latents: pass its images" in said("ddpm", "captioned")

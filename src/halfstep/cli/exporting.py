@@ -1,4 +1,4 @@
-"""`halfstep export` and `halfstep encode`: export models for other tools, encode images and texts as latents."""
+"""`halfstep export` and `halfstep encode`: export models for other tools, encode data as latents."""
 
 import time
 from collections.abc import Callable, Sequence
