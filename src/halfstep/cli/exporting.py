@@ -11,7 +11,7 @@ import tyro
 
 from halfstep.cli.arguments import device_of, processes_of
 from halfstep.cli.importing import imported
-from halfstep.cli.usage import Count, Side, Steps, Switch, UsageError, in_own_words, parse
+from halfstep.cli.usage import Count, Rate, Side, Steps, Switch, UsageError, in_own_words, parse
 from halfstep.cli.words import Screen, duration
 from halfstep.data import (
     CaptionedClips,
@@ -157,7 +157,7 @@ class EncodeArguments:
     """With --prompts: seed of the noise."""
     image_size: Side | None = None
     """Height and width to resize images to; by default their common size."""
-    frame_rate: float | None = None
+    frame_rate: Rate | None = None
     """Frames per second to take from video files; all by default."""
     call: tuple[str, ...] = ()
     """Pipeline call arguments, such as height=512 width=512."""

@@ -100,6 +100,7 @@ class Range(NamedTuple):
 Count = Annotated[int, Range(1, 1_000_000)]
 Steps = Annotated[int, Range(1, 2**20)]
 Side = Annotated[int, Range(1, 16_384)]
+Rate = Annotated[float, Range(0.01, 1000)]
 Share = Annotated[float, Range(0, 1)]
 Guidance = Annotated[float, Range(0, 1000)]
 

@@ -29,6 +29,8 @@ from halfstep.runtime.storage import GONE
 _RGB: Final = Preparation(channels=3)
 _GIF_SECONDS: Final = 0.1
 """Duration of a frame of a .gif that states none, as in browsers."""
+_ROUNDING: Final = 1e-6
+"""Error of sums of durations, in seconds."""
 
 
 class _Unfit(ValueError):
@@ -65,7 +67,7 @@ class VideoPreparation:
             with _opened(path, "video") as (container, stream):
                 next(container.decode(stream))
                 length = float((stream.duration or 0) * stream.time_base)
-                number = stream.frames if self.frame_rate is None else math.ceil(length * self.frame_rate)
+                number = stream.frames if self.frame_rate is None else math.ceil((length - _ROUNDING) * self.frame_rate)
             number = number or self.num_frames  # unknown before all is decoded
         if number < self.num_frames:
             raise self._too_short(number)
@@ -76,7 +78,7 @@ class VideoPreparation:
         for end, image in _frames(path):
             if rate is None:
                 yield image
-            while rate is not None and place / rate < end - 1e-6:
+            while rate is not None and place / rate < end - _ROUNDING:
                 yield image
                 place += 1
 
