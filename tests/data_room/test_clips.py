@@ -147,6 +147,14 @@ def test_other_files_hold_the_same_frames_and_sounds(tmp_path: Path) -> None:
     longer = VideoPreparation(5, 16, 24, 5.0)
     for call in (longer, longer.check):
         refused(lambda call=call: read(tmp_path / "a.mov", call), "a.mov has 4 frames at 5 per second")
+    with av.open(str(tmp_path / "turned.mov"), "w") as file:
+        stream = file.add_stream("png", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 24, 16, "rgb24"
+        stream.set_display_rotation(90)  # counter-clockwise
+        file.mux(stream.encode(av.VideoFrame.from_image(frames[0])))
+        file.mux(stream.encode())
+    turned = VideoPreparation(1, 24, 16)(tmp_path / "turned.mov")
+    torch.testing.assert_close(turned, every(folder)[:, :1].rot90(1, (2, 3)))
     x = (sine(8000) * 2**15).astype("<i2")
     wavfile.write(tmp_path / "a.wav", 8000, x)
     with av.open(str(tmp_path / "a.flac"), "w") as file:
