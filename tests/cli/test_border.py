@@ -561,12 +561,14 @@ def test_unsupported_input_is_rejected_before_anything_is_written(here: Path, tm
         assert not (tmp_path / "out").exists()
         return line
 
-    needed = "is encoded as latents of shape [4, 8, 8], but the network of"
-    assert needed in said("sd", "captioned", "--image-size", "16")
+    line = said("sd", "captioned", "--image-size", "16")
+    assert "0.png has 16 x 16 pixels" in line
+    assert "takes 8 x 8: add --image-size 8, or change the pipeline's size" in line
     for option in ("--num-steps", "--guidance-scale", "--seed"):
         assert f"{option} has no effect with --data. Remove it" in said("sd", "captioned", option, "3")
     prompts = ["encode", str(here / "sd"), "--prompts", "prompts.txt", "--out", str(tmp_path / "out")]
-    assert "--image-size has no effect with --prompts" in refused([*prompts, "--image-size", "8"], capsys)
+    for option in ("--image-size", "--frame-rate"):
+        assert f"{option} has no effect with --prompts" in refused([*prompts, option, "8"], capsys)
     assert "--batch-size must be at least 1, got 0" in said("dit", "classes", "--batch-size", "0")
     assert "the device 'banana' does not exist here" in said("sd", "captioned", "--device", "banana")
     assert "does not use latents. Pass its images" in said("ddpm", "captioned")
