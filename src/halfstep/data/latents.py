@@ -399,8 +399,11 @@ class _Encoding:
         names = [str(self.images.files[index]) for index in part]
         with torch.no_grad():
             latents = self.encoder.images(x0)
-        if not latents.is_floating_point():
-            raise ValueError(f"the encoder returned {latents.dtype} latents for {names[0]}: floats are needed")
+        if latents.ndim < 3 or not latents.is_floating_point():
+            raise ValueError(
+                f"the encoder returned {latents.dtype} latents of shape {tuple(latents.shape)} for {names[0]}: floats "
+                f"with two or more axes after the batch are needed"
+            )
         return self._known({LATENTS: latents, **conditions}, names)
 
     def _known(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
