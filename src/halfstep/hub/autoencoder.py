@@ -131,6 +131,11 @@ def _shown(pipe: Any, samples: Tensor, call: Mapping[str, Any]) -> Tensor:
     (argument,) = prompted(pipe, ())
     prompts = [0 if argument == "class_labels" else ""] * len(samples)
 
+    def denoise(*args: Any, **kwargs: Any) -> Any:
+        made = _zeros(*args, **kwargs)
+        has_variance = module.config.get("out_channels") == 2 * module.config.get("in_channels", 0)
+        return type(made)(sample=torch.cat([made.sample] * 2, 1)) if has_variance else made
+
     def decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
         shown.append(latents)
         raise _Shown
@@ -139,7 +144,7 @@ def _shown(pipe: Any, samples: Tensor, call: Mapping[str, Any]) -> Tensor:
         return SchedulerOutput(samples) if return_dict else (samples,)
 
     pipe.scheduler = first_order(scheduler)
-    pipe.scheduler.step, module.forward, pipe.vae.decode = step, _zeros, decode
+    pipe.scheduler.step, module.forward, pipe.vae.decode = step, denoise, decode
     pipe.set_progress_bar_config(disable=True)
     try:
         with torch.no_grad(), quiet():
