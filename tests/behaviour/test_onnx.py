@@ -195,5 +195,5 @@ def test_a_missing_package_and_a_missing_number_of_steps_are_reported(
     with pytest.raises(ValueError, match=r"takes any number of steps\. Give the number"):
         export_onnx(made, tmp_path / "sampler.onnx")
     monkeypatch.setattr("halfstep.hub.onnx.find_spec", lambda name: None if name == "onnxscript" else sys)
-    with pytest.raises(ValueError, match=r"onnxscript is missing: pip install 'halfstep\[onnx\]'"):
+    with pytest.raises(ValueError, match=r"needs the package onnxscript: pip install 'halfstep\[onnx\]'"):
         export_onnx(made, tmp_path / "sampler.onnx", 1)
