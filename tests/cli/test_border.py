@@ -682,7 +682,7 @@ def test_folders_without_a_pipeline_are_rejected(source: str, said: str, tmp_pat
         ("classes-ddpm", "digits", ["--matching.guidance-scale", "3"], "Add --matching.null-class"),
         ("ddpm", "digits", ["--matching.prediction", "w"], "unknown prediction 'w'"),
         ("ddpm", "digits", ["--matching.prediction", "both"], "but Both needs 2"),
-        ("ddpm", "latents-dit", [], "makes images in [-1, 1], but"),
+        ("ddpm", "latents-dit", [], "generates images in [-1, 1], but"),
         ("dit", "wide.npz", [], "has samples of shape [4, 4, 4], but"),
         ("ddpm", "digits", ["--matching.guidance-range", "3", "1"], "must satisfy 0 <= low < high"),
         ("ddpm", "digits", ["--matching.guidance-scale", "nan"], "guidance-scale"),
@@ -753,7 +753,7 @@ def test_samples_that_cannot_be_drawn_are_refused(
 
     assert "has only learned 4. Remove it, or distil a model with a range" in said(dit_run, "--guidance-scale", "2")
     assert "has no guidance. Remove it" in said(ddpm_run, "--guidance-scale", "2")
-    assert "add --prompt TEXT" in said(sd_run)
+    assert "Add --prompt TEXT" in said(sd_run)
     assert "--prompt has no effect: this model is not text-conditioned" in said(ddpm_run, "--prompt", "a")
     assert "Choose one of 0 to 999" in said(dit_run, "--class-label", "1000")
     assert "is not class-conditional" in said(sd_run, "--class-label", "1", "--prompt", "a")

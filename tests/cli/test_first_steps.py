@@ -54,6 +54,18 @@ def test_the_help_of_distill_shows_the_defaults_of_the_recipe_of_a_run(toy_run: 
     assert default_of("--data", ["distill", str(toy_run), "--help"], capsys) is not None
 
 
+def test_distill_parses_its_options_before_it_imports(
+    ddpm: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def seen(source: str, call: tuple[str, ...], screen: Screen, *, precision: str) -> None:
+        raise ValueError(f"imported with {call} in {precision}")
+
+    monkeypatch.setattr("halfstep.cli.training.imported", seen)
+    argv = ["distill", str(ddpm), "--call", "height=8", "width=8", "--base_precision", "bf16"]
+    assert "imported with ('height=8', 'width=8') in bf16" in refused(argv, capsys)
+    assert "did you mean '--chain.end-steps'?" in refused([*argv, "--chain.end-step", "4"], capsys)
+
+
 @pytest.mark.parametrize("option", ["--prompts", "--call", "--chain.lora-rank", "--matching.num-updates"])
 def test_the_short_help_of_distill_has_what_pipelines_need(option: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit):

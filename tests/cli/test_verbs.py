@@ -86,6 +86,12 @@ def test_help_is_complete_and_ends_with_examples(verb: str, capsys: Capture) -> 
     assert "{None}|" not in printed.replace("{None}|{", "")
 
 
+def test_the_help_of_train_is_its_own(capsys: Capture) -> None:
+    printed = help_of(["train", "digits", "--help"], capsys)
+    assert "only the teacher" in printed
+    assert "runs/NAME-teacher by default" in printed
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_options_that_shells_complete_are_those_of_the_parser(verb: str, capsys: Capture) -> None:
     short = (

@@ -66,7 +66,7 @@ def test_every_exception_is_needed() -> None:
 
 def test_help_texts_are_among_the_sentences() -> None:
     """tyro shows the docstrings of the arguments' fields, whose modules are in `FILES`."""
-    texts = {sentence.text for sentence in sentences_of(ROOT / "src/halfstep/cli/arguments.py")}
+    texts = {sentence.text for sentence in sentences_of(ROOT / "src/halfstep/cli/sampling.py")}
     assert "Number of samples to draw." in texts
 
 

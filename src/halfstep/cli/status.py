@@ -72,7 +72,7 @@ def view(status: RunStatus) -> Group:
         if stage.checkpoint is not None:
             lines.append(Text(f"last checkpoint: update {stage.checkpoint:,} of {stage.name}"))
         elif stage.update:
-            killed = "a kill restarts the stage, but Ctrl-C saves first"
+            killed = "if killed now, the stage restarts; Ctrl-C saves first"
             lost = killed if status.state == "running" else "the stage restarts"
             lines.append(Text(f"no checkpoint of {stage.name} yet: {lost}"))
     if status.state == "stopped":
