@@ -299,9 +299,9 @@ def zero_terminal_betas(betas: Sequence[float]) -> tuple[float, ...]:
 @processes.register("ve")
 @dataclass(frozen=True)
 class VE(NoiseProcess):
-    """The variance-exploding process: alpha = 1, and sigma^(1 / rho) grows linearly in t.
+    """The variance-exploding process: alpha = 1, and sigma grows from sigma_min to sigma_max.
 
-    sigma, which is also the noise-to-signal ratio, grows from sigma_min to sigma_max.
+    sigma, which is also the noise-to-signal ratio, grows so that sigma^(1 / rho) is linear in t.
 
     Source: Karras et al. 2022, EDM (arXiv:2206.00364), equation 5, with its defaults.
 

@@ -208,7 +208,7 @@ weightings: Registry[type[Weighting]] = Registry("weighting")
 @weightings.register("constant")
 @dataclass(frozen=True)
 class Constant(Weighting):
-    """1: the plain squared error in x0."""
+    """1, the plain squared error in x0."""
 
     def __call__(self, log_snr: Tensor) -> Tensor:
         return torch.ones_like(log_snr)
@@ -218,7 +218,7 @@ class Constant(Weighting):
 @weightings.register("snr")
 @dataclass(frozen=True)
 class SNR(Weighting):
-    """SNR: the squared error in eps."""
+    """SNR, the squared error in eps."""
 
     def __call__(self, log_snr: Tensor) -> Tensor:
         return torch.exp(log_snr)
@@ -228,7 +228,7 @@ class SNR(Weighting):
 @weightings.register("truncated_snr")
 @dataclass(frozen=True)
 class TruncatedSNR(Weighting):
-    """max(SNR, 1): the larger of the squared errors in x0 and eps, as in all models of the paper."""
+    """max(SNR, 1), the larger of the squared errors in x0 and eps, as in all models of the paper."""
 
     def __call__(self, log_snr: Tensor) -> Tensor:
         return torch.exp(log_snr.clamp(min=0))
@@ -238,7 +238,7 @@ class TruncatedSNR(Weighting):
 @weightings.register("snr_plus_one")
 @dataclass(frozen=True)
 class SNRPlusOne(Weighting):
-    """SNR + 1: the squared error in v."""
+    """SNR + 1, the squared error in v."""
 
     def __call__(self, log_snr: Tensor) -> Tensor:
         return torch.exp(log_snr) + 1
