@@ -233,7 +233,7 @@ def sends(sharding: Sharding) -> list[int]:
     """Return the number of gradient reductions in each of three updates with three micro batches."""
     made = trainer(halving(4), sharding, micro_batch=4)
     counts = [0]
-    wrapped = made.student._wrapped
+    wrapped = made.student.wrapped
     if isinstance(wrapped, nn.parallel.DistributedDataParallel):
         average = made.processes.count
 

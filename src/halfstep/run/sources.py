@@ -174,8 +174,7 @@ def _check_dense(what: str, value: Tensor) -> None:
         "sparse": value.layout != torch.strided,
         "on meta": value.is_meta,
     }
-    if any(forms.values()):
-        found = next(form for form, holds in forms.items() if holds)
+    if found := next((form for form, is_so in forms.items() if is_so), None):
         raise ValueError(f"{what} must be dense real numbers in memory, got a tensor that is {found}. Convert it")
 
 

@@ -1,5 +1,6 @@
 """Losses of recent updates, to report on an update that was not finite."""
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, final
@@ -58,19 +59,17 @@ class Recent:
                 ],
                 "largest_x0": _json(torch.stack([part.largest_x0 for part in parts]).max()),
             }
-        statistics["grad_norm"] = _json(norms[update]) if update in norms else None
-        statistics["grad_norm_before"] = _json(norms[update - 1]) if update - 1 in norms else None
-        return statistics
+        return statistics | {"grad_norm": _json(norms.get(update)), "grad_norm_before": _json(norms.get(update - 1))}
 
 
-def _json(value: Tensor | float) -> float | str:
+def _json(value: Tensor | float | None) -> float | str | None:
     """Return a number for JSON, as a string if it is not finite."""
-    number = float(value)
-    return number if torch.isfinite(torch.tensor(number)) else str(number)
+    number = None if value is None else float(value)
+    return number if number is None or math.isfinite(number) else str(number)
 
 
 def _number(value: float | str | None) -> str:
-    return "unknown" if value is None else value if isinstance(value, str) else f"{value:.3g}"
+    return "unknown" if value is None else f"{float(value):.3g}"
 
 
 def in_words(statistics: Mapping[str, Any]) -> str:
