@@ -10,6 +10,7 @@ from halfstep import (
     X0,
     Clipped,
     Consistency,
+    Eps,
     FixedGuidance,
     GaussianDenoiser,
     GuidanceRange,
@@ -19,11 +20,15 @@ from halfstep import (
     Training,
     V,
     VPCosine,
+    VPTable,
     distill,
     sample,
 )
+from halfstep.core.noise import linear_betas
 from halfstep.models.folder import load
 from halfstep.nets import MLP
+from halfstep.objectives import Finishing
+from halfstep.run.course import Match, Start, course
 from toys import finish, points, toy_plan, toy_spec
 
 PROCESS = VPCosine()
@@ -116,6 +121,31 @@ def test_a_plan_may_guide_the_teacher_itself_but_only_once_and_a_finish_needs_th
         distill(teacher, data, plan=plan, null=null, finish=[1])
     with pytest.raises(ValueError, match="null, the null condition, has no effect"):
         distill(teacher, data, start=2, to=1, null=null)
+
+
+def test_a_finish_gets_the_guidance_that_the_chain_has_learned() -> None:
+    training, guidance = Training(20, 1e-3, batch_size=16), FixedGuidance(3.0)
+    plan = course(
+        Start(VPCosine(), V()),
+        Match(training, guidance=guidance),
+        lambda learned: Plan.halvings(4, 2, training, updates_at={}, guidance=learned),
+        after=Plan.finishes([2], training, lambda n: Finishing(n, lead_updates=4)),
+    )
+    assert [stage.objective.label for stage in plan.stages] == ["match", "halve", "finish"]
+    assert all(stage.objective.guidance == guidance for stage in plan.stages)
+
+
+def test_a_teacher_on_a_table_is_matched_at_the_levels_of_its_table_and_others_at_the_times_asked_for() -> None:
+    match = Match(Training(1, 1e-3), prediction=V(), num_times=64)
+    for process, may_move, num_times in (
+        (VPTable(linear_betas(10, 1e-2, 0.5)), False, 10),
+        # It becomes a student on the cosine clock.
+        (VPTable(linear_betas(10, 1e-2, 0.5)), True, 64),
+        (VPCosine(-10, 10), True, 64),
+    ):
+        matching = match.objective(Start(process, Eps(), may_move=may_move))
+        assert matching is not None
+        assert matching.num_times == num_times
 
 
 def test_distill_gives_the_same_student_twice_and_calls_back() -> None:

@@ -247,6 +247,22 @@ def test_figures_are_those_of_the_samples_that_are_kept(tmp_path: Path, referenc
     )
 
 
+def test_resampled_cells_replace_those_in_memory(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.fill([cell()])
+    first = store.samples(cell()).clone()
+    shutil.rmtree(tmp_path / "cells")
+    again = cell()
+    assert isinstance(again.source, ModelSource)
+    # Like rounding on another machine, but larger.
+    again.source._load = lambda: model(shift=0.5)
+    store.fill([again])
+    kept = torch.from_numpy(np.load(tmp_path / "cells" / again.name / "samples.npz")["arr_0"])
+    assert again.name == cell().name
+    assert not torch.equal(kept, first)
+    assert torch.equal(store.samples(again), kept)
+
+
 def test_a_broken_cell_is_reported_and_leaves_nothing(tmp_path: Path, reference: Reference) -> None:
     store, bad = Store(tmp_path), cell(shift=float("nan"))
     with pytest.raises(NonFinite, match="samples in 2 steps are not finite"):

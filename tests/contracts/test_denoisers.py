@@ -541,6 +541,16 @@ def test_a_null_takes_the_dtype_of_the_condition_and_a_scale_that_of_the_sample(
     torch.testing.assert_close(single.x0.double(), double.x0, rtol=0, atol=1e-5)
 
 
+def test_a_null_follows_a_condition_that_changes_its_dtype() -> None:
+    process = VPCosine()
+    x_t, t, labels = labelled(process)
+    inner = ClassDenoiser(process)
+    guided = Guided(inner, {"text": numbers(5, 4, seed=7)}, 2.0)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        guided(x_t, t, {"class_labels": labels, "text": numbers(48, 5, 4, seed=5).to(dtype)})
+        assert inner.heard[-1]["text"].dtype == dtype
+
+
 @pytest.mark.parametrize("shape", [(6,), (6, 3), (6, 3, 2, 2)])
 def test_guidance_weighs_samples_of_any_shape_by_their_own_scale(shape: tuple[int, ...]) -> None:
     """If a network returns its condition and the null is 0, x0 is the scale times the condition."""
