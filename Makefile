@@ -1,29 +1,29 @@
-# torch-fidelity lies in a folder of its own, without its torchvision, for the tests of the features `inception`.
-# Every target makes its own environment in .venv when there is none. The constraints file pins torch, so that nothing
-# replaces the CPU build; set VENV or PYTHON to use others.
+# Targets create the environment .venv if it does not exist; set VENV or PYTHON to use others. The constraints file pins
+# torch, so that nothing replaces the CPU build. torch-fidelity is installed without torchvision in a separate folder,
+# for the tests of the extractor `inception`.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-$(shell cksum pyproject.toml constraints-cpu.txt | cksum | cut -d' ' -f1)
 DOCS_STAMP := $(STAMP)-docs
 
-# Options of pytest-cov, which .ci/run sets.
+# Options for pytest-cov, which .ci/run sets.
 COVERAGE ?=
 
 export HF_HUB_OFFLINE ?= 1
-# Tests start many processes, and each of them would compile every module again.
+# Tests start many processes, which would all compile every module again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow test-all check bench docs clean help
 help:
-	@echo "make demo    train a teacher on the digits, halve it to 8, 4, 2 and 1 steps, write runs/digits/report/index.html"
-	@echo "make test    prove every formula (tests/, CPU, no network), in about 5 minutes on two cores"
-	@echo "make test-slow    run the tests that take seconds (tests/slow_tests.txt), and those marked slow: larger scales, compilers, launchers"
-	@echo "make test-all    run both in one session, which trains what they share once, the longest first; about 15 minutes"
-	@echo "make check   ruff, mypy, import-linter"
-	@echo "make bench   what an update, a sample, memory, a checkpoint and a second process cost, in their short form"
-	@echo "make docs    build the documentation into site/ and check its links"
-	@echo "make clean   remove .venv and caches; runs/ is yours and stays"
+	@echo "make demo       train a teacher on the digits, distil it to 8, 4, 2 and 1 steps, write runs/digits/report/index.html"
+	@echo "make test       run the fast tests (CPU, no network), in about 5 minutes on two cores"
+	@echo "make test-slow  run the slow tests: tests/slow_tests.txt, larger scales, compilers, launchers"
+	@echo "make test-all   run both in one session, which shares their runs, in about 15 minutes"
+	@echo "make check      run ruff, mypy and import-linter"
+	@echo "make bench      run the short benchmarks: updates, sampling, memory, checkpoints, two processes"
+	@echo "make docs       build the documentation into site/ and check its links"
+	@echo "make clean      remove .venv and caches, but not runs/"
 
 $(STAMP):
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "halfstep needs Python 3.11 to 3.13, but $(PYTHON) is %d.%d: make PYTHON=python3.12" % v)'

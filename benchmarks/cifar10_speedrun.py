@@ -4,22 +4,21 @@
         --features ../shared/data/weights/resnet20-cifar10.safetensors
     python benchmarks/cifar10_speedrun.py RUN --tiny ...      # a small demonstration on a CPU
 
-The settings are chosen by measurements on the machine (RUN.plan.json):
+Measurements on the machine determine these settings (RUN.plan.json):
 
 - the precision with the fastest update;
-- the largest network that lets its teacher train on ENOUGH samples in its share of the budget, after subtracting the
-  time to evaluate that network;
+- the largest network whose teacher can train on ENOUGH samples in its share of the budget, minus the time to evaluate
+  that network;
 - the smallest batch that reaches the share CLOSE of the highest samples per second;
-- compilation, if more updates then fit in the budget, including the time to compile.
+- compilation, if more updates then fit into the budget, including the time to compile.
 
-Learning rates and shares are fixed. Then the teacher and its students are trained. All are evaluated with 10,000
-samples in the features of --features against the test images, and so is the teacher with DDIM at 1 to 256 steps.
+Learning rates and shares are fixed. Then the teacher and its students are trained, and evaluated with 10,000 samples
+against the test images in the features of --features. The teacher is also evaluated with DDIM at 1 to 256 steps.
 
-A call stops cleanly after --seconds. Rerun the same command to resume until the table is complete; finished trials,
-updates and rows are kept. The reported time is the sum over all calls, from the start of each process. A call that is
-interrupted in a row of the table repeats that row, so one call for everything is best. A row that would not fit in the
-rest of a call is left to the next call. The last row is the four-step student in float32, to show the effect of
-sampling in bfloat16.
+A call stops cleanly after --seconds. Rerun the same command until the table is complete; finished trials, updates and
+rows are kept. The reported time is the sum over all calls, from the start of each process. An interrupted row of the
+table is repeated, so a single call is best. A row that does not fit into the rest of a call is left to the next call.
+The last row is the four-step student in float32, to show the effect of sampling in bfloat16.
 """
 
 import argparse
@@ -74,7 +73,7 @@ CLOSE = 0.95
 """Share of the highest samples per second that is enough. A larger batch with less gain only costs updates."""
 
 WORTH_COMPILING = 400.0
-"""Seconds that must be left to try compiled networks. Compilation takes a minute or two, which a shorter training could
+"""Seconds that must be left to try compiled networks. Compilation takes a minute or two, which shorter training could
 not recover. The comparison includes the time to compile."""
 
 
@@ -84,12 +83,12 @@ class Size(NamedTuple):
     networks: dict[str, UNetConfig]
     """Candidate networks, smallest first."""
     batches: tuple[int, ...]
-    """Candidate batch sizes. Networks and precisions are tried with the first."""
+    """Candidate batch sizes. Trials of networks and precisions use the first."""
     enough: int
     """Minimum number of training samples for a teacher."""
     students: tuple[int, ...]
     start: int
-    """Number of steps of the teacher of the first student."""
+    """Number of steps of the first student's teacher."""
     count: int
     """Number of samples per row of the table, and of training images for its floor."""
     num_reference: int
@@ -100,7 +99,7 @@ class Size(NamedTuple):
 
     @property
     def evals(self) -> int:
-        """Network calls to draw one sample for each row of the table."""
+        """Network calls to draw one sample for every row of the table."""
         return sum(self.teacher_steps) + sum(self.students)
 
     @property
@@ -117,7 +116,7 @@ def unet(*widths: int) -> UNetConfig:
 
 
 def small_unet(*widths: int) -> UNetConfig:
-    """Return a network that a CPU trains in seconds, but that learns little."""
+    """Return a network that trains in seconds on a CPU but learns little."""
     return UNetConfig(
         block_out_channels=widths, layers_per_block=1, attention=(False, False), mid_attention=False,
         attention_head_dim=8, norm_num_groups=4,
@@ -145,7 +144,7 @@ class Setting(NamedTuple):
 
 
 def recipe_of(data: str, size: Size, setting: Setting, updates: dict[str, int]) -> Recipe:
-    """Return the recipe of a setting with these numbers of updates for the teacher and for all students together."""
+    """Return the recipe of a setting, with these numbers of updates for the teacher and for all students together."""
     parts = len(size.students) + 1
     each = max(1, updates["chain"] // parts)
     return Recipe(
@@ -371,7 +370,7 @@ def measured(
     loaded: dict[str, Model] = {}
     shown_rows = []
     for stage, steps, precision in asked:
-        # Identifies the current weights and features, whatever the folder contained before.
+        # Identifies the current weights and features, independently of the folder's earlier contents.
         place = {
             "model": "teacher" if stage is teacher else "student", "steps": steps, "precision": precision,
             "weights": weights_of(stage.manifest(verify=False))[:12], "features": reference.extractor.name,
@@ -380,7 +379,7 @@ def measured(
         if there:
             shown_rows += there[:1]
             continue
-        # A row that is too long for any call is started in this one.
+        # Start a row in this call if it is too long for any call.
         if clock.left_of_call() < 1.2 * size.count * (steps * plan["call"] + plan["sample"]) < 0.8 * clock.seconds:
             raise Interrupted(signal.SIGTERM)
         with stop.at_once():
@@ -429,8 +428,8 @@ def table(options: argparse.Namespace, size: Size, clock: Clock, stop: StopSigna
 
 
 def share_of_peak(spec: RunSpec, seconds: dict[str, float]) -> dict[str, Any]:
-    """Return the operations per second of teacher and student updates, as measured in the trials, and their share of
-    the card's peak. Only network calls count, with a backward pass as two forward passes."""
+    """Return the operations per second of teacher and student updates in the trials, and their share of the card's
+    peak. Only network calls count, with a backward pass as two forward passes."""
     each = count_forward(spec).flops
     teacher, *students = spec.plan.stages
     updates = sum(stage.training.num_updates for stage in students)

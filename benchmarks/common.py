@@ -1,4 +1,4 @@
-"""Shared code of the benchmarks: interleaved timing, which spreads machine noise over all parts; networks; results."""
+"""Shared code of the benchmarks: networks, results, and interleaved timing, which spreads noise over all parts."""
 
 import argparse
 import json
@@ -79,7 +79,7 @@ def denoiser(name: str, device: str = "cpu") -> NetworkDenoiser:
 
 
 def model_of(name: str) -> Model:
-    """Return the network as an image model that clips x0, as in an image recipe."""
+    """Return the network as a model that clips x0, as in an image recipe."""
     made = denoiser(name).eval()
     channels, side = SIZES[name]
     manifest = Manifest(
@@ -96,7 +96,7 @@ def halving(batch: int, num_updates: int = 10**9, ema_decay: float = 0.999, num_
 
 
 def spec_of(name: str, stage: Stage, **changes: Any) -> RunSpec:
-    """Return a run of one stage on random images; `changes` sets its network or teacher and its engine."""
+    """Return a one-stage run on random images; `changes` sets its network or teacher and its engine."""
     changes.setdefault("data", images(name))
     engine = {each.name: changes.pop(each.name) for each in fields(Engine) if each.name in changes}
     return RunSpec(
@@ -106,7 +106,7 @@ def spec_of(name: str, stage: Stage, **changes: Any) -> RunSpec:
 
 
 def images(name: str, count: int = 2048) -> MemoryData:
-    """Return random images of the network's size, because time does not depend on their content."""
+    """Return random images of the network's size. Timings do not depend on their content."""
     channels, side = SIZES[name]
     generator = torch.Generator().manual_seed(0)
     return MemoryData(
@@ -121,7 +121,7 @@ def synchronise(device: str) -> None:
 
 
 def repeated(part: Callable[[], Any], times: int) -> Callable[[], Any]:
-    """Return a function that calls a part `times` times in a row."""
+    """Return a function that makes `times` consecutive calls of a part."""
 
     def call() -> None:
         for _ in range(times):
@@ -175,7 +175,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def write(name: str, rows: list[dict[str, Any]], options: argparse.Namespace, **more: Any) -> None:
-    """Print the table and write it as JSON with facts about the machine. With --short, write only if --out is given."""
+    """Print the table and write it as JSON with the machine's data. With --short, write only if --out is given."""
     show(name, rows)
     path = options.out or (None if options.short else RESULTS / f"{name}.json")
     if path is not None:

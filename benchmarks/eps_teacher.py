@@ -1,10 +1,10 @@
-"""Distil an eps teacher with linear betas, trained outside halfstep: match it to v and halve it to 4 steps.
+"""Match an eps teacher with linear betas, trained outside halfstep, to v, and halve it to 4 steps.
 
     python benchmarks/eps_teacher.py /tmp/eps-teacher
 
 This trains a `UNet2DModel` of diffusers on the digits with diffusers' own DDPM noise and the plain eps loss, saves it
-as a `DDPMPipeline`, and runs one command, `halfstep distill TEACHER --data digits --to 4`, with the budgets of the
-demo. The table is written to docs/results/eps-teacher.json, next to the table of the demo's native v teacher.
+as a `DDPMPipeline`, and runs `halfstep distill TEACHER --data digits --to 4` with the demo's budgets. The table is
+written to docs/results/eps-teacher.json, next to that of the demo's native v teacher.
 """
 
 import json
@@ -25,7 +25,7 @@ UPDATES, BATCH, RATE, DECAY = 1500, 128, 2e-3, 0.995
 
 
 def train_teacher(folder: Path) -> None:
-    """Train a DDPM of the digits and save it with diffusers in the folder."""
+    """Train a DDPM on the digits and save it with diffusers in the folder."""
     torch.manual_seed(0)
     network = recipes["digits"]().network
     assert isinstance(network, UNetConfig)
@@ -55,7 +55,7 @@ def train_teacher(folder: Path) -> None:
 
 
 def distill(teacher: Path, run: Path) -> list[str]:
-    """Run the distillation command with the demo's budgets, and return its words."""
+    """Run the distillation command with the demo's budgets, and return its arguments."""
     training = recipes["digits"]().chain.training
     words = [
         *("distill", str(teacher), "--data", "digits", "--to", "4", "--start", "64", "--out", str(run)),

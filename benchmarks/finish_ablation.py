@@ -1,4 +1,4 @@
-"""Ablation of the finish: each of its settings varied alone, from students of several numbers of steps of one run.
+"""Ablate the finish: vary each setting alone, starting from a run's students with several numbers of steps.
 
     python benchmarks/finish_ablation.py runs/digits                     # the students at 8, 4, 2 and 1 steps
     python benchmarks/finish_ablation.py runs/fashion_mnist --steps 8 4 --only "map weight 1" "map weight 4"

@@ -32,7 +32,7 @@ AT_ONCE = 50
 def drawn(
     model: halfstep.Denoiser, number: int, shape: tuple[int, ...], steps: int, method: halfstep.Sampler
 ) -> Tensor:
-    """Return samples for the seeds 0, 1, ..., which also determine the noise of a stochastic method's steps."""
+    """Return samples for the seeds 0, 1, ..., which also determine the step noise of stochastic samplers."""
     parts = []
     for first in range(0, number, AT_ONCE):
         seeds = range(first, min(first + AT_ONCE, number))

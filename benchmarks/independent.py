@@ -1,12 +1,12 @@
-"""Evaluate students in features that no plan was tuned with, from noise that nothing else has used.
+"""Evaluate students in independent features and from fresh noise.
 
     python benchmarks/independent.py runs/digits runs/digits-1 runs/digits-2 --out docs/results/digits-independent.json
 
-A run evaluates its models in the features of its own classifier with seeds from 0, and plans were tuned with these
-values. This script trains a perceptron with hidden layers of 256 and 64 on the run's labelled data with a fixed seed,
-and compares samples with seeds from 1,000,000 in its 64 features. The table also contains the metrics in the run's own
-features with these new seeds. Values of several runs (seeds) are averaged. Ratios are relative to the teacher at its
-best: DDIM at 256 steps or Heun at 32 steps, whichever is better in the same features.
+A run evaluates its models in the features of its own classifier with seeds from 0, and the plans were tuned with these
+values. This script trains a perceptron with hidden layers of 256 and 64 units on the run's labelled data with a fixed
+seed, and compares samples with seeds from 1,000,000 in its 64 features. The table also contains the metrics in the
+run's own features with these new seeds. Values of several runs (seeds) are averaged. Ratios are relative to the teacher
+at its best: DDIM at 256 steps or Heun at 32 steps, whichever is better in the same features.
 """
 
 import argparse
@@ -45,7 +45,7 @@ KEPT: Final = ("frechet", "recall", "coverage")
 
 @final
 class Perceptron(FeatureExtractor):
-    """The 64 features before the last layer of a perceptron, before their nonlinearity."""
+    """The 64 features before a perceptron's last layer and nonlinearity."""
 
     def __init__(self, x: Tensor, labels: Tensor, num_classes: int) -> None:
         with torch.random.fork_rng(devices=[]):
@@ -78,7 +78,7 @@ class Perceptron(FeatureExtractor):
 
 @extractors.register("perceptron")
 def perceptron(path: str | None, measured: RealData) -> FeatureExtractor:
-    """64 features of a perceptron that no plan was tuned with."""
+    """64 features of a perceptron that was not used to tune any plan."""
     return Perceptron(*measured.labelled(), measured.num_classes)
 
 

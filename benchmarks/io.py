@@ -10,12 +10,12 @@ Four parts take turns:
 - `checkpoint` is the time from the call until the checkpoint is on the disk and verified;
 - `resume` verifies checksums, reads the files and loads the state.
 
-`waits` is the part of `checkpoint` for which an update waits, the copy of the state. The rest runs in the background.
-`costs` is the additional time of a series of updates that starts with a checkpoint, compared with the same updates
-without one. The share is for a run that saves every 60 seconds.
+`waits` is the part of `checkpoint` for which an update waits: the copy of the state. The rest runs in the background.
+`costs` is the additional time that a checkpoint adds to the updates after it. The share is for a run that saves every
+60 seconds.
 
-`reading` is the number of images per second from a folder that is too large for memory: opened, decoded and resized for
-each batch, as in a run's feed, on all cores without other work.
+`reading` is the number of images per second that a run's feed opens, decodes and resizes for its batches from a folder
+that is too large for memory, on all cores without other load.
 """
 
 import tempfile
@@ -124,10 +124,10 @@ IMAGES = {"PNG": (32, 32), "JPEG": (256, 64)}
 
 
 def reading(kind: str, rounds: int, where: Path | None, count: int = 256) -> dict[str, Any]:
-    """Return the images per second from files of a kind that are in the page cache."""
+    """Return the images per second read from files of one kind in the page cache."""
     side, size = IMAGES[kind]
     generator = torch.Generator().manual_seed(0)
-    # The noise is smooth enough for the file size of a photograph, because decoding time depends on that size.
+    # Decoding time depends on the file size, so the noise is smooth enough to give files the size of photographs.
     small = torch.rand(count, 3, side // 4, side // 4, generator=generator)
     pixels = torch.nn.functional.interpolate(small, size=side, mode="bicubic").clamp(0, 1).mul(255).byte()
     with tempfile.TemporaryDirectory(dir=where, prefix="halfstep-io-") as folder:

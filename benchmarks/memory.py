@@ -3,7 +3,7 @@
     python benchmarks/memory.py                   # the CIFAR-10 network
     python benchmarks/memory.py --short
 
-Every setting runs in its own process, first with a tiny network, so that the libraries have allocated their own memory,
+Every setting runs in its own process, first with a tiny network, so that the libraries allocate their own memory, and
 then with the network:
 
 - `weights` are those of student, moving average and teacher before the first update of the run's last stage;
@@ -15,9 +15,9 @@ On the CPU this is the resident memory of the process, with an allocator that re
 (MALLOC_MMAP_THRESHOLD_; without it a process keeps some of it). On a GPU it is the memory that torch has allocated.
 
 `growth` is the difference in memory between the end and update 50 of a run of 2,050 updates with its log and a
-checkpoint every 20 updates. The data set is small, so that everything has occurred by update 50: an epoch is 8 updates,
-and the orders of several epochs are cached. The memory after a quarter of the run is reported too, because the
-allocator needs several checkpoints to reach its final size.
+checkpoint every 20 updates. The data set is small: an epoch has 8 updates, so by update 50 the orders of several epochs
+are cached. The memory after a quarter of the run is reported too, because the allocator needs several checkpoints to
+reach its final size.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def chain_for(name: str, kind: str, setting: str, batch: int, updates: int, cpu:
 
 
 class Gauge:
-    """A gauge of the memory of this process or of the GPU, in bytes."""
+    """A gauge that measures the memory of this process or of the GPU, in bytes."""
 
     def __init__(self, device: str) -> None:
         self._cuda = device.startswith("cuda")
@@ -135,7 +135,7 @@ UPDATES = 2
 
 
 def stage_measured(spec: RunSpec, gauge: Gauge) -> tuple[int, int, int]:
-    """Return the bytes in use before the first update of the run's last stage and after a few, and the peak between."""
+    """Return the bytes in use before the last stage and after a few of its updates, and the peak between."""
     first = after = peak = 0
     with tempfile.TemporaryDirectory() as folder:
         events = run(spec, Path(folder) / "run")
@@ -169,7 +169,7 @@ def counted(name: str, kind: str, setting: str, batch: int) -> dict[str, float]:
     spec = chain_for(name, kind, setting, batch, UPDATES, True, images(name))
     stage = spec.plan.stages[-1]
     if kind == "halve":
-        # As in a dry run of a chain from this teacher.
+        # A dry run of a chain from this teacher does the same.
         spec = dataclasses.replace(spec, network=None, teacher=model_of(name))
     memory = memory_of_update(stage, count_forward(spec), spec.engine, {})
     return {part: size / MB for part, size in memory._asdict().items()} | {"peak": sum(memory) / MB}

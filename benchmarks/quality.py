@@ -1,4 +1,4 @@
-"""Measure the time to quality: the seconds of distillation until students of 4 steps and of 1 step are good enough.
+"""Measure the time to quality: the seconds of distillation until the 4-step and 1-step students are good enough.
 
     python benchmarks/quality.py RUNS                          # the digits, minutes to an hour on two cores
     python benchmarks/quality.py RUNS --scale small --data ../shared/data/fashion-mnist
@@ -8,12 +8,12 @@ or Heun at 32). Three methods start from the same teacher:
 
 - the paper's chain (DDIM, halved from many steps);
 - the new plan (a first student with a Heun teacher, halvings, and finishes at 4 steps and 1 step);
-- the paper's chain with the update of public re-implementations: float32, the subtractive target, and no warm-up, decay
-  of the learning rate, fused optimiser or batched noise.
+- the paper's chain with the update of public re-implementations: float32, the subtractive target, and no warm-up,
+  learning rate decay, fused optimiser or batched noise.
 
-Each method is tried at several budgets, as shares of its full number of updates. Its time to quality is the time of the
-smallest budget that reaches the mark. The seconds include the stages that lead to a student, but not its evaluation.
-Everything is stored in RUNS; rerun the same command to resume.
+Each method is run with several budgets, as shares of its full number of updates. Its time to quality is the time of the
+smallest budget with which a student is good enough. The seconds include the stages that lead to a student, but not its
+evaluation. Everything is stored in RUNS; rerun the same command to resume.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from halfstep.studies.roads import AT_BEST, way_to
 from halfstep.studies.scales import SCALES, Scale
 
 MARK: Final = 1.1
-"""A student is good enough below this multiple of the distance of the teacher at its best."""
+"""A student is good enough below this multiple of the distance of its teacher at its best."""
 PAPER: Final = "the paper's chain"
 STEPS: Final = (4, 1)
 """Numbers of steps of the timed students."""
@@ -65,7 +65,7 @@ def scaled(plan: Plan, share: float) -> Plan:
 
 
 def plans(scale: Scale, new: Recipe) -> dict[str, Plan]:
-    """Return the plans that the library trains, at full budget: the scale's chain, and a recipe's with finishes."""
+    """Return the library's plans at full budget: the scale's chain, and a recipe's plan with finishes."""
     training = new.finish.training
     lead = min(Finishing.lead_updates, training.num_updates // 4)
     steps = sorted(STEPS, reverse=True)
@@ -128,7 +128,7 @@ def naive_chain(bench: Bench, plan: Plan) -> Iterator[tuple[int, float, NetworkD
 
 
 def library_row(bench: Bench, name: str, plan: Plan, share: float, best: float) -> dict[str, Any]:
-    """Train a plan at a share of its budget and measure its students."""
+    """Train a plan with a share of its budget and measure its students."""
     short = name.replace("'", "").replace(" ", "-")
     changed = scaled(plan, share)
     stages = bench.distil(f"{short}-{share:g}", changed, seed=0).stages()[1:]
@@ -163,7 +163,7 @@ def naive_row(bench: Bench, plan: Plan, share: float, best: float) -> dict[str, 
 
 
 def marks(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return, for each method, the seconds of its smallest budget that reached the mark, or None."""
+    """Return the seconds of each method's smallest budget that was good enough, or None."""
     found = []
     for way in dict.fromkeys(row["way"] for row in rows):
         own = sorted((row for row in rows if row["way"] == way), key=lambda row: row["share"])
@@ -194,7 +194,7 @@ def main() -> None:
 
 
 def measure(scale: Scale, new: Recipe, options: argparse.Namespace) -> None:
-    """Train and evaluate all methods at a scale, with the new plan from `new`, and write the table."""
+    """Train and evaluate all methods at a scale, with the new plan of the recipe `new`, and write the table."""
     bench = Bench(options.runs, scale, None, lambda event: None)
     best = min(bench.measured(bench.teacher, one.num_steps, one.sampler).frechet for one in AT_BEST)
     known = plans(scale, new)

@@ -1,7 +1,7 @@
 """Check that a refactoring keeps the results: the sha256 of the final weights of six toy runs, and a run's metrics.
 
     python benchmarks/same_results.py --out before.json            # before the change
-    python benchmarks/same_results.py --against before.json        # after it: exit code 1 and the differing names
+    python benchmarks/same_results.py --against before.json        # after it: exit code 1 and a list of differences
 
 The runs are a teacher and halvings with a moving average, LoRA students, matching to a range of guidance scales, two
 processes, a run killed and resumed, and `halfstep.distill` in memory. They use only the command line and the public

@@ -20,10 +20,10 @@ from common import arguments, median, median_ratio, model_of, parsed, repeated, 
 from halfstep.hub import export_pipeline
 
 TIMES = 8
-"""Number of times in a row that 4-step samples are drawn, for comparison with sampling in hundreds of steps."""
+"""Number of consecutive draws in a turn with more than FEW steps, and of 4-step samples to compare with them."""
 
 FEW = 8
-"""Largest number of steps at which samples are drawn only once in a row."""
+"""Largest number of steps with a single draw per turn."""
 
 ROUNDS = {"digits": 240, "cifar10": 16, "tiny": 20}
 """Number of rounds at one step; at n steps it is divided by n, but at least three."""
@@ -64,7 +64,7 @@ def measured(name: str, batch: int, steps: list[int], device: str, rounds: int |
     seconds: dict[int, dict[str, list[float]]] = {}
     over: dict[int, float] = {}
     for num in steps:
-        # All parts of a comparison run close together in time, so that the state of the machine is the same.
+        # The parts of a comparison run close together in time, under the same load of the machine.
         parts = {"ours": ours(num), "half": ours(num, "bf16"), "bare": bare(num), "stock": stock(num)}
         times = 1 if num <= FEW else TIMES
         if num != 4:

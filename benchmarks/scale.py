@@ -5,7 +5,7 @@
 
 Each setting is a separate program started with `torchrun`, like a run on several processes. In every process, an update
 of halfstep takes turns with the bare network calls of its share of the batch and an optimiser step, without
-communication. The ratio is therefore the cost of averaging gradients, data, noise, target and moving average.
+communication. The ratio therefore shows the cost of averaging gradients, data, noise, target and moving average.
 `against 1` is the time on one process with one thread, divided by the time of this setting. On a machine with two
 cores, two processes with one thread are compared with one process with two.
 """

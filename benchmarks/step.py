@@ -13,8 +13,8 @@ target, loss or clipping. (A halving has two teacher forward passes and one forw
 for each pair of parameterisations, the subtractive target, an unfused optimiser, a loop over parameters for the moving
 average, and the loss fetched at every update.
 
-All take turns in one process. On a GPU a turn is several updates, because a thread prepares the inputs of halfstep's
-updates ahead and would otherwise do that work during the turns of the others.
+All take turns in one process. On a GPU, a turn consists of several updates, because a thread prepares the inputs of
+halfstep's updates ahead of time and would otherwise do so during the turns of the others.
 """
 
 import copy
@@ -99,7 +99,7 @@ def bare(
 
 
 def naive(name: str, data: MemoryData, device: str, batch: int) -> Callable[[], Any]:
-    """Return a function that runs the same update in the usual, naive way."""
+    """Return a function that runs the same update naively."""
     teacher = denoiser(name).network.to(memory_format=torch.contiguous_format).to(device).eval()
     student = copy.deepcopy(teacher).train()
     ema = copy.deepcopy(teacher)
@@ -219,7 +219,7 @@ def main() -> None:
         torch._dynamo.reset()
         rounds = options.rounds or (60 if name in ("digits", "tiny") else 8)
         rows += measured(name, options.device, options.batch or BATCH[name], rounds, settings)
-        # Written after each network, so that results are kept: compilation can take an hour on a CPU.
+        # Compilation can take an hour on a CPU, so the results are written after each network.
         write("step", rows, options, threads=torch.get_num_threads(), num_steps=NUM_STEPS)
 
 

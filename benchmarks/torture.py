@@ -3,14 +3,13 @@
 python benchmarks/torture.py            50 SIGKILLs, 10 SIGTERMs, 10 damaged checkpoints, 3 full disks, 5 killed ranks
 python benchmarks/torture.py --short    a fifth of them
 
---seed N repeats the same faults, as far as the machine allows.
+--seed N repeats the same faults, up to timing.
 
 The chain and the faults are those of the tests (tests/torture.py): a teacher, two students and their finishes on points
-in the plane, a checkpoint every third update, metrics after each stage, and every fault at a random moment. A run that
-completes must have the same weights and metrics as an uninterrupted run, bit for bit (with two processes, as an
-uninterrupted run with two). It must leave no checkpoint files behind, and must have exited with the code of the fault
-that stopped it. The first failure ends the test with an error. Then the growth of a stage of 2,060 updates with 206
-checkpoints is measured.
+in the plane, a checkpoint every third update, metrics after each stage, and every fault at a random moment. A completed
+run must have the same weights and metrics as an uninterrupted run with the same number of processes, bit for bit. It
+must leave no checkpoint files behind, and each fault must have stopped it with the right exit code. The first failure
+ends the test with an error. Finally, the memory growth of a stage with 2,060 updates and 206 checkpoints is measured.
 """
 
 import argparse
@@ -27,7 +26,7 @@ BLOWS: Final = {"sigkill": 50, "sigterm": 10, "damage": 10, "full_disk": 3, "kil
 
 def main() -> None:
     """Run the faults, print the result and write it."""
-    # The directory of this file would precede the standard library's, and some of its names are the same.
+    # This file's directory would precede the standard library's, and some module names are the same.
     sys.path[0] = str(TESTS)
     import teams
     import torture

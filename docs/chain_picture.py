@@ -1,4 +1,4 @@
-"""Draws docs/fashion.png from a measured run: one noise a column, the chain above, the undistilled teacher below.
+"""Draw docs/fashion.png from a measured run: one noise per column, the chain above the undistilled teacher.
 
 python docs/chain_picture.py runs/fashion_mnist docs/fashion.png
 """
@@ -16,7 +16,7 @@ COLUMNS, LABEL, GAP = 16, 190, 14
 
 
 def rows_of(run: RunFolder) -> tuple[list[tuple[str, np.ndarray]], list[tuple[str, np.ndarray]]]:
-    """(label, images) of the chain, and of the teacher alone at the students' numbers of steps."""
+    """Return (label, images) of the chain, and of the undistilled teacher at the students' numbers of steps."""
     first, *others = run.stages()
 
     def images(stage: StageFolder, result: Result) -> np.ndarray:
@@ -43,7 +43,7 @@ def rows_of(run: RunFolder) -> tuple[list[tuple[str, np.ndarray]], list[tuple[st
 
 
 def main(run: Path, out: Path) -> None:
-    """Writes the picture."""
+    """Draw the picture of `run` and save it as `out`."""
     chain, alone = rows_of(RunFolder(run))
     pixels = chain[0][1].shape[1]
     side = pixels * max(2, 40 // pixels)

@@ -11,7 +11,7 @@ HEAD = """\
 # The command line
 
 `halfstep VERB --help` shows a verb's options, examples and exit codes. `halfstep ls` lists the names that
-options accept. The error for a mistyped verb, option or name suggests the nearest one. Every field of a recipe is an
+options accept. If you mistype a verb, option or name, the error suggests the nearest one. Every field of a recipe is an
 option: `halfstep run digits --help-all` lists them.
 
 <!-- Written by docs/commands.py from src/halfstep/cli/verbs.py. -->
@@ -20,11 +20,15 @@ option: `halfstep run digits --help-all` lists them.
 TAIL = f"""\
 ## Watch a run from another machine
 
-A run writes `heartbeat.json` to its folder every five seconds, and its outcome at the end. `halfstep status RUN`
-reads this file, the plan, the log and the manifests, from any shell or machine that can access the folder. It locks
-and changes nothing.
-On the same machine, it checks whether the process exists. On another machine, it assumes that the process has ended
-after {SILENT_SECONDS:.0f} seconds without a heartbeat, so the two clocks must roughly agree. States:
+```bash
+halfstep status runs/digits --watch
+```
+
+This works from any shell or machine that can access the run's folder, and neither locks nor changes it. A run writes
+`heartbeat.json` to its folder every five seconds, and the outcome at the end. `halfstep status` reads this file, the
+plan, the log and the manifests. On the run's own machine, it checks whether the process exists. On another machine,
+it assumes that the process has ended after {SILENT_SECONDS:.0f} seconds without a heartbeat, so the two clocks must
+roughly agree.
 
 | state | meaning |
 |---|---|
@@ -34,15 +38,15 @@ after {SILENT_SECONDS:.0f} seconds without a heartbeat, so the two clocks must r
 | diverged | a loss or a gradient was not finite |
 | failed | another error, which the status shows |
 
-The time left is training time: the remaining updates, weighted by their forward passes, at the speed of the last rows
-of the log. Measuring the models takes additional time.
+The time left is estimated for training only: the remaining updates, weighted by their forward passes, at the speed of
+the last rows of the log. Measuring the models takes additional time.
 
 ## For machines
 
 With `--json`, stdout is one JSON document, and progress and tables go to stderr. `run`, `train`, `distill` and `demo`
 print the run's status at the end, or the plan with `--dry-run`. `study`, `sample`, `evaluate`, `status`, `ls` and
-`doctor` also have this option. If the output is not a terminal, progress is one line for each stage and figure, and
-one every ten seconds.
+`doctor` also have this option. If the output is not a terminal, progress is printed as one line per stage and figure,
+and one every ten seconds.
 
 Environment variables: `HALFSTEP_CACHE` is the cache folder, which can be deleted at any time. `HALFSTEP_TRACEBACK=1`
 shows the traceback of an error.
@@ -50,7 +54,7 @@ shows the traceback of an error.
 
 
 def text() -> str:
-    """The page."""
+    """Return the page."""
     lines = [HEAD, "## Exit codes", "", "| code | meaning |", "|---:|---|"]
     lines += [f"| {code} | {meaning} |" for code, meaning in EXIT_CODES.items()]
     lines += ["", "## Verbs", "", "| verb | what it does | exit codes |", "|---|---|---|"]

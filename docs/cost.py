@@ -1,8 +1,8 @@
-"""Writes docs/pages/cost.md: docs/cost.md with its tables made from the benchmarks' JSON and from the recipes.
+"""Write docs/pages/cost.md: docs/cost.md with tables generated from the benchmarks' JSON and from the recipes.
 
     python docs/cost.py
 
-A line `{{name}}` of docs/cost.md is replaced by the table of that name; nothing else is touched.
+Each line `{{name}}` of docs/cost.md is replaced with the table `name`. Everything else is copied.
 """
 
 import json
@@ -18,7 +18,7 @@ from halfstep.run.cost import count_forward
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results" / "benchmarks"
 PAPER = {"cifar10_paper": 8, "imagenet64_paper": 64, "lsun_bedroom128_paper": 64, "lsun_church128_paper": 64}
-"""The paper's recipes, and the devices that the authors trained each on (reported second-hand)."""
+"""The paper's recipes, and the number of devices on which the authors trained each (reported second-hand)."""
 PEAK = 989e12
 """Dense bfloat16 operations per second of an H100 or H200, from the data sheet."""
 SHARE = 0.35
@@ -44,7 +44,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def measured(name: str, columns: list[str]) -> str:
-    """Return the table of a benchmark, and where it was measured."""
+    """Return the table of a benchmark, with the machine on which it was measured."""
     held = json.loads((RESULTS / f"{name}.json").read_text())
     rows = [{column: row.get(column) for column in columns} for row in held["rows"]]
     environment = held["environment"]
@@ -57,7 +57,7 @@ def measured(name: str, columns: list[str]) -> str:
 
 
 def priced() -> str:
-    """The paper's recipes on one device, and on as many as the authors used."""
+    """Return the table of the paper's recipes, on one device and on the number that the authors used."""
     rows = []
     for name, devices in PAPER.items():
         recipe = recipes[name]()
@@ -96,7 +96,7 @@ def priced() -> str:
 
 
 def speedrun() -> str:
-    """The table of the speedrun on one GPU, or of its tiny form where none has run it."""
+    """Return the table of the speedrun on one GPU, or of its tiny form if no GPU has run it."""
     full = RESULTS / "cifar10_speedrun.json"
     file = full if full.is_file() else RESULTS / "cifar10_speedrun-tiny.json"
     held = json.loads(file.read_text())
@@ -182,7 +182,7 @@ TABLES = {
 
 
 def page() -> str:
-    """The page's text."""
+    """Return the text of the page."""
     text = (DOCS / "cost.md").read_text(encoding="utf-8")
     return re.sub(r"^\{\{(\w+)\}\}$", lambda match: TABLES[match[1]](), text, flags=re.MULTILINE)
 

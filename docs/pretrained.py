@@ -1,7 +1,7 @@
-"""Puts a student of a run into the package, weights as float16: python docs/pretrained.py STAGE NAME DATA
+"""Add a student to the package, with float16 weights: python docs/pretrained.py STAGE NAME DATA
 
-STAGE is the folder of the stage, such as runs/fashion_mnist/stages/07-finish-0001. `halfstep.load(NAME)` opens it then.
-DATA says in words what it was trained on. The card in its folder, README.md, is written by hand.
+STAGE is the folder of a stage, such as runs/fashion_mnist/stages/07-finish-0001. `halfstep.load(NAME)` then loads it.
+DATA describes the training data in words. The model card, README.md in the student's folder, is written by hand.
 """
 
 import argparse
@@ -20,7 +20,7 @@ def main() -> None:
     options = parser.parse_args()
     model = halfstep.load(options.stage)
     out = PRETRAINED / options.name
-    # The stages and paths of the run mean nothing in the package.
+    # The package does not contain the run's other stages and its files.
     lineage = {"run": None, "parent": None, "teacher": None, "data": options.data, "stage": options.name}
     manifest: Manifest = model.manifest.model_copy(update=lineage)
     save_stage(StageFolder(out), model.denoiser.half(), manifest)

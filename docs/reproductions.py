@@ -1,8 +1,8 @@
 """Write docs/pages/reproductions.md and its figures from the studies' JSON in docs/results/studies/.
 
-To publish a study: run it (`halfstep study table1 --scale smoke`), copy its study.json to
-docs/results/studies/table1-smoke.json, describe in docs/reproductions/table1.md what it shows and what it does not, and
-run `python docs/reproductions.py`. Tables and figures are generated only from the JSON, so they always agree with it.
+To publish a study, run it (`halfstep study table1 --scale smoke`), copy its study.json to
+docs/results/studies/table1-smoke.json, describe its findings and their limits in docs/reproductions/table1.md, and run
+`python docs/reproductions.py`. Tables and figures are generated only from the JSON, so they always agree with it.
 """
 
 import argparse
@@ -62,12 +62,12 @@ def section(name: str, held: dict[str, Any], figure: str) -> str:
 
 
 def spent(seconds: float) -> str:
-    """Return minutes, or seconds if they are few."""
+    """Return a duration in minutes, or in seconds if it is short."""
     return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
 def page(figures: Path) -> str:
-    """Return the whole page; writes its figures to `figures`."""
+    """Return the whole page, and write its figures to `figures`."""
     parts, run, missing = [], [], []
     for name in ORDER:
         for scale_name, scale in SCALES.items():
@@ -77,7 +77,7 @@ def page(figures: Path) -> str:
                 continue
             held = json.loads(file.read_text(encoding="utf-8"))
             if held["scale"] != scale().as_data(studies[name].uses):
-                raise SystemExit(f"{file} was made by other settings of the scale {scale_name}: run the study again")
+                raise SystemExit(f"{file} was made with other settings of the scale {scale_name}. Run the study again")
             run.append(f"{name} ({scale_name})")
             figures.mkdir(parents=True, exist_ok=True)
             rows = [Finding(row["axes"], row["figures"]) for row in held["rows"]]

@@ -1,4 +1,4 @@
-"""Writes the table of published sizes in docs/pages/pipelines.md, as `halfstep distill NAME --dry-run` counts them.
+"""Write the table of published sizes in docs/pages/pipelines.md, with the counts of `halfstep distill NAME --dry-run`.
 
 python docs/sizes.py
 """
@@ -21,11 +21,11 @@ ROWS = {
     "LoRA over float32": LORA,
     **{f"LoRA over {name}": [*LORA, "--base-precision", name] for name in ("bf16", "int8", "nf4")},
 }
-"""Students, and the options that make them."""
+"""Kinds of students, and their options."""
 
 
 def counted(name: str, words: list[str]) -> dict[str, Any]:
-    """What a dry run counts for micro batches of one sample, with gradient checkpointing."""
+    """Return the JSON of a dry run with micro batches of one sample and gradient checkpointing."""
     common = ["--to", "64", "--engine.micro-batch", "1", "--engine.gradient-checkpointing", "--evaluation.no-enabled"]
     with contextlib.redirect_stdout(io.StringIO()) as said:
         main(["distill", name, *common, *words, "--dry-run", "--json"])
@@ -34,7 +34,7 @@ def counted(name: str, words: list[str]) -> dict[str, Any]:
 
 
 def table() -> str:
-    """Return the rows of all published sizes."""
+    """Return the table of all published sizes."""
     lines = [
         "| network | student | weights | gradients, moments, teacher | activations | GiB | fits (GiB) |",
         "|---|---|---:|---:|---:|---:|---|",

@@ -1,10 +1,9 @@
-"""Measures the float32 error of three ways to form the halving target, and draws it for docs/pages/target.md.
+"""Measure the float32 error of three ways to compute the halving target, and plot it for docs/pages/target.md.
 
 python docs/target_error.py    writes docs/results/target-error.json and docs/pages/target-error.svg
 
-The teacher is the exact denoiser of a Gaussian. Every step of the student's grid is taken, the first and the last
-among them, with as many samples as make 2^18 errors a point. The reference is the convex form in float64 from the same
-float32 samples.
+The teacher is the exact denoiser of a Gaussian. Every step of the student's grid is measured, including the first and
+the last, with 2^18 errors per point. The reference is the convex form in float64 from the same float32 samples.
 """
 
 import json
@@ -29,7 +28,7 @@ DRAWN: Final = {"subtractive": ("subtractive", "#c25b12", "s"), "convex": ("conv
 
 
 def two_steps(x_t: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """x_s after two DDIM steps of the teacher, and the x0 of the second."""
+    """Return x_s after two DDIM steps of the teacher, and the x0 of the second step."""
     middle = (t + s) / 2
     x_m = ddim_step(TEACHER(x_t, t), PROCESS, middle)
     second = TEACHER(x_m, middle)
@@ -37,7 +36,7 @@ def two_steps(x_t: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def subtractive(x_t: Tensor, t: Tensor, s: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The paper's formula, solved for x0; its coefficients are formed in `dtype`."""
+    """Return the paper's target, with coefficients computed in `dtype`."""
     x_s, last = two_steps(x_t, t, s)
     alpha_t, sigma_t = (a.to(dtype) for a in PROCESS.alpha_sigma(t))
     alpha_s, sigma_s = (a.to(dtype) for a in PROCESS.landing(s))
@@ -48,12 +47,12 @@ def subtractive(x_t: Tensor, t: Tensor, s: Tensor, dtype: torch.dtype = torch.fl
 
 
 def rounded(value: Tensor) -> float:
-    """Two digits of a measurement."""
+    """Round a measurement to two digits."""
     return float(f"{float(value):.1e}")
 
 
 def measure(num_steps: int) -> dict[str, Any]:
-    """Largest and root mean square errors of a student of `num_steps` steps, and how much it has to learn."""
+    """Return the largest and rms errors for a student with `num_steps` steps, and the rms correction to learn."""
     index = torch.arange(num_steps, dtype=torch.float64)
     t, s = (index + 1) / num_steps, index / num_steps
     generator = torch.Generator().manual_seed(num_steps)
@@ -70,7 +69,7 @@ def measure(num_steps: int) -> dict[str, Any]:
     for name, form in forms.items():
         target = form()
         if target.dtype != torch.float32:
-            raise TypeError(f"{name} is measured in float32, but it came in {target.dtype}")
+            raise TypeError(f"{name} must be float32, got {target.dtype}")
         error = target.double() - exact
         row[name] = {"max": rounded(error.abs().max()), "rms": rounded(error.square().mean().sqrt())}
     row["to_learn_rms"] = rounded((exact - TEACHER(x_t.double(), t).x0).square().mean().sqrt())
@@ -78,7 +77,7 @@ def measure(num_steps: int) -> dict[str, Any]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """The figure: errors of the two forms with float64 coefficients, against the teacher's steps."""
+    """Plot the errors of the two forms with float64 coefficients against the teacher's steps."""
     mpl.rcParams.update({"svg.hashsalt": "halfstep", "svg.fonttype": "none", "font.family": "DejaVu Sans, sans-serif"})
     figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
     steps = [row["teacher_steps"] for row in rows]
@@ -92,7 +91,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         learned,
         color="0.45",
         linestyle="--",
-        label="what there is to learn, rms",
+        label="correction to learn, rms",
     )
     axes.set_xscale("log", base=2)
     axes.set_xticks(steps, [str(count) for count in steps], fontsize=8)
@@ -105,7 +104,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Measures, writes and draws."""
+    """Write the measurements and the figure."""
     torch.set_num_threads(1)
     rows = [measure(2**k) for k in range(13)]
     result = {

@@ -1,4 +1,4 @@
-"""Settings of every test: one thread, no network, the same examples each time."""
+"""Settings of all tests: one thread, no network, reproducible examples."""
 
 import gc
 import os
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Final
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# A fork server looks here for what it is to import ahead, and not where its parent does (Python 3.11), without a word.
+# In Python 3.11, a fork server ignores its parent's import path without a message, and looks here for modules to
+# preload.
 os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 import pytest
@@ -29,7 +30,7 @@ MEASURED: Final = tuple(
         *("behaviour/test_api_door.py", "behaviour/test_python_api.py"),
     )
 )
-"""The fast tests of the mathematics and of its argument checks: only they are measured for coverage, which slows down
+"""The fast tests of the mathematics and of its argument checks. Only these are measured for coverage, which slows down
 all Python code that runs."""
 IS_MEASURED: Final = pytest.StashKey[bool]()
 
@@ -52,7 +53,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Our own warnings are errors. (In pyproject.toml, this would import halfstep before coverage starts.)"""
+    """Turn our own warnings into errors. (In pyproject.toml, this would import halfstep before coverage starts.)"""
     config.addinivalue_line("filterwarnings", "error::halfstep.core.warnings.HalfstepWarning")
 
 

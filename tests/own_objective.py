@@ -1,4 +1,4 @@
-"""A researcher's one file: an objective with two networks of its own, and a recipe that uses it. src knows neither.
+"""A researcher's file with an objective with two networks of its own and a recipe that uses it. src contains neither.
 
 python tests/own_objective.py run own_game --data points.npy --out runs/own
 """
@@ -40,9 +40,9 @@ from halfstep.train.settings import Engine
 
 @dataclass(frozen=True)
 class Game(Objective):
-    """An auxiliary denoiser learns the student's samples; the student moves to where the teacher is surer than it.
+    """An auxiliary denoiser learns the student's samples, and the student moves to where the teacher is more certain.
 
-    An average of the student steadies the student.
+    An average of the student stabilises it.
     """
 
     num_steps: int = 4
@@ -87,7 +87,7 @@ class Game(Objective):
 
     def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
         if os.environ.get("KILLED_AT") == str(draw.update):
-            # In the student's turn, when the critic has taken its step.
+            # In the student's turn, after the critic's step.
             os.kill(os.getpid(), signal.Signals[os.environ["KILLED_BY"]])
         t, eps = self._noisy(batch, draw)
         process = models.student.process
@@ -97,14 +97,14 @@ class Game(Objective):
         with torch.no_grad():
             target = models.teacher(x_t, t, batch.cond).x0
             slow = models.helpers["slow"](x_t, t, batch.cond).x0
-        # Through the critic's input, so that gradients reach the critic's weights too, unless the engine stops them.
+        # Through the critic's input, so the critic's weights also get gradients unless the engine stops them.
         judged = models.helpers["critic"](process.mix(own, eps, t), t, batch.cond).x0
         error = (own - target).square() + 0.1 * (own - slow).square() + self.pull * (judged - target).square()
         return Losses(error.flatten(1).mean(1), process.log_snr(t))
 
 
 def own_game() -> Recipe:
-    """Points, a small MLP, 8 -> 4 steps, and then the game at 4."""
+    """Return a recipe with points, a small MLP, 8 -> 4 steps, and then the game at 4."""
     student = Training(num_updates=12, batch_size=16, learning_rate=1e-3)
     settings: dict[str, Any] = {"type": "own_game", "num_steps": 4, "pull": 0.5}
     return Recipe.model_validate(
@@ -122,7 +122,7 @@ def own_game() -> Recipe:
 
 
 def register() -> None:
-    """Register both. (Decorators would do it, but this file is also imported by tests that share a process with others,
+    """Register both. (Decorators would also work, but this file is imported by tests that share a process with others,
     which run over all registered members.)"""
     objectives.register("own_game")(Game)
     recipes.register("own_game")(own_game)

@@ -1,12 +1,12 @@
-"""The tests that take seconds: `make test` leaves them to `make test-slow`, besides those marked in the test files.
+"""Write tests/slow_tests.txt: the tests that `make test` leaves to `make test-slow`, besides those marked slow.
 
 The slowest run first (tests/conftest.py).
 
     pytest --durations=0 --durations-min=0.2 > durations.txt
     python tests/slow_tests.py durations.txt
 
-writes tests/slow_tests.txt, with the seconds. Only the durations of a complete run say which of a test's parameters are
-slow, so the list is data. A quick test takes less than `LIMIT` seconds, setup included, on two busy cores.
+writes tests/slow_tests.txt, with the seconds. Only the durations of a complete run show which of a test's parameters
+are slow, so the list is data. A fast test takes less than `LIMIT` seconds, including setup, on two busy cores.
 """
 
 import re

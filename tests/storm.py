@@ -1,8 +1,8 @@
-"""Random damage to any file of a run folder: nothing may change a result without a word.
+"""Random damage to any file of a run folder must never change a result silently.
 
-`Storm` copies a run that has ended, or one that was cut, damages one file or folder of the copy, lets all readers look
-at it and runs the same plan again. The run then ends with the weights, figures and samples of the uncut one, or it is
-refused in one line that names a file of it and a remedy, with exit code 2.
+`Storm` copies a finished or interrupted run, damages one file or folder of the copy, runs all readers on it, and runs
+the same plan again. The run must either end with the weights, figures and samples of the undamaged run, or fail with
+exit code 2 and one line that names one of its files and a remedy.
 """
 
 import json
@@ -41,17 +41,17 @@ from toys import finish, points, toy_plan, toy_spec, weights
 
 Seen = TypeVar("Seen")
 REMEDY: Final = re.compile("restore|remove|choose another|start a new run|again", re.I)
-"""A word of what to do, in every refusal."""
+"""Words of a remedy; every error must contain one."""
 
 
 def other_spec() -> RunSpec:
-    """The run of `torture.spec` with another seed."""
+    """Run `torture.spec` with another seed."""
     spec = torture.spec()
     return toy_spec(plan=spec.plan, evaluation=spec.evaluation, seed=1, recipe={"name": "toy", "seed": 1})
 
 
 def lora_spec() -> RunSpec:
-    """A teacher and two students that are low-rank additions to it."""
+    """Return a run of a teacher and two LoRA students."""
 
     def network() -> UNet2D:
         config = unet2d_config(
@@ -71,7 +71,7 @@ def lora_spec() -> RunSpec:
 
 
 def matched_spec() -> RunSpec:
-    """A teacher that is matched to x0 on another clock, and two students of the match."""
+    """Return a run of a teacher that is matched to x0 on another clock, and two students of the match."""
     plan = toy_plan(6, 6).stages
     training = Training(6, 1e-3, 16, ema_decay=0.5)
     match = Plan.of(Matching(16, prediction=X0(), process=VPCosine(-12, 12)), training)
@@ -83,7 +83,7 @@ def matched_spec() -> RunSpec:
 
 
 def cut(spec: RunSpec, path: Path, stage: str, update: int) -> Path:
-    """Run until that update of a stage, then drop the run."""
+    """Run until this update of a stage, then abandon the run."""
     events = run(spec, path)
     next(e for e in events if isinstance(e, Progress) and e.name == stage and e.window.update >= update)
     events.close()  # type: ignore[attr-defined]
@@ -91,7 +91,7 @@ def cut(spec: RunSpec, path: Path, stage: str, update: int) -> Path:
 
 
 def _tried(call: Callable[[], Seen]) -> tuple[Seen | None, str]:
-    """Return what a reader returns; None and its one line if it refuses."""
+    """Return a reader's result, or None and its one-line message if it fails."""
     try:
         return call(), ""
     except ValueError as error:
@@ -119,12 +119,12 @@ def _each_figure_drawn_once(drawn: dict[str, Markup]) -> Iterator[None]:
 
 
 def samples(path: Path) -> dict[str, np.ndarray]:
-    """The samples kept beside the stages of a run, by their places in it."""
+    """Return the samples stored with the stages of a run, by path."""
     return {str(file.relative_to(path)): np.load(file)["arr_0"] for file in sorted(path.glob("stages/*/samples/*.npz"))}
 
 
 def ended_by_two(path: str) -> tuple[list[str], str, str]:
-    """The chain as one of two processes: what it said, and the kind and the text of its refusal."""
+    """Run the chain as one of two processes; write its messages, and the kind and text of its error."""
     said: list[str] = []
     try:
         said = [event.text for event in run(torture.spec(), Path(path)) if isinstance(event, Notice)]
@@ -134,15 +134,15 @@ def ended_by_two(path: str) -> tuple[list[str], str, str]:
 
 
 def cut_by_two(path: str) -> None:
-    """The chain as one of two processes, until an update of its second stage."""
+    """Run the chain as one of two processes until an update of its second stage."""
     cut(torture.spec(), Path(path), "01-halve-0002", 10)
 
 
 class Storm:
-    """Faults in copies of runs below `folder`, as the dice tell; `dealt` counts them by kind, `ends` what came of them.
+    """Random faults in copies of runs below `folder`; `dealt` counts them by kind, `ends` counts their outcomes.
 
     Args:
-        kinds: "chain" of averages and finishes, "lora", "matched", and "pair", the chain as two processes made it.
+        kinds: "chain" with averages and finishes, "lora", "matched", and "pair", the chain run by two processes.
     """
 
     def __init__(self, folder: Path, seed: int = 0, kinds: Sequence[str] = ("chain", "lora", "matched")) -> None:
@@ -150,7 +150,7 @@ class Storm:
         self.dealt: Counter[str] = Counter()
         self.ends: Counter[str] = Counter()
         self.met: Counter[str] = Counter()
-        """Faults by the run that they met."""
+        """Numbers of faults by the kind of run."""
         self.drawn: dict[str, Markup] = {}
         chain = torture.spec()
         finish(chain, folder / "uncut")
@@ -170,10 +170,10 @@ class Storm:
         }
 
     def deal(self, count: int) -> None:
-        """Deal so many faults, one to a run each.
+        """Apply `count` faults, each to a copy of a run.
 
         Raises:
-            AssertionError: naming the fault, if a result changed without a word or an error is not a refusal.
+            AssertionError: naming the fault, if a result changed silently or an error has no remedy.
         """
         for number in range(count):
             kind = self.dice.choice(list(self.faults))
@@ -191,14 +191,14 @@ class Storm:
             shutil.rmtree(path)
 
     def _made_by_two(self) -> list[Path]:
-        """Make the chain by two processes; return the whole run, and one that was cut."""
+        """Run the chain with two processes; return the complete run and an interrupted one."""
         whole, begun = self.folder / "pair", self.folder / "cut-pair"
         for work, path in ((ended_by_two, whole), (cut_by_two, begun)):
             teams.together(2, work, self.folder / "left", str(path))
         return [whole, begun]
 
     def _run(self, spec: RunSpec | None, path: Path, uncut: Path) -> str:
-        """Run it to its end or its refusal, by two processes if there is no `spec`; return which."""
+        """Run to the end or to an error, with two processes if there is no `spec`; return the outcome."""
         said: list[str] = []
         if spec is None:
             first, second = teams.together(2, ended_by_two, self.folder / "left", str(path))
@@ -220,10 +220,10 @@ class Storm:
 
     @staticmethod
     def _equal(path: Path, uncut: Path, is_said: bool) -> str:
-        """Hold a run to the uncut one."""
+        """Compare a run with the undamaged one."""
         for kind, of in (("weights", weights), ("figures", torture.figures), ("samples", samples)):
             own, theirs = of(path), of(uncut)
-            # A foreign stage that the plan does not know is left alone.
+            # A foreign stage that is not in the plan is ignored.
             for name in theirs:
                 assert np.array_equal(own[name], theirs[name]), f"other {kind}: {name}"
         return "equal, with a line" if is_said else "equal"
@@ -237,7 +237,7 @@ class Storm:
         assert REMEDY.search(text), text
 
     def _read(self, path: Path, uncut: Path) -> None:
-        """Let the readers look: each shows what the uncut run has, or leaves it out, or refuses in one line."""
+        """Run the readers: each must show the content of the undamaged run, omit it, or fail with one line."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", HalfstepWarning)
             model, why = _tried(lambda: load(path))
@@ -267,10 +267,10 @@ class Storm:
             for steps, array in stage.samples.items():
                 assert np.array_equal(array, theirs[f"stages/{stage.name}/samples/steps-{steps:04d}.npz"])
 
-    # --- The faults: each damages one place and returns what it did ---
+    # --- The faults: each damages one place and returns a description ---
 
     def _file(self, path: Path, pattern: str = "*") -> Path:
-        # Small files decide as much as the many samples: a kind of file first, then one of it.
+        # Small files matter as much as the many samples, so first draw a kind of file, then a file of this kind.
         kinds: dict[str, list[Path]] = {}
         for file in sorted(path.rglob(pattern)):
             if file.is_file() and file.name != ".lock" and file.stat().st_size:
@@ -278,7 +278,7 @@ class Storm:
         return self.dice.choice(kinds[self.dice.choice(sorted(kinds))])
 
     def _pair(self, path: Path) -> tuple[Path, Path]:
-        """Two files, or two folders, of one kind."""
+        """Return two files or two folders of one kind."""
         while True:
             first = self._file(path)
             if self.dice.random() < 0.5 and first.parent != path:
@@ -315,7 +315,7 @@ class Storm:
         return f"{first.relative_to(path)} over {second.relative_to(path)}"
 
     def foreign(self, path: Path) -> str:
-        """The same file or folder of a run with another seed, or of the uncut one."""
+        """Replace a file or folder with that of a run with another seed, or of the undamaged run."""
         donor = self.folder / self.dice.choice(("other", "uncut", "cut-01-halve-0002"))
         there = self._file(donor)
         if self.dice.random() < 0.5 and there.parent != donor:
@@ -348,7 +348,7 @@ class Storm:
         return f"bit {bit} of {file.relative_to(path)}"
 
     def edit(self, path: Path) -> str:
-        """Another number in a JSON file, or an entry emptied."""
+        """Change a number in a JSON file, or empty an entry."""
         file = self._file(path, "*.json*")
         lines = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
         place = self.dice.randrange(len(lines))
@@ -374,7 +374,7 @@ class Storm:
         return f"{key!r} of {file.relative_to(path)} into {holder[key]!r}"
 
     def misplace(self, path: Path) -> str:
-        """A folder in the place of a file, or a file in that of a folder."""
+        """Replace a file with a folder, or a folder with a file."""
         file = self._file(path)
         if self.dice.random() < 0.5 and file.parent != path:
             place = file.parent

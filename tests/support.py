@@ -1,4 +1,4 @@
-"""What the tests of the mathematics share: numbers, members of a registry, teachers, an integrator."""
+"""Shared code of the mathematical tests: numbers, members of a registry, teachers, an integrator."""
 
 import dataclasses
 import functools
@@ -32,26 +32,26 @@ from halfstep.registry import Registry
 from halfstep.samplers import DDIM, coordinates, samplers
 
 REQUIRED: Final[dict[str, Any]] = {"num_steps": 4, "objective": Halving(4)}
-"""Values for the arguments without a default that a registered class may have."""
+"""Values for arguments of registered classes that have no default."""
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
-    """Unit normal float64 numbers, the same for the same arguments."""
+    """Return standard normal float64 numbers, the same for the same arguments."""
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def clock(*times: float) -> Tensor:
-    """The times as a float64 clock tensor."""
+    """Return the times as a float64 clock tensor."""
     return torch.tensor(times, dtype=torch.float64)
 
 
 def interior_times(count: int = 97) -> Tensor:
-    """Times strictly inside (0, 1), where every process has finite amplitudes of both kinds."""
+    """Return times strictly inside (0, 1), where every process has finite amplitudes of signal and noise."""
     return torch.linspace(0, 1, count + 2, dtype=torch.float64)[1:-1]
 
 
 def build(member: type[Any]) -> Any:
-    """A registered class built with its defaults, and `REQUIRED` where it has none."""
+    """Return an instance of a registered class with its defaults, and `REQUIRED` for fields without one."""
     missing = [
         field.name
         for field in dataclasses.fields(member)
@@ -61,14 +61,14 @@ def build(member: type[Any]) -> Any:
 
 
 def members(registry: Registry[Any]) -> list[Any]:
-    """Every registered member, built, as a pytest parameter that bears its name."""
+    """Return an instance of every registered member as a pytest parameter with its name."""
     found = [pytest.param(build(member), id=name) for name, member in registry.items()]
-    assert found, f"no {registry.family} is registered, so its contract would pass unseen"
+    assert found, f"no {registry.family} is registered, so its contract would pass silently"
     return found
 
 
 def variants() -> list[Any]:
-    """Every registered sampler, and those that integrate in a coordinate in every registered coordinate."""
+    """Return every registered sampler; those that integrate in a coordinate, in every registered coordinate."""
     found = []
     for name, member in samplers.items():
         if "coordinate" in {field.name for field in dataclasses.fields(member)}:
@@ -85,23 +85,23 @@ FURTHER_PROCESSES: Final = [
     pytest.param(VPTable(zero_terminal_betas(linear_betas())), id="vp_table_zero_terminal"),
     pytest.param(VPTable((0.02, 0.1, 0.3, 0.5)), id="vp_table_of_4"),
 ]
-"""What the registered processes become by their arguments, where that changes more than numbers."""
+"""Registered processes with arguments that change more than numbers."""
 
 
 def members_and_further_processes() -> list[Any]:
-    """Every registered process as it is by default, and `FURTHER_PROCESSES`."""
+    """Return every registered process with its defaults, and `FURTHER_PROCESSES`."""
     return [*members(processes), *FURTHER_PROCESSES]
 
 
 def even_amplitudes(process: NoiseProcess) -> bool:
-    """Whether it is one of those whose samples are of unit size and whose angle falls at an even rate in t, so that
-    fixed bounds on roundings hold at every step of the uniform grid."""
+    """Return whether a process has samples of unit size and an angle that falls evenly in t, so that fixed bounds on
+    rounding are valid at every step of the uniform grid."""
     return process in (VPCosine(), FlowMatching())
 
 
 def in_turn(name: str, values: Sequence[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Run a test for each value of an argument within one test: `parametrize` for cases that take less time than pytest
-    needs for a test of its own. A failure names the value."""
+    """Run a test for each value of an argument within one test: `parametrize` for cases that are faster than pytest's
+    overhead per test. A failure names the value."""
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(test)
@@ -120,7 +120,7 @@ def in_turn(name: str, values: Sequence[Any]) -> Callable[[Callable[..., None]],
 
         signature = inspect.signature(test)
         kept = [parameter for parameter in signature.parameters.values() if parameter.name != name]
-        assert len(kept) == len(signature.parameters) - 1, f"the test takes no {name}"
+        assert len(kept) == len(signature.parameters) - 1, f"the test has no argument {name}"
         run.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
         return run
 
@@ -128,7 +128,7 @@ def in_turn(name: str, values: Sequence[Any]) -> Callable[[Callable[..., None]],
 
 
 class ToyNetwork(nn.Module):
-    """A smooth function of x_t and t without symmetries, with as many outputs as a prediction needs."""
+    """A smooth function of x_t and t without symmetries, with the number of outputs that a prediction needs."""
 
     def __init__(self, prediction: Prediction, seed: int = 0) -> None:
         super().__init__()
@@ -141,12 +141,12 @@ class ToyNetwork(nn.Module):
 
 
 def toy_denoiser(process: NoiseProcess, prediction: Prediction, seed: int = 0) -> NetworkDenoiser:
-    """A `ToyNetwork` seen through the process and the prediction: no exact denoiser of anything."""
+    """Return a `ToyNetwork` with the process and the prediction, which is not an exact denoiser of anything."""
     return NetworkDenoiser(ToyNetwork(prediction, seed), process, prediction)
 
 
 class ToyHalf(EncoderHalf):
-    """Smooth features of noisy samples of any shape, for what has no blocks to take a half of."""
+    """Smooth features of noisy samples of any shape, for networks without blocks."""
 
     channels = 5
 
@@ -166,25 +166,25 @@ def _(network: Any) -> EncoderHalf:
 
 
 def skip_where_x0_is_undefined(denoiser: Denoiser) -> None:
-    """Leaves the test where a prediction of noise meets a process with alpha(1) = 0: no x0 follows from it there."""
+    """Skip a prediction of noise on a process with alpha(1) = 0, because it does not determine x0 there."""
     if not bool(torch.isfinite(denoiser(numbers(1, 1), 1.0).x0).all()):
         pytest.skip("at t = 1 this output says nothing about x0 on this process")
 
 
 def gaussian(process: NoiseProcess) -> GaussianDenoiser:
-    """The exact denoiser of a Gaussian that is neither centred nor of unit width."""
+    """Return the exact denoiser of a Gaussian that is neither centred nor of unit width."""
     return GaussianDenoiser(process, mean=0.3, std=0.5)
 
 
 def mixture(process: NoiseProcess) -> MixtureDenoiser:
-    """The exact denoiser of three Gaussians in the plane, of unequal widths and weights."""
+    """Return the exact denoiser of three Gaussians in the plane, with different widths and weights."""
     means = torch.tensor([[-0.8, 0.1], [0.6, 0.7], [0.4, -0.9]], dtype=torch.float64)
     return MixtureDenoiser(process, means, std=clock(0.3, 0.4, 0.35), weights=clock(0.5, 0.2, 0.3))
 
 
 @final
 class Watched(Denoiser):
-    """Another denoiser, with the times and the answers of its calls on record."""
+    """Another denoiser that records the times and outputs of its calls."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
@@ -200,11 +200,11 @@ class Watched(Denoiser):
 
 
 def integrated_flow(denoiser: Denoiser, x_t: Tensor, s: float = 0.0, t: float = 1.0, rtol: float = 1e-12) -> Tensor:
-    """Where the probability-flow ODE takes `x_t` from time t to time s, by an integrator that is not ours.
+    """Return the probability-flow ODE's solution from `x_t` at time t to time s, with an independent integrator.
 
-    With u = x_t / sqrt(alpha^2 + sigma^2) and tan(phi) = sigma / alpha, every process obeys du / dphi =
-    cos(phi) eps - sin(phi) x0. For s = 0 it stops at t = 1e-6 and takes the x0 there, which is off by the
-    square of the noise that is left (4.7e-5 on the cosine process).
+    With u = x_t / sqrt(alpha^2 + sigma^2) and tan(phi) = sigma / alpha, every process obeys du / dphi = cos(phi) eps -
+    sin(phi) x0. For s = 0, the integration stops at t = 1e-6 and returns the x0 there, which is off by the square of
+    the remaining noise (4.7e-5 on the cosine process).
     """
     process = denoiser.process
     last = s or 1e-6
@@ -229,16 +229,16 @@ def integrated_flow(denoiser: Denoiser, x_t: Tensor, s: float = 0.0, t: float = 
 
 
 def pure_noise(process: NoiseProcess, *shape: int, seed: int = 0) -> Tensor:
-    """Samples at t = 1: noise of the process's own amplitude there."""
+    """Return samples at t = 1: noise with the process's own amplitude there."""
     return float(process.alpha_sigma(clock(1.0))[1]) * numbers(*shape, seed=seed)
 
 
 @final
 class Landing(Denoiser):
-    """The x0 with which one step of 1 / num_steps lands where the teacher's DDIM steps land, solved for.
+    """The exact student: its x0 makes one step of 1 / num_steps land where the teacher's DDIM steps land.
 
-    The subtractive form of the paper's algorithm 2, in the dtype of x_t, with `DDIM` taking the steps. It
-    knows nothing of weights and means, which is what makes it a witness for `halving_target`.
+    It solves for the x0 with the subtractive form of the paper's algorithm 2, in the dtype of x_t, with steps taken by
+    `DDIM`. It uses no weights and means, and is therefore an independent check of `halving_target`.
     """
 
     def __init__(self, teacher: Denoiser, num_steps: int, num_teacher_steps: int = 2, offset: float = 0.0) -> None:
@@ -250,7 +250,7 @@ class Landing(Denoiser):
         self.offset = offset
 
     def landing(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """The teacher's x_s at s = t - 1 / num_steps."""
+        """Return the teacher's x_s at s = t - 1 / num_steps."""
         fine = self.num_steps * self.num_teacher_steps
         first = (t * fine).round()
         for k in range(self.num_teacher_steps):
@@ -267,12 +267,12 @@ class Landing(Denoiser):
 
 
 def landing_roundings(teacher: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, num_teacher_steps: int) -> Tensor:
-    """What roundings of 2^-52 may add up to in x_s, `[batch, 1]`, when K DDIM steps of the teacher lead there.
+    """Return the largest sum of rounding errors of 2^-52 in x_s, `[batch, 1]`, after K DDIM steps of the teacher.
 
-    A step forms alpha x0 + sigma eps, and is off by 2^-52 of |alpha x0| + |sigma eps|, which may be far above the sum:
-    of noise 80 times the data, or of an x0 that is sigma / alpha times an output. As x / sigma adds up along the
-    steps, an error at noise sigma_k is one of sigma_s / sigma_k in x_s; and the one step that does the same multiplies
-    x0 by its width, alpha_s - alpha_t sigma_s / sigma_t, which is off by 2^-52 of alpha_s.
+    A step computes alpha x0 + sigma eps, with an error of 2^-52 of |alpha x0| + |sigma eps|, which may be far above the
+    sum: for noise of 80 times the data, or for an x0 that is sigma / alpha times an output. As x / sigma adds up along
+    the steps, an error at noise sigma_k is one of sigma_s / sigma_k in x_s. The single step that does the same
+    multiplies x0 by its width, alpha_s - alpha_t sigma_s / sigma_t, which is off by 2^-52 of alpha_s.
     """
     process = teacher.process
     alpha_s, sigma_s = process.landing(s)
@@ -293,6 +293,6 @@ def landing_roundings(teacher: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, num_
 
 
 def step_width(process: NoiseProcess, t: Tensor, s: Tensor) -> Tensor:
-    """What x0 is multiplied by in a step from t to s, alpha_s - alpha_t sigma_s / sigma_t, `[batch, 1]`."""
+    """Return the factor of x0 in a step from t to s, alpha_s - alpha_t sigma_s / sigma_t, `[batch, 1]`."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = process.alpha_sigma(t), process.landing(s)
     return (alpha_s - alpha_t * sigma_s / sigma_t)[:, None]

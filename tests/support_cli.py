@@ -1,4 +1,4 @@
-"""What tests of the command line share."""
+"""Shared code of the command-line tests."""
 
 import pytest
 
@@ -8,7 +8,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 def refused(argv: list[str], capsys: Capture, code: int = 2) -> str:
-    """The one line that a refused command prints."""
+    """Return the single error line of a failing command."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         main(argv)

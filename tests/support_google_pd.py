@@ -1,4 +1,4 @@
-"""A checkpoint in the layout of the paper's authors, written by this file's own description of their U-Net."""
+"""A checkpoint in the layout of the paper's authors, from this file's own description of their U-Net."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,7 @@ TINY = GooglePDConfig(
 
 
 def shapes(config: GooglePDConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every array of the authors' tree: paper.md (f) and the toy checkpoints, read block by block."""
+    """Return every array of the authors' tree, from paper.md (f) and the toy checkpoints, block by block."""
     emb, heads = config.time_embedding_dim, config.attention_head_dim
     channels = [config.ch * multiplier for multiplier in config.multipliers]
     out = 6 if config.prediction == "both" else 3
@@ -78,7 +78,7 @@ def shapes(config: GooglePDConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def params(config: GooglePDConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random small weights, norms near 1."""
+    """Return small random weights, with norms near 1."""
     dice = np.random.default_rng(seed)
     return {
         path: (0.1 * dice.standard_normal(shape) + path.endswith("/scale")).astype(np.float32)
@@ -87,7 +87,7 @@ def params(config: GooglePDConfig, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def packed(value: Any) -> Any:
-    """flax's way to put an array into msgpack."""
+    """Encode an array for msgpack as flax does."""
     if isinstance(value, np.ndarray):
         content = (list(value.shape), value.dtype.name, value.tobytes())
         return msgpack.ExtType(1, msgpack.packb(content, use_bin_type=True))
@@ -95,7 +95,7 @@ def packed(value: Any) -> Any:
 
 
 def tree_of(flat: dict[str, Any]) -> dict[str, Any]:
-    """Nested under the names between slashes."""
+    """Nest arrays by the names between slashes."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         *folders, name = path.split("/")
@@ -107,7 +107,7 @@ def tree_of(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def checkpoint_bytes(flat: dict[str, Any], **top: Any) -> bytes:
-    """A checkpoint file's bytes; `top` replaces or adds entries beside `ema_params`."""
+    """Return a checkpoint file's bytes; `top` replaces or adds entries next to `ema_params`."""
     tree = {"step": 1, "optimizer": None, "ema_params": tree_of(flat), "num_sample_steps": 8} | top
     data: bytes = msgpack.packb(tree, default=packed, use_bin_type=True)
     return data

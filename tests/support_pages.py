@@ -43,7 +43,7 @@ def lines_of(block: Block) -> Iterator[str]:
 
 
 def inline_commands() -> Iterator[tuple[str, str]]:
-    """Yield (page, command) for the commands of halfstep in running text and tables."""
+    """Yield (page, command) for the halfstep commands in running text and tables."""
     for page in PAGES:
         text = re.sub(r"(?ms)^ *```.*?^ *```", "", page.read_text(encoding="utf-8"))
         for found in re.findall(r"`(halfstep [a-z][^`]*)`", text):
@@ -51,7 +51,7 @@ def inline_commands() -> Iterator[tuple[str, str]]:
 
 
 def arguments_of(line: str) -> list[str] | None:
-    """Return what a shell line passes to halfstep, or None if it does not call it."""
+    """Return the arguments that a shell line passes to halfstep, or None if it does not call it."""
     words = shlex.split(line.removesuffix("&").partition(" > ")[0])
     if words[0] == "halfstep":
         return words[1:]

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers at a tiny size, saved as diffusers saves them."""
+"""Tiny diffusers pipelines, saved as diffusers saves them."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ SD_SCHEDULER: Final = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, 
 
 
 def wake(module: nn.Module, scale: float = 0.3) -> nn.Module:
-    """Gives layers that start at 0 weights that matter, so that every input acts on the output."""
+    """Give non-zero weights to layers that start at 0, so that every input affects the output."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -25,7 +25,7 @@ def wake(module: nn.Module, scale: float = 0.3) -> nn.Module:
 
 
 def replay(stock: str, config: dict[str, Any], conditions: dict[str, tuple[int, ...]], **items: Any) -> Any:
-    """A network of diffusers on a table, whose call is written by hand: its first argument is the sample."""
+    """Return a diffusers network on a table with a hand-written call: its first argument is the sample."""
     from halfstep.nets import Replay
 
     side, channels = config["sample_size"], config["in_channels"]
@@ -58,7 +58,7 @@ def tiny_unet(seed: int = 0, **changes: Any) -> Any:
 
 
 def save_ddpm(folder: Path, scheduler: Any = None, kind: str = "DDPMPipeline", **changes: Any) -> Path:
-    """An unconditional pixel pipeline; epsilon on linear betas with clipping, unless told otherwise."""
+    """Save an unconditional pixel pipeline, by default with epsilon on linear betas and clipping."""
     import diffusers
 
     scheduler = scheduler or diffusers.DDPMScheduler()
@@ -67,7 +67,7 @@ def save_ddpm(folder: Path, scheduler: Any = None, kind: str = "DDPMPipeline", *
 
 
 def save_dit(folder: Path, num_classes: int = 1000, **scheduler: Any) -> Path:
-    """A DiT of classes with a learned variance, and a VAE that halves the sides."""
+    """Save a class-conditional DiT with a learned variance, and a VAE that halves the sides."""
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
     torch.manual_seed(0)
@@ -79,7 +79,7 @@ def save_dit(folder: Path, num_classes: int = 1000, **scheduler: Any) -> Path:
         transformer=wake(transformer), vae=tiny_vae(), scheduler=DDIMScheduler(clip_sample=False, **scheduler)
     )
     pipe.save_pretrained(folder)
-    # The released pipelines hold the names of their classes, which save_pretrained leaves out.
+    # The released pipelines store the names of their classes, which save_pretrained omits.
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"id2label": {"0": "tench, fish", "1": "cat"}}))
     return folder
@@ -98,7 +98,7 @@ def tiny_vae(seed: int = 2, channels: int = 4, **changes: Any) -> Any:
 
 
 def tiny_tokenizer(folder: Path) -> Any:
-    """A CLIP tokenizer that knows single letters."""
+    """Return a CLIP tokenizer of single letters."""
     from transformers import CLIPTokenizer
 
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
@@ -122,7 +122,7 @@ def tiny_text_encoder(projection: bool = False, width: int = 16, seed: int = 3) 
 
 
 def save_sd(folder: Path, tokens: Path, prediction: str = "epsilon", width: int = 16, **scheduler: Any) -> Path:
-    """Stable Diffusion's layout."""
+    """Save a pipeline in Stable Diffusion's layout."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     torch.manual_seed(4)
@@ -140,7 +140,7 @@ def save_sd(folder: Path, tokens: Path, prediction: str = "epsilon", width: int 
 
 
 def tiny_lcm(tokens: Path) -> Any:
-    """Stable Diffusion whose U-Net takes the guidance scale itself, in sinusoids."""
+    """Save a Stable Diffusion pipeline whose U-Net takes the guidance scale as an input, in sinusoids."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     torch.manual_seed(4)
@@ -157,7 +157,7 @@ def tiny_lcm(tokens: Path) -> Any:
 
 
 def save_sd3(folder: Path, tokens: Path, shift: float = 3.0) -> Path:
-    """Stable Diffusion 3's layout, without its third text encoder."""
+    """Save a pipeline in Stable Diffusion 3's layout, without its third text encoder."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     torch.manual_seed(5)
@@ -177,23 +177,23 @@ def save_sd3(folder: Path, tokens: Path, shift: float = 3.0) -> Path:
 
 
 def assert_same(found: Tensor, stock: Tensor) -> None:
-    """To 1e-4 of what [-1, 1] is to images: networks that know no data make larger samples."""
+    """Compare to 1e-4 of the range [-1, 1] of images, scaled up because untrained networks produce larger samples."""
     torch.testing.assert_close(found, stock, rtol=0, atol=1e-4 * max(1.0, float(stock.abs().max())))
 
 
 def noise(*shape: int) -> Tensor:
-    """Unit normal noise, the same for the same shape."""
+    """Return standard normal noise, the same for the same shape."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(7))
 
 
 def quietly(pipe: Any) -> Any:
-    """The pipeline without its progress bar."""
+    """Return the pipeline without its progress bar."""
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def word_tokenizer(folder: Path) -> Any:
-    """A fast tokenizer of single letters and short words, which pads and ends its texts as T5's and Qwen's do."""
+    """Return a fast tokenizer of single letters and short words, which pads and ends texts as T5's and Qwen's do."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -218,7 +218,7 @@ def tiny_t5(width: int = 32, seed: int = 8) -> Any:
 
 
 def tiny_sdxl(tokens: Path) -> Any:
-    """Stable Diffusion XL: sizes, pooled texts, and zeros for no text."""
+    """Save Stable Diffusion XL: sizes, pooled texts, and zeros for no text."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
     torch.manual_seed(4)
@@ -237,7 +237,7 @@ def tiny_sdxl(tokens: Path) -> Any:
 
 
 def tiny_flux(tokens: Path, embedded: bool = True) -> Any:
-    """Flux.1: packed latents, positions, a shift that grows with the size, and (dev) a guidance input."""
+    """Save Flux.1: packed latents, positions, a shift that grows with the size, and (dev) a guidance input."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     torch.manual_seed(5)
@@ -254,12 +254,12 @@ def tiny_flux(tokens: Path, embedded: bool = True) -> Any:
 
 
 def tiny_flux_schnell(tokens: Path) -> Any:
-    """Flux.1 schnell: no guidance input."""
+    """Save Flux.1 schnell: no guidance input."""
     return tiny_flux(tokens, embedded=False)
 
 
 def tiny_decoder(kind: str, **changes: Any) -> Any:
-    """A language model of transformers whose hidden states are texts to an image model."""
+    """Return a transformers language model whose hidden states are an image model's texts."""
     import transformers
 
     torch.manual_seed(9)
@@ -273,7 +273,7 @@ def tiny_decoder(kind: str, **changes: Any) -> Any:
 
 
 def letter_tokenizer() -> Any:
-    """As `word_tokenizer`, but every character is a token: templates of chats are long."""
+    """Return a `word_tokenizer` in which every character is a token, because chat templates are long."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -284,7 +284,7 @@ def letter_tokenizer() -> Any:
 
 
 def tiny_pixart(tokens: Path) -> Any:
-    """PixArt: a mask of the text, and a learned variance."""
+    """Save PixArt: a mask of the text, and a learned variance."""
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 
     torch.manual_seed(5)
@@ -308,7 +308,7 @@ def tiny_umt5(width: int = 32) -> Any:
 
 
 def tiny_wan(tokens: Path) -> Any:
-    """Wan 2.1: video, two calls a step under guidance, a multistep solver on the path of flow matching."""
+    """Save Wan 2.1: video, two calls per step with guidance, a multistep solver on the flow-matching path."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
     torch.manual_seed(5)
@@ -327,7 +327,7 @@ def tiny_wan(tokens: Path) -> Any:
 
 
 def tiny_qwen(tokens: Path) -> Any:
-    """Qwen-Image: packed latents, texts as long as they are, lists of sizes, guidance whose norm is restored."""
+    """Save Qwen-Image: packed latents, texts of their own lengths, lists of sizes, guidance with restored norm."""
     from diffusers import (
         AutoencoderKLQwenImage,
         FlowMatchEulerDiscreteScheduler,
@@ -364,7 +364,7 @@ def tiny_qwen(tokens: Path) -> Any:
 
 
 def tiny_sana(tokens: Path) -> Any:
-    """Sana: DPM-Solver on the path of flow matching, a mask of the text."""
+    """Save Sana: DPM-Solver on the flow-matching path, a mask of the text."""
     from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
 
     torch.manual_seed(5)
@@ -389,7 +389,7 @@ def tiny_sana(tokens: Path) -> Any:
 
 
 def tiny_cogvideox(tokens: Path) -> Any:
-    """CogVideoX: video with its frames first, rotary tables, a table with divided ratios that ends at no signal."""
+    """Save CogVideoX: video with frames first, rotary tables, a table with divided ratios that ends without signal."""
     from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 
     torch.manual_seed(5)
@@ -414,7 +414,7 @@ def tiny_cogvideox(tokens: Path) -> Any:
 
 
 def tiny_lumina2(tokens: Path) -> Any:
-    """Lumina 2: a clock that runs backwards, a negated output, two calls a step, guidance whose norm is restored."""
+    """Save Lumina 2: a reversed clock, a negated output, two calls per step, guidance with restored norm."""
     from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
 
     torch.manual_seed(5)
@@ -431,7 +431,7 @@ def tiny_lumina2(tokens: Path) -> Any:
 
 
 def tiny_z_image(tokens: Path) -> Any:
-    """Z-Image: lists of samples and of texts, a clock that runs backwards, a negated output, c + s (c - u)."""
+    """Save Z-Image: lists of samples and texts, a reversed clock, a negated output, c + s (c - u)."""
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 
     torch.manual_seed(5)
@@ -447,7 +447,7 @@ def tiny_z_image(tokens: Path) -> Any:
 
 
 def tiny_stable_audio(tokens: Path) -> Any:
-    """Stable Audio: sound, on EDM's noise levels, whose angle is the network's time."""
+    """Save Stable Audio: audio on EDM's noise levels, with the angle as the network's time."""
     from diffusers import (
         AutoencoderOobleck,
         CosineDPMSolverMultistepScheduler,
@@ -474,7 +474,7 @@ def tiny_stable_audio(tokens: Path) -> Any:
 
 
 def tiny_auraflow(tokens: Path) -> Any:
-    """AuraFlow, which no line of the library names."""
+    """Save AuraFlow, for which the library has no specific code."""
     from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
     torch.manual_seed(5)
@@ -492,7 +492,7 @@ def tiny_auraflow(tokens: Path) -> Any:
 
 
 def tiny_chroma(tokens: Path) -> Any:
-    """Chroma, which no line of the library names: Flux with a mask and two calls."""
+    """Save Chroma, for which the library has no specific code: Flux with a mask and two calls."""
     from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
     torch.manual_seed(5)

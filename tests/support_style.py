@@ -1,7 +1,7 @@
-"""The style of our English as patterns: what a sentence must not contain, and where sentences are found.
+"""Patterns that our English avoids, and the search for them in files.
 
-`prose_of_markdown` and `prose_of_python` return the sentences of a file; `faults` returns what is wrong with one.
-`python tests/support_style.py src` lists the faults of files and folders.
+`prose_of_markdown` and `prose_of_python` return the sentences of a file, and `faults` returns the patterns in one.
+`python tests/support_style.py src` lists the faults in files and folders.
 """
 
 import ast
@@ -15,14 +15,14 @@ from typing import Final, NamedTuple
 
 
 class Sentence(NamedTuple):
-    """A sentence, and the line on which its paragraph begins."""
+    """A sentence, and the line on which its paragraph starts."""
 
     line: int
     text: str
 
 
 class Pattern(NamedTuple):
-    """What a sentence must not contain, and a sentence that does."""
+    """A regular expression that must not match a sentence, and a sentence that it matches."""
 
     regex: str
     example: str
@@ -31,16 +31,16 @@ class Pattern(NamedTuple):
 THING: Final = (
     r"(?:network|teacher|student|denoiser|model|option|setting|page|file|folder|scheduler|classifier|critic)s?"
 )
-"""What cannot talk."""
+"""Things that cannot talk."""
 
 PATTERNS: Final[Mapping[str, Pattern]] = {
-    # How no sentence opens.
+    # Openings of sentences.
     "opens with 'Of'": Pattern(r"^Of\b(?! course)", "Of the data a part is used."),
     "opens with 'In here'": Pattern(r"^In here\b", "In here an exception is caught."),
     "opens with 'What'": Pattern(r"^What\b(?!.*\?$)", "What a run lacks is left out."),
     "opens with 'Where there'": Pattern(r"^Where there\b", "Where there is a class, it is used."),
     "opens with 'Whoever'": Pattern(r"^Whoever\b", "Whoever samples needs no trainer."),
-    # Words of a translation, each with the English one.
+    # Literal translations, each with the English expression.
     "'in place of': instead of": Pattern(r"\bin (?:the )?place of\b", "A float in the place of a tensor."),
     "'in its place': instead": Pattern(r"\bin its place\b", "It puts another in its place."),
     "'anew': again, re-": Pattern(r"\banew\b", "The stage begins anew."),
@@ -86,7 +86,7 @@ PATTERNS: Final[Mapping[str, Pattern]] = {
 }
 
 ALLOWED: Final[Mapping[str, str]] = {}
-"""Sentences that a pattern finds wrongly, each with the reason."""
+"""False positives of the patterns, each with the reason."""
 
 
 def faults(sentence: str) -> list[str]:
@@ -173,6 +173,7 @@ def found_in(path: Path) -> list[str]:
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        for path in sorted(Path(name).rglob("*.py")) if Path(name).is_dir() else [Path(name)]:
+        inside = (path for path in sorted(Path(name).rglob("*")) if path.suffix in (".md", ".py"))
+        for path in inside if Path(name).is_dir() else [Path(name)]:
             for fault in found_in(path):
                 print(f"{path}:{fault}")

@@ -1,6 +1,6 @@
-"""Several processes on this machine's CPU, and what they do in the tests.
+"""Several processes on this machine's CPU, and the functions that they run in the tests.
 
-A fork server imports torch once, so that each team costs a fraction of a second for a process.
+A fork server imports torch once, so each team costs a fraction of a second per process.
 """
 
 import contextlib
@@ -50,9 +50,9 @@ Work = Callable[..., Any]
 
 
 def context() -> ForkServerContext:
-    """The fork server, with what the tests need imported."""
+    """Return the fork server, with the modules that the tests need imported."""
     made = multiprocessing.get_context("forkserver")
-    # There is one server for all tests of a process, and what it imports is what it finds by its environment alone.
+    # All tests of a process share one server, whose imports depend only on its environment.
     tests = str(Path(__file__).parent)
     if tests not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), tests)))
@@ -76,7 +76,7 @@ def _member(work: Work, index: int, count: int, port: int, folder: str, argument
 
 
 def start(count: int, work: Work, folder: Path, *arguments: Any) -> list[BaseProcess]:
-    """The processes that do `work(*arguments)` together, which leave what they return, or fail with, in the folder."""
+    """Start processes that run `work(*arguments)` together and leave their results or errors in the folder."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -91,7 +91,7 @@ def start(count: int, work: Work, folder: Path, *arguments: Any) -> list[BasePro
 
 
 def ended(team: list[BaseProcess], folder: Path, seconds: float = 120) -> list[dict[str, Any]]:
-    """What each process has left: {"result": ...} or {"error": ...}; empty for one that was killed."""
+    """Return each process's result: {"result": ...} or {"error": ...}, or empty for a killed process."""
     for process in team:
         process.join(seconds)
         if process.is_alive():
@@ -103,7 +103,7 @@ def ended(team: list[BaseProcess], folder: Path, seconds: float = 120) -> list[d
 
 
 def together(count: int, work: Work, folder: Path, *arguments: Any) -> list[Any]:
-    """What `work(*arguments)` returns in each of `count` processes."""
+    """Return the results of `work(*arguments)` in each of `count` processes."""
     left = ended(start(count, work, folder, *arguments), folder)
     assert all("result" in one for one in left), left
     return [one["result"] for one in left]
@@ -113,13 +113,13 @@ def together(count: int, work: Work, folder: Path, *arguments: Any) -> list[Any]
 
 
 def denoiser(seed: int = 0, width: int = 16) -> NetworkDenoiser:
-    """A small network with the layers whose slices are uneven: 3 classes, widths that 2 does and 3 does not divide."""
+    """Return a small network with layers that split unevenly: 3 classes, widths divisible by 2 but not by 3."""
     torch.manual_seed(seed)
     return NetworkDenoiser(MLP((2,), width=width, depth=2), VPCosine(), V())
 
 
 def trainer(stage: Stage, sharding: Sharding = "none", micro_batch: int | None = None) -> StageTrainer:
-    """A stage of 24 updates or so on the toy's points, the same on any number of processes."""
+    """Return a stage of about 24 updates on the toy's points, the same on any number of processes."""
     student = denoiser()
     teacher = copy_denoiser(student) if stage.objective.needs_teacher else None
     data = MemoryData("toy", points())
@@ -136,29 +136,29 @@ def trainer(stage: Stage, sharding: Sharding = "none", micro_batch: int | None =
 
 
 def halving(num_updates: int = 24, **changes: Any) -> Stage:
-    """A halving of 4 steps to 2, with a moving average and gradients that are clipped."""
+    """Return a halving of 4 steps to 2, with a moving average and clipped gradients."""
     stage = Plan.halvings(4, 2, Training(num_updates, 1e-3, batch_size=24), updates_at={}).stages[0]
     return tuned(stage, **({"ema_decay": 0.9, "grad_clip": 0.05} | changes))
 
 
 def finishing() -> Stage:
-    """A finish of the student of 2 steps, most of whose updates are turns of both players."""
+    """Return a finish of the 2-step student, in which most updates have turns of both players."""
     training = Training(24, 1e-3, batch_size=24, ema_decay=0.9, grad_clip=0.05)
     return Stage(Finishing(2, lead_updates=6), training)
 
 
 def flat(network: nn.Module) -> torch.Tensor:
-    """All weights in one vector."""
+    """Return all weights as one vector."""
     return torch.cat([p.detach().flatten() for p in network.parameters()])
 
 
 def trained(sharding: Sharding, micro_batch: int | None, stage: Stage, cut_at: int | None = None) -> dict[str, Any]:
-    """What training a stage gives, if it is cut after an update and goes on in a new trainer from the saved state."""
+    """Return the results of training a stage, optionally interrupted after an update and resumed in a new trainer."""
     made = trainer(stage, sharding, micro_batch)
     for update in made.run():
         if update == cut_at:
             held, seconds = made.state(), made.seconds
-            # Only the first process is given the state; the others read it from its files.
+            # Only the first process receives the state; the others read it from its files.
             held = _from_first(held)
             made = trainer(stage, sharding, micro_batch)
             made.load_state(held, update, seconds)
@@ -198,16 +198,16 @@ def _from_first(state: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str
 
 
 def all_trainings(cases: list[tuple[Sharding, int | None, Stage, int | None]]) -> list[dict[str, Any]]:
-    """`trained` of each case."""
+    """Return `trained` of each case."""
     from halfstep.train import sharding
 
-    # Blocks of the small network, too, are units.
+    # Shard blocks of the small network too.
     sharding.UNIT = 500
     return [trained(*case) for case in cases]
 
 
 def shares() -> list[float]:
-    """Which part of the numbers of teacher, student, average and moments this process holds, where all is spread."""
+    """Return which part of teacher, student, average and moments this process stores with full sharding."""
     from halfstep.train import sharding
 
     sharding.UNIT = 500
@@ -230,7 +230,7 @@ def shares() -> list[float]:
 
 
 def sends(sharding: Sharding) -> list[int]:
-    """How often gradients are sent in each of three updates of three micro batches."""
+    """Return the number of gradient reductions in each of three updates with three micro batches."""
     made = trainer(halving(4), sharding, micro_batch=4)
     counts = [0]
     wrapped = made.student.wrapped
@@ -257,7 +257,7 @@ def sends(sharding: Sharding) -> list[int]:
 
 
 def early(cut_at: int | None = None) -> list[float]:
-    """Where a stage that ends early does so, and the losses by which it decided."""
+    """Return where a stage with an early end stops, and the losses that decide it."""
     rule = EarlyEnd(window=5, patience=2, min_drop=0.02)
     made = trainer(halving(200, early_end=rule, learning_rate=1e-4))
     for update in made.run():
@@ -271,7 +271,7 @@ def early(cut_at: int | None = None) -> list[float]:
 
 
 def engine_cases() -> dict[str, Any]:
-    """What the tests of the engine ask of two processes, in one go."""
+    """Run the two-process part of the engine's tests at once."""
     stage = halving()
     trainings: list[tuple[Sharding, int | None, Stage, int | None]] = [
         ("none", None, stage, None),
@@ -297,7 +297,7 @@ def engine_cases() -> dict[str, Any]:
 
 
 def run_with(path: str, sharding: str, cut: tuple[str, int] | None, changes: dict[str, Any]) -> str:
-    """A run of the toy plan without dropout, cut after an update of a stage if so asked, and gone on with."""
+    """Run the toy plan without dropout, optionally interrupted after an update of a stage and resumed."""
     spec = toy_spec(plan=toy_plan(dropout=0.0), sharding=sharding, checkpoint_updates=10, **changes)
     if cut is not None:
         events = run(spec, Path(path))
@@ -309,7 +309,7 @@ def run_with(path: str, sharding: str, cut: tuple[str, int] | None, changes: dic
 
 
 def run_cases(folder: str, one: str) -> list[Any]:
-    """What the tests of runs ask of two processes, in one go."""
+    """Run the two-process part of the run tests at once."""
     cut = ("01-halve-0002", 15)
     evaluation = {"evaluation": Evaluation(num_samples=50, num_compared=10, num_shown=4, batch_size=8)}
     for name, sharding, where, changes in (
@@ -317,7 +317,7 @@ def run_cases(folder: str, one: str) -> list[Any]:
         ("sharded", "full", None, {}), ("sharded cut", "full", cut, {}),
     ):  # fmt: skip
         run_with(f"{folder}/{name}", sharding, where, changes)
-    # One process began these: two go on, and the other way round.
+    # One process started these and two continue, and vice versa.
     run_with(f"{folder}/from one", "none", None, {})
     events = run(
         toy_spec(plan=toy_plan(dropout=0.0), sharding="full", checkpoint_updates=10), Path(f"{folder}/for one")
@@ -333,7 +333,7 @@ def run_cases(folder: str, one: str) -> list[Any]:
 
 
 def prompted(folder: str, batch_size: int, fails_at: int | None = None) -> list[list[int]]:
-    """Samples of 11 prompts in shards of 6; return the places that this process sampled."""
+    """Encode samples of 11 prompts in shards of 6; return the places that this process sampled."""
     mine: list[list[int]] = []
 
     def sampled(places: range, conditions: Any) -> torch.Tensor:
@@ -354,7 +354,7 @@ def prompted(folder: str, batch_size: int, fails_at: int | None = None) -> list[
 
 
 def refusals(folder: str) -> list[str]:
-    """How the errors of one process reach the others."""
+    """Return how the errors of one process reach the others."""
     said = []
     objectives["poisoned"] = Poisoned
     processes = Processes(make_accelerator(cpu=True))
@@ -393,11 +393,11 @@ UNETS: dict[str, dict[str, Any]] = {
     "plain": {},
     "small": {"precision": "bf16", "gradient_checkpointing": True, "lora_rank": 2, "teacher_precision": "bf16"},
 }
-"""What goes together with weights that are spread, for networks of diffusers."""
+"""Settings that can be combined with sharding, for diffusers networks."""
 
 
 def unet_runs(folder: str, sharding: str) -> None:
-    """Short runs of a U-Net whose middle has no attention, each as `UNETS` says."""
+    """Run short runs of a U-Net without attention in the middle, each with the settings of `UNETS`."""
     from halfstep.train import sharding as module
 
     unit, module.UNIT = module.UNIT, 5000
@@ -418,20 +418,20 @@ def unet_runs(folder: str, sharding: str) -> None:
 
 
 def scaled(benchmarks: str, name: str, batch: int, number: int, rounds: int, device: str, out: str) -> None:
-    """A process of one setting of `benchmarks/scale.py`."""
+    """Run one setting of `benchmarks/scale.py` as one of its processes."""
     sys.path.insert(0, benchmarks)
     importlib.import_module("scale").worker(name, batch, number, rounds, device, Path(out))
 
 
 def printed(*argv: str) -> str:
-    """What this process prints as it obeys a command."""
+    """Return the output of this process for a command."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
         main(list(argv))
     return out.getvalue()
 
 
 def evaluated(folder: str, out: str) -> list[str]:
-    """What this process writes of an evaluation, by the names of files and folders."""
+    """Return the names of the files and folders that this process writes in an evaluation."""
     wrote = []
 
     def noting(write: Callable[..., Any]) -> Callable[..., Any]:
@@ -448,7 +448,7 @@ def evaluated(folder: str, out: str) -> list[str]:
 
 
 def evaluated_till(folder: str, out: str, rounds: int) -> str:
-    """What an evaluation ends with that fails on both processes after each has made figures so often."""
+    """Return the errors of an evaluation that fails on both processes after a given number of figures."""
     made, timed = [0], store._timed
 
     def failing(make: Callable[[], Any]) -> dict[str, Any]:
@@ -468,7 +468,7 @@ def evaluated_till(folder: str, out: str, rounds: int) -> str:
 
 
 def terminated(folder: str) -> list[Any]:
-    """What a run ends with whose second process alone gets SIGTERM in the middle."""
+    """Return the end of a run in which only the second process receives SIGTERM."""
     processes = Processes(make_accelerator(cpu=True))
     with StopSignal() as stop:
         try:
@@ -481,5 +481,5 @@ def terminated(folder: str) -> list[Any]:
 
 
 def endless(folder: str, sharding: str) -> None:
-    """A run that goes on until it is killed."""
+    """Run until the process is killed."""
     finish(toy_spec(plan=toy_plan(10**9), sharding=sharding, checkpoint_updates=5), Path(folder))

@@ -1,8 +1,8 @@
-"""What a run must survive: kills, signals, damaged files, a full disk, a vanished folder, each at a random moment.
+"""Faults that a run must survive at any moment: kills, signals, damaged files, a full disk, a vanished folder.
 
-`Ordeal` deals blows to runs of the toy chain and two finishes, with figures measured after each stage, in processes of
-their own, and holds every run that comes to its end to the weights and the figures of an uncut run.
-`tests/behaviour/test_torture.py` deals a few, `benchmarks/torture.py` all that were asked for.
+`Ordeal` applies faults to runs of the toy chain and two finishes, which are measured after each stage, in separate
+processes. It compares every completed run with the weights and figures of an uninterrupted run.
+`tests/behaviour/test_torture.py` applies a few faults, `benchmarks/torture.py` any number.
 """
 
 import gc
@@ -22,7 +22,7 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, Final
 
-# What a run imports as it goes. A fork server has it ready then, so that blows fall on the run and not on imports.
+# Modules that a run imports. The fork server imports them first, so that faults hit the run and not its imports.
 import torch._dynamo
 import torchmetrics  # noqa: F401
 
@@ -38,11 +38,12 @@ from halfstep.runtime.storage import NoStorage
 from toys import finish, toy_plan, toy_spec, weights
 
 NO_STORAGE: Final = 3
-"""Exit code of a run that names its last good state because its disk is full or gone."""
+"""Exit code of a run whose disk is full or gone."""
 
 
 def spec() -> RunSpec:
-    """The toy chain and its students' finishes, with checkpoints every few updates, each stage measured at its end."""
+    """Return the toy chain with finishes of its students, checkpoints every few updates, and a measurement of each
+    stage."""
     evaluation = Evaluation(num_samples=60, num_compared=20, num_shown=8, batch_size=20)
     plan = toy_plan(20, 15) + Plan.finishes(
         [2, 1], Training(24, 1e-3, 16, ema_decay=0.9), lambda n: Finishing(n, lead_updates=8)
@@ -51,7 +52,7 @@ def spec() -> RunSpec:
 
 
 def child(path: str, began: Event, said: str) -> None:
-    """A run as the command line makes it, with its exit codes; what it says at its end goes into the file `said`."""
+    """Run as the command line does, with its exit codes; the final message goes to the file `said`."""
     torch.set_num_threads(1)
     with StopSignal() as stop:
         began.set()
@@ -65,12 +66,12 @@ def child(path: str, began: Event, said: str) -> None:
 
 
 def rank(path: str) -> None:
-    """A run as one of several processes makes it."""
+    """Run as one of several processes."""
     finish(spec(), Path(path))
 
 
 def figures(path: Path) -> dict[str, Any]:
-    """What was measured in a run, without the times."""
+    """Return the measurements of a run, without times."""
     held = {}
     for file in sorted(path.glob("stages/*/metrics.json")):
         results = json.loads(file.read_text())["results"]
@@ -79,23 +80,23 @@ def figures(path: Path) -> dict[str, Any]:
 
 
 class Ordeal:
-    """Blows to runs in `folder`, at moments that the dice tell."""
+    """Random faults in runs in `folder`."""
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
         self.folder = folder
         self.path = folder / "run"
         self.dice = random.Random(seed)
         self.dealt: Counter[str] = Counter()
-        """Blows by their kind."""
+        """Numbers of faults by kind."""
         self.finished = 0
-        """Runs that came to their end, with the weights and figures of the uncut one."""
+        """Number of completed runs with the weights and figures of the uninterrupted one."""
         self.where: Counter[str] = Counter()
-        """What the blows met: the stage and what of it was there."""
+        """Numbers of faults by stage and its state."""
         self.slowest_loss = 0.0
-        """The longest time from the end of one of two processes to that of the other, in seconds."""
+        """Longest time in seconds from the end of one of two processes to the end of the other."""
         self._pair: tuple[dict[str, bytes], dict[str, Any]] | None = None
         self.slowest_stop = 0.0
-        """The longest time from a SIGTERM to the end of a run, with its state saved, in seconds."""
+        """Longest time in seconds from a SIGTERM until a run has saved its state and ended."""
         self._context = teams.context()
         finish(spec(), folder / "uncut")
         self._weights, self._figures = weights(folder / "uncut"), figures(folder / "uncut")
@@ -107,11 +108,11 @@ class Ordeal:
 
     @property
     def said(self) -> Path:
-        """The file with what the last run that found no storage said."""
+        """Return the file with the message of the last run that failed for lack of storage."""
         return self.folder / "said.txt"
 
     def start(self, path: Path | None = None) -> BaseProcess:
-        """A run that has begun, so far that it listens to signals."""
+        """Start a run and wait until it handles signals."""
         began = self._context.Event()
         process = self._context.Process(target=child, args=(str(path or self.path), began, str(self.said)))
         process.start()
@@ -125,7 +126,7 @@ class Ordeal:
         return process.exitcode
 
     def running(self) -> BaseProcess:
-        """A run that is killed at a random moment if the caller does not do it: it has run for a random time."""
+        """Start a run that is killed at a random moment unless the caller does so; it has run for a random time."""
         while True:
             process = self.start()
             process.join(self.dice.uniform(0.0, 0.8) * self.duration)
@@ -134,7 +135,7 @@ class Ordeal:
             self._check(process.exitcode)
 
     def _check(self, code: int) -> None:
-        """Holds a run that ended by itself to the uncut one, and clears it away."""
+        """Compare a completed run with the uninterrupted one, and remove it."""
         assert code == 0, f"a run ended with {code}"
         assert weights(self.path) == self._weights
         assert figures(self.path) == self._figures
@@ -155,25 +156,25 @@ class Ordeal:
         self.where[what] += 1
 
     def to_the_end(self) -> None:
-        """Lets the run that is there come to its end."""
+        """Let the existing run complete."""
         self._check(self._ended(self.start()))
 
     def sigkill(self) -> None:
-        """Kills a run."""
+        """Kill a run."""
         process = self.running()
         process.kill()
         self._ended(process)
         self._deal("SIGKILL")
 
     def sigterm(self) -> None:
-        """Asks a run to end: it does, soon, with its state saved, and says so by its exit code."""
+        """Signal a run: it ends soon with its state saved and the right exit code."""
         process = self.running()
         assert process.pid is not None
         os.kill(process.pid, signal.SIGTERM)
         sent = time.monotonic()
         code = self._ended(process)
         if code == 0:
-            # It was so near its end that nothing was left to save.
+            # It was so close to its end that there was nothing left to save.
             self._check(code)
             return
         assert code == 128 + signal.SIGTERM, f"SIGTERM ended a run with {code}"
@@ -181,7 +182,7 @@ class Ordeal:
         self._deal("SIGTERM")
 
     def damage(self) -> None:
-        """Kills a run, then cuts a file of a checkpoint short, or turns one bit of it round."""
+        """Kill a run, then truncate a file of a checkpoint or flip one of its bits."""
         while True:
             process = self.running()
             process.kill()
@@ -201,9 +202,9 @@ class Ordeal:
             self._deal("bit flip")
 
     def full_disk(self) -> None:
-        """Fills the disk of a run: it ends, names its last good state, and goes on when there is room again.
+        """Fill the disk of a run: it ends, reports its last good state, and resumes when space is available again.
 
-        The disk is a tmpfs where one may be mounted; else the process may write no byte more (RLIMIT_FSIZE).
+        The disk is a tmpfs if one can be mounted. Otherwise the process may write no more bytes (RLIMIT_FSIZE).
         """
         disk, elsewhere = self.folder / "disk", self.path
         disk.mkdir(exist_ok=True)
@@ -220,7 +221,7 @@ class Ordeal:
             code = self._ended(process)
             (disk / "ballast").unlink(missing_ok=True)
             if code == 0:
-                # It was so near its end that it had nothing more to write.
+                # It was so close to its end that it had nothing left to write.
                 self._check(code)
                 return
             assert code == NO_STORAGE, f"a full disk ended a run with {code}"
@@ -236,7 +237,7 @@ class Ordeal:
                 unmount(disk)
 
     def killed_rank(self) -> None:
-        """Kills one of two processes of a run: the other ends with a message, and both go on together, to the end."""
+        """Kill one of two processes of a run: the other ends with a message, and both resume together and complete."""
         if self._pair is None:
             begun = time.monotonic()
             teams.together(2, rank, self.folder / "left", str(self.folder / "pair"))
@@ -245,7 +246,7 @@ class Ordeal:
         path, left = self.folder / "ranks", self.folder / "left"
         shutil.rmtree(left)
         team = teams.start(2, rank, left, str(path))
-        # Before they are connected there is nothing that could tell one of the other's end but the connecting.
+        # Before they are connected, only the connection attempt can detect the other's end.
         while not (path / "recipe.json").exists() and all(process.exitcode is None for process in team):
             time.sleep(0.01)
         team[0].join(self.dice.uniform(0.0, 0.7) * self._pair_duration)
@@ -255,7 +256,7 @@ class Ordeal:
             killed = time.monotonic()
             other = teams.ended(team, left)[1 - victim]
             self.slowest_loss = max(self.slowest_loss, time.monotonic() - killed)
-            # One that needed the other no more has come to its end.
+            # A process that no longer needed the other has completed.
             if "result" not in other:
                 said = other["error"]
                 assert said.startswith("LostProcess: another process of this run has ended"), said
@@ -277,7 +278,7 @@ class Ordeal:
                 continue
 
     def deal(self, counts: dict[str, int]) -> None:
-        """So many blows of each method's name, in random order, and then the way to the end."""
+        """Apply the given number of each fault in random order, then let the last run complete."""
         blows = [kind for kind, count in counts.items() for _ in range(count)]
         self.dice.shuffle(blows)
         for kind in blows:
@@ -289,30 +290,30 @@ class Ordeal:
 
 
 def mount(path: Path, size: str) -> bool:
-    """Whether a tmpfs of that size could be mounted, which needs root."""
+    """Mount a tmpfs of this size and return whether that worked; it needs root."""
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
     return not subprocess.run(command, capture_output=True, check=False).returncode
 
 
 def unmount(path: Path) -> None:
-    """Undoes `mount`, whoever still holds files there."""
+    """Unmount `mount`, even if processes have open files there."""
     subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 def growth(path: Path, num_updates: int = 2000, after: int = 50) -> dict[str, int]:
-    """By how much a stage of the toy chain has grown from one update to `num_updates` later: resident bytes, and Python
-    objects. With a line of the log and a checkpoint every 10 updates."""
+    """Return the growth of a toy stage between an update and `num_updates` later: resident bytes, and Python objects.
+    It logs a line and writes a checkpoint every 10 updates."""
     last = after + num_updates
     teacher = toy_plan(last + 10).stages[0]
     held: dict[int, tuple[int, int]] = {}
     for event in run(toy_spec(plan=Plan((teacher,)), log_every=10, checkpoint_updates=10), path):
-        # Looked at once before, for the list of all objects is large itself.
+        # Count once before, because the list of all objects is large itself.
         if isinstance(event, Progress) and event.window.update in (after - 10, after, last):
-            # The checkpoint of ten updates ago is surely written then.
+            # The checkpoint of ten updates ago is certainly written by then.
             time.sleep(0.3)
             gc.collect()
             objects = len(gc.get_objects())
-            # Of the resident memory that which is not a file's: pages of libraries come and go.
+            # Count only resident memory outside files, because pages of libraries come and go.
             kilobytes = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
             assert kilobytes is not None
             held[event.window.update] = (1024 * int(kilobytes[1]), objects)
@@ -321,6 +322,6 @@ def growth(path: Path, num_updates: int = 2000, after: int = 50) -> dict[str, in
 
 
 def write_growth(path: str, out: str) -> None:
-    """`growth` as JSON, for a process of its own."""
+    """Print `growth` as JSON, for a separate process."""
     torch.set_num_threads(1)
     Path(out).write_text(json.dumps(growth(Path(path))))

@@ -1,4 +1,4 @@
-"""A run that takes a second: points of two clusters, a small MLP, the chain 4 -> 2 -> 1."""
+"""A run of one second: points of two clusters, a small MLP, the chain 4 -> 2 -> 1."""
 
 import dataclasses
 import resource
@@ -34,7 +34,7 @@ from halfstep.run.spec import RunSpec
 from halfstep.runtime.stop import StopSignal
 from halfstep.train.settings import Engine
 
-# Options of the command line that make a run of any recipe last a second.
+# Command-line options with which a run of any recipe takes a second.
 TINY = [
     *("--engine.threads", "1", "--evaluation.num-samples", "24", "--evaluation.num-compared", "8"),
     *("--teacher.num-updates", "6", "--teacher.warmup-updates", "2", "--teacher.batch-size", "8"),
@@ -56,25 +56,25 @@ TINY_DEMO = [
 
 
 def points(num: int = 200) -> torch.Tensor:
-    """Two clusters in the plane, float32 [num, 2]."""
+    """Return two clusters in the plane, float32 [num, 2]."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.tensor([[0.7, 0.2], [-0.5, -0.6]])[torch.arange(num) % 2]
     return centres + 0.1 * torch.randn(num, 2, generator=generator)
 
 
 def toy_plan(teacher_updates: int = 40, student_updates: int = 30, dropout: float = 0.1) -> Plan:
-    """A teacher with dropout and a moving average, and two students."""
+    """Return a teacher with dropout and a moving average, and two students."""
     teacher = Training(teacher_updates, 2e-3, 16, warmup_updates=5, anneal=False, ema_decay=0.9, dropout=dropout)
     return Plan.of(Denoising(), teacher) + Plan.halvings(4, 1, Training(student_updates, 1e-3, 16), updates_at={})
 
 
 def tuned(stage: Stage, **changes: Any) -> Stage:
-    """The stage with hyperparameters replaced."""
+    """Return the stage with replaced hyperparameters."""
     return dataclasses.replace(stage, training=dataclasses.replace(stage.training, **changes))
 
 
 def toy_spec(**changes: Any) -> RunSpec:
-    """The run of `toy_plan`, with anything replaced in it or in its engine."""
+    """Return the run of `toy_plan`, with replaced settings of the run or of its engine."""
     engine = {field.name: changes.pop(field.name) for field in dataclasses.fields(Engine) if field.name in changes}
     spec = RunSpec(
         recipe={"name": "toy", "seed": 0},
@@ -90,29 +90,29 @@ def toy_spec(**changes: Any) -> RunSpec:
 
 
 def finish(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> list[str]:
-    """Runs to the end and returns the notices on the way."""
+    """Run to the end and return the notices on the way."""
     torch.set_num_threads(1)
     return [event.text for event in run(spec, path, stop) if isinstance(event, Notice)]
 
 
 def weights(path: Path) -> dict[str, bytes]:
-    """The final weights of each stage, as bytes."""
+    """Return the final weights of each stage as bytes."""
     return {file.parent.name: file.read_bytes() for file in sorted(path.glob("stages/*/model.safetensors"))}
 
 
 def run_toy(path: str) -> None:
-    """The uncut toy run, as a target for other processes."""
+    """Run the uninterrupted toy run, as a target for other processes."""
     finish(toy_spec(), Path(path))
 
 
 def one_stage(objective: Objective, num_updates: int = 20) -> Plan:
-    """A stage with dropout and a moving average."""
+    """Return a stage with dropout and a moving average."""
     return Plan((dataclasses.replace(toy_plan(num_updates).stages[0], objective=objective),))
 
 
 @dataclasses.dataclass(frozen=True)
 class Poisoned(Objective):
-    """Denoising whose losses of two places are not finite at one update."""
+    """Denoising with two non-finite losses in one update."""
 
     update: int
     places: tuple[int, ...]
@@ -137,7 +137,7 @@ class Poisoned(Objective):
 
 @contextmanager
 def file_size_limit(num_bytes: int) -> Iterator[None]:
-    """Within it every write beyond so many bytes of a file fails, as on a full disk."""
+    """Make every write beyond `num_bytes` bytes of a file fail, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:

@@ -1,7 +1,7 @@
-"""The page of the packaged student on the home page: it samples in the reader's browser.
+"""Embed the web page of the packaged student in the home page, where it samples in the reader's browser.
 
-In index.md the picture between the two marks is what is shown where the page cannot be made: onnxruntime-web comes from
-the cache or, once, from the npm registry, and a machine may have neither.
+The export needs onnxruntime-web, from the cache or once from the npm registry. Without it, the home page keeps the
+picture between the two marks in index.md.
 """
 
 import logging
@@ -17,7 +17,7 @@ from halfstep.hub.web import export_web
 NAME = "fashion"
 FILE = f"{NAME}.html"
 FRAME = (
-    f'<iframe src="{FILE}" title="A student of one step that samples clothes in this browser" loading="lazy" '
+    f'<iframe src="{FILE}" title="A one-step student that samples clothes in this browser" loading="lazy" '
     'style="width: 100%; height: 34rem; border: 0"></iframe>'
 )
 MARKED = re.compile(r"<!-- live -->.*<!-- /live -->", re.DOTALL)
@@ -32,7 +32,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: objec
         return markdown
     found, count = MARKED.subn(FRAME, markdown)
     if count != 1:
-        raise ValueError("index.md has no part between <!-- live --> and <!-- /live -->")
+        raise ValueError("index.md must have one part between <!-- live --> and <!-- /live -->")
     return found
 
 
@@ -43,7 +43,7 @@ def _is_made(site: Path) -> bool:
             out.unlink(missing_ok=True)
             export_web([(halfstep.load(NAME), None)], out, NAME, single_file=True)
         except ValueError as error:
-            log.info("the home page shows a picture, not the live page: %s", error)
+            log.info("the home page shows a picture instead of the live page: %s", error)
             return False
         made.append(out)
     return True

@@ -1,7 +1,6 @@
-"""Writes site/llms.txt, the map of the site for language models, and each page's Markdown beside its HTML.
+"""Write site/llms.txt, an index of the site for language models, and each page's Markdown next to its HTML.
 
-The map follows the navigation of mkdocs.yml: a section for each of its groups, a line for each page with its first
-sentence.
+The index follows the navigation in mkdocs.yml: a section per group, and a line with the first sentence of each page.
 """
 
 import re
@@ -13,13 +12,13 @@ from mkdocs.structure.nav import Navigation
 from mkdocs.structure.pages import Page
 
 pages: dict[str, str] = {}
-"""The Markdown of each page by its source's path."""
+"""The Markdown of each page, by source path."""
 groups: list[tuple[str, list[tuple[str, str]]]] = []
-"""(group, [(title, source's path)]) in the order of the navigation."""
+"""(group, [(title, source path)]) in the order of the navigation."""
 
 
 def first_sentence(markdown: str) -> str:
-    """Return the first sentence of a page that is no heading, block or table; empty if it has none."""
+    """Return the first sentence of a page outside headings, blocks and tables, or an empty string."""
     text = re.sub(r"(?ms)^```.*?^```|<!--.*?-->", "", markdown)
     for paragraph in re.split(r"\n\s*\n", text):
         plain = " ".join(paragraph.split())
@@ -30,7 +29,7 @@ def first_sentence(markdown: str) -> str:
 
 
 def on_nav(nav: Navigation, **_: Any) -> Navigation:
-    """Keep the groups of the navigation."""
+    """Record the groups of the navigation."""
     groups.clear()
     for item in nav.items:
         found = [item] if isinstance(item, Page) else list(item.children or ())
@@ -42,13 +41,13 @@ def on_nav(nav: Navigation, **_: Any) -> Navigation:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Keep the Markdown of a page."""
+    """Record the Markdown of a page."""
     pages[page.file.src_uri] = markdown
     return markdown
 
 
 def on_post_build(config: MkDocsConfig, **_: Any) -> None:
-    """Write the map and the Markdown."""
+    """Write the index and the Markdown files."""
     site = Path(config.site_dir)
     lines = [f"# {config.site_name}", "", f"> {config.site_description}", ""]
     for group, members in groups:

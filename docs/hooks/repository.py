@@ -1,7 +1,7 @@
-"""README.md and CONTRIBUTING.md as pages, so that the site holds them and their links are checked with the others.
+"""Add README.md and CONTRIBUTING.md to the site, which also checks their links.
 
-A link to a page's source becomes a link to the page, one to a picture or data under docs/ is published, and one to any
-other file of the repository, which the site does not hold, loses its link.
+Links to the sources of pages become links to the pages. Pictures and data under docs/ are published. Links to other
+files in the repository, which the site does not contain, become plain text.
 """
 
 import posixpath
@@ -18,7 +18,7 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
-    """The files of docs/pages, with the repository's own pages and what they show."""
+    """Add the repository's own pages, and the files that they link to."""
     shown: dict[str, Path] = {}
 
     def link(found: re.Match[str]) -> str:

@@ -1,7 +1,7 @@
-"""Ancestral sampling keeps the distributions that its two variances are exact for, and goes between them as it says.
+"""Ancestral sampling keeps the distributions for which its two variances are exact, and interpolates between them.
 
-For Gaussian data a step is affine in x_t and in its noise, so the mean and the variance of the samples are propagated
-without drawing any: the coefficients are read off the step itself.
+For Gaussian data, a step is affine in x_t and in its noise. The mean and the variance of the samples are therefore
+propagated without drawing any, with coefficients read from the step.
 """
 
 import itertools
@@ -25,7 +25,7 @@ PROCESS: Final = VPCosine()
 
 
 class Affine(NamedTuple):
-    """x_s = offset + scale x_t + spread noise."""
+    """Coefficients of x_s = offset + scale x_t + spread noise."""
 
     offset: float
     scale: float
@@ -54,7 +54,7 @@ def exact_moments(denoiser: GaussianDenoiser, t: float) -> Moments:
 
 
 def propagated(sampler: Ancestral, denoiser: GaussianDenoiser, times: Tensor) -> list[Moments]:
-    """Of the samples at the times after the first, at which they are distributed as they should."""
+    """Return the mean and variance of the samples at each time after the first, and of the correct distribution."""
     here = exact_moments(denoiser, float(times[0]))
     found = []
     for t, s in itertools.pairwise(times.tolist()):
@@ -65,7 +65,7 @@ def propagated(sampler: Ancestral, denoiser: GaussianDenoiser, times: Tensor) ->
 
 
 def uneven_times(num_steps: int) -> Tensor:
-    """From 1 to above 0 by steps of random length."""
+    """Return times from 1 to above 0, with steps of random length."""
     inner = torch.rand(num_steps, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     return torch.cat([clock(1.0), inner.sort(descending=True).values])
 
@@ -103,7 +103,7 @@ def test_the_lower_variance_keeps_data_of_one_point_exactly_on_any_grid(
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("std", [0.5, 2.0])
 def test_the_variance_converges_at_first_order_whatever_the_share(std: float, gamma: float) -> None:
-    """At mid times; the mean of a Gaussian is exact at every step."""
+    """Test times in the middle; the mean of a Gaussian is exact at every step."""
     denoiser, sampler = GaussianDenoiser(PROCESS, 0.3, std), Ancestral(gamma)
     steps = (64, 128, 256, 512)
     for middle in (0.75, 0.5, 0.25):
@@ -120,7 +120,7 @@ def test_the_variance_converges_at_first_order_whatever_the_share(std: float, ga
 
 @pytest.mark.parametrize(("t", "s"), [(1.0, 0.5), (0.75, 0.7), (0.5, 0.001), (0.01, 0.005)])
 def test_the_share_interpolates_the_log_variance(t: float, s: float) -> None:
-    """Read off the step, between the bounds that it has at shares of 0 and 1; the mean knows nothing of the share."""
+    """The variance of a step lies between its bounds at shares of 0 and 1. The mean does not depend on the share."""
     denoiser = GaussianDenoiser(PROCESS, 0.3, 0.5)
     steps = {gamma: read_off(Ancestral(gamma), denoiser, t, s) for gamma in (0.0, 0.25, 0.5, 0.8, 1.0)}
     low, high = (math.log(steps[gamma].spread ** 2) for gamma in (0.0, 1.0))
@@ -143,7 +143,7 @@ def test_the_last_step_adds_no_noise(t: float, gamma: float) -> None:
 
 
 def test_the_noise_of_each_sample_is_its_own() -> None:
-    """The samples of a point at mid time differ from where the point would be by that noise alone."""
+    """Samples from one point at a middle time differ from the mean only by that noise."""
     denoiser, x_t, noise = data_set_denoiser(PROCESS, numbers(1, 3, seed=1)), numbers(8, 3), numbers(8, 3, seed=2)
     t, s = clock(0.8).expand(8), clock(0.6).expand(8)
     quiet, _ = Ancestral().step(denoiser, x_t, t, s, None, None, torch.zeros_like(noise))

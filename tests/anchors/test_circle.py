@@ -1,4 +1,4 @@
-"""The geometry of the variance-preserving circle: v is a derivative, DDIM a rotation, the target two of them."""
+"""The variance-preserving circle: v is a derivative, DDIM is a rotation, and the target consists of two rotations."""
 
 import math
 
@@ -25,7 +25,7 @@ def preserves_variance(process: NoiseProcess) -> bool:
 
 @pytest.mark.parametrize("process", members(processes))
 def test_v_is_the_derivative_of_x_t_along_the_circle(process: NoiseProcess) -> None:
-    """dx_t / dphi, both by automatic differentiation in time: of `mix` and of phi = atan2(sigma, alpha)."""
+    """Compare with dx_t / dphi, from derivatives in time by autograd: of `mix` and of phi = atan2(sigma, alpha)."""
     if not preserves_variance(process):
         pytest.skip("it does not move on the circle")
     x0, eps, t = numbers(97), numbers(97, seed=1), interior_times(97).requires_grad_()
@@ -46,7 +46,8 @@ def test_the_cosine_process_moves_on_the_circle_at_constant_speed() -> None:
 
 
 def test_the_cosine_process_is_the_cosine_but_for_the_clipping_of_its_ends() -> None:
-    """Clipping at +-20 turns the angle by at most arctan(e^-10) = 4.5e-5, at the ends; in the middle by 0."""
+    """Clipping at +-20 turns the angle by at most arctan(e^-10) = 4.5e-5, which happens at the ends; in the middle by
+    0."""
     t = torch.linspace(0, 1, 1025, dtype=torch.float64)
     turn = math.atan(math.exp(-10)) * (1 - 2 * t)
     torch.testing.assert_close(COSINE.angle(t), torch.pi / 2 * t + turn, rtol=0, atol=1e-15)
@@ -54,7 +55,7 @@ def test_the_cosine_process_is_the_cosine_but_for_the_clipping_of_its_ends() -> 
         COSINE.alpha_sigma(t), (torch.cos(torch.pi / 2 * t), torch.sin(torch.pi / 2 * t)), strict=True
     ):
         assert bool(((ours - plain).abs() <= turn.abs() + 1e-15).all())
-    # With bounds out of reach it is the plain cosine.
+    # With unreachable bounds, it is the plain cosine.
     for ours, plain in zip(
         VPCosine(-80, 80).alpha_sigma(t),
         (torch.cos(torch.pi / 2 * t), torch.sin(torch.pi / 2 * t)),
@@ -66,12 +67,12 @@ def test_the_cosine_process_is_the_cosine_but_for_the_clipping_of_its_ends() -> 
 @pytest.mark.parametrize(("low", "high"), [(-20.0, 20.0), (-5.0, 8.0), (-10.0, 10.0)])
 def test_the_log_snr_of_the_cosine_process_reaches_its_bounds_at_times_0_and_1(low: float, high: float) -> None:
     ends = VPCosine(low, high).log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64))
-    # At 1 an angle of pi / 2 - 4.5e-5 is known to 1e-16, so the log-SNR to 5e-12.
+    # An angle of pi / 2 - 4.5e-5 near 1 is accurate to 1e-16, so the log-SNR is accurate to 5e-12.
     torch.testing.assert_close(ends, torch.tensor([high, low], dtype=torch.float64), rtol=0, atol=2e-11)
 
 
 def circle_step(num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Steps of the grid that land above 0: t, s and the angle d between them."""
+    """Return t, s and the angle d between them for all steps of the grid that end above 0."""
     index = torch.arange(1, num_steps, dtype=torch.float64)
     t, s = (index + 1) / num_steps, index / num_steps
     return t, s, COSINE.angle(t) - COSINE.angle(s)
@@ -81,13 +82,13 @@ def circle_step(num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("num_steps", [2, 4, 64, 4096])
 @torch.no_grad()
 def test_a_ddim_step_rotates_x_t_against_v_by_the_angle_of_the_step(prediction: Prediction, num_steps: int) -> None:
-    """x_s = cos(d) x_t - sin(d) v; Salimans & Ho 2022, appendix on the angular form."""
+    """Compare with x_s = cos(d) x_t - sin(d) v; Salimans & Ho 2022, appendix on the angular form."""
     t, s, d = circle_step(num_steps)
     denoiser, x_t = toy_denoiser(COSINE, prediction), numbers(len(t), 2)
     x_s, _ = DDIM().step(denoiser, x_t, t, s, None, None)
     v = V().target(*denoiser(x_t, t), *COSINE.alpha_sigma(t))
     rotated = torch.cos(d)[:, None] * x_t - torch.sin(d)[:, None] * v
-    # Prediction of eps magnifies roundings by 1 / alpha; relative to numbers that large.
+    # Eps-prediction amplifies rounding by 1 / alpha, so the tolerance is relative to these large numbers.
     torch.testing.assert_close(x_s, rotated, rtol=1e-12, atol=1e-12)
 
 
@@ -95,7 +96,7 @@ def test_a_ddim_step_rotates_x_t_against_v_by_the_angle_of_the_step(prediction: 
 @pytest.mark.parametrize("num_steps", [2, 4, 64, 4096])
 @torch.no_grad()
 def test_the_halving_target_as_v_is_a_sum_of_the_teacher_s_two_v(prediction: Prediction, num_steps: int) -> None:
-    """v_target = v1 / 2 + v2 / (2 cos(d / 2)) - tan(d / 2) x_t / 2, an identity of two rotations by d / 2."""
+    """Two rotations by d / 2 give v_target = v1 / 2 + v2 / (2 cos(d / 2)) - tan(d / 2) x_t / 2."""
     t, s, d = circle_step(num_steps)
     m = (t + s) / 2
     half = (d / 2)[:, None]

@@ -1,6 +1,6 @@
-"""The coordinates of the probability-flow ODE are what they say, and Euler's step in one of them is DDIM's.
+"""The coordinates of the probability-flow ODE match their definitions, and Euler's step in one of them is DDIM's.
 
-(That DDIM on the cosine process rotates x_t against v is in `test_circle`.)
+(`test_circle` tests that DDIM on the cosine process rotates x_t against v.)
 """
 
 import itertools
@@ -36,7 +36,7 @@ TIMES: Final = interior_times(97)
 
 
 def derivative(values: Tensor, t: Tensor) -> Tensor:
-    """d values / dt, sample by sample, by automatic differentiation."""
+    """Return d values / dt for each sample, by automatic differentiation."""
     (found,) = torch.autograd.grad(values.sum(), t, retain_graph=True)
     return found
 
@@ -46,7 +46,7 @@ def derivative(values: Tensor, t: Tensor) -> Tensor:
 def test_the_slope_is_the_derivative_along_the_exact_flow_of_a_gaussian(
     process: NoiseProcess, coordinate: Coordinate
 ) -> None:
-    """dy / dtau from the flow as a function of time, with y = x_t / scale."""
+    """dy / dtau, with y = x_t / scale, follows from the flow as a function of time."""
     denoiser = GaussianDenoiser(process, mean=0.3, std=0.5)
     t = TIMES.clone().requires_grad_()
     tau, scale = coordinate.place(*process.alpha_sigma(t))
@@ -103,14 +103,14 @@ def test_on_the_circle_the_slope_in_the_angle_is_v(prediction: Prediction) -> No
 def test_euler_s_step_in_noise_to_signal_is_ddim_s(
     process: NoiseProcess, prediction: Prediction, num_steps: int
 ) -> None:
-    """For any denoiser, the last step onto clean data included; from t = 1 if there is signal, which y divides by."""
+    """Test any denoiser, including the last step to clean data, and from t = 1 if the process has signal there."""
     denoiser, x_t = toy_denoiser(process, prediction), pure_noise(process, 16, 2)
     first = 1.0 if float(process.alpha_sigma(clock(1.0))[0]) > 0 else 0.95
     for number in range(num_steps):
         t, s = (clock(first * (num_steps - k) / num_steps).expand(16) for k in (number, number + 1))
         ddim, _ = DDIM().step(denoiser, x_t, t, s, None, None)
         euler, _ = Euler(NoiseToSignal()).step(denoiser, x_t, t, s, None, None)
-        # A rounding of x_t / alpha is that of x_t, times alpha_s / alpha_t in x_s: 2e4 where t = 1.
+        # Rounding of x_t / alpha is that of x_t, multiplied by alpha_s / alpha_t in x_s: 2e4 at t = 1.
         (alpha_t, _), (alpha_s, _) = process.alpha_sigma(t), process.landing(s)
         tolerance = 1e-15 * float((alpha_s / alpha_t).max()) * float(1 + denoiser(x_t, t).eps.abs().max())
         torch.testing.assert_close(euler, ddim, rtol=1e-13, atol=1e-13 + tolerance)
@@ -129,7 +129,7 @@ def test_euler_s_step_in_noise_to_signal_is_ddim_s(
 )
 @torch.no_grad()
 def test_a_rule_has_its_order(rule: Rule, order: int) -> None:
-    """Those of the last step too, which takes but one step of many by them and so hides what they lack."""
+    """Include the last step, which sampling takes only once among many, so that an error would be hidden."""
     process, first, last = VPCosine(), 0.95, 0.05
     denoiser, x_1 = mixture(process), numbers(16, 2)
     start, exact = integrated_flow(denoiser, x_1, first), integrated_flow(denoiser, x_1, last)

@@ -1,7 +1,7 @@
-"""DDIM, ancestral sampling, Heun and DPM-Solver++(2M) are diffusers' own, step by step.
+"""DDIM, ancestral sampling, Heun and DPM-Solver++(2M) equal those of diffusers, step by step.
 
-On the table of the cosine process's amplitudes, in which timestep k - 1 of diffusers is our t = k / TABLE. Its alpha^2
-and the sigma / alpha that it samples with are replaced after construction, where they were rounded to float32.
+All use a table of the cosine process's amplitudes, in which timestep k - 1 of diffusers is t = k / TABLE. The
+scheduler's alpha^2 and sigma / alpha, which its constructor rounds to float32, are replaced after construction.
 """
 
 from collections.abc import Iterator
@@ -74,8 +74,7 @@ def test_every_step_of_ddim_is_diffusers(
     network = denoiser.network
     theirs = diffusers_path(network, x_1, num_steps, prediction_type, clip)
     ours = [step.x_s for step in trajectory(Clipped(denoiser) if clip else denoiser, x_1, num_steps)]
-    # Diffusers forms sigma^2 as 1 - alpha^2, which leaves it a relative error of up to 1e-12 at the last
-    # timesteps.
+    # Diffusers computes sigma^2 as 1 - alpha^2, with a relative error of up to 1e-12 at the last timesteps.
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
     assert torch.equal(sample(Clipped(denoiser) if clip else denoiser, x_1, num_steps), ours[-1])
 
@@ -87,7 +86,7 @@ TRAILING: Final = {"clip_sample_range": 1.0, "timestep_spacing": "trailing", "nu
 def ancestral_by_ddim(
     network: ToyNetwork, x_t: Tensor, noise: Tensor, prediction_type: str, clip: bool
 ) -> Iterator[Tensor]:
-    """DDIM with eta = 1, which is the ancestral step with the lower variance."""
+    """Take a step of DDIM with eta = 1, which is the ancestral step with the lower variance."""
     scheduler = scheduler_for(prediction_type, clip)
     scheduler.set_timesteps(len(noise))
     for timestep, drawn in zip(scheduler.timesteps.tolist(), noise, strict=True):
@@ -101,9 +100,9 @@ def ancestral_by_ddim(
 def ancestral_by_ddpm(
     network: ToyNetwork, x_t: Tensor, noise: Tensor, variance_type: str, prediction_type: str, clip: bool
 ) -> Iterator[Tensor]:
-    """DDPM, with our noise in the place of what it draws.
+    """Take a step of DDPM with our noise instead of its own.
 
-    It draws wherever the timestep is above 0, which on a trailing grid it is at the last step too: there it gets zeros.
+    DDPM draws noise at each timestep above 0. On a trailing grid that includes the last step, which gets zeros here.
     """
     scheduler = DDPMScheduler(
         variance_type=variance_type, prediction_type=prediction_type, clip_sample=clip, **TRAILING
@@ -130,7 +129,7 @@ every_reference = pytest.mark.parametrize("reference", ["ddim eta 1", "fixed_sma
 def test_every_step_of_ancestral_sampling_is_diffusers(
     reference: str, prediction: Prediction, prediction_type: str, clip: bool, num_steps: int
 ) -> None:
-    """From the same noise; gamma = 0 is DDIM with eta = 1 and DDPM's "fixed_small", gamma = 1 its "fixed_large"."""
+    """With the same noise, gamma = 0 is DDIM with eta = 1 and DDPM's "fixed_small", gamma = 1 its "fixed_large"."""
     assert_ancestral_steps_are_diffusers(reference, prediction, prediction_type, clip, num_steps)
 
 
@@ -162,37 +161,37 @@ def assert_ancestral_steps_are_diffusers(
     sampler = Ancestral(1.0 if reference == "fixed_large" else 0.0)
     ours = trajectory(Clipped(denoiser) if clip else denoiser, x_1, num_steps, sampler, noise=noise.__getitem__)
     for step, their_x_s in zip(ours, theirs, strict=True):
-        # 1 - alpha^2 costs them up to 1e-12 of sigma^2, and the difference of two of those up to 1e-10 of DDPM's
-        # variance where the steps are shortest.
+        # 1 - alpha^2 costs diffusers up to 1e-12 of sigma^2, and the difference of two such values up to 1e-10 of
+        # DDPM's variance for the shortest steps.
         torch.testing.assert_close(step.x_s, their_x_s, rtol=1e-10, atol=1e-10)
 
 
 LAST_TIMESTEP: Final = 895
-"""Of our t = 0.875, where the other two samplers start: at zero SNR diffusers' sigma / alpha would be 2e4."""
+"""The timestep of t = 0.875, where the other two samplers start: at zero SNR, diffusers' sigma / alpha would be 2e4."""
 
 
 def later_times(num_steps: int) -> Tensor:
-    """Falling times from 0.875 in whole timesteps, then clean data."""
+    """Return decreasing times from 0.875 in whole timesteps, followed by clean data."""
     times = torch.linspace(LAST_TIMESTEP + 1, 0, num_steps + 1, dtype=torch.float64).round() / TABLE
     assert len(times.unique()) == num_steps + 1
     return times
 
 
 def set_steps(scheduler: Any, times: Tensor) -> None:
-    """Makes a scheduler's steps those between our times, with sigma / alpha in float64, arranged as its own."""
+    """Set a scheduler's steps to those between our times, with sigma / alpha in float64, in its own layout."""
     timesteps = (times[:-1] * TABLE - 1).round().int().tolist()
     scheduler.set_timesteps(timesteps=timesteps)
     alpha, sigma = PROCESS.landing(times)
     exact = sigma / alpha
     if isinstance(scheduler, HeunDiscreteScheduler):
         exact = torch.cat([exact[:1], exact[1:-1].repeat_interleave(2), exact[-1:]])
-    assert scheduler.sigmas.shape == exact.shape  # Of another schedule until now, so only the shape can be compared.
+    assert scheduler.sigmas.shape == exact.shape  # the old values are another schedule's
     scheduler.sigmas = exact
 
 
 @torch.no_grad()
 def heun_by_diffusers(network: ToyNetwork, x_t: Tensor, times: Tensor, prediction_type: str) -> Iterator[Tensor]:
-    """Diffusers' samples are x_t / alpha, and its network is shown `scale_model_input` of them."""
+    """Sample with diffusers' Heun: samples are x_t / alpha, and the network receives `scale_model_input` of them."""
     scheduler = HeunDiscreteScheduler(prediction_type=prediction_type, **TRAILING)
     set_steps(scheduler, times)
     radius = (1 + scheduler.sigmas**2).sqrt()
@@ -201,14 +200,14 @@ def heun_by_diffusers(network: ToyNetwork, x_t: Tensor, times: Tensor, predictio
         shown = scheduler.scale_model_input(y, timestep)
         time = (clock(float(timestep)) + 1) / TABLE
         y = scheduler.step(network(shown, time.expand(len(y))), timestep, y).prev_sample
-        # After the second stage of a step, and after the last, which has but one.
+        # Compare after the second stage of a step, and after the last, which has only one.
         if scheduler.state_in_first_order or index == len(scheduler.timesteps) - 1:
             yield y / radius[index + 1]
 
 
 class WithoutRounding(DPMSolverMultistepScheduler):
-    """Diffusers' scheduler, whose `step` rounds the sample to float32 before it hands it on: here it is handed on as it
-    was. All else is theirs, the choice between the two updates included."""
+    """Diffusers' scheduler without its rounding of samples to float32. Everything else is diffusers' code, including
+    the choice between the two updates."""
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.unrounded = sample
@@ -262,7 +261,7 @@ def test_every_step_of_heun_and_of_dpmpp_2m_is_diffusers(
 
 
 def stock_sde(process: NoiseProcess, times: Tensor) -> Any:
-    """Diffusers' SDE-DPM-Solver++ of order 1 for a network of v or of the flow's velocity, on our times in float64."""
+    """Return diffusers' SDE-DPM-Solver++ of order 1 for v or the flow velocity, on our times in float64."""
     settings: dict[str, Any] = {"prediction_type": "v_prediction"}
     if isinstance(process, FlowMatching):
         settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": process.shift}
@@ -291,15 +290,15 @@ def stock_sde(process: NoiseProcess, times: Tensor) -> Any:
 def test_ancestral_sampling_with_the_lower_variance_is_the_stock_sde_solver(
     process: NoiseProcess, num_steps: int
 ) -> None:
-    """Step by step from the same noise, so in mean and variance; without noise the two agree in the mean alone."""
+    """Steps from the same noise are equal, so mean and variance are equal. Without noise, only the means are."""
     prediction = FlowVelocity() if isinstance(process, FlowMatching) else V()
     denoiser, x_t = toy_denoiser(process, prediction), numbers(4, 3, 2)
-    # Theirs rounds the noise that it is given to float32.
+    # Diffusers rounds the given noise to float32.
     for noise in (numbers(num_steps, 4, 3, 2, seed=1).float().double(), torch.zeros(num_steps, 4, 3, 2).double()):
         scheduler, theirs = stock_sde(process, uniform_times(num_steps)), x_t
         ours = trajectory(denoiser, x_t, num_steps, Ancestral(0.0), noise=noise.__getitem__)
         for step, timestep, drawn in zip(ours, scheduler.timesteps, noise, strict=True):
             output = denoiser.network(theirs, clock(step.t).expand(len(theirs)))
             theirs = scheduler.step(output, timestep, theirs, variance_noise=drawn).prev_sample
-            # exp(-2 h) near 1 and sigma / alpha of 2e4 cost them digits.
+            # exp(-2 h) near 1 and sigma / alpha of 2e4 cost diffusers several digits.
             torch.testing.assert_close(step.x_s, theirs, rtol=1e-8, atol=1e-8)

@@ -1,6 +1,6 @@
-"""Pipelines that no line of the library names: what they feed their networks is read off their own calls.
+"""Pipelines without specific code in the library: the inputs of their networks are recorded from their own calls.
 
-Our samples are those of the pipeline itself, from the same noise, prompts, steps and guidance.
+Our samples equal the pipeline's from the same noise, prompts, steps and guidance.
 """
 
 import functools
@@ -39,13 +39,13 @@ PROMPTS: Final = ["a cat", "b on a mat"]
 
 
 class Family(NamedTuple):
-    """A tiny pipeline, and how it is called."""
+    """A tiny pipeline and its call."""
 
     options: dict[str, Any]
     facts: dict[str, Any]
-    """What the recording must find."""
+    """The facts that the recording must find."""
     steps: tuple[int, int] = (4, 12)
-    """A table of 1000 levels has no 12 steps of one length."""
+    """A table of 1000 levels cannot be divided into 12 equal steps."""
 
 
 SQUARE: Final = {"height": 8, "width": 8}
@@ -71,7 +71,7 @@ FAMILIES: Final = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Each family's pipeline as it saves itself, made once."""
+    """Return each family's pipeline as it saves itself, built once."""
     root = tmp_path_factory.mktemp("families")
 
     def folder(name: str) -> Path:
@@ -83,25 +83,25 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def called(pipe: Any, x_1: Tensor, num_steps: int, **options: Any) -> Tensor:
-    """The latents that the stock pipeline makes of `x_1`."""
+    """Return the latents that the stock pipeline samples from `x_1`."""
     with torch.no_grad():
         made = pipe(prompt=list(PROMPTS), latents=x_1, num_inference_steps=num_steps, output_type="latent", **options)
     return torch.as_tensor(made[0])
 
 
 def guided(model: Model, pipe: Any) -> list[tuple[dict[str, Any], float | None]]:
-    """The pipeline's arguments without guidance and with it, and our scale for each."""
+    """Return the pipeline's arguments without and with guidance, and our scale for each."""
     pipeline = model.manifest.pipeline
     assert pipeline is not None
     if pipeline.guidance is None or pipeline.off is None:
         return [({}, None)]
-    # Pipelines that distil guidance call a second time only for a negative prompt that they are given.
+    # Pipelines with distilled guidance call a second time only if they are given a negative prompt.
     negative = {"negative_prompt": [" ", " "]} if pipeline.guidance == "true_cfg_scale" else {}
     return [({pipeline.guidance: scale, **negative}, scale + 1 - pipeline.off) for scale in (pipeline.off, 4.0)]
 
 
 NEEDS: Final = {"stable_audio": "torchsde"}
-"""Packages without which diffusers does not have a family."""
+"""Packages that diffusers needs for a family."""
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -135,13 +135,13 @@ def test_our_samples_are_those_of_the_pipeline(name: str, saved: Callable[[str],
 
             made.append(ours(conditions))
             assert_same(made[-1], called(pipe, x_1, num_steps, **call))
-            # Neither a prompt nor a scale is without effect.
+            # Both a prompt and a scale have an effect.
             assert all(float((other - made[-1]).abs().max()) > 1e-3 for other in (ours(swapped), *made[:-1]))
 
 
 @pytest.mark.parametrize("name", ["pixart", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "lcm"))])
 def test_twelve_steps_on_a_table_of_a_thousand_levels(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
-    """A scheduler whose steps land where the next one starts takes ours; that of DDIM does not, and is refused."""
+    """A scheduler accepts our times if its steps end where the next one starts. DDIM's do not, so they are rejected."""
     family, folder = FAMILIES[name], saved(name)
     model = import_pipeline(folder, family.options)
     assert model.manifest.pipeline is not None
@@ -172,7 +172,7 @@ BUDGET: Final = [
 
 
 def distilled(folder: Path, options: dict[str, Any], out: Path, *words: str) -> Path:
-    """A student of four steps, from a teacher of eight and prompts alone."""
+    """Distil a four-step student from an eight-step teacher and prompts alone."""
     prompts = out.with_suffix(".txt")
     prompts.write_text("a cat\n\nb on a mat\na b c d\nc\n")
     call = [f"{name}={json.dumps(value)}" for name, value in options.items()]
@@ -196,7 +196,8 @@ def distilled(folder: Path, options: dict[str, Any], out: Path, *words: str) -> 
 
 
 def as_told(pipe: Any, student: Model) -> dict[str, Any]:
-    """The arguments of a card, without the number of steps; a pipeline that takes no sigmas has them bound."""
+    """Return the arguments of a card without the number of steps. If a pipeline takes no sigmas, set them in its
+    scheduler."""
     call = call_of(student.manifest, 4)
     del call["num_inference_steps"]
     if "sigmas" not in call and student.manifest.process["type"] == "flow":
@@ -206,7 +207,7 @@ def as_told(pipe: Any, student: Model) -> dict[str, Any]:
 
 
 def called_once_a_step(pipe: Any, x_1: Tensor, num_steps: int, **options: Any) -> Tensor:
-    """As `called`; the network runs once a step, on a batch of one row for each prompt."""
+    """Sample as `called`, and check that the network runs once per step, with one batch row per prompt."""
     rows: list[int] = []
     module = getattr(pipe, component_of(pipe))
     hook = module.register_forward_hook(lambda _module, _args, output: rows.append(len(output[0])))
@@ -257,7 +258,7 @@ def test_a_student_of_prompts_alone_is_exported(
 
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recording, Trace]:
-    """A recording with everything that can be lied about: two branches, a shift, a negated output."""
+    """Return a recording with everything that can be falsified: two branches, a shift, a negated output."""
     tokens = tmp_path_factory.mktemp("honest")
     pipe = support_pipelines.tiny_lumina2(tokens)
     options = FAMILIES["lumina2"].options
@@ -267,7 +268,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recording, Trace]:
     return recording, made
 
 
-def test_a_recording_that_lies_is_refused_with_the_fact(
+def test_a_false_recording_is_rejected_with_the_fact(
     honest: tuple[Recording, Trace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recording, made = honest
@@ -315,7 +316,9 @@ def test_a_swapped_condition_is_refused_by_name(honest: tuple[Recording, Trace])
         verify(recording.network, recording.schedule, lying)
 
 
-def test_what_no_clock_and_no_guidance_explains_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_without_a_matching_clock_or_guidance_are_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipe = support_pipelines.tiny_flux_schnell(tmp_path)
     step = type(pipe.scheduler).step
 
@@ -351,7 +354,7 @@ LOW_RANK: Final = ["--chain.lora-rank", "2", "--chain.learning-rate", "0.01"]
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "wan", *OTHERS) if name != "pixart"),
     ],
 )
-def test_low_rank_additions_are_loaded_by_the_pipeline(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+def test_lora_weights_are_loaded_by_the_pipeline(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
     run = distilled(saved(name), FAMILIES[name].options, tmp_path / "run", *LOW_RANK)
     main(["export", str(run), "--format", "lora", "--out", str(tmp_path / "lora")])
     student = load(run)
@@ -374,7 +377,7 @@ def test_low_rank_additions_are_loaded_by_the_pipeline(name: str, saved: Callabl
 def test_a_student_that_no_scheduler_of_diffusers_samples_is_refused(
     saved: Callable[[str], Path], tmp_path: Path, capsys: Capture
 ) -> None:
-    """Stable Audio's own scheduler draws noise, and no other passes its network the angle."""
+    """Stable Audio's own scheduler draws noise, and no other scheduler passes its network the angle."""
     for form, words in (("diffusers", ["--matching.guidance-scale", "3"]), ("lora", LOW_RANK)):
         run = distilled(saved("stable_audio"), {}, tmp_path / form, *words)
         said = refused(["export", str(run), "--format", form, "--out", str(tmp_path / "out")], capsys)
@@ -383,7 +386,7 @@ def test_a_student_that_no_scheduler_of_diffusers_samples_is_refused(
 
 
 @pytest.mark.slow
-def test_low_rank_additions_that_no_pipeline_loads_are_refused(
+def test_lora_weights_that_no_pipeline_loads_are_rejected(
     saved: Callable[[str], Path], tmp_path: Path, capsys: Capture
 ) -> None:
     run = distilled(saved("pixart"), FAMILIES["pixart"].options, tmp_path / "run", *LOW_RANK)
@@ -393,7 +396,7 @@ def test_low_rank_additions_that_no_pipeline_loads_are_refused(
 
 
 def test_an_export_that_samples_otherwise_is_refused(saved: Callable[[str], Path], tmp_path: Path) -> None:
-    """The network's clock is that of another shift than the process of its samples."""
+    """The network's clock has another shift than the process of its samples."""
     model = import_pipeline(saved("flux"), FAMILIES["flux"].options)
     other = FlowMatching(5.0)
     manifest = model.manifest.model_copy(update={"process": processes.describe(other)})
@@ -403,7 +406,9 @@ def test_an_export_that_samples_otherwise_is_refused(saved: Callable[[str], Path
     assert not (tmp_path / "out").exists()
 
 
-def test_what_prompts_cannot_do_is_one_line(saved: Callable[[str], Path], tmp_path: Path, capsys: Capture) -> None:
+def test_unsupported_uses_of_prompts_are_rejected_in_one_line(
+    saved: Callable[[str], Path], tmp_path: Path, capsys: Capture
+) -> None:
     folder, prompts = saved("flux"), tmp_path / "prompts.txt"
     prompts.write_text("a\n")
     call = ["--call", "height=8", "width=8"]

@@ -1,4 +1,4 @@
-"""The authors' own U-Nets: their checkpoints, imported, put out what their JAX code put out."""
+"""Imported checkpoints of the authors' U-Nets give the outputs of the authors' JAX code."""
 
 import math
 from pathlib import Path
@@ -36,9 +36,9 @@ def toy(name: str) -> GooglePDConfig:
 @needs_official
 @pytest.mark.parametrize("name", list(TOYS))
 @torch.no_grad()
-def test_an_imported_network_puts_out_what_the_authors_code_put_out(name: str) -> None:
-    """To 2e-5 of the largest output, in float32, at log-SNRs from one end to the other; it is asked by a denoiser's
-    time, so that clock, fold and class bias are all in it."""
+def test_an_imported_network_gives_the_output_of_the_authors_code(name: str) -> None:
+    """Outputs agree to 2e-5 of the largest, in float32, at log-SNRs from one end to the other. The denoiser is called
+    with its own time, so the test covers the clock, the fold and the class bias."""
     config = toy(name)
     network = convert(read_checkpoint(OFFICIAL / f"{name}.msgpack").params, config)
     held = dict(np.load(OFFICIAL / f"{name}.npz"))
@@ -56,7 +56,7 @@ def test_an_imported_network_puts_out_what_the_authors_code_put_out(name: str) -
 
 @needs_official
 def test_the_toys_differ_from_one_another_and_from_a_network_one_timestep_off() -> None:
-    """What makes the test before mean something: a clock that is off by one would be seen."""
+    """The previous test would detect a clock that is off by one."""
     config = toy("unet_uncond")
     network = convert(read_checkpoint(OFFICIAL / "unet_uncond.msgpack").params, config)
     x_t = torch.from_numpy(np.load(OFFICIAL / "unet_uncond.npz")["x"]).permute(0, 3, 1, 2)
@@ -75,8 +75,8 @@ def test_the_toys_differ_from_one_another_and_from_a_network_one_timestep_off() 
     ],
 )
 def test_the_released_configurations_map_tensor_by_tensor(name: str, theirs: int, ours: int) -> None:
-    """Every array of their tree, as it is described in tests/support_google_pd.py, has one place; and they are as many
-    numbers as the authors' code has."""
+    """Every array of the authors' tree, described in tests/support_google_pd.py, has one destination, and their total
+    size is that of the authors' code."""
     config = CONFIGS[name]
     tree = dict(shapes(config))
     assert sum(math.prod(shape) for shape in tree.values()) == theirs
@@ -94,7 +94,7 @@ def test_the_released_configurations_map_tensor_by_tensor(name: str, theirs: int
 
 @torch.no_grad()
 def test_the_shift_of_the_clock_and_the_class_bias_fold_into_the_weights() -> None:
-    """The embedding of the imported network at timestep k is theirs at k + 1, computed here from their arrays."""
+    """The embedding of the imported network at timestep k is the authors' at k + 1, computed here from their arrays."""
     held = {path: value.astype(np.float64) for path, value in params(TINY).items()}
     unet = convert(params(TINY), TINY).double().model
     half = TINY.ch // 2
@@ -111,7 +111,7 @@ def test_the_shift_of_the_clock_and_the_class_bias_fold_into_the_weights() -> No
 
 
 def test_the_network_s_clock_is_the_authors() -> None:
-    """1000 u - 1 with u = 2 / pi arctan(exp(-log_snr / 2)), at every time of our process."""
+    """Compare with 1000 u - 1, where u = 2 / pi arctan(exp(-log_snr / 2)), at many times of our process."""
     network = empty_network(TINY)
     first, last = network.clock_range
     t = torch.linspace(0, 1, 101, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The conversions of docs/pages/notation.md, against diffusers' schedulers and against derivatives of densities."""
+"""The conversions of docs/pages/notation.md agree with diffusers' schedulers and with derivatives of densities."""
 
 import math
 from typing import Final
@@ -28,18 +28,18 @@ TIMES: Final = torch.arange(1, TABLE + 1, dtype=torch.float64) / TABLE
 
 
 def betas() -> Tensor:
-    """The cosine process as diffusers wants it: the shares of signal power lost from one timestep to the next."""
+    """Return the cosine process in diffusers' form: the share of signal power lost from one timestep to the next."""
     power = PROCESS.alpha_sigma(torch.cat([clock(0.0), TIMES]))[0] ** 2
     return 1 - power[1:] / power[:-1]
 
 
 def noisy_rows() -> tuple[Tensor, Tensor, Tensor]:
-    """x0, eps `[97, 2]` and the times of the rows, away from 0 and 1."""
+    """Return x0 and eps `[97, 2]`, and the times of the rows, away from 0 and 1."""
     return 0.5 * numbers(97, 2), numbers(97, 2, seed=1), interior_times(97)
 
 
 def test_diffusers_cumulates_its_betas_to_alpha_squared_at_timestep_t_times_table_minus_1() -> None:
-    """From the betas, which diffusers holds in float32: near the data their sum is mostly rounding."""
+    """Compare with the betas, which diffusers stores in float32: near the data, their sum is mostly rounding."""
     scheduler = DDPMScheduler(TABLE, trained_betas=betas().tolist())
     alpha, sigma = PROCESS.alpha_sigma(TIMES)
     timestep = (TABLE * TIMES - 1).round().long()
@@ -52,7 +52,7 @@ def test_diffusers_cumulates_its_betas_to_alpha_squared_at_timestep_t_times_tabl
 def test_diffusers_own_cosine_table_puts_time_t_at_timestep_t_times_table_minus_1() -> None:
     """`squaredcos_cap_v2` samples a function of continuous time, so it shows which time a timestep stands for.
 
-    It is the cosine of Nichol and Dhariwal, shifted by 0.008, and not the process here.
+    The function is the cosine of Nichol and Dhariwal, shifted by 0.008, not our cosine process.
     """
     theirs = DDPMScheduler(TABLE, beta_schedule="squaredcos_cap_v2").alphas_cumprod.double()
     amplitude = torch.cos((TIMES + 0.008) / 1.008 * math.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2)
@@ -98,7 +98,7 @@ def test_the_other_spacings_of_diffusers_are_what_the_page_says(
 
 
 def test_trailing_on_a_table_of_1000_lands_beside_the_next_timestep() -> None:
-    """An x0 of 0 leaves of a DDIM step the amplitude of its noise, and so the timestep at which it landed."""
+    """With x0 = 0, a DDIM step leaves only the amplitude of its noise, which gives the timestep at which it landed."""
     scheduler = DDIMScheduler(1000, timestep_spacing="trailing", clip_sample=False, prediction_type="sample")
     scheduler.set_timesteps(64)
     levels, visited = scheduler.alphas_cumprod.double(), scheduler.timesteps.tolist()
@@ -136,7 +136,7 @@ def test_dpm_solver_s_lambda_is_half_of_log_snr() -> None:
 
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0, 1.7])
 def test_edm_s_raw_output_is_the_linear_prediction_of_the_page(sigma_data: float) -> None:
-    """The page's F, put through diffusers' preconditioning at ratio sigma / alpha, is x0."""
+    """The page's F, converted with diffusers' preconditioning at ratio sigma / alpha, is x0."""
     scheduler = EDMEulerScheduler(sigma_data=sigma_data)
     x0, eps, times = noisy_rows()
     for row, t in enumerate(times):
@@ -166,7 +166,7 @@ def test_edm_with_unit_data_is_v_prediction_on_the_circle_up_to_sign() -> None:
 
 
 def test_flow_matching_is_x_t_over_alpha_plus_sigma_with_velocity_eps_minus_x0() -> None:
-    """A straight path: with the right velocity diffusers' step from any time to the next stays on it."""
+    """On a straight path with the right velocity, diffusers' step from any time to the next stays on the path."""
     scheduler = FlowMatchEulerDiscreteScheduler(TABLE)
     scheduler.set_timesteps(8)
     assert scheduler.timesteps.tolist() == (TABLE * scheduler.sigmas[:-1]).tolist()
@@ -197,7 +197,7 @@ def test_the_shift_of_flow_matching_lowers_log_snr_by_twice_its_logarithm() -> N
 
 @pytest.mark.parametrize("std", [0.5, 2.0])
 def test_the_score_is_minus_eps_over_sigma(std: float) -> None:
-    """And (x0 - x_t / alpha) / ratio^2 in EDM's scaling: gradients of the log densities, by autograd."""
+    """Compare also with (x0 - x_t / alpha) / ratio^2 in EDM's scaling: gradients of the log densities, by autograd."""
     x_t, t = numbers(97, 2), interior_times(97)
     alpha, sigma = (a[:, None] for a in PROCESS.alpha_sigma(t))
     x0, eps = GaussianDenoiser(PROCESS, mean=0.3, std=std)(x_t, t)
@@ -215,7 +215,7 @@ def test_the_score_is_minus_eps_over_sigma(std: float) -> None:
 
 
 def test_an_error_in_x0_weighs_in_each_space_as_the_page_says() -> None:
-    """Two values of x0 for one x_t; what they differ by in other spaces follows from definitions alone."""
+    """Two values of x0 for one x_t. Their differences in other spaces follow from the definitions alone."""
     x0, eps, t = noisy_rows()
     alpha, sigma = (a[:, None] for a in PROCESS.alpha_sigma(t))
     x_t = alpha * x0 + sigma * eps
@@ -234,7 +234,8 @@ def test_an_error_in_x0_weighs_in_each_space_as_the_page_says() -> None:
 
 @pytest.mark.parametrize("prediction", [pytest.param(Eps(), id="eps"), pytest.param(V(), id="v")])
 def test_an_error_of_the_output_moves_a_step_as_target_md_says(prediction: LinearPrediction) -> None:
-    """By sin(d) for v and sin(d) / cos(phi_t) for eps, d being the step's angle: 22,026 in one step from t = 1."""
+    """The error grows by sin(d) for v and by sin(d) / cos(phi_t) for eps, where d is the step's angle: by 22,026 in one
+    step from t = 1."""
     denoiser, x_t = toy_denoiser(PROCESS, prediction), pure_noise(PROCESS, 5, 1)
     for num_steps in (1, 4, 64):
         t, s = clock(1.0), clock(1 - 1 / num_steps)
@@ -256,7 +257,7 @@ def test_an_error_of_the_output_moves_a_step_as_target_md_says(prediction: Linea
 
 
 def test_the_target_has_the_angle_and_v_forms_of_target_md() -> None:
-    """On the cosine process, for an exact Gaussian teacher."""
+    """Test the cosine process with an exact Gaussian teacher."""
     for num_steps in (2, 4, 64, 4096):
         index = torch.arange(1, num_steps, dtype=torch.float64)
         t, s = (index + 1) / num_steps, index / num_steps

@@ -1,4 +1,4 @@
-"""The authors' own numbers: losses, halving targets, DDIM and ancestral samples of their JAX code in float64."""
+"""Losses, halving targets, DDIM and ancestral samples equal those of the authors' JAX code in float64."""
 
 import itertools
 from pathlib import Path
@@ -33,7 +33,7 @@ GAMMAS: Final = {"fixed_small": 0.0, "fixed_medium:0.3": 0.3, "fixed_large": 1.0
 
 
 class SampleRun(NamedTuple):
-    """One sampling of the reference: `{prediction}.{sampler}.{variance}.{num_steps}.{clip}`."""
+    """The settings of one sampling of the reference: `{prediction}.{sampler}.{variance}.{num_steps}.{clip}`."""
 
     prediction: str
     sampler: str
@@ -47,7 +47,7 @@ class SampleRun(NamedTuple):
 
     @property
     def parts(self) -> set[str]:
-        """What is stored of it; ddim draws no noise, and its samples are stored under the name of one variance."""
+        """Return the stored samples; those of ddim, which draws no noise, are stored under the name of one variance."""
         return {
             f"{self.key}.{part}" for part in ("net", "start", "out", *(["noise"] if self.sampler == "noisy" else []))
         }
@@ -65,12 +65,12 @@ RUNS: Final = [
 
 
 def column(values: np.ndarray) -> Tensor:
-    """Scalars as samples of one entry, `[n, 1]`."""
+    """Return scalars as samples with one entry, `[n, 1]`."""
     return torch.from_numpy(values).reshape(-1, 1)
 
 
 def formula(coefficients: np.ndarray, prediction: Prediction, process: VPCosine = PROCESS) -> Denoiser:
-    """The "network" of the reference values, as `tests/data/README.md` defines it."""
+    """Return the output of the reference's "network", as `tests/data/README.md` defines it."""
     c: list[float] = coefficients.tolist()
 
     def network(x_t: Tensor, time: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def formula(coefficients: np.ndarray, prediction: Prediction, process: VPCosine 
 
 
 def target_of(name: str, num_steps: str) -> Tensor:
-    """Our target for the rows of a case, `[n, 1]`: the data itself where training is in continuous time."""
+    """Return our target for the rows of a case, `[n, 1]`; if training is in continuous time, it is the data."""
     row = {key: LOSSES[f"{name}.{num_steps}.{key}"] for key in ("x", "eps", "t", "teacher")}
     x0, eps, t = column(row["x"]), column(row["eps"]), torch.from_numpy(row["t"])
     if num_steps == "0":
@@ -104,7 +104,7 @@ def test_the_reference_covers_every_prediction_weighting_and_grid() -> None:
 
 @pytest.mark.parametrize(("name", "num_steps"), [case for case in CASES if case[1] != "0"])
 def test_the_halving_target_is_the_authors(name: str, num_steps: str) -> None:
-    # 1e-11: the reference solves for its target by subtraction and carries that much rounding at 4096 steps.
+    # 1e-11: the reference solves for its target by subtraction, with this much rounding at 4096 steps.
     reference = column(LOSSES[f"{name}.{num_steps}.x_target"])
     torch.testing.assert_close(target_of(name, num_steps), reference, rtol=1e-10, atol=1e-11)
 
@@ -112,11 +112,11 @@ def test_the_halving_target_is_the_authors(name: str, num_steps: str) -> None:
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize(("name", "num_steps"), CASES)
 def test_the_loss_is_the_authors(name: str, num_steps: str, weighting: str) -> None:
-    """Row by row, to 1e-9 of the error that the loss is the weighted square of.
+    """Compare row by row, to 1e-9 of the error whose weighted square is the loss.
 
-    Where the student happens to hit the target, a loss of nearly 0 is the square of a difference that is made
-    of the 1e-11 of rounding in the reference's own target. So errors in x0 are compared, not their squares,
-    and are allowed those 1e-11; in continuous time the target is the data and nothing needs allowing.
+    If the student nearly hits the target, the loss is the square of a difference that consists of the 1e-11 of rounding
+    in the reference's own target. Therefore errors in x0 are compared instead of their squares, with a tolerance of
+    1e-11. In continuous time the target is the data, and no tolerance is needed.
     """
     row = {key: LOSSES[f"{name}.{num_steps}.{key}"] for key in ("x", "eps", "t", "student", f"loss_{weighting}")}
     t = torch.from_numpy(row["t"])
@@ -129,7 +129,7 @@ def test_the_loss_is_the_authors(name: str, num_steps: str, weighting: str) -> N
     torch.testing.assert_close(
         (ours / weight).sqrt(), (theirs / weight).sqrt(), rtol=1e-9, atol=0 if num_steps == "0" else 1e-11
     )
-    # The plain losses too, wherever they are not made of that rounding.
+    # Compare plain losses too, unless they consist of this rounding.
     clear = (theirs / weight).sqrt() > 0.02
     assert bool(clear.float().mean() > 0.5)
     torch.testing.assert_close(ours[clear], theirs[clear], rtol=2e-9, atol=0)
@@ -137,7 +137,7 @@ def test_the_loss_is_the_authors(name: str, num_steps: str, weighting: str) -> N
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.key)
 def test_samples_are_the_authors(run: SampleRun) -> None:
-    """All rows; the noise of the reference is numbered by its loop index, which falls from num_steps - 1 to 0."""
+    """Test all rows. The reference numbers its noise by loop index, which decreases from num_steps - 1 to 0."""
     denoiser = formula(SAMPLES[f"{run.key}.net"], PREDICTIONS[run.prediction])
     start, reference = column(SAMPLES[f"{run.key}.start"]), column(SAMPLES[f"{run.key}.out"])
     sampler: Sampler = DDIM()

@@ -1,4 +1,4 @@
-"""Our samples from an imported pipeline are those of the pipeline itself: same steps, noise and guidance."""
+"""Our samples from an imported pipeline equal those of the pipeline, with the same steps, noise and guidance."""
 
 import itertools
 from pathlib import Path
@@ -17,13 +17,13 @@ from support_pipelines import assert_same, noise, quietly, save_ddpm, save_dit, 
 
 
 def ours(model: Model, x_1: Tensor, scheduler: Any, num_steps: int, **conditions: Any) -> Tensor:
-    """Our samples at the times of the pipeline's own scheduler."""
+    """Return our samples at the times of the pipeline's own scheduler."""
     cond = model.cond(range(len(x_1)), **conditions)
     return sample(model, x_1, num_steps, cond=cond, grid=lambda n: times_of(scheduler, n))
 
 
 def fed(monkeypatch: pytest.MonkeyPatch, module: Any, x_1: Tensor) -> None:
-    """Lets a pipeline that takes no latents start from `x_1`."""
+    """Make a pipeline without an argument for latents start from `x_1`."""
     monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: x_1.clone())
 
 
@@ -70,7 +70,7 @@ def test_every_table_of_betas(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, s
 
 
 def test_the_channels_of_a_learned_variance_are_left_out(tmp_path: Path) -> None:
-    """Of a network that diffusers' own DDIM steps with the first half of its channels only."""
+    """The network has twice the channels, of which diffusers' own DDIM uses only the first half."""
     scheduler = diffusers.DDPMScheduler(variance_type="learned_range", timestep_spacing="trailing")
     folder = save_ddpm(tmp_path / "ddpm", scheduler, out_channels=6)
     model = import_pipeline(folder)

@@ -1,6 +1,6 @@
-"""The noise levels of diffusers' schedulers, and what their networks put out, are ours of the same name.
+"""Our noise levels and predictions equal those of diffusers' schedulers and networks of the same name.
 
-Diffusers holds its tables in float32, so that they are compared to the roundings of their making.
+Diffusers stores its tables in float32, so the tolerances are the rounding errors of their construction.
 """
 
 from typing import Any, Final
@@ -43,13 +43,13 @@ every_table = pytest.mark.parametrize(("betas", "settings"), TABLES.values(), id
 
 
 def levels(betas: tuple[float, ...]) -> Tensor:
-    """The times of a table's levels: timestep k is at (k + 1) / T."""
+    """Return the times of a table's levels: timestep k is at (k + 1) / T."""
     return torch.arange(1, len(betas) + 1, dtype=torch.float64) / len(betas)
 
 
 def single_roundings(betas: tuple[float, ...]) -> Tensor:
-    """How far the logarithms of diffusers' products may be off. Each level adds the roundings of beta and of 1 - beta,
-    both up to 2^-24 of 1, and that of a product."""
+    """Return the largest possible error of the logarithms of diffusers' products. Each level adds the rounding of beta
+    and of 1 - beta, both up to 2^-24 of 1, and that of a product."""
     return (2**-24 * (1 + 2 / (1 - torch.tensor(betas, dtype=torch.float64)))).cumsum(0)
 
 
@@ -63,9 +63,9 @@ def test_a_table_has_the_powers_of_signal_of_diffusers_at_its_timesteps(
     alpha, sigma = VPTable(betas).alpha_sigma(levels(betas))
     allowed = single_roundings(betas)
     assert bool(((theirs.double() / alpha**2).log().abs() <= allowed).all())
-    # The sum of the powers of signal and noise is 1, of which diffusers' 1 - alphas_cumprod is known to so much.
+    # Signal and noise power sum to 1, to the precision of diffusers' 1 - alphas_cumprod.
     assert bool(((1 - theirs.double() - sigma**2).abs() <= allowed).all())
-    # One timestep off would be seen at each: the next level lies further away than what is allowed.
+    # An error of one timestep would be detected everywhere: the next level is further away than the tolerance.
     assert bool(((alpha[1:] / alpha[:-1]).log().abs() * 2 > 4 * allowed[1:]).all())
 
 
@@ -73,28 +73,29 @@ def test_a_table_has_the_powers_of_signal_of_diffusers_at_its_timesteps(
 def test_between_its_levels_a_table_interpolates_the_log_of_diffusers_ratio(
     betas: tuple[float, ...], settings: dict[str, Any]
 ) -> None:
-    """With numpy's interpolation, over times and log-SNRs that are both from diffusers' own betas, in float64."""
+    """Compare with numpy's interpolation over times and log-SNRs from diffusers' betas, in float64."""
     scheduler = DDPMScheduler(num_train_timesteps=len(betas), **settings)
     power = (1 - scheduler.betas.double()).cumprod(0)
     t = levels(betas)[0] + (1 - levels(betas)[0]) * interior_times(997)
     expected = np.interp(t.numpy(), levels(betas).numpy(), torch.logit(power).numpy())
-    # 1 - power, near the data, is 1e-4 with the rounding of 1, and the log-SNR is off by 2^-53 times 1e4 a level.
+    # Near the data, 1 - power is 1e-4 with the rounding of 1, so the log-SNR is off by 2^-53 times 1e4 per level.
     found = VPTable(tuple(scheduler.betas.double().tolist())).log_snr(t)
     torch.testing.assert_close(found, torch.from_numpy(expected), rtol=0, atol=2e-11)
 
 
 @every_table
 def test_zero_terminal_betas_are_diffusers_rescaled_ones(betas: tuple[float, ...], settings: dict[str, Any]) -> None:
-    """In float64, which their function computes in when it is given it; the last beta is 1 to the last bit."""
+    """Use float64, in which their function computes if it receives float64. The last beta is 1 to the last bit."""
     ours = torch.tensor(zero_terminal_betas(betas), dtype=torch.float64)
     theirs = rescale_zero_terminal_snr(torch.tensor(betas, dtype=torch.float64))
     assert ours[-1] == theirs[-1] == 1
-    # The last levels are differences of numbers of size 1 that are alike up to alpha_T: 2^-53 of 1, over themselves.
+    # The last levels are differences of numbers near 1 that agree up to alpha_T, with an error of 2^-53 relative to
+    # them.
     alpha, _ = VPTable(tuple(ours.tolist())).alpha_sigma(levels(betas))
     allowed = 2**-53 * len(betas) * torch.cat([torch.ones(1).double(), 1 / alpha[:-1]])
     assert bool(((ours - theirs).abs() <= allowed + 1e-15).all())
     held = DDIMScheduler(num_train_timesteps=len(betas), rescale_betas_zero_snr=True, **settings)
-    # In their float32 the table is cumulated, stretched by at most 1 + 2 alpha_T, and cumulated again.
+    # In their float32, the table is accumulated, stretched by at most 1 + 2 alpha_T, and accumulated again.
     allowed = 2 * single_roundings(betas)[:-1] + single_roundings(tuple(ours[:-1].tolist()))
     assert bool(((held.alphas_cumprod.double() - alpha**2)[:-1].abs() <= allowed).all())
     assert float(held.alphas_cumprod[-1]) == pytest.approx(0, abs=2**-24)
@@ -102,7 +103,8 @@ def test_zero_terminal_betas_are_diffusers_rescaled_ones(betas: tuple[float, ...
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 0.5, 12.0])
 def test_the_shift_of_flow_matching_is_diffusers(shift: float) -> None:
-    """To the five roundings of 2^-24 of their formula; their timesteps fall, and the k-th from the end is t = k / T."""
+    """Allow the five roundings of 2^-24 in their formula. Their timesteps decrease, and the k-th from the end is t = k
+    / T."""
     scheduler = FlowMatchEulerDiscreteScheduler(1000, shift=shift)
     t = torch.arange(1000, 0, -1, dtype=torch.float64) / 1000
     alpha, sigma = FlowMatching(shift).alpha_sigma(t)
@@ -120,7 +122,7 @@ def test_the_shift_of_flow_matching_is_diffusers(shift: float) -> None:
 def test_the_levels_of_exploding_variance_are_karras_s_of_diffusers(
     low: float, high: float, rho: float, num_steps: int
 ) -> None:
-    """Formed in float64 and rounded once. Their n levels go from sigma_max to sigma_min: ours at t = 1 to t = 0."""
+    """Computed in float64 and rounded once. Their n levels go from sigma_max to sigma_min: ours at t = 1 to t = 0."""
     scheduler = EDMEulerScheduler(sigma_min=low, sigma_max=high, rho=rho)
     scheduler.set_timesteps(num_steps)
     alpha, sigma = VE(low, high, rho).alpha_sigma(torch.linspace(1, 0, num_steps, dtype=torch.float64))
@@ -143,7 +145,7 @@ def test_the_defaults_are_those_of_karras_and_of_ho() -> None:
     [pytest.param(VE(), id="ve"), pytest.param(VPCosine(), id="vp_cosine"), pytest.param(FlowMatching(), id="flow")],
 )
 def test_an_output_of_edm_means_the_x0_that_diffusers_makes_of_it(process: NoiseProcess, sigma_data: float) -> None:
-    """For any output, and x_t / alpha as the sample of their scaling."""
+    """Test any output, with x_t / alpha as the sample in their scaling."""
     scheduler = EDMEulerScheduler(sigma_data=sigma_data)
     t, x_t, output = interior_times(97), numbers(97, 2), numbers(97, 2, seed=1)
     alpha, sigma = process.alpha_sigma(t)
@@ -151,7 +153,7 @@ def test_an_output_of_edm_means_the_x0_that_diffusers_makes_of_it(process: Noise
     theirs = scheduler.precondition_outputs(x_t / alpha[:, None], output, ratio)
     ours = EDM(sigma_data).denoised(output, x_t, alpha, sigma)
     torch.testing.assert_close(ours.x0, theirs, rtol=1e-12, atol=1e-12)
-    # And so for the output of a perfect network, whose input and output they scale in inverse ways.
+    # The same is true for the output of a perfect network, whose input and output they scale inversely.
     x0, eps = numbers(97, 2, seed=2), numbers(97, 2, seed=3)
     perfect = EDM(sigma_data).target(x0, eps, alpha, sigma)
     back = scheduler.precondition_outputs(x0 + ratio * eps, perfect, ratio)
@@ -174,7 +176,7 @@ def test_edm_for_unit_data_is_minus_v_on_the_circle() -> None:
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_flow_velocity_is_the_derivative_of_x_t_along_the_straight_path(shift: float) -> None:
-    """dx_t / dsigma, both by automatic differentiation in time; with no shift sigma is the time itself."""
+    """Compare with dx_t / dsigma, with both derivatives in time by autograd; without a shift, sigma is the time."""
     process, t = FlowMatching(shift), interior_times(97).requires_grad_()
     x0, eps = numbers(97), numbers(97, seed=1)
     alpha, sigma = process.alpha_sigma(t)

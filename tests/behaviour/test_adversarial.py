@@ -1,4 +1,4 @@
-"""An adversarial term in use: in halving and in a finish, across cuts and micro batches, and from the command line."""
+"""The adversarial term in halving and in a finish, with interruptions and micro batches, and from the command line."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +46,7 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_stage_with_a_critic_that_was_cut_ends_as_the_uncut_one(
     tmp_path: Path, uncut: Path, stage: str, update: int
 ) -> None:
-    """In the lead of the critic, after it, and beside an auxiliary denoiser."""
+    """Interrupt during the critic's lead, after it, and with an auxiliary denoiser."""
     events: Iterator[Any] = run(_spec(log_every=1, checkpoint_updates=1), tmp_path / "run")
     for event in events:
         if isinstance(event, Progress) and (event.name, event.window.update) == (stage, update):
@@ -76,7 +76,7 @@ def test_micro_batches_give_the_same_student_to_rounding(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_two_processes_give_the_student_of_one(tmp_path: Path) -> None:
-    """With DDP, and with all weights spread over both, the critic's too."""
+    """Run with DDP, and with all weights, including the critic's, sharded over both processes."""
     (stage,) = Plan((teams.halving(12),)).changed(_with_critic).stages
     torch.set_num_threads(1)
     expected = teams.trained("none", None, stage)

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process where the C library is glibc."""
+"""With glibc, the process keeps freed memory."""
 
 import platform
 import resource
@@ -30,12 +30,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def _faults(how: str) -> int:
-    """Page faults of twenty times two blocks of 8 MB, after the first time."""
+    """Return the page faults of twenty allocations of two 8 MB blocks, after the first."""
     done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory")
 def test_blocks_that_are_used_again_are_not_cleared_again() -> None:
     pages = 2 * (8 << 20) // resource.getpagesize()
     assert _faults("kept") < pages

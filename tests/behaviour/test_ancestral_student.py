@@ -1,4 +1,4 @@
-"""A stage of moment matching in a run: sampled, measured and resumed as any other, though it is sampled with noise."""
+"""A moment-matching stage in a run is sampled, measured and resumed like any other, although it samples with noise."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ LAST = "03-moments-0002"
 
 
 def spec() -> RunSpec:
-    """The toy run, and a stage of moment matching with dropout and a moving average."""
+    """Return the toy run with a stage of moment matching, with dropout and a moving average."""
     training = Training(8, 1e-3, 16, ema_decay=0.9, dropout=0.1, warmup_updates=2)
     evaluation = Evaluation(num_samples=24, num_reference=24, num_compared=8, num_shown=4, features="pixels")
     plan = toy_plan(12, 6) + Plan.of(MomentMatching(2, auxiliary_rate=2.0), training)
@@ -42,13 +42,13 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_it_is_sampled_and_measured_by_its_own_sampler(uncut: Path) -> None:
+def test_it_is_sampled_and_measured_with_its_own_sampler(uncut: Path) -> None:
     model = load(uncut)
     assert (model.manifest.stage, model.num_steps, model.sampler) == (LAST, 2, Ancestral(gamma=0.0))
     by_hand = sample(model, model.noise(range(5)), 2, Ancestral(gamma=0.0), noise=step_noise(range(5), (2,)))
     found = model.sample(range(5))
     torch.testing.assert_close(found, by_hand)
-    # A sample is a function of its own seed, whatever is sampled beside it.
+    # A sample depends only on its own seed, not on its batch.
     torch.testing.assert_close(model.sample(range(3, 5)), found[3:])
     assert float((found - model.sample(range(5), sampler=DDIM())).abs().max()) > 1e-2
     results = json.loads((uncut / "stages" / LAST / "metrics.json").read_text())["results"]
@@ -64,7 +64,7 @@ def test_the_log_has_the_moment_gap_and_the_auxiliary_s_loss(uncut: Path) -> Non
     assert last[f"{AUXILIARY}_loss"] > 0
 
 
-def test_a_run_that_is_cut_resumes_bit_for_bit(uncut: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_bit_for_bit(uncut: Path, tmp_path: Path) -> None:
     for event in run(spec(), tmp_path / "cut"):
         if isinstance(event, Progress) and event.name == LAST and event.window.update == 5:
             break
@@ -99,6 +99,6 @@ def test_a_lora_student_of_a_teacher_in_bfloat16_trains_its_additions_alone(tmp_
     assert any(bool(value.any()) for name, value in held.items() if ".lora_B." in name)
 
 
-def test_a_plan_tells_it_the_guidance_that_its_teacher_has_learned() -> None:
+def test_a_plan_passes_on_the_guidance_that_its_teacher_has_learned() -> None:
     plan = Plan.of(MomentMatching(2), Training(1, 1e-3)).guided(GuidanceRange(1.0, 3.0))
     assert plan.stages[0].objective == dataclasses.replace(MomentMatching(2), guidance=GuidanceRange(1.0, 3.0))

@@ -1,4 +1,4 @@
-"""Wrong data, networks and settings of the Python API: one line with the fix, before anything is trained."""
+"""The Python API rejects wrong data, networks and settings with a one-line fix before training."""
 
 import math
 import warnings
@@ -44,7 +44,7 @@ class Net(nn.Module):
         self.layers = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 2))
 
     def forward(self, x_t: Tensor, time: Tensor) -> Tensor:
-        assert self.is_trained or not self.training, "an update was done"
+        assert self.is_trained or not self.training, "an update was run"
         found: Tensor = self.layers(torch.cat([x_t, time[:, None]], 1))
         return found
 
@@ -54,7 +54,7 @@ class Trained(Net):
 
 
 class Labelled(Net):
-    """A network that needs a class of four."""
+    """A network that needs a class from four."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -342,7 +342,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @in_turn("case", [("data", name) for name in DATA] + [("networks", name) for name in NETWORKS])
-def test_what_does_not_fit_is_said_before_an_update(case: tuple[str, str]) -> None:
+def test_mismatches_are_reported_before_an_update(case: tuple[str, str]) -> None:
     call, words = {"data": DATA, "networks": NETWORKS}[case[0]][case[1]]
     with pytest.raises(ValueError, match=words) as caught:
         call()
@@ -357,7 +357,7 @@ def test_a_setting_of_another_kind_is_one_line_that_names_it(case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-# Before the teacher is sampled, which takes minutes.
+# Rejected before the teacher is sampled, which takes minutes.
 
 
 @in_turn(
@@ -395,7 +395,7 @@ def test_the_samples_of_a_teacher_are_those_that_it_would_make_itself() -> None:
     assert own.fingerprint != halfstep.samples_of(teacher, 5, num_steps=3, seed=3).fingerprint
 
 
-# The one call.
+# The one-line call.
 
 
 def test_the_call_before_training_leaves_no_trace() -> None:
@@ -412,7 +412,7 @@ def test_the_call_before_training_leaves_no_trace() -> None:
     assert all(parameter.grad is None for parameter in own.parameters())
 
 
-def test_frozen_parts_conditions_by_default_and_any_keyword_are_no_faults() -> None:
+def test_frozen_parts_default_conditions_and_any_keyword_are_accepted() -> None:
     class Free(Trained):
         def forward(self, x_t: Tensor, time: Tensor, scale: float = 1.0, **further: Tensor) -> Tensor:
             return scale * super().forward(x_t, time) + sum(value.sum() * 0 for value in further.values())
@@ -472,7 +472,7 @@ def test_batches_that_change_their_conditions_are_refused() -> None:
             _fit(Told(), [first, second])
 
 
-def test_classes_without_samples_are_warned_of() -> None:
+def test_classes_without_samples_give_a_warning() -> None:
     with pytest.warns(
         halfstep.HalfstepWarning, match="go up to 3, but there are no samples of class 0 \\(and 1 more\\)"
     ):
@@ -518,7 +518,7 @@ def test_settings_of_the_engine_act_in_memory_as_in_a_folder(tmp_path: Path) -> 
 
 
 def test_a_callback_may_do_what_it_likes_with_its_model(tmp_path: Path) -> None:
-    """Callbacks get a copy, in memory and in a folder."""
+    """Callbacks get a copy, both in memory and in a folder."""
 
     def spoil(_: str, model: halfstep.Model) -> None:
         with torch.no_grad():
@@ -539,7 +539,7 @@ def test_a_callback_may_do_what_it_likes_with_its_model(tmp_path: Path) -> None:
 
 
 class Recorded(Exception):
-    """Ends a call at its first stage."""
+    """An exception that ends a call at its first stage."""
 
 
 def test_a_clipped_teacher_gives_one_target_by_recipe_and_in_python(
@@ -612,7 +612,7 @@ def test_home_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (tmp_path / "run" / "recipe.json").is_file()
 
 
-def test_a_process_of_ones_own_that_is_not_registered_is_said_before_training() -> None:
+def test_an_unregistered_process_is_reported_before_training() -> None:
     class Own(halfstep.NoiseProcess):
         def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
             return halfstep.VPCosine().alpha_sigma(t)

@@ -1,7 +1,7 @@
-"""The benchmarks run in their short form and write what their tables promise.
+"""The benchmarks run in their short form and write complete tables.
 
-All in this process, but for one start of two processes; what the full forms start afresh for each setting is called
-here as they call it.
+Everything runs in this process, except for one start of two processes. The functions that the full forms start in a new
+process for each setting are called directly.
 """
 
 import contextlib
@@ -33,10 +33,10 @@ SHARED: Final = Path(__file__).parents[3] / "shared" / "data"
 
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a benchmark by its name, as a script of its folder is."""
+    """Import a benchmark by name, as a script in its folder would."""
     monkeypatch.syspath_prepend(str(FOLDER))
     threads, names = torch.get_num_threads(), {path.stem for path in FOLDER.glob("*.py")}
-    # Python's own io is there already; a benchmark is of that name.
+    # Python's own io is already imported; one of the benchmarks has the same name.
     before = {name: sys.modules.get(name) for name in names}
     torch.set_num_threads(1)
 
@@ -59,7 +59,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def called(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
-    """What its command line prints."""
+    """Return what its command line prints."""
     printed = io.StringIO()
     with monkeypatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(sys, "argv", [str(module.__file__), "--device", "cpu", *words])
@@ -68,7 +68,7 @@ def called(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> 
 
 
 def written(module: ModuleType, monkeypatch: pytest.MonkeyPatch, file: Path, *words: str) -> dict[str, Any]:
-    """The JSON that its short form writes, which names the machine, the commit and the command."""
+    """Return the JSON of its short form, which contains the machine, the commit and the command."""
     called(module, monkeypatch, "--short", "--networks", "tiny", "--out", str(file), *words)
     result: dict[str, Any] = json.loads(file.read_text())
     assert result["benchmark"] == str(module.__name__).removeprefix("bench_")
@@ -116,7 +116,7 @@ def test_memory(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     result = written(memory, monkeypatch, tmp_path / "memory.json")
     plain, again = result["rows"]
     assert (plain["setting"], again["setting"]) == ("-", "gradient checkpointing")
-    # Counted is exact, whatever this process holds already: what is computed again is not kept.
+    # The count is exact whatever this process already contains: recomputed activations are not kept.
     assert again["counted activations"] < plain["counted activations"]
     for row in result["rows"]:
         parts = ("weights", "gradients", "moments", "average", "teacher", "helpers", "activations")
@@ -157,7 +157,9 @@ def test_scale(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_the_speedrun_goes_on_where_it_was_cut(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_speedrun_resumes_where_it_was_interrupted(
+    modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     weights = SHARED / "weights" / "resnet20-cifar10.safetensors"
     if not weights.is_file():
         pytest.skip(f"{weights} is not there")
@@ -174,11 +176,11 @@ def test_the_speedrun_goes_on_where_it_was_cut(modules: Any, monkeypatch: pytest
     monkeypatch.setattr(speedrun, "TINY", small)
     run, out = tmp_path / "run", tmp_path / "speedrun.json"
     argv = ["speedrun", str(run), "--tiny", "--data", str(tmp_path / "data"), "--features", str(weights)]
-    # Both are counted from the start of the process, which is that of the tests.
+    # Both are counted from the start of the process, which also runs other tests.
     age = time.time() - psutil.Process().create_time()
     argv += ["--out", str(out), "--budget", str(age + 60), "--seconds", str(age + 600)]
     monkeypatch.setattr(sys, "argv", argv)
-    # Few updates, whatever the machine.
+    # Few updates on any machine.
     monkeypatch.setattr(speedrun.Plan, "updates", lambda *_: {"teacher": 6, "chain": 3})
     ask, asked = speedrun.Store.result, []
 
@@ -199,7 +201,7 @@ def test_the_speedrun_goes_on_where_it_was_cut(modules: Any, monkeypatch: pytest
         speedrun.main()
     result = json.loads(out.read_text())
     assert printed.getvalue().count("was there") == 3
-    # Precisions, networks and batches, each once; nothing was tried or measured again.
+    # Each precision, network and batch appears once; nothing was tried or measured again.
     assert result["plan"]["tried"] == tried
     places = [tuple(row[name] for name in ("network", "precision", "batch", "compiled")) for row in tried]
     assert len(places) == len(set(places)) == 4

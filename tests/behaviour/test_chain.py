@@ -1,4 +1,4 @@
-"""Chains of other factors, stages that end early, and weights that are not kept, in whole runs."""
+"""Whole runs with other factors, with stages that end early, and with weights that are not kept."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ STUDENTS = ("01-halve-0008", "02-halve-0004", "03-halve-0002", "04-halve-0001")
 
 
 def _long(**changes: object) -> Plan:
-    """A teacher and four students, each of few updates."""
+    """Return a plan with a teacher and four students, each with few updates."""
     teacher = toy_plan(teacher_updates=10).stages[:1]
     students = Plan.halvings(16, 1, Training(6, 1e-3, 16), updates_at={}).stages
     return Plan(teacher + tuple(tuned(stage, **changes) for stage in students))
@@ -66,7 +66,7 @@ def test_only_the_weights_that_were_asked_for_stay_with_the_teacher_and_the_last
     kept = {"00-denoise"} | {name for name in STUDENTS if name[-4:] in wanted}
     assert _weights_there(path) == kept
     assert {name: data for name, data in weights(uncut).items() if name in kept} == weights(path)
-    # Manifests and figures of all stay.
+    # The manifests and figures of all stages remain.
     assert [stage.name for stage in RunFolder(path).stages()] == ["00-denoise", *STUDENTS]
     for name in set(STUDENTS) - kept:
         with pytest.raises(ValueError, match=r"no longer has weights.*Load another stage"):
@@ -75,7 +75,7 @@ def test_only_the_weights_that_were_asked_for_stay_with_the_teacher_and_the_last
 
 
 @pytest.mark.parametrize("stage", STUDENTS)
-def test_a_run_that_keeps_few_weights_goes_on_after_a_cut_anywhere(tmp_path: Path, uncut: Path, stage: str) -> None:
+def test_a_run_that_keeps_few_weights_resumes_after_any_interruption(tmp_path: Path, uncut: Path, stage: str) -> None:
     path = tmp_path / "run"
     spec = toy_spec(plan=_long(), start_steps=16, keep=(), log_every=1, checkpoint_updates=2)
     events = run(spec, path)
@@ -88,7 +88,7 @@ def test_a_run_that_keeps_few_weights_goes_on_after_a_cut_anywhere(tmp_path: Pat
     assert weights(path) == {name: weights(uncut)[name] for name in ("00-denoise", "04-halve-0001")}
 
 
-def test_a_cut_between_manifest_and_weights_is_made_good(tmp_path: Path) -> None:
+def test_an_interruption_between_weights_and_manifest_is_repaired(tmp_path: Path) -> None:
     path = tmp_path / "run"
     spec = toy_spec(plan=_long(), start_steps=16, keep=())
     finish(dataclasses.replace(spec, keep=None), path)
@@ -99,7 +99,7 @@ def test_a_cut_between_manifest_and_weights_is_made_good(tmp_path: Path) -> None
 
 
 def test_a_stage_is_not_trained_anew_from_another_teacher_than_its_own(tmp_path: Path) -> None:
-    """Its own has no weights any more; that of the stage before would make another student."""
+    """Its own teacher has no weights any more, and the previous stage would give another student."""
     path = tmp_path / "run"
     spec = toy_spec(plan=_long(), start_steps=16, keep=())
     finish(spec, path)
@@ -112,20 +112,20 @@ RULE = EarlyEnd(window=5, patience=2, min_drop=0.5)
 
 
 def _early() -> Plan:
-    """The toy plan with students that may end early."""
+    """Return the toy plan with students that may end early."""
     teacher, *students = toy_plan().stages
     return Plan((teacher, *(tuned(stage, num_updates=60, early_end=RULE) for stage in students)))
 
 
 def test_a_stage_whose_loss_has_stopped_falling_ends_by_its_rule(tmp_path: Path) -> None:
-    """The rule is run again over the losses of the log: same end, same falling rate, said in a notice."""
+    """Replay the rule over the logged losses: same end, same falling rate, and a notice."""
     notices = finish(toy_spec(plan=_early(), log_every=1), tmp_path / "run")
     for stage in RunFolder(tmp_path / "run").stages()[1:]:
         rows = [row for row in read_log(tmp_path / "run" / "log.jsonl") if row["stage"] == stage.name]
         losses = [float(row["loss"]) for row in rows]
         means = [sum(losses[i : i + 5]) / 5 for i in range(0, len(losses), 5)]
         plateau = next(k for k in range(1, len(means) + 1) if RULE.has_stopped_falling(means[:k])) * 5
-        assert plateau < 55, "the toy must have a plateau inside its budget, or this test shows nothing"
+        assert plateau < 55, "without a plateau in the toy's budget, this test proves nothing"
         assert len(rows) == stage.manifest().num_updates == plateau + 5
         rates = [float(row["learning_rate"]) for row in rows]
         planned = [1e-3 * (1 - k / 60) for k in range(len(rows))]

@@ -1,4 +1,4 @@
-"""What a dry run counts is what happens: parameters, arithmetic, memory, and what stands in for data."""
+"""The counts of a dry run are exact: parameters, operations, memory, and the stand-in for the data."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ PAPER = [name for name in recipes if name.endswith("_paper")]
 
 
 def test_the_flops_of_a_forward_pass_are_those_of_its_matrices() -> None:
-    """Two for each weight of each linear layer: all of the MLP's arithmetic that grows with a product of widths."""
+    """Linear layers cost two operations per weight, which dominate the cost of a wide MLP."""
     spec = toy_spec(network=lambda: MLP((2,), width=16, depth=1))
     assert spec.network is not None
     linear = [module for module in spec.network().modules() if isinstance(module, torch.nn.Linear)]
@@ -32,7 +32,7 @@ def test_what_autograd_keeps_is_counted_without_weights_and_each_tensor_once() -
             self.weight = torch.nn.Parameter(torch.ones(2))
 
         def forward(self, x_t: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-            scaled = x_t * self.weight  # keeps x_t (2 numbers); the weight is not an activation
+            scaled = x_t * self.weight  # keeps x_t (2 numbers); weights are not activations
             return scaled * scaled  # keeps `scaled` (2 numbers) twice
 
     counted = count_forward(toy_spec(network=Square))
@@ -48,7 +48,7 @@ def test_the_memory_of_an_update_counts_every_copy_of_the_weights_and_one_micro_
     forward = count_forward(toy_spec())
     teacher, student = toy_plan().stages[:2]
     weights = 4 * forward.parameters
-    # weights, gradients, two moments, and the average of the one, the teacher of the other
+    # weights, gradients, two moments, and either an average or a teacher
     assert states(memory_of_update(teacher, forward, Engine(), {})) == 5 * weights
     assert states(memory_of_update(student, forward, Engine(), {})) == 5 * weights
     assert states(memory_of_update(tuned(teacher, ema_decay=0.0), forward, Engine(), {})) == 4 * weights
@@ -63,7 +63,7 @@ def test_a_forward_pass_is_counted_on_the_meta_device_whatever_its_size() -> Non
     )  # fmt: skip
     data, _ = data_or_stand_in(recipe)
     forward = count_forward(build(recipe, data=data))
-    # The convolutions of a U-Net are used once for each pixel: far more arithmetic than two for each weight.
+    # A U-Net uses its convolutions once per pixel: far more operations than two per weight.
     assert forward.parameters == 60_004_099
     assert 100 * forward.parameters < forward.flops < 2 * 32 * 32 * forward.parameters
 
@@ -78,7 +78,7 @@ def test_a_large_update_is_extrapolated_from_smaller_ones() -> None:
 def test_the_extrapolated_time_is_that_of_an_update_with_a_cost_of_its_own_and_one_a_sample(
     own: float, each: float, timed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the cost of its own hides that of a sample, larger batches are tried until it shows."""
+    """If fixed costs hide those of a sample, larger batches are tried until they show."""
     spec = toy_spec(plan=Plan(tuple(tuned(s, batch_size=512) for s in toy_plan().stages)))
     slow = count_forward(spec)._replace(flops=int(1e11 / 3 / 4))
     monkeypatch.setattr(cost, "_seconds", lambda spec, stage: own + each * stage.training.batch_size)
@@ -116,7 +116,7 @@ def test_random_pixels_stand_in_only_where_the_data_is_not_at_hand() -> None:
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_recipes_make_a_run_and_cost_what_the_paper_says(name: str) -> None:
-    """Updates to 4 steps are at most those of base training; 50,000 a stage and 100,000 for the last two."""
+    """Updates down to 4 steps are at most those of base training; 50,000 per stage, and 100,000 for the last two."""
     recipe = recipes[name]()
     facts = recipe.facts
     assert facts is not None
@@ -132,7 +132,7 @@ def test_the_papers_recipes_make_a_run_and_cost_what_the_paper_says(name: str) -
     assert all(not t.weight_decay and not t.dropout and not t.ema_decay and t.anneal for t in trainings)
 
 
-def test_settings_of_a_chain_that_say_nothing_are_refused() -> None:
+def test_settings_of_a_chain_without_effect_are_rejected() -> None:
     idle = {"num_updates": 5, "learning_rate": 1e-3, "early_end": {"window": 7}}
     for settings, said in (
         ({"training": idle}, r"early_end\.window 7 has no effect without early_end\.patience\. Add it"),

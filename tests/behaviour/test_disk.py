@@ -1,4 +1,4 @@
-"""What lies on disk is read whole and as it is, or refused by name: nothing is filled with random values in silence."""
+"""Weights on disk are read completely and unchanged, or rejected by name. Nothing is silently left random."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ Renamer = Callable[[str], str]
 
 
 def rewrite(file: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    """Write a weights file again; its old bytes are read first, because safetensors maps them."""
+    """Rewrite a weights file; its old bytes are read first, because safetensors maps them."""
     held = {name: value.clone() for name, value in load_file(file).items()}
     save_file(change(held), file, {"format": "pt"})
 
@@ -96,7 +96,7 @@ def test_the_renaming_that_is_advised_restores_the_weights(
     assert_same_weights(weights(ddpm), weights(saved / "ddpm"))
 
 
-def test_a_missing_a_further_and_a_non_finite_tensor_are_refused_by_name(ddpm: Path) -> None:
+def test_missing_unexpected_and_non_finite_tensors_are_rejected_by_name(ddpm: Path) -> None:
     file = ddpm / "unet" / WEIGHTS
     whole = file.read_bytes()
     spoiled: list[tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = [
@@ -152,7 +152,7 @@ def test_each_part_of_a_pipeline_of_prompts_is_checked(saved: Path, tmp_path: Pa
         import_pipeline(folder)
 
 
-def test_averaged_weights_of_a_pipeline_of_prompts_are_recorded_if_asked_for(saved: Path, tmp_path: Path) -> None:
+def test_averaged_weights_of_a_prompt_pipeline_are_recorded_on_request(saved: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(saved / "sd", tmp_path / "sd")
     shutil.copytree(folder / "unet", folder / "unet_ema")
     rewrite(folder / "unet_ema" / WEIGHTS, lambda held: {name: value * 0.5 for name, value in held.items()})
@@ -172,7 +172,7 @@ def test_averaged_weights_of_a_pipeline_of_prompts_are_recorded_if_asked_for(sav
         assert torch.equal(value, 0.5 * plain.denoiser.network.state_dict()[name])  # type: ignore[union-attr]
 
 
-def test_weights_of_the_variant_fp16_are_read_where_there_are_no_others(saved: Path, tmp_path: Path) -> None:
+def test_weights_of_the_variant_fp16_are_read_if_there_are_no_others(saved: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
     plain = import_pipeline(saved / "sd")
@@ -185,7 +185,7 @@ def test_weights_of_the_variant_fp16_are_read_where_there_are_no_others(saved: P
     found, wanted = (made.denoiser.network.state_dict() for made in (model, plain))  # type: ignore[union-attr]
     assert all(torch.equal(value, wanted[name].half().float()) for name, value in found.items())
     out = export_pipeline(model, tmp_path / "out")
-    # What is copied loads without a word about its variant.
+    # A converted copy loads without a message about its variant.
     again = StableDiffusionPipeline.from_pretrained(out, safety_checker=None)
     assert all(torch.equal(a, b) for a, b in zip(again.vae.parameters(), pipe.vae.parameters(), strict=True))
     shard = next(folder.glob("unet/*00002-of*.safetensors"))
@@ -201,7 +201,7 @@ def test_a_vae_that_is_not_read_is_refused_when_the_teacher_is_opened(saved: Pat
         import_pipeline(folder)
 
 
-def test_additions_to_averaged_weights_are_not_exported_alone(saved: Path, tmp_path: Path) -> None:
+def test_lora_weights_over_averaged_weights_are_not_exported_alone(saved: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(saved / "sd", tmp_path / "sd")
     shutil.copytree(folder / "unet", folder / "unet_ema")
     model = import_pipeline(folder, ema=True)
@@ -267,7 +267,7 @@ def test_shards_are_read_and_what_their_index_names_elsewhere_is_refused(tmp_pat
             open_part(folder, KIND)
         edit(index, weight_map=known)
 
-    # A decoy lies beside each.
+    # Each has a decoy next to it.
     (folder / "ok.bin").write_bytes(b"boom")
     shutil.copy(folder / known[first], tmp_path / "up.safetensors")
     for name in ("ok.bin", "../up.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "x.pt"):
@@ -306,7 +306,7 @@ def test_an_index_of_transformers_cannot_name_a_pickle_beside_a_decoy(
         open_part(folder, "transformers.CLIPTextModel")
 
 
-def test_averaged_weights_are_named_and_taken_if_asked_for(tmp_path: Path) -> None:
+def test_averaged_weights_are_reported_and_used_on_request(tmp_path: Path) -> None:
     from diffusers.training_utils import EMAModel
 
     folder, unet = tmp_path / "out" / "checkpoint-500", tiny_unet()
@@ -350,7 +350,7 @@ def test_a_field_of_a_newer_diffusers_warns_and_the_weights_stay(saved: Path, dd
 
 
 def test_a_dit_of_fewer_classes_than_its_pipeline_guides_by_is_a_teacher_without_guidance(tmp_path: Path) -> None:
-    """DiTPipeline takes 1000 for no class."""
+    """DiTPipeline uses 1000 for "no class"."""
     folder = save_dit(tmp_path / "dit", num_classes=10)
     with pytest.warns(HalfstepWarning, match="the teacher is imported without guidance"):
         model = import_pipeline(folder)
@@ -386,7 +386,7 @@ def test_the_scheduler_of_2022_says_what_the_network_predicts() -> None:
         warnings.simplefilter("error")
         assert read_schedule(old | {"predict_epsilon": False}).prediction == X0()
         assert read_schedule(old | {"predict_epsilon": True}).prediction == Eps()
-        # Between the two fields diffusers wrote both, with the old one at its default.
+        # In between, diffusers wrote both fields, with the old one at its default.
         assert read_schedule(old | {"predict_epsilon": True, "prediction_type": "v_prediction"}).prediction == V()
         assert read_schedule(old | {"predict_epsilon": False, "prediction_type": "sample"}).prediction == X0()
     with pytest.raises(ValueError, match="predict_epsilon False and prediction_type 'epsilon', which contradict"):
@@ -433,7 +433,7 @@ def test_samples_that_are_not_finite_are_not_written(tmp_path: Path, capsys: pyt
     assert not out.exists()
 
 
-def test_a_last_level_that_holds_signal_warns_with_how_much() -> None:
+def test_a_last_level_with_signal_warns_and_gives_the_amount() -> None:
     betas = linear_betas(50, 1e-4, 0.02)
     power = torch.tensor(betas, dtype=torch.float64).neg().add(1).prod()
     with pytest.warns(HalfstepWarning, match=f"keeps {power:.2f} of the signal's power"):
@@ -458,7 +458,7 @@ def test_a_chain_whose_student_cannot_be_exported_says_so_before_training(num_st
     found = [line for line in said if "cannot be exported" in str(line.message)]
     assert len(found) == 2 * warns
     if warns:
-        # Additions cannot follow to the other process.
+        # A LoRA student cannot move to another process, so this is not suggested.
         assert ["--matching.process" in str(line.message) for line in found] == [True, False]
         assert "on the teacher's 50 timesteps" in str(found[0].message)
         assert "1, 2, 5, 10, 25, 50" in str(found[0].message)

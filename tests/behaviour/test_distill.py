@@ -1,4 +1,4 @@
-"""Distillation on a problem with a known answer: the student keeps the teacher's map."""
+"""Distillation of a problem with a known solution: the student keeps the teacher's map."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ MEAN, STD = 0.3, 0.5
 
 
 class LinearAtEachTime(nn.Module):
-    """x0 = gain x_t + shift with a gain and a shift for each time of the grid: it holds any Gaussian's denoiser."""
+    """x0 = gain x_t + shift, with a gain and a shift per time of the grid: it can represent any Gaussian's denoiser."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,14 +59,14 @@ def test_a_gaussian_teacher_distilled_from_16_steps_to_1_keeps_its_map() -> None
     data = (MEAN + STD * torch.randn(512, 1, generator=generator)).double()
     plan = Plan.halvings(STEPS, 1, Training(400, 0.02, batch_size=64), updates_at={})
     before = [p.detach().clone() for p in teacher.parameters()]
-    # The engine trains in the data's dtype: float64 is kept because MemoryData takes arrays as float32.
+    # The engine trains in the data's dtype. MemoryData stores arrays as float32, so tensors keep float64.
     student = distill(teacher, data.float(), start=STEPS, to=1, plan=plan)
     noise = torch.randn(256, 1, generator=generator, dtype=torch.float64)
     mapped, expected = sample(student, noise, 1), sample(teacher, noise, STEPS)
     error = float((mapped - expected).square().mean().sqrt())
     undistilled = float((sample(teacher, noise, 1) - expected).square().mean().sqrt())
     assert error < 0.01
-    assert undistilled > 0.2, "the teacher's own single step must be far off, or nothing was shown"
+    assert undistilled > 0.2, "if the teacher's own single step is good, this test proves nothing"
     assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
 
 
@@ -86,8 +86,8 @@ def test_a_student_is_distilled_further_from_the_steps_that_it_takes(tmp_path: P
         distill(student, points(), to=1, start=4, training=training)
 
 
-def test_batches_of_pixels_are_refused_and_a_teacher_is_given_back_as_it_was() -> None:
-    """Whole numbers would be mixed with noise as whole numbers: to nothing."""
+def test_batches_of_pixels_are_rejected_and_a_teacher_is_returned_unchanged() -> None:
+    """Integers would be mixed with noise as integers, which would leave nothing."""
     teacher = NetworkDenoiser(LinearAtEachTime(), PROCESS, X0())
     with pytest.raises(ValueError, match=r"x0 must be floats, got torch.uint8: scale pixels to \[-1, 1\]"):
         distill(teacher, [torch.zeros(8, 1, dtype=torch.uint8)], start=16, to=8)
@@ -95,7 +95,7 @@ def test_batches_of_pixels_are_refused_and_a_teacher_is_given_back_as_it_was() -
     assert all(p.requires_grad for p in teacher.parameters())
 
 
-def test_a_plan_of_ones_own_shows_its_students_the_scales_that_were_matched() -> None:
+def test_a_user_defined_plan_passes_the_matched_scales_to_its_students() -> None:
     torch.manual_seed(0)
     teacher = NetworkDenoiser(MLP((2,), width=16, depth=1, num_classes=3), VPCosine(), V())
     data = [(torch.randn(16, 2), {"class_labels": torch.arange(16) % 2})]
@@ -172,7 +172,7 @@ def test_a_clipped_teacher_is_matched_before_it_is_halved_and_is_not_changed() -
     )
     assert names == ["01-match", "02-halve-0001"]
     assert isinstance(student, Model)
-    # Bare, so that a further chain can start from it.
+    # Unwrapped, so that another chain can start from it.
     assert isinstance(student.denoiser, NetworkDenoiser)
     assert student.num_steps == 1
     assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))

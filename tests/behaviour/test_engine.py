@@ -1,4 +1,4 @@
-"""The engine's update: what it does is what the definition says, whatever the split."""
+"""An update of the engine does what its definition says, however the batch is split."""
 
 import copy
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_an_update_is_adamw_on_the_clipped_gradient_of_the_mean_loss() -> None:
     trainer = _trainer(stage)
     list(trainer.run())
 
-    # The same three updates with nothing but torch, written from the definition.
+    # The same three updates, written in plain torch from the definition.
     denoiser = _denoiser()
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-2, weight_decay=0.1, foreach=False)
     for update in range(3):
@@ -91,8 +91,8 @@ def test_betas_may_be_whole_numbers() -> None:
 
 
 def test_the_moving_average_is_the_weighted_mean_of_all_weights() -> None:
-    """With unequal weights for the average and the current value, during the first updates (up to 80, where the decay
-    reaches 0.9) and after them."""
+    """Average and current value have different weights in the first updates (up to 80, where the decay reaches 0.9) and
+    later."""
     module = torch.nn.Linear(3, 2).double().float()
     ema = EMA(module, decay=0.9)
     expected = module.weight.detach().double().clone()
@@ -140,11 +140,11 @@ def test_a_resumed_stage_counts_its_seconds_from_those_of_the_checkpoint(tmp_pat
     assert 1234.5 < again.window().seconds < 1334.5
 
 
-def test_a_loss_that_is_not_finite_names_stage_and_update_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+def test_a_non_finite_loss_reports_stage_and_update_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     broken = points()
 
     class Poisoned(MLP.__mro__[1]):  # type: ignore[name-defined,misc]
-        """Goes wrong from the 9th training call on."""
+        """Fail from the 9th training call on."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -210,7 +210,7 @@ def test_bfloat16_trains_float32_weights_close_to_float32() -> None:
         result = trainer.finish()
         assert {p.dtype for p in result.parameters()} == {torch.float32}
         x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
-        # The result computes in float32 again: nothing of the autocast sticks to it.
+        # The result computes in float32 again, without autocast.
         assert result(x, 0.5).x0.dtype == torch.float32
     assert abs(losses[1] - losses[0]) < 0.02 * losses[0]
     assert losses[1] != losses[0]

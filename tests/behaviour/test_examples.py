@@ -1,4 +1,4 @@
-"""Every example runs, is short, and shows what it says: students are nearer to their teacher than its own few steps."""
+"""Every example runs, is short and shows its claim: students are closer to their teacher than its own few steps."""
 
 import functools
 import importlib.util
@@ -36,11 +36,11 @@ def loaded(name: str) -> ModuleType:
 
 
 WITH_NETWORK: Final = "someone_elses_teacher.py"
-"""The one that brings the network of another project."""
+"""The example with another project's network."""
 FOREIGN: Final = Path(__file__).parents[3] / "shared" / "data"
 
 
-def test_there_are_nine_and_each_is_short() -> None:
+def test_there_are_nine_short_examples() -> None:
     assert len(SCRIPTS) == 9
     for script in SCRIPTS:
         assert len(script.read_text().splitlines()) < (80 if script.name == WITH_NETWORK else 60), script.name
@@ -71,14 +71,14 @@ def test_the_student_is_nearer_to_its_teacher_than_the_teacher_s_own_few_steps(
 
 
 def test_the_example_of_guidance_trains_and_samples() -> None:
-    """Its claim needs two minutes, above. Within one update each, a student is as far off as its untrained teacher."""
+    """Its claim needs two minutes, above. With one update each, a student is as far off as its untrained teacher."""
     student, teacher = loaded("class_conditional_guidance").main(teacher_updates=2, student_updates=1, start=8)
     assert 0 < teacher < 2
     assert 0 < student < 2
 
 
 @pytest.mark.slow
-def test_low_rank_additions_of_the_latent_example_sample_in_stock_diffusers_as_here(tmp_path: Path) -> None:
+def test_lora_weights_of_the_latent_example_give_the_same_samples_in_stock_diffusers(tmp_path: Path) -> None:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     torch.set_num_threads(1)
@@ -131,7 +131,7 @@ def test_an_example_of_prompts_alone_samples_in_stock_diffusers_as_here(
         *("--chain.num-updates", "2", "--chain.batch-size", "2", "--chain.lora-rank", "2", "--evaluation.no-enabled"),
         *("--base-precision", "bf16", "--call", *(f"{key}={value}" for key, value in call.items())),
     )
-    # The export itself compares the stock pipeline's samples with ours.
+    # The export compares the stock pipeline's samples with ours.
     run, exported = example.main(str(pipeline), str(prompts), tmp_path / "out", budget)
     assert load(run).num_steps == 4
     assert (exported / "model_index.json").is_file()
@@ -145,7 +145,7 @@ def test_an_example_of_prompts_alone_samples_in_stock_diffusers_as_here(
         ("wan_video", "PIPELINE PROMPTS OUT"),
     ],
 )
-def test_an_example_of_pipelines_says_how_it_is_used(name: str, usage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_example_of_pipelines_prints_its_usage(name: str, usage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import runpy
 
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
@@ -154,7 +154,7 @@ def test_an_example_of_pipelines_says_how_it_is_used(name: str, usage: str, monk
 
 
 def foreign_weights(file: Path) -> dict[str, torch.Tensor]:
-    """Write random weights as the other project names and shapes them, and return them."""
+    """Write random weights with the other project's names and shapes, and return them."""
     torch.manual_seed(0)
     skeleton = loaded("someone_elses_teacher").Theirs
     with pytest.MonkeyPatch.context() as patch:
@@ -193,7 +193,7 @@ def test_a_network_of_another_project_becomes_students_of_8_4_and_1_steps(
 @pytest.mark.skipif(not FOREIGN.is_dir(), reason=f"the published weights are not in {FOREIGN}")
 @torch.no_grad()
 def test_the_published_weights_tell_noise_from_clothes_at_their_own_levels() -> None:
-    """Against eps = sigma x_t, the best guess for data of unit normal noise."""
+    """Compare with eps = sigma x_t, the best estimate for unit normal data."""
     example = loaded("someone_elses_teacher")
     network = example.Theirs(str(FOREIGN / "foreign" / "ddpm_fashion.safetensors")).eval()
     process = VPTable()

@@ -1,4 +1,4 @@
-"""The exported folder gives, in plain diffusers, our samples."""
+"""The exported folder gives our samples in plain diffusers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,12 +25,12 @@ STEPS = (1, 2, 4, 8)
 
 
 def fixed(scale: float) -> dict[str, Any]:
-    """Guidance at one scale, as a manifest holds it."""
+    """Return fixed guidance as a manifest stores it."""
     return {"type": "fixed", "scale": scale}
 
 
 def as_student(model: Model, **changes: Any) -> Model:
-    """The model as what a matching stage makes of it: predicting v, with nothing for no condition."""
+    """Return the model as after a matching stage: predicting v, with a null condition."""
     prediction: Any = changes.pop("keep", None) or V()
     manifest = model.manifest.model_copy(update={"prediction": predictions.describe(prediction), **changes})
     denoiser = NetworkDenoiser(model.denoiser.network, model.process, prediction)
@@ -38,7 +38,7 @@ def as_student(model: Model, **changes: Any) -> Model:
 
 
 def digits_student(clip: bool, num_classes: int) -> Model:
-    """A network as our own recipes make it, on the cosine process with a power of two for its timesteps."""
+    """Return a network like those of our recipes, on the cosine process with a power of two of timesteps."""
     torch.manual_seed(0)
     config = UNetConfig(
         block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=8, norm_num_groups=8,
@@ -55,7 +55,7 @@ def digits_student(clip: bool, num_classes: int) -> Model:
 
 
 def ddim_images(folder: Path, x_1: Tensor, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, Tensor]]:
-    """Each number of steps, and what the stock pipeline in the folder makes of `x_1` in as many."""
+    """Return each number of steps, with the samples of the stock pipeline in the folder from `x_1`."""
     from diffusers.pipelines.ddim import pipeline_ddim
 
     pipe = quietly(diffusers.DDIMPipeline.from_pretrained(folder))
@@ -87,7 +87,7 @@ def test_an_image_model_on_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 @pytest.mark.parametrize("clip", [True, False])
 def test_an_image_model_of_classes(tmp_path: Path, clip: bool) -> None:
-    """Its pipeline is told nothing of clipping: the scheduler alone derives the noise anew."""
+    """Its pipeline has no argument for clipping: the scheduler alone recomputes the noise."""
     model = digits_student(clip, 5)
     folder = export_pipeline(model, tmp_path / "out")
     pipe = quietly(diffusers.ConsistencyModelPipeline.from_pretrained(folder))
@@ -99,8 +99,8 @@ def test_an_image_model_of_classes(tmp_path: Path, clip: bool) -> None:
 
 
 @pytest.mark.parametrize("clip", [False, True])
-def test_a_dit_whose_guidance_was_taken_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clip: bool) -> None:
-    """Where x0 is clipped, its pipeline does not say use_clipped_model_output: the scheduler alone must do it."""
+def test_a_dit_with_baked_in_guidance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clip: bool) -> None:
+    """If x0 is clipped, its pipeline does not pass use_clipped_model_output: the scheduler alone must do it."""
     from diffusers.pipelines.dit import pipeline_dit
 
     model = as_student(import_pipeline(save_dit(tmp_path / "dit")), guidance=fixed(4.0), clip=clip)

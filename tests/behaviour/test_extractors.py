@@ -1,4 +1,4 @@
-"""Feature extractors: each against an independent reading of the same network, and what they say of missing weights."""
+"""Each feature extractor agrees with an independent loader of the same network, and reports missing weights."""
 
 import shlex
 import sys
@@ -19,7 +19,7 @@ from halfstep.runtime.files import DamagedFile
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 FIDELITY = Path(sys.prefix) / "torch-fidelity"
-"""Where `make` puts it without its dependencies: one of them would replace the CPU build of torch."""
+"""The folder in which `make` installs it without dependencies, one of which would replace the CPU build of torch."""
 
 
 def _no_labels() -> tuple[Tensor, Tensor]:
@@ -36,7 +36,8 @@ def _images(n: int, channels: int, side: int) -> Tensor:
 
 
 def test_the_resnet_knows_cifar10() -> None:
-    """As its publisher says, 91.73 % of the test images: normalisation, shortcuts and order of channels are theirs."""
+    """Its publisher reports an accuracy of 91.73 % on the test images: normalisation, shortcuts and channel order are
+    right."""
     weights, images = SHARED / "weights" / "resnet20-cifar10.safetensors", SHARED / "cifar10"
     if not weights.is_file() or not images.is_dir():
         pytest.skip(f"{SHARED} holds no CIFAR-10 and its classifier")
@@ -104,7 +105,7 @@ def test_dinov2_is_the_class_token_of_transformers_model(tmp_path: Path) -> None
     assert extractor.logits(expected) is None
     with pytest.raises(ValueError, match="no DINOv2 model could be read there"):
         extractor_for(f"dinov2={tmp_path}/none", _real_data())
-    # Of another network transformers would draw at random what it does not find.
+    # If the network differs, transformers draws missing weights at random.
     other = transformers.Dinov2WithRegistersConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
     )
@@ -195,7 +196,7 @@ def test_the_command_in_the_message_converts_the_weights(tmp_path: Path) -> None
 
 
 def _random_inception(module: Any) -> dict[str, Tensor]:
-    """Weights of the network's shapes, without the file that its constructor wants."""
+    """Return weights with the network's shapes, without the file that its constructor needs."""
     seen: dict[str, Tensor] = {}
 
     class Stop(Exception):

@@ -1,4 +1,4 @@
-"""What a run says and keeps when it cannot go on: divergence, memory, signals, disks, damage; and its exit codes."""
+"""Messages, exit codes and stored state of failing runs: divergence, memory, signals, disks, damage."""
 
 import contextlib
 import dataclasses
@@ -70,7 +70,7 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Hungry(Objective):
-    """Denoising that asks for a petabyte if it is shown more samples than `fitting`."""
+    """Denoising that allocates a petabyte for more than `fitting` samples."""
 
     fitting: int
     needs_teacher: ClassVar[bool] = False
@@ -92,7 +92,7 @@ class Hungry(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class Slow(Objective):
-    """Denoising that takes minutes from one update on, while `slow` is set; `reached` says that it has begun to."""
+    """Denoising that, while `slow` is set, takes minutes from one update on; `reached` signals its start."""
 
     update: int
     needs_teacher: ClassVar[bool] = False
@@ -116,7 +116,7 @@ class Slow(Objective):
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In these tests, their objectives have a name."""
+    """Name the objectives of these tests."""
     for kind in (Poisoned, Hungry, Slow):
         monkeypatch.setitem(objectives, kind.__name__.lower(), kind)
 
@@ -131,7 +131,7 @@ def trainer(objective: Objective, micro_batch: int | None = None, x0: torch.Tens
 
 
 @pytest.mark.parametrize("micro_batch", [None, 5])
-def test_a_loss_that_is_not_finite_is_told_with_the_statistics_of_its_batch(micro_batch: int | None) -> None:
+def test_a_non_finite_loss_is_reported_with_the_statistics_of_its_batch(micro_batch: int | None) -> None:
     x0 = points()[:16]
     x0[3] = torch.tensor([7.0, -9.0])
     poisoned = trainer(Poisoned(6, (2, 11), math.nan), micro_batch, x0)
@@ -141,7 +141,7 @@ def test_a_loss_that_is_not_finite_is_told_with_the_statistics_of_its_batch(micr
         norms.append(sound.window().grad_norm)
         if sound.update == 6:
             break
-    # The losses of the seventh update as they are without the poison, in one batch and without dropout's part.
+    # The losses of the seventh update without the poison, as one batch and without dropout.
     draw = Draw(0, "00-x", 6, 16, range(16))
     log_snr = sound.student.model.process.log_snr(draw.uniform("time"))
 
@@ -185,7 +185,7 @@ def test_the_losses_of_a_batch_are_those_of_its_objective() -> None:
         "grad_norm": "inf",
         "grad_norm_before": 0.5,
     }
-    # A window that ends lets go of its updates, but the next one can still name the norm before it.
+    # The end of a window drops its updates, but the next window still has the norm from before it.
     recent.forget()
     assert recent.statistics(10) == {"update": 10, "grad_norm": None, "grad_norm_before": "inf"}
 
@@ -205,7 +205,7 @@ def test_a_signal_that_a_library_makes_an_error_of_its_own_of_is_still_one() -> 
 
 
 @pytest.mark.parametrize("where", ["build", "make_report"])
-def test_a_signal_before_and_after_training_ends_with_the_code_that_was_asked_for(
+def test_a_signal_before_or_after_training_ends_with_the_requested_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: str
 ) -> None:
     np.save(tmp_path / "toy.npy", points().numpy())
@@ -222,7 +222,9 @@ def test_a_signal_before_and_after_training_ends_with_the_code_that_was_asked_fo
     assert "stopped by SIGUSR1; the state is saved" in capsys.readouterr().err
 
 
-def test_what_broke_is_known_however_seldom_the_log_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_reported_however_rarely_the_log_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module in (recent, pipeline):
         monkeypatch.setattr(module, "KEPT", 4)
     spec = toy_spec(plan=one_stage(Poisoned(7, (4,), math.inf)), log_every=10**6, checkpoint_updates=10**6)
@@ -230,7 +232,7 @@ def test_what_broke_is_known_however_seldom_the_log_is_written(tmp_path: Path, m
         finish(spec, tmp_path / "run")
 
 
-def test_what_broke_in_a_later_stage_names_the_stage_before_it(tmp_path: Path) -> None:
+def test_a_failure_in_a_later_stage_reports_the_stage_before_it(tmp_path: Path) -> None:
     stages = (toy_plan().stages[0], one_stage(Poisoned(1, (4,), math.inf)).stages[0])
     with pytest.raises(NonFinite, match=r"the last complete stage is .*00-denoise$"):
         finish(toy_spec(plan=Plan(stages)), tmp_path / "run")
@@ -244,7 +246,7 @@ def test_a_run_that_diverged_keeps_the_statistics_and_its_last_checkpoint(tmp_pa
     held = json.loads((stage / "non-finite.json").read_text())
     assert (held["stage"], held["update"], held["not_finite"][0]["place"]) == ("00-poisoned", 7, 4)
     assert [path.name for path in StageFolder(stage).checkpoints()] == ["checkpoint-00000006", "checkpoint-00000003"]
-    # It is said that nothing was repaired: the same comes to the same, from the checkpoint.
+    # The message says that nothing was repaired: the same checkpoint leads to the same divergence.
     with pytest.raises(NonFinite, match="at update 7"):
         finish(spec, tmp_path / "run")
 
@@ -252,7 +254,7 @@ def test_a_run_that_diverged_keeps_the_statistics_and_its_last_checkpoint(tmp_pa
 # ----------------------------------------------------------------------------------------------------------- memory
 
 
-def test_errors_of_memory_are_told_from_others() -> None:
+def test_memory_errors_are_distinguished_from_others() -> None:
     with pytest.raises(RuntimeError) as real:
         torch.empty(2**50, dtype=torch.uint8)
     held = (real.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory."))
@@ -283,7 +285,8 @@ def test_the_largest_micro_batch_that_fits_is_found_and_the_result_is_that_of_th
     finish(toy_spec(plan=hungry, micro_batch=4), tmp_path / "four")
     assert weights(tmp_path / "auto") == weights(tmp_path / "four")
 
-    # Dropout draws for the micro batch, so without it: the whole batch, to rounding.
+    # Dropout masks differ between micro batches. Without dropout, the result is that of the whole batch, except for
+    # rounding.
     plans = [Plan((tuned(one_stage(Hungry(n)).stages[0], dropout=0.0),)) for n in (5, 16)]
     results = []
     for name, plan in zip(("tried", "whole"), plans, strict=True):
@@ -305,8 +308,8 @@ def test_trying_leaves_no_trace_in_the_result(tmp_path: Path) -> None:
         assert all(torch.equal(held[name], value) for name, value in tensors.items())
 
 
-def test_a_run_goes_on_with_the_micro_batch_that_was_found(tmp_path: Path) -> None:
-    # On a machine with more memory, too: another split would round otherwise.
+def test_a_resumed_run_keeps_the_micro_batch_that_was_found(tmp_path: Path) -> None:
+    # The size is kept on a machine with more memory too, because another split would round differently.
     spec = toy_spec(plan=one_stage(Hungry(5)), micro_batch="auto", log_every=1)
     finish(spec, tmp_path / "uncut")
     events = run(spec, tmp_path / "cut")
@@ -355,7 +358,7 @@ def test_only_the_micro_batch_that_is_found_is_compiled(tmp_path: Path, monkeypa
     )
     reset()
     counters.clear()
-    # Torch gives up after eight sizes; and in a resumed run there is but one.
+    # Torch gives up after eight sizes, but a resumed run has only one.
     told = finish(toy_spec(plan=one_stage(Hungry(1)), compile=True, micro_batch="auto"), tmp_path)
     assert told == ["00-hungry: micro batch 1, because 16 and 8 and 4 and 2 did not fit into memory"]
     assert counters["stats"]["unique_graphs"] == 1
@@ -375,8 +378,8 @@ def test_a_micro_batch_that_was_given_is_no_bound_for_one_that_is_looked_for(tmp
 
 @contextlib.contextmanager
 def _sent(number: int, when: Callable[[], bool]) -> Iterator[None]:
-    """Sends this process a signal, twice, as launchers do, once it is time."""
-    # A signal to the process may be handed to any thread, and then a sleep in this one runs on to its end.
+    """Send this process a signal twice, as launchers do, when its time has come."""
+    # A signal to the process may be delivered to any thread; a sleep in this one would then not be interrupted.
     main = threading.get_ident()
 
     def wait() -> None:
@@ -443,11 +446,11 @@ def test_only_a_second_ctrl_c_ends_a_process_at_once_and_not_a_launchers_echo() 
         assert stop.number == signal.SIGINT
 
 
-def test_what_may_be_left_is_left_once_and_only_inside() -> None:
+def test_an_interruptible_block_is_left_once_and_only_from_inside() -> None:
     with StopSignal() as stop:
         with pytest.raises(Interrupted), at_once(stop):
             signal.raise_signal(signal.SIGTERM)
-        # A signal that came before, and one more after.
+        # A signal arrives before, and another one after.
         with pytest.raises(Interrupted), at_once(stop):
             raise AssertionError("entered")
         signal.raise_signal(signal.SIGTERM)
@@ -455,7 +458,7 @@ def test_what_may_be_left_is_left_once_and_only_inside() -> None:
         pass
 
 
-def test_a_module_that_is_being_imported_is_not_left_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_import_leaves_no_partial_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "half_imported.py").write_text("import signal\nsignal.raise_signal(signal.SIGTERM)\nwhole = True\n")
     monkeypatch.syspath_prepend(tmp_path)
     with StopSignal() as stop, pytest.raises(Interrupted), at_once(stop):  # noqa: PT012
@@ -470,7 +473,7 @@ def test_a_module_that_is_being_imported_is_not_left_half(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("how", ["moved away", "unmounted"])
-def test_a_folder_that_vanishes_names_the_last_good_checkpoint_and_is_not_made_anew(
+def test_a_vanished_folder_is_not_recreated_and_the_message_gives_the_last_good_checkpoint(
     tmp_path: Path, uncut: Path, how: str
 ) -> None:
     disk, away = tmp_path / "disk", tmp_path / "away"
@@ -482,7 +485,7 @@ def test_a_folder_that_vanishes_names_the_last_good_checkpoint_and_is_not_made_a
     with pytest.raises(NoStorage) as error:  # noqa: PT012 (the folder goes in the middle of the run)
         for event in run(spec, path):
             if isinstance(event, Progress) and (event.name, event.window.update) == ("01-halve-0002", 8):
-                # What was there is what comes back with the mount.
+                # The mount returns with its old contents.
                 shutil.copytree(path, away) if how == "unmounted" else path.rename(away)
                 if how == "unmounted":
                     unmount(disk)
@@ -491,14 +494,14 @@ def test_a_folder_that_vanishes_names_the_last_good_checkpoint_and_is_not_made_a
         r"the last good checkpoint is .*/01-halve-0002/checkpoint-0000000[36]; restore it", str(error.value)
     )
     assert "\n" not in str(error.value)
-    assert not list(disk.iterdir()), "folders were made where the mount had been"
+    assert not list(disk.iterdir()), "folders were created at the old mount point"
     away.rename(path)
     finish(spec, path)
     assert weights(path) == weights(uncut)
 
 
 @pytest.mark.parametrize("part", ["first", "second"])
-def test_a_folder_that_vanishes_while_a_checkpoint_is_written_is_not_made_anew(
+def test_a_folder_that_vanishes_during_a_checkpoint_is_not_recreated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     folder = RunFolder(tmp_path / "disk" / "run").stage("00-denoise")
@@ -520,12 +523,12 @@ def test_a_folder_that_vanishes_while_a_checkpoint_is_written_is_not_made_anew(
 def test_only_an_error_of_the_connection_is_one_of_a_lost_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     assert is_lost(RuntimeError("[enforce fail] gloo: Connection closed by peer [127.0.0.1]:2000"))
-    # Ours name the run's folder, whatever it is called.
+    # Our messages contain the run's folder, whatever its name.
     assert not is_lost(NonFinite("the loss was not finite ...; the last good checkpoint is /runs/nccl-test/stages"))
     assert not is_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
-def test_an_error_of_the_disk_is_told_from_one_of_other_files() -> None:
+def test_a_disk_error_is_distinguished_from_errors_of_other_files() -> None:
     run_path, last = Path("runs/x"), Path("runs/x/stages/00-denoise/checkpoint-00000003")
     for number in (errno.EIO, errno.ESTALE, errno.ENOTCONN):
         said = no_storage(OSError(number, os.strerror(number)), run_path, last)
@@ -542,7 +545,7 @@ def test_an_error_of_the_disk_is_told_from_one_of_other_files() -> None:
     ("spoilt", "kept"),
     [
         ("checkpoint-00000012.*/.optimizer", ["checkpoint-00000009", "checkpoint-00000006"]),
-        # Those of a whole stage go when its weights have been read back, and not before.
+        # The checkpoints of a complete stage are deleted after its weights have been read back, not before.
         ("00-denoise/.model", ["checkpoint-00000039", "checkpoint-00000036"]),
     ],
     ids=["checkpoint", "stage"],
@@ -570,7 +573,7 @@ def test_checkpoints_are_pruned_only_after_what_replaces_them_was_read_back(
     assert weights(path) == weights(uncut)
 
 
-def test_a_checkpoint_is_of_the_moment_at_which_it_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_contains_the_state_at_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, go_on, written = trainer(Denoising()), threading.Event(), checkpoints.write_checkpoint
 
     def late(*arguments: Any) -> Path:
@@ -585,7 +588,7 @@ def test_a_checkpoint_is_of_the_moment_at_which_it_was_begun(tmp_path: Path, mon
         next(updates)
     expected = {part: {k: v.clone() for k, v in held.items()} for part, held in made.state().items()}
     writer.save(made)
-    # Training goes on while the checkpoint is being written.
+    # Training continues while the checkpoint is being written.
     for _ in range(5):
         next(updates)
     writer.check()
@@ -613,7 +616,7 @@ def test_the_remedy_for_a_damaged_stage_is_one(tmp_path: Path, uncut: Path) -> N
     assert weights(path) == weights(uncut)
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_begins_the_stage_anew_and_says_so(tmp_path: Path, uncut: Path) -> None:
+def test_if_all_checkpoints_are_damaged_the_stage_restarts_with_a_notice(tmp_path: Path, uncut: Path) -> None:
     path = tmp_path / "run"
     events = run(toy_spec(log_every=1), path)
     next(e for e in events if isinstance(e, Progress) and e.window.update == 14)
@@ -627,10 +630,10 @@ def test_a_run_whose_checkpoints_are_all_damaged_begins_the_stage_anew_and_says_
     assert weights(path) == weights(uncut)
 
 
-def test_what_a_killed_writer_leaves_is_cleared_away_and_refuses_no_run(tmp_path: Path, uncut: Path) -> None:
+def test_leftovers_of_a_killed_writer_are_removed_and_block_no_run(tmp_path: Path, uncut: Path) -> None:
     path = tmp_path / "run"
     path.mkdir()
-    # Killed while it wrote its recipe.
+    # Killed while writing its recipe.
     (path / ".recipe.json.4711.tmp").write_text("{")
     (path / ".lock").touch()
     events = run(toy_spec(log_every=1), path)

@@ -1,5 +1,7 @@
-"""What an update is fed, when it is asked for or ahead of that: the same numbers, each once, in the order of updates;
-and networks that are compiled."""
+"""An update's inputs are the same whether they are prepared on demand or ahead: each once, in the order of updates.
+
+Also tests compiled networks.
+"""
 
 import contextlib
 import itertools
@@ -57,13 +59,13 @@ def _batches(draw: Draw) -> Batch:
 
 
 def _places(update: int) -> list[list[Place]]:
-    """One turn of two micro batches."""
+    """Return one turn of two micro batches."""
     turn = Turn(STUDENT, Denoising().loss)
     return [[Place(0, turn, Draw(0, "a", update, 12, places)) for places in (range(8), range(8, 12))]]
 
 
 def _first(update: int) -> list[list[Place]]:
-    """Its first micro batch."""
+    """Return its first micro batch."""
     return [_places(update)[0][:1]]
 
 
@@ -96,7 +98,7 @@ def test_training_ahead_is_training_bit_for_bit(objective: object) -> None:
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_what_is_asked_for_at_the_first_update_is_made_ahead_for_the_later_ones() -> None:
+def test_inputs_of_the_first_update_are_prepared_ahead_for_later_ones() -> None:
     feed = Feed(_batches, _places, CPU, ahead=2)
     drawn_late = []
     for number, fed in enumerate(feed.updates(0, lambda: 6)):
@@ -104,13 +106,13 @@ def test_what_is_asked_for_at_the_first_update_is_made_ahead_for_the_later_ones(
             made = dict(draw._ahead)
             value = draw.normal("noise", batch.x0.shape[1:])
             drawn_late.append(not made)
-            assert not draw._ahead, "an answer was given twice, or another question was answered"
+            assert not draw._ahead, "a number was used twice or for another request"
             fresh = Draw(0, "a", number, 12, draw.places)
             assert torch.equal(value, fresh.normal("noise", (2,)))
             assert torch.equal(draw.normal("noise", (2,)), value)
             assert torch.equal(batch.x0, _batches(fresh).x0)
     assert len(drawn_late) == 12
-    # The thread may be some updates ahead before the first one has asked; from then on nothing is drawn late.
+    # The thread may be a few updates ahead before the first request; after that, nothing is drawn late.
     assert not any(drawn_late[-4:])
 
 
@@ -140,12 +142,12 @@ def test_training_on_files_that_do_not_fit_into_memory_is_training_on_those_that
         )
         assert isinstance(data, MemoryData) == (name == "held")
         network = {"network": lambda: MLP((3, 6, 6), width=16, depth=1)}
-        # Micro batches, and epochs that begin in the middle of a batch.
+        # Micro batches, and epochs that start in the middle of a batch.
         finish(toy_spec(data=data, flip=True, micro_batch=6, **network), tmp_path / "runs" / name)
     assert weights(tmp_path / "runs" / "held") == weights(tmp_path / "runs" / "streamed")
 
 
-def test_an_error_of_the_data_reaches_the_one_who_trains() -> None:
+def test_an_error_of_the_data_reaches_the_training_loop() -> None:
     def batches(draw: Draw) -> Batch:
         if draw.update == 4:
             raise ValueError("picture.png cannot be decoded")
@@ -159,7 +161,7 @@ def test_an_error_of_the_data_reaches_the_one_who_trains() -> None:
 
 @dataclass(frozen=True)
 class _Slow(Data):
-    """Points that take their time to be read."""
+    """Points that are slow to read."""
 
     seconds: float
     source: str = "slow points"
@@ -183,7 +185,7 @@ class _Slow(Data):
 
 
 @pytest.mark.parametrize(("reading", "computing", "is_told"), [(0.03, 0.0, True), (0.0, 0.03, False)])
-def test_a_run_that_waits_for_its_data_is_told(
+def test_a_run_that_waits_for_its_data_gets_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reading: float, computing: float, is_told: bool
 ) -> None:
     call = MLP.forward
@@ -195,7 +197,7 @@ def test_a_run_that_waits_for_its_data_is_told(
     monkeypatch.setattr(MLP, "forward", slow)
     plan = Plan(toy_plan(25).stages[:1])
     told = finish(toy_spec(plan=plan, data=_Slow(reading), log_every=5, checkpoint_updates=1000), tmp_path)
-    # Once, however often it is so.
+    # Once, however often it happens.
     assert len(told) == is_told
     shares = sorted(row["data_share"] for row in read_log(RunFolder(tmp_path).log_path))
     assert all(0 <= share <= 1 for share in shares)
@@ -206,7 +208,7 @@ def test_a_run_that_waits_for_its_data_is_told(
 
 
 class _Watch(TorchDispatchMode):
-    """Notes the operations that make a host wait for its device: a number or a list of places out of a tensor."""
+    """A mode that records operations that make the host wait for its device: reading a number or indices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +230,7 @@ EVERY_TEACHER: Final = [
 
 @pytest.mark.parametrize("objective", [*OBJECTIVES, *EVERY_TEACHER])
 def test_an_update_never_waits_for_the_device(objective: object) -> None:
-    # What the feed makes is made on the CPU, wherever the networks are: it is asked before the watch begins.
+    # The feed prepares inputs on the CPU, wherever the networks are, so they are fetched before the recording starts.
     trainer = _trainer(objective)
     feed = trainer._feed
     fed = next(feed.updates(0, lambda: 1))
@@ -237,11 +239,11 @@ def test_an_update_never_waits_for_the_device(objective: object) -> None:
     assert watch.waits == []
     with _Watch() as watch:
         trainer.window()
-    assert watch.waits, "the watch sees nothing"
+    assert watch.waits, "nothing was recorded"
 
 
 class _Copies(TorchDispatchMode):
-    """Notes what is copied from the host to another device."""
+    """A mode that records copies from the host to another device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -264,10 +266,10 @@ class _Copies(TorchDispatchMode):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_an_update_copies_nothing_from_the_host_but_what_is_made_ahead(
+def test_an_update_copies_nothing_from_the_host_except_prepared_inputs(
     objective: Objective, process: NoiseProcess
 ) -> None:
-    # On the device "meta", where no numbers are, as there are none of it on the host: a copy of them would wait.
+    # On the device "meta", every copy from the host is recorded: on a GPU it would wait.
     meta = torch.device("meta")
     guided = getattr(objective, "guidance", None) is not None
     made = [NetworkDenoiser(MLP((2,), width=16, depth=1, cond_width=3, guided=guided), process, V()) for _ in range(2)]
@@ -279,8 +281,8 @@ def test_an_update_copies_nothing_from_the_host_but_what_is_made_ahead(
             for part in fed[0]:
                 objective.loss(Models(student, teacher), part.batch, part.place.draw)
         copies.append(watch.copies)
-    # What the first update asks for is found out then; what is held on a device from then on is copied there once.
-    assert copies[0], "the watch sees nothing"
+    # The first update finds out which numbers it needs. From then on, they stay on the device.
+    assert copies[0], "nothing was recorded"
     assert copies[-1] == []
 
 
@@ -289,8 +291,8 @@ def _observed(draw: Draw) -> Batch:
     return Batch(x0, {"observation": torch.zeros(len(x0), 3)})
 
 
-def test_clock_numbers_are_sent_where_there_is_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Apple's GPUs have none, and refuse the copy.
+def test_clock_numbers_are_sent_to_devices_with_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Apple's GPUs do not support float64 and reject the copy.
     went: list[tuple[torch.dtype, str]] = []
     monkeypatch.setattr(
         "halfstep.data.base.sent", lambda value, device: went.append((value.dtype, device.type)) or value
@@ -303,13 +305,13 @@ def test_clock_numbers_are_sent_where_there_is_float64(monkeypatch: pytest.Monke
     assert {device for dtype, device in went if dtype == torch.float64} == {"cpu"}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch itself watches there")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, where torch itself detects this")
 def test_on_a_gpu_torch_finds_no_wait_either() -> None:
     trainer = _trainer(Halving(4), ahead=3, cpu=False)
     _finds_no_wait(trainer)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch itself watches there")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, where torch itself detects this")
 def test_on_a_gpu_images_that_lie_there_are_fetched_and_mirrored_without_a_wait() -> None:
     pixels = torch.randint(256, (64, 1, 2, 2), dtype=torch.uint8)
     held = held_on(torch.device("cuda"), MemoryData("toy", pixels))
@@ -340,7 +342,7 @@ def _finds_no_wait(trainer: StageTrainer) -> None:
 
 @pytest.fixture
 def _quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of torch.compile but the generation of C++, which takes a minute."""
+    """Use all of torch.compile except the generation of C++, which takes a minute."""
     compile_ = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda module, **settings: compile_(module, backend="aot_eager", **settings)
@@ -349,7 +351,7 @@ def _quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_quick_compiler")
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_networks_are_compiled_once_for_the_chain_and_train_alike(tmp_path: Path, precision: str) -> None:
+def test_networks_are_compiled_once_for_the_chain_and_train_equally(tmp_path: Path, precision: str) -> None:
     from torch._dynamo import reset
     from torch._dynamo.utils import counters
 
@@ -357,20 +359,20 @@ def test_networks_are_compiled_once_for_the_chain_and_train_alike(tmp_path: Path
     counters.clear()
     spec = toy_spec(plan=toy_plan(12, 8), precision=precision)
     finish(spec, tmp_path / "eager")
-    # With checkpoints, for which the network is unwrapped.
+    # With gradient checkpointing, for which the network is unwrapped.
     engine = replace(spec.engine, compile=True, checkpoint_updates=3)
     finish(replace(spec, engine=engine), tmp_path / "compiled")
-    # The teacher's training, a teacher that is asked, a student's training: the second student finds them all.
+    # Teacher training, teacher calls and student training are compiled; the second student reuses all of them.
     assert 2 <= counters["stats"]["unique_graphs"] <= 3
     for stage in RunFolder(tmp_path / "eager").stages():
         for name, value in load_file(stage.model).items():
             other = load_file(tmp_path / "compiled" / "stages" / stage.name / stage.model.name)[name]
-            # Fused, roundings to bfloat16 fall elsewhere.
+            # Fused code rounds to bfloat16 at other points.
             apart = 1e-4 if precision == "float32" else 1e-2
             assert torch.linalg.norm(other - value) <= apart * torch.linalg.norm(value)
 
 
-def test_code_is_made_for_the_shapes_at_hand_whatever_was_compiled_before(
+def test_code_is_compiled_for_the_current_shapes_whatever_was_compiled_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch._dynamo import reset
@@ -387,7 +389,8 @@ def test_code_is_made_for_the_shapes_at_hand_whatever_was_compiled_before(
         torch.nn.Module, "compile", lambda module, **settings: compile_(module, backend=backend, **settings)
     )
     reset()
-    # A teacher of another batch than its students: by itself torch would make the second code one for any batch.
+    # The teacher has another batch size than its students. By default, torch would compile the second graph for any
+    # size.
     plan = toy_plan(10, 10)
     plan = Plan((tuned(plan.stages[0], batch_size=24), *plan.stages[1:]))
     spec = toy_spec(plan=plan, compile=True, checkpoint_updates=5)
@@ -395,7 +398,7 @@ def test_code_is_made_for_the_shapes_at_hand_whatever_was_compiled_before(
     assert len(seen) == 3
     assert not any("SymInt" in kinds for kinds in seen)
     reset()
-    # A run that is resumed in a later stage never sees the first: it ends with the same weights.
+    # A run that is resumed in a later stage never compiles the first stage, and ends with the same weights.
     events = run(spec, tmp_path / "cut")
     next(e for e in events if isinstance(e, Progress) and (e.name, e.window.update) == ("01-halve-0002", 5))
     events.close()  # type: ignore[attr-defined]
@@ -423,7 +426,7 @@ def test_a_compiled_stage_ends_near_the_eager_one(
         )
     results = []
     for compiled in (False, True):
-        # In one piece: each size would be another code to be made.
+        # As one piece, because each size would compile other code.
         trainer = _trainer(objective, compiled=compiled, micro=16)
         list(trainer.run())
         results.append(_weights(trainer))

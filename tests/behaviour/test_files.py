@@ -1,4 +1,4 @@
-"""Files and folders under a run are whole or absent, whatever fails and whoever else writes them."""
+"""Files and folders of a run are complete or absent, whatever fails and whoever else writes them."""
 
 import errno
 import hashlib
@@ -59,7 +59,7 @@ WRITERS: dict[str, Callable[[Path, int], Any]] = {
 
 
 def content(path: Path) -> Any:
-    """All bytes of a file, or of the files of a folder."""
+    """Return all bytes of a file, or of a folder's files."""
     if path.is_file():
         return path.read_bytes()
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
@@ -70,7 +70,7 @@ def write(request: pytest.FixtureRequest) -> Callable[[Path, int], Any]:
     return WRITERS[request.param]
 
 
-def test_what_was_written_whole_stays_when_the_disk_is_full(write: Callable[[Path, int], Any], tmp_path: Path) -> None:
+def test_complete_files_stay_when_the_disk_is_full(write: Callable[[Path, int], Any], tmp_path: Path) -> None:
     path = tmp_path / "held" / "UP.NPZ"
     for room in (0, 1, 1000):
         with file_size_limit(room), pytest.raises(OSError, match="File too large"):
@@ -88,7 +88,7 @@ def test_what_was_written_whole_stays_when_the_disk_is_full(write: Callable[[Pat
 def test_a_failed_sync_or_rename_leaves_the_old_or_the_new(
     write: Callable[[Path, int], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each call that a write makes fails in turn, until all of them have."""
+    """Each call of a write fails in turn, until all have failed once."""
     path = tmp_path / "held" / "file"
     write(path, 1)
     old = content(path)
@@ -119,7 +119,7 @@ def test_a_failed_sync_or_rename_leaves_the_old_or_the_new(
         left[0] = 0
         write(path, 1)
     whole = [old] * found.count(old) + [new] * found.count(new)
-    # The new one is only there when nothing but the sync of the folder was left to do.
+    # The new file only exists if nothing but the folder's sync was left to do.
     assert found == whole
     assert len(found) >= 3
     assert found.count(new) == 1
@@ -167,8 +167,8 @@ def test_an_exception_in_the_middle_leaves_the_old(tmp_path: Path, exception: ty
     assert content(tmp_path) == before
 
 
-def test_writers_of_one_path_at_once_all_end_whole(write: Callable[[Path, int], Any], tmp_path: Path) -> None:
-    """Threads, which have one process id, as do processes in two containers."""
+def test_concurrent_writers_of_one_path_all_complete(write: Callable[[Path, int], Any], tmp_path: Path) -> None:
+    """Threads share a process id, like processes in two containers."""
     path, failed = tmp_path / "held" / "file", []
     for value in (1, 2):
         write(tmp_path / str(value), value)
@@ -200,7 +200,7 @@ def test_two_writers_that_end_together_do_not_share_a_temporary_file(tmp_path: P
     assert content(tmp_path) == {"file": b"one"}
 
 
-def test_the_leftovers_of_a_killed_writer_are_known_by_their_names(tmp_path: Path) -> None:
+def test_the_leftovers_of_a_killed_writer_are_recognised_by_name(tmp_path: Path) -> None:
     write_text(tmp_path / "a.json", "whole")
     (tmp_path / ".hidden").write_text("of the user")
     (tmp_path / "my.tmp").write_text("of the user")
@@ -216,7 +216,7 @@ def test_the_leftovers_of_a_killed_writer_are_known_by_their_names(tmp_path: Pat
     assert not any(place.exists() for place in places)
 
 
-def test_arrays_are_read_whole_or_named_as_damaged(tmp_path: Path) -> None:
+def test_arrays_are_read_completely_or_reported_as_damaged(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     write_arrays(path, x=np.arange(5), y=np.ones((2, 2)))
     assert {name: value.tolist() for name, value in read_arrays(path).items()} == {
@@ -241,9 +241,7 @@ def test_arrays_are_read_whole_or_named_as_damaged(tmp_path: Path) -> None:
         read_arrays(path)
 
 
-def test_tensors_that_the_disk_gives_back_otherwise_replace_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensors_that_the_disk_returns_changed_replace_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, save = tmp_path / "a.safetensors", tensor_files.save_file
     assert write_tensors(path, {"x": torch.eye(3).T}) == hashlib.sha256(path.read_bytes()).hexdigest()
     before = content(tmp_path)
@@ -258,7 +256,7 @@ def test_tensors_that_the_disk_gives_back_otherwise_replace_nothing(
     assert content(tmp_path) == before
 
 
-def test_a_cache_that_fails_is_as_good_as_none(tmp_path: Path) -> None:
+def test_a_failing_cache_is_ignored(tmp_path: Path) -> None:
     file = tmp_path / "cache" / "a.safetensors"
     write_cached(None, {"x": torch.ones(1)})
     assert read_cached(None) == read_cached(file) == {}

@@ -1,4 +1,4 @@
-"""A finish in use: it repairs a distribution, survives cuts, and is added to a run that is there."""
+"""The finish repairs a distribution, survives interruptions, and can be added to an existing run."""
 
 import dataclasses
 import itertools
@@ -45,9 +45,9 @@ MEAN, STD = 0.3, 0.5
 
 
 class LearnedGaussian(Denoiser):
-    """The exact denoiser of a Gaussian whose mean and width are learned, and a further linear map of x_t.
+    """The exact denoiser of a Gaussian with learned mean and width, and another linear map of x_t.
 
-    As a teacher or an auxiliary denoiser it can be exact; as a one-step student it can be any linear map of noise.
+    It can be exact as a teacher or an auxiliary denoiser. As a one-step student, it can be any linear map of noise.
     """
 
     def __init__(self, gain: float = 0.0, shift: float = 0.0) -> None:
@@ -93,7 +93,7 @@ def test_a_finish_brings_mean_and_width_of_a_wrong_student_to_the_teachers(gain:
     for _ in trainer.run():
         pass
     after = moments(trainer.finish())
-    assert max(abs(before[0] - MEAN), abs(before[1] - STD)) > 0.15, "the student must start wrong"
+    assert max(abs(before[0] - MEAN), abs(before[1] - STD)) > 0.15, "the student must start with a wrong distribution"
     # Over eight further seeds the largest error was 0.018.
     assert abs(after[0] - MEAN) < 0.03
     assert abs(after[1] - STD) < 0.03
@@ -118,8 +118,10 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("stage", "update"), [("03-finish-0002", 2), ("03-finish-0002", 7), ("04-finish-0001", 2)])
-def test_a_finish_that_was_cut_ends_as_the_uncut_one(tmp_path: Path, uncut: Path, stage: str, update: int) -> None:
-    """In the lead of the auxiliary denoiser, after it, and between two finishes."""
+def test_an_interrupted_finish_ends_like_an_uninterrupted_one(
+    tmp_path: Path, uncut: Path, stage: str, update: int
+) -> None:
+    """Interrupt in the lead of the auxiliary denoiser, after it, and between two finishes."""
     events: Iterator[Any] = run(_spec(log_every=1, checkpoint_updates=1), tmp_path / "run")
     for event in events:
         if isinstance(event, Progress) and (event.name, event.window.update) == (stage, update):
@@ -131,7 +133,7 @@ def test_a_finish_that_was_cut_ends_as_the_uncut_one(tmp_path: Path, uncut: Path
 
 
 @pytest.mark.parametrize("by", ["SIGKILL", "SIGTERM"])
-def test_a_finish_that_is_killed_between_two_turns_of_an_update_ends_as_the_uncut_one(
+def test_a_finish_killed_between_two_turns_of_an_update_ends_like_an_uninterrupted_one(
     tmp_path: Path, uncut: Path, by: str
 ) -> None:
     team = teams.start(1, run_cut, tmp_path / "team", str(tmp_path / "run"), by)
@@ -139,7 +141,7 @@ def test_a_finish_that_is_killed_between_two_turns_of_an_update_ends_as_the_uncu
     assert left.get("error", "killed").startswith({"SIGKILL": "killed", "SIGTERM": "Interrupted"}[by])
     saved = RunFolder(tmp_path / "run").stage("03-finish-0002").checkpoints()[0]
     update = int(saved.name.removeprefix("checkpoint-"))
-    # A checkpoint is written beside the updates after it, so a kill can come before its end.
+    # Checkpoints are written in the background of later updates, so a kill can come before the checkpoint is complete.
     assert update == 7 if by == "SIGTERM" else update in (2, 4, 6)
     assert (saved / "helper-auxiliary.safetensors").exists()
     finish(_spec(), tmp_path / "run")
@@ -147,7 +149,7 @@ def test_a_finish_that_is_killed_between_two_turns_of_an_update_ends_as_the_uncu
 
 
 def run_cut(path: str, by: str) -> None:
-    """A run that gets a signal in the student's turn of update 6, when the auxiliary has taken its two steps."""
+    """Return a run that receives a signal in the student's turn of update 6, after the auxiliary's two turns."""
     loss = Finishing.loss
 
     def signalled(self: Finishing, models: Models, batch: Batch, draw: Draw) -> Losses:
@@ -208,7 +210,7 @@ def test_a_finish_is_added_to_a_run_and_further_ones_after_it(trained: Path, cap
     assert "other settings" not in capsys.readouterr().err
     asked = refused(["finish", str(trained), "--steps", "2", *BRIEF, "--finish.map-weight", "3"], capsys)
     assert "Different: finish.map_weight: 3.0 (the folder has None)" in asked
-    # Only what is new needs to be asked for.
+    # Only new options need to be passed.
     main(["finish", str(trained), "--steps", "1", *BRIEF])
     stages = [stage.name for stage in RunFolder(trained).stages()]
     assert stages == ["00-denoise", "01-halve-0002", "02-halve-0001", "03-finish-0002", "04-finish-0001"]
@@ -227,7 +229,7 @@ def test_the_command_of_a_run_accepts_the_folder_that_has_grown(trained: Path, c
     before, held = weights(trained), json.loads((trained / "recipe.json").read_text())
     again = ["run", "arrays", "--data", held["recipe"]["data"]["source"], "--out", str(trained), *TINY_ARRAYS]
     capsys.readouterr()
-    # Without finishes, with the first of them, and measured in another way.
+    # A run without finishes, with the first of them, and with another evaluation.
     for more in ([], ["--finish.added", "2", *BRIEF], ["--evaluation.num-samples", "25"]):
         main([*again, *more])
         said = capsys.readouterr()
@@ -239,7 +241,7 @@ def test_the_command_of_a_run_accepts_the_folder_that_has_grown(trained: Path, c
         assert weights(trained) == before
     assert now["recipe"]["evaluation"]["num_samples"] == 25
     assert read_status(trained).state == "finished"
-    # Another order is another plan; a stage of the run that is missing is made again, one of the others is not.
+    # Another order is another plan. A command trains missing stages of its own plan again, but no others.
     assert "Different: finish.added" in refused([*again, "--finish.added", "1", *BRIEF], capsys)
     assert "Different: finish." in refused([*again, "--finish.steps", "2", *BRIEF], capsys)
     for stage in ("02-halve-0001", "04-finish-0001"):
@@ -252,7 +254,7 @@ def test_the_command_of_a_run_accepts_the_folder_that_has_grown(trained: Path, c
     assert weights(trained) == before
 
 
-def test_what_a_finish_cannot_do_is_one_line(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_unsupported_finishes_are_rejected_in_one_line(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     assert "refines a student of 3 steps" in refused(["finish", str(trained), "--steps", "3"], capsys)
     assert "can be finished once, got 1, 1" in refused(["finish", str(trained), "--steps", "1", "1"], capsys)
     assert "is not a run (no recipe.json)" in refused(["finish", str(tmp_path), "--steps", "1"], capsys)
@@ -279,7 +281,7 @@ def test_a_chain_from_a_given_teacher_is_finished_in_its_own_folder(trained: Pat
     assert load(out).manifest.teacher == "00-teacher"
 
 
-def test_stages_cannot_be_changed_under_the_cover_of_a_finish(tmp_path: Path) -> None:
+def test_a_finish_cannot_change_existing_stages(tmp_path: Path) -> None:
     recipe = {"name": "toy", "seed": 0, "finish": {"steps": []}}
     finish(toy_spec(recipe=recipe), tmp_path / "run")
     other = dataclasses.replace(_spec(), recipe={**recipe, "finish": {"steps": [2, 1]}})
@@ -288,7 +290,8 @@ def test_stages_cannot_be_changed_under_the_cover_of_a_finish(tmp_path: Path) ->
 
 
 def test_a_recipe_finishes_the_students_that_its_chain_has(tmp_path: Path, capsys: Capture) -> None:
-    """The demo finishes its last student; a chain that ends earlier leaves out what it does not have, unless asked."""
+    """The demo finishes its last student. A chain that ends earlier skips the students that it lacks unless they are
+    requested."""
 
     def planned(*words: str) -> list[str]:
         capsys.readouterr()
@@ -306,7 +309,7 @@ def test_a_recipe_finishes_the_students_that_its_chain_has(tmp_path: Path, capsy
     assert "refines a student of 1 steps, but the students before it take 8, 4, 2" in refused(words, capsys)
 
 
-def test_distill_finishes_in_memory_and_integrates_its_teacher_by_another_sampler() -> None:
+def test_distill_finishes_in_memory_and_runs_its_teacher_with_another_sampler() -> None:
     from halfstep.samplers import Heun
 
     torch.manual_seed(0)
@@ -348,7 +351,7 @@ def test_a_dry_run_counts_every_call_and_copy_of_a_finish(trained: Path, capsys:
         ("04-finish-0001", 1, 7),
     ]
     for row in rows:
-        # The student is called four times and the auxiliary too, teacher and start once; a backward pass costs two.
+        # The student and the auxiliary are called four times each, teacher and start once. A backward pass costs two.
         assert row["update_flops"] == (4 + 2 * 1 + 4 + 2 * 3 + 1 + 1) * 8 * facts["forward_flops"]
         assert row["samples_seen"] == row["num_updates"] * 8
     memory = facts["memory_bytes"]
@@ -383,7 +386,7 @@ def test_a_finish_whose_student_has_had_no_turn_yet_is_shown_without_a_loss(
     last = read_log(RunFolder(tmp_path / "run").log_path)[-1]
     assert "loss" not in last
     assert last["auxiliary_loss"] > 0
-    # The page of a run that stands there, and the messages of both, hold no word for what is not known.
+    # The report contains no placeholder for the unknown loss.
     main(["report", str(tmp_path / "run")])
     page = (tmp_path / "run" / "report" / "index.html").read_text()
     assert not re.search(r">\s*(None|nan)\s*<", page)
@@ -391,7 +394,7 @@ def test_a_finish_whose_student_has_had_no_turn_yet_is_shown_without_a_loss(
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Students of 8, 4, 2 and 1 steps on images, all finished."""
+    """Return a run with students of 8, 4, 2 and 1 steps on images, all finished."""
     torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("digits") / "run"
     chain = ["--chain.start-steps", "16", "--finish.steps", "8", "4", "2", "1", "--finish.learning-rate", "1e-3"]

@@ -1,4 +1,4 @@
-"""Finishes of guided, conditioned and LoRA students, from the command to samples."""
+"""Finishes of guided, conditional and LoRA students, from the command to samples."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ from support_pipelines import save_sd
 
 
 class Recording(Denoiser):
-    """Another denoiser, with the conditions of its calls on record."""
+    """Another denoiser that records the conditions of its calls."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Recording(Denoiser):
 
 
 @pytest.mark.parametrize("guidance", [None, FixedGuidance(3.0), GuidanceRange(1.0, 4.0)])
-def test_every_network_of_a_turn_is_shown_the_classes_and_one_scale_where_a_range_was_learned(
+def test_every_network_of_a_turn_receives_the_classes_and_one_scale_if_a_range_was_learned(
     guidance: Guidance | None,
 ) -> None:
     count, objective = 16, Finishing(2, guidance=guidance)
@@ -61,7 +61,7 @@ def test_every_network_of_a_turn_is_shown_the_classes_and_one_scale_where_a_rang
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A text-to-image pipeline and encoded images with captions."""
+    """Return a text-to-image pipeline and encoded images with captions."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("texts")
     made = save_sd(folder / "sd", folder / "tokens")
@@ -116,7 +116,7 @@ def test_a_dry_run_of_lora_students_counts_the_shared_weights_once(
     facts = json.loads(capsys.readouterr().out)
     own, memory = facts["trainable_parameters"], facts["memory_bytes"]
     assert own < facts["parameters"] / 5
-    # Student and auxiliary are trained; teacher, auxiliary and start have additions of their own, no more.
+    # Student and auxiliary are trained. Teacher, auxiliary and start only have LoRA weights of their own.
     assert memory["weights"] == 4 * facts["parameters"]
     assert (memory["teacher"], memory["helpers"], memory["average"]) == (4 * own, 2 * 4 * own, 4 * own)
     assert (memory["gradients"], memory["moments"]) == (2 * 4 * own, 2 * 8 * own)

@@ -1,4 +1,4 @@
-"""A network whose error is multiplied beyond use at the first step says so: eps at zero SNR, and nothing else."""
+"""A network whose first step amplifies its error beyond use gets a warning: eps at zero SNR, and no other."""
 
 import math
 import warnings
@@ -50,7 +50,7 @@ def test_distillation_in_memory_and_by_recipe_warn_but_training_an_eps_teacher_d
     training = Training(1, 2e-4, batch_size=4)
     with pytest.warns(HalfstepWarning, match="predicts eps"):
         distill(teacher, numbers(16, 2).float(), start=2, to=1, training=training, prediction=Eps())
-    # Unless it is told to keep eps, a chain matches such a teacher to v first.
+    # By default, a chain first matches such a teacher to v.
     assert distill(teacher, numbers(16, 2).float(), start=2, to=1, training=training).prediction == V()
     recipe = recipes["digits"]()
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"prediction": "eps"})})

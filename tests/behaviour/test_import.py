@@ -1,4 +1,4 @@
-"""An imported checkpoint is a stage like any other; a file that is none gets one line and leaves nothing behind."""
+"""An imported checkpoint is an ordinary stage. Any other file gives a one-line error and leaves nothing behind."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_an_imported_student_samples_and_continues_the_chain(
 
 @pytest.mark.parametrize("steps", [None, 0, 16])
 def test_an_undistilled_checkpoint_is_a_teacher(steps: int | None, tmp_path: Path) -> None:
-    """Where the file says nothing, or the configuration's own start."""
+    """Test a file without a number of steps, and the configuration's own start."""
     file = tmp_path / "original.msgpack"
     data: dict[str, Any] = {"ema_params": tree_of(params(TINY))}
     if steps is not None:
@@ -94,8 +94,8 @@ def test_an_imported_network_is_a_stock_one_that_diffusers_reads_back(tmp_path: 
 
 
 @torch.no_grad()
-def test_what_flax_versions_write_differently_is_read_alike(tmp_path: Path) -> None:
-    """Axes joined or of length 1, chunked arrays, half precision left alone, scalars as arrays."""
+def test_files_of_different_flax_versions_are_read_equally(tmp_path: Path) -> None:
+    """Test merged axes and axes of length 1, chunked arrays, unchanged half precision, and scalars as arrays."""
     plain = params(TINY)
     other: dict[str, Any] = {}
     for path, value in plain.items():

@@ -1,4 +1,4 @@
-"""What the data and the installed packages tell is said before the first update, and a run takes other measuring."""
+"""Warnings about data and packages come before the first update, and a run accepts changed evaluation settings."""
 
 import os
 import time
@@ -49,7 +49,7 @@ def recipe(**evaluation: object) -> Recipe:
         (arrays(30, 2), "dinov2=/no/such/folder", "no DINOv2 model"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_training(data, features, words):
+def test_impossible_measurements_are_rejected_before_training(data, features, words):
     with pytest.raises(ValueError, match=words):
         build(recipe(features=features), data=data)
     build(recipe(features=features, enabled=False), data=data)
@@ -63,13 +63,13 @@ def test_few_labelled_samples_are_measured_in_pixels():
         build(recipe(features="classifier"), data=data)
 
 
-def test_additions_that_fit_no_network_are_refused_before_training():
+def test_lora_weights_that_fit_no_network_are_rejected_before_training():
     with pytest.raises(ValueError, match=r"networks of diffusers|low-rank|lora"):
         build(recipe().model_copy(update={"chain": ChainConfig(start_steps=4, lora_rank=2)}), data=arrays(30, 2))
 
 
 @pytest.mark.parametrize(("scale", "is_odd"), [(1.0, False), (0.3, False), (4.0, False), (100.0, True), (0.01, True)])
-def test_arrays_far_from_the_noise_are_warned_of(scale, is_odd):
+def test_arrays_far_from_the_noise_give_a_warning(scale, is_odd):
     data = replace(arrays(300, 3), x=scale * arrays(300, 3).x)
     if not is_odd:
         warn_of_scale(data)
@@ -83,7 +83,7 @@ def test_images_and_zeros_have_no_scale_to_warn_of():
     warn_of_scale(MemoryData("zeros", torch.zeros(4, 2)))
 
 
-def test_a_run_says_what_it_learns_from():
+def test_a_run_prints_its_data():
     labels = torch.arange(30) % 2
     data = replace(arrays(30, 2), labels=labels, class_names=("cat", "dog"))
     line = data_line(build(recipe(), data=data).data)
@@ -119,7 +119,7 @@ def test_measuring_may_change_on_a_finished_run_and_models_are_measured_again(tm
     assert folder.recipe()["environment"]
 
 
-def test_changed_data_are_named_and_may_be_accepted(tmp_path):
+def test_changed_data_are_listed_and_can_be_accepted(tmp_path):
     source = tmp_path / "x.npy"
     np.save(source, points().numpy())
 
@@ -128,7 +128,7 @@ def test_changed_data_are_named_and_may_be_accepted(tmp_path):
         return toy_spec(data=MemoryData(str(where), x), recipe={"name": "toy", "data": settings}, free=FREE_FIELDS)
 
     finish(spec(points()), tmp_path / "run")
-    # Elsewhere the same data are the same run.
+    # The same data in another place are the same run.
     finish(spec(points(), where=tmp_path / "y.npy"), tmp_path / "run")
     time.sleep(0.02)
     np.save(source, points(199).numpy())
@@ -167,7 +167,7 @@ def test_an_error_names_only_options_of_its_verb():
 @pytest.mark.parametrize(
     ("num_samples", "size", "words"), [(60, 64, "is unreliable"), (100, 64, "biased"), (60_000, 64, None)]
 )
-def test_what_is_said_of_few_samples(num_samples, size, words):
+def test_messages_about_few_samples(num_samples, size, words):
     note = few_samples("pixels", num_samples, 70_000, size)
     assert note is None if words is None else words in str(note)
 
@@ -181,13 +181,13 @@ def model_of(shape: tuple[int, ...], is_image: bool = True, pipeline: dict[str, 
 
 
 class Named:
-    """As much of a model as is asked."""
+    """The parts of a model that the caller reads."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest, self.shape = manifest, manifest.shape
 
 
-def test_photos_are_brought_to_what_the_teacher_makes(tmp_path):
+def test_photos_are_resized_to_the_teachers_samples(tmp_path):
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
     before = Recipe(name="r")
     other = before.model_copy(update={"data": DataConfig(source=str(tmp_path))})
@@ -231,7 +231,7 @@ def test_the_recipe_for_few_images_fits_a_small_machine():
     data = MemoryData("photos", torch.zeros(301, 3, 32, 32, dtype=torch.uint8))
     spec = build(small.model_copy(update={"evaluation": replace(small.evaluation, enabled=False)}), data=data)
     seen = [stage.training.num_updates * stage.training.batch_size / len(data) for stage in spec.plan.stages]
-    # No sample is seen by the teacher more often than a few hundred times.
+    # The teacher sees no sample more often than a few hundred times.
     assert max(seen) < 300
     assert sum(stage.training.num_updates for stage in spec.plan.stages) < large.teacher.num_updates / 10
 
@@ -255,7 +255,7 @@ def test_measuring_counts_in_the_time_left():
 
 
 def test_a_dry_run_warns_of_memorising_a_handful_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """60 photos under the preset for few images, which is sized for some hundred of them."""
+    """Use 60 photos with the preset for few images, which is sized for several hundred."""
     for number in (60, 300):
         np.savez(tmp_path / "photos.npz", arr_0=np.random.default_rng(0).integers(0, 256, (number, 8, 8, 3), np.uint8))
         words = ["--data.image-size", "None", "--network.block-out-channels", "8", "8", "8", "--engine.threads", "1"]

@@ -1,4 +1,4 @@
-"""Frozen weights in fewer bits under low-rank students, and the published sizes that a dry run counts."""
+"""Frozen low-precision weights under LoRA students, and the published sizes that a dry run counts."""
 
 import json
 from importlib.util import find_spec
@@ -40,7 +40,7 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(flux: Path) -> Any:
-    """The network in float32, with the conditions of two prompts."""
+    """Return the network in float32, with the conditions of two prompts."""
     model = import_pipeline(flux, CALL)
     return model, text_conditions(model.manifest, ["a", "b c"])
 
@@ -63,7 +63,7 @@ def tensors(layer: Any) -> list[Tensor]:
 
 
 def size(network: nn.Module) -> int:
-    """Bytes of the weights that are there."""
+    """Return the bytes of the existing weights."""
     total = 0
     for module in network.modules():
         held = list(module.parameters(recurse=False))
@@ -74,7 +74,7 @@ def size(network: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_lowered_network_is_smaller_by_what_is_counted_and_is_read_back_as_it_was(plain: Any, precision: str) -> None:
+def test_a_quantised_network_has_the_counted_size_and_is_read_back_unchanged(plain: Any, precision: str) -> None:
     model, cond = plain
     whole, found = model.denoiser.network, lowered(model, precision)
     again = build_network(describe_network(found))
@@ -88,7 +88,7 @@ def test_a_lowered_network_is_smaller_by_what_is_counted_and_is_read_back_as_it_
         assert torch.equal(out, again.eval()(x_t, time, **cond))
         restored = merged(found)
         assert precision_of(restored) == "float32"
-        # What remains is the rounding of a network that computes in bfloat16, its guidance scale times 1000 as well.
+        # The rest is the rounding of a network that computes in bfloat16, including its guidance scale times 1000.
         assert float((restored(x_t, time, **cond) - out).norm()) < 0.06 * float(out.norm())
     assert out.dtype == torch.float32
     assert 1e-5 < float((out - before).norm()) < 0.3 * float(before.norm())
@@ -159,7 +159,7 @@ def test_a_student_over_lowered_weights_is_trained_resumed_and_exported(
     ours = sample(student, x_1, 4, cond=cond)
     teacher = load(run / "stages" / "00-flux") if (run / "stages" / "00-flux").exists() else None
     assert float(ours.abs().max()) > 0
-    # Both exports are compared with the student, by export itself.
+    # Export itself compares both with the student.
     main(["export", str(run), "--format", "lora", "--out", str(tmp_path / "lora")])
     main(["export", str(run), "--out", str(tmp_path / "out")])
     assert precision in (tmp_path / "lora" / "README.md").read_text()
@@ -196,7 +196,7 @@ def test_a_teacher_that_was_saved_in_fewer_bits_is_opened_as_what_its_weights_st
 
 
 SIZES: Final = {"sdxl": "2.57", "flux.1-dev": "11.9", "wan2.1-1.3b": "1.42", "wan2.1-14b": "14.3"}
-"""Billions of parameters that their authors state."""
+"""Billions of parameters, as stated by the authors."""
 
 
 def test_published_networks_have_the_size_that_their_authors_state_and_the_call_of_a_recording(
@@ -227,7 +227,7 @@ def test_a_dry_run_of_a_published_size_counts_what_fits(capsys: Capture) -> None
     lora = ["--chain.lora-rank", "16"]
     whole, low = told(), told(*lora, "--base-precision", "nf4", "--engine.gradient-checkpointing")
     assert whole["memory_bytes"]["weights"] == 4 * whole["parameters"]
-    # Half a byte a weight, a scale of four bytes for 64, and the additions.
+    # Half a byte per weight, a 4-byte scale per 64 weights, and the LoRA weights.
     assert 4.5 / 8 * whole["parameters"] < low["memory_bytes"]["weights"] < 0.7 * whole["parameters"]
     assert low["memory_bytes"]["activations"] < 0.2 * whole["memory_bytes"]["activations"]
     assert low["fits_gib"] == [24, 48, 80]

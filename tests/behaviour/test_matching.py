@@ -1,4 +1,4 @@
-"""Matching: the student has the teacher's x0 under another prediction, on another clock, and guided."""
+"""Matching: the student has the teacher's x0 with another prediction, on another clock, or with guidance."""
 
 import math
 from typing import Final, final
@@ -30,14 +30,14 @@ from halfstep.train.engine import StageTrainer
 from support import Watched, numbers
 
 MEANS: Final = torch.tensor([[[0.8, 0.3], [0.2, 0.9]], [[-0.7, 0.1], [-0.1, -0.8]]], dtype=torch.float64)
-"""Of two classes of two Gaussians each."""
+"""The mixtures of two classes, with two Gaussians each."""
 STD: Final = 0.35
 LOW, HIGH = 1.0, 4.0
 
 
 @final
 class ByClass(Denoiser):
-    """The exact denoiser of the mixture of a class; of all of them for the class behind the last."""
+    """The exact denoiser of a class's mixture; the class after the last stands for all classes."""
 
     def __init__(self, process: NoiseProcess) -> None:
         super().__init__()
@@ -54,14 +54,14 @@ class ByClass(Denoiser):
 
 
 def batches(draw: halfstep.Draw) -> Batch:
-    """Samples of the mixture, with their classes."""
+    """Return samples of the mixture with their classes."""
     label, part = draw.integers("class", 2), draw.integers("part", 2)
     x0 = MEANS[label, part] + STD * draw.normal("data", (2,), torch.float64)
     return Batch(x0.float(), {"class_labels": label})
 
 
 def guided_exactly(teacher: ByClass, x_t: Tensor, t: Tensor, label: Tensor, scale: Tensor) -> Tensor:
-    """The guided x0, from the two mixtures' closed forms."""
+    """Return the guided x0 from the closed forms of the two mixtures."""
     without = teacher(x_t, t, {"class_labels": torch.full_like(label, 2)}).x0
     return without + scale[:, None] * (teacher(x_t, t, {"class_labels": label}).x0 - without)
 
@@ -123,7 +123,7 @@ def test_guidance_of_a_mixture_is_taken_in_at_every_scale_and_halved_to_4_steps(
         calls = Watched(teacher)
         slow = sample(Guided(calls, guided.null), x_1, 16, cond=cond)
         coarse = sample(guided, x_1, 4, cond=cond)
-        # One call of 500 a step, where the teacher is asked about 1000.
+        # One call in 500 per step, and the teacher's times are near 1000.
         assert [len(answer.x0) for answer in watched.answers] == [500] * 4
         assert [len(answer.x0) for answer in calls.answers] == [1000] * 16
         assert float((fast - slow).square().mean()) < 0.25 * float((coarse - slow).square().mean())
@@ -158,7 +158,7 @@ def test_each_sample_draws_its_own_scale_from_the_whole_range() -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 2.0), (2.0, 2.0), (3.0, 1.0), (1.0, float("inf"))])
-def test_a_range_that_is_none_is_refused(low: float, high: float) -> None:
+def test_an_empty_range_is_rejected(low: float, high: float) -> None:
     with pytest.raises(ValueError, match="must satisfy 0 <= low < high"):
         GuidanceRange(low, high)
 
@@ -167,7 +167,7 @@ def test_a_range_that_is_none_is_refused(low: float, high: float) -> None:
 def test_an_eps_teacher_on_a_table_becomes_a_v_student_on_the_cosine_clock_that_samples_like_it(
     num_updates: int,
 ) -> None:
-    """In memory, from batches of an iterable; before the stage the student is far off."""
+    """Match in memory from an iterable of batches; before the stage, the student is far off."""
     torch.manual_seed(0)
     table = VPTable()
     points = [(batches(halfstep.Draw(5, "data", k, 256, range(256))).x0, {}) for k in range(8)]
@@ -210,8 +210,8 @@ def small_unet(seed: int = 0) -> UNet2D:
 
 @torch.no_grad()
 def test_a_network_on_another_clock_starts_near_what_it_was() -> None:
-    """The time embedding's first layer is fitted; without that the network is asked about quite another time. As a
-    trained network does, this one tells times apart by more than single timesteps."""
+    """The first layer of the time embedding is fitted. Without this, the network would be called at very different
+    times: like a trained network, this one distinguishes times by more than single timesteps."""
     table, cosine = VPTable(), VPCosine(-10.0, 9.0)
     network = small_unet()
     half = network.model.time_embedding.linear_1.weight.shape[1] // 2
@@ -231,8 +231,8 @@ def test_a_network_on_another_clock_starts_near_what_it_was() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("width", [32, 64, 320])
 def test_the_weights_of_a_clock_that_was_replaced_are_as_large_as_those_of_the_old_one(width: int) -> None:
-    """Fitted to the last bit they were 1e6 and cancelled: float32 knew their sum to 0.1, and each order of the sum,
-    such as that of another batch or library, gave other samples."""
+    """Weights fitted to the last bit were 1e6 and cancelled. Their float32 sum had an error of 0.1, so any other order
+    of summation, such as that of another batch size or library, gave other samples."""
     table = VPTable()
     clock = VPCosine(*table.log_snr(torch.tensor([1.0, 1 / 1000], dtype=torch.float64)).tolist())
     torch.manual_seed(0)
@@ -251,7 +251,7 @@ def test_the_weights_of_a_clock_that_was_replaced_are_as_large_as_those_of_the_o
 
 
 @torch.no_grad()
-def test_a_network_that_is_shown_a_scale_starts_as_it_was_whatever_the_scale() -> None:
+def test_a_network_with_a_scale_input_starts_unchanged_for_any_scale() -> None:
     network = MLP((2,), width=16, depth=1, num_classes=3)
     shown = with_guidance(network)
     x_t, time, label = numbers(5, 2).float(), torch.rand(5), torch.tensor([0, 1, 2, 0, 1])
@@ -275,16 +275,14 @@ def test_guidance_without_anything_for_no_condition_is_refused() -> None:
 
 
 class Sines(nn.Module):
-    """A network of one's own, sensitive to its time and to the scale of its input."""
+    """A user's network that depends on its time and on the scale of its input."""
 
     def forward(self, x_t: Tensor, time: Tensor) -> Tensor:
         return torch.sin(3 * x_t + 40 * time[:, None].to(x_t))
 
 
 @pytest.mark.parametrize(("own", "process"), [(VPTable(), VPCosine(-10.0, 9.0)), (VE(0.01, 50.0), VPCosine(-7.0, 9.0))])
-def test_a_network_of_ones_own_starts_on_another_process_as_what_it_was(
-    own: NoiseProcess, process: NoiseProcess
-) -> None:
+def test_a_user_defined_network_starts_unchanged_on_another_process(own: NoiseProcess, process: NoiseProcess) -> None:
     teacher = NetworkDenoiser(Sines(), own, Eps())
     objective = Matching(100, process=process)
     student = objective.start(teacher)

@@ -1,4 +1,4 @@
-"""Distances agree with closed forms and with their definitions in numpy; the classifier is the same each time."""
+"""Distances agree with closed forms and with their definitions in numpy, and the classifier is reproducible."""
 
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def test_frechet_equals_torchmetrics_also_where_the_covariance_is_singular(n: in
 
 @pytest.mark.parametrize(("n", "m", "d"), [(20, 30, 64), (20, 200, 64), (200, 20, 64), (64, 65, 64)])
 def test_frechet_of_few_samples_equals_the_formula_of_moments(n: int, m: int, d: int) -> None:
-    """Fewer samples than dimensions go without matrices [d, d]."""
+    """With fewer samples than dimensions, no [d, d] matrices are needed."""
     a, b = _features(n, d, 1), _features(m, d, 2)
     dense = frechet_of_moments(moments_of(a), moments_of(b))
     assert frechet_distance(a, b) == pytest.approx(dense, rel=1e-8)
@@ -110,7 +110,7 @@ def test_kid_equals_the_unbiased_definition_in_numpy() -> None:
     expected = (
         kernel(x, x)[off].sum() / (n * (n - 1)) + kernel(y, y)[off].sum() / (n * (n - 1)) - 2 * kernel(x, y).mean()
     )
-    # All samples are in each subset here, so that subsets differ in their order only.
+    # Each subset contains all samples here, so subsets only differ in their order.
     assert kernel_distance(a, b, subsets=3, subset_size=40) == pytest.approx(float(expected), rel=1e-9)
 
 
@@ -131,11 +131,11 @@ def test_precision_recall_density_and_coverage_are_those_of_prdc_exactly(n: int,
     real, fake = _features(n, d, 0), _features(m, d, 0) * 0.4 + _features(m, d, 0)[0] * 0.4
     expected = compute_prdc(real.numpy(), fake.numpy(), nearest_k=5)
     found = precision_recall(real, fake)
-    # Shares of the same counts: no digit differs. The density is a mean, taken in another order.
+    # Shares of the same counts are equal to the last digit. The density is a mean, computed in another order.
     for name in ("precision", "recall", "coverage"):
         assert getattr(found, name) == float(expected[name]), name
     assert found.density == pytest.approx(float(expected["density"]), rel=1e-12)
-    # They differ, so that a swap of the two sets would show.
+    # They differ, so swapping the two sets would be detected.
     assert found.precision != found.recall
 
 
@@ -151,12 +151,12 @@ def test_identical_sets_have_all_of_each_other_and_distant_ones_nothing() -> Non
 
 
 def test_sliced_wasserstein_of_a_shift_is_the_mean_length_of_its_projections() -> None:
-    """Of a shift v, W1 along a direction u is |u . v|, whose mean over the sphere in d dimensions is known."""
+    """For a shift v, W1 along a direction u is |u . v|, and its mean over the sphere in d dimensions is known."""
     a = _features(200, 2, 0)
     shift = torch.tensor([3.0, -4.0], dtype=torch.float64)
     # In the plane: |v| 2 / pi, up to the finite number of directions.
     assert sliced_wasserstein(a, a + shift, num_directions=4000) == pytest.approx(5 * 2 / np.pi, rel=0.02)
-    # Sets of unequal size are compared as distributions: each point twice is the same one.
+    # Sets of different sizes are compared as distributions: a set with each point twice is equal.
     assert sliced_wasserstein(a, a.repeat(2, 1)) == pytest.approx(0, abs=1e-12)
     b = _features(200, 2, 5)
     assert sliced_wasserstein(a, b) == pytest.approx(sliced_wasserstein(b, a), rel=1e-12)
@@ -168,7 +168,7 @@ def test_the_inception_score_has_its_closed_forms_and_its_definition() -> None:
     assert inception_score(torch.zeros(50, 7)) == pytest.approx(1, rel=1e-12)
     logits = _features(90, 5, 3) / 10
     p = torch.softmax(logits, 1).numpy()
-    # Twice the same samples in two parts: whatever the order, each part is scored by itself.
+    # Two parts with the same samples: each is scored separately, so the order does not matter.
     divergence = (p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean()
     assert inception_score(logits, splits=1) == pytest.approx(np.exp(divergence), rel=1e-9)
     with pytest.raises(ValueError, match="at least 10 samples"):
@@ -177,11 +177,11 @@ def test_the_inception_score_has_its_closed_forms_and_its_definition() -> None:
 
 def test_the_distances_from_the_same_noise_have_their_closed_forms() -> None:
     a = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    # An error of 0.2 everywhere, on a range of 2, is 20 dB below it.
+    # An error of 0.2 everywhere on a range of 2 is 20 dB below it.
     assert psnr(a, a + 0.2) == pytest.approx(20, rel=1e-6)
     assert np.isinf(psnr(a, a))
     assert ssim(a, a) == pytest.approx(1, rel=1e-9)
-    # Of constant images x and y, only the term of the means is left: (2 x y + c) / (x^2 + y^2 + c), on [0, 2].
+    # For constant images x and y, only the term of the means remains: (2 x y + c) / (x^2 + y^2 + c), on [0, 2].
     x, y, c = 0.5, 1.5, (0.01 * 2) ** 2
     flat = torch.full((2, 1, 20, 20), x - 1), torch.full((2, 1, 20, 20), y - 1)
     assert ssim(*flat) == pytest.approx((2 * x * y + c) / (x * x + y * y + c), rel=1e-6)
@@ -194,7 +194,7 @@ def test_the_distances_from_the_same_noise_have_their_closed_forms() -> None:
     assert set(paired_figures(a, a, is_image=False).values) == {"rmse"}
 
 
-def test_lpips_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_lpips_reports_its_missing_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import importlib.util
 
     a = torch.zeros(2, 3, 32, 32)
@@ -212,7 +212,7 @@ def test_lpips_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     file.write_bytes(b"another file")
     with pytest.raises(ValueError, match="is not torchvision's AlexNet"):
         lpips(a, a)
-    # AlexNet's poolings leave nothing of small images, wherever its weights are.
+    # AlexNet's pooling leaves nothing of small images, with or without its weights.
     assert "at least 31 x 31 pixels" in str(why_no_lpips((1, 28, 28)))
     assert "4 channels" in str(why_no_lpips((4, 64, 64)))
 
@@ -226,7 +226,7 @@ def test_ssim_of_many_pairs_is_that_of_each(monkeypatch: pytest.MonkeyPatch) -> 
     assert together == pytest.approx(sum(ssim(x[None], y[None]) for x, y in zip(a, b, strict=True)) / 7, rel=1e-12)
 
 
-def test_all_figures_of_a_set_are_there_and_those_without_enough_samples_are_named() -> None:
+def test_all_figures_of_a_set_exist_and_those_without_enough_samples_are_listed() -> None:
     real = described(_features(100, 4, 0).float())
     figures = figures_of(Pixels(), _features(50, 4, 1).float(), real)
     assert list(figures.values) == [name for name in METRICS if name in figures.values]
@@ -271,7 +271,7 @@ def test_the_halves_of_a_set_are_disjoint_and_of_one_size() -> None:
 
 
 def test_the_classifiers_features_do_not_depend_on_how_many_real_samples_are_compared(tmp_path: Path) -> None:
-    """They were trained on the rows that were compared, and kept under a name without their number."""
+    """They were trained on the rows that were compared, and stored under a name without the number of rows."""
     labels = torch.arange(300) % 2
     data = MemoryData("points", torch.randn(300, 3) + 3 * labels[:, None], labels, ("a", "b"))
     one = Reference(data, Evaluation(num_samples=4, num_reference=100), tmp_path / "a")
@@ -324,7 +324,7 @@ def test_a_classifier_of_too_little_data_is_refused() -> None:
 
 
 def test_large_images_are_averaged_before_their_pixels_are_compared() -> None:
-    """The square matrix of 49,152 pixels would take 19 GB; 4,096 entries and fewer are taken as they are."""
+    """The square matrix of 49,152 pixels would take 19 GB. Up to 4,096 entries are used unchanged."""
     images = torch.rand(3, 3, 64, 128, generator=torch.Generator().manual_seed(0))
     averaged = Pixels().features(images).reshape(3, 3, 32, 32)
     torch.testing.assert_close(averaged[1, 2, 5, 7], images[1, 2, 10:12, 28:32].mean())

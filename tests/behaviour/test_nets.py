@@ -30,7 +30,7 @@ def test_time_becomes_diffusers_whole_timesteps() -> None:
     assert torch.equal(seen, expected)
 
 
-def test_weights_of_convolutions_lie_as_the_device_computes_them_fastest() -> None:
+def test_convolution_weights_have_the_devices_fastest_memory_format() -> None:
     network = _unet()
     kernels = [p for p in network.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
     assert kernels
@@ -107,7 +107,7 @@ def test_networks_that_cannot_be_built_are_refused(
         SMALL.model_copy(update=changes).build(shape, 0, 1)
 
 
-def test_a_clock_that_does_not_run_is_refused() -> None:
+def test_a_constant_clock_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"must be a power of two, .* got 1000"):
         UNetConfig(num_train_timesteps=1000)
     with pytest.raises(ValueError, match="num_train_timesteps must be at least 1, got 0"):
@@ -116,7 +116,7 @@ def test_a_clock_that_does_not_run_is_refused() -> None:
         UNet2D({}, clock_range=(1.0, 0.5))
 
 
-def test_a_network_of_another_clock_is_asked_at_its_own_times() -> None:
+def test_a_network_with_another_clock_is_called_at_its_own_times() -> None:
     ours, theirs = _unet(), _unet()
     theirs.clock_range = (0.25, 0.75)
     x_t = torch.randn(3, 3, 8, 8)
@@ -128,7 +128,7 @@ def test_a_network_of_another_clock_is_asked_at_its_own_times() -> None:
     ("config", "shape", "num_classes", "channels", "parameters"),
     [
         pytest.param(PAPER_CIFAR10, (3, 32, 32), 0, 1, 60_004_099, id="cifar10"),
-        # The authors' network has 768 more: the bias of its class embedding, which the embedding itself can hold.
+        # The authors' network has 768 more: the bias of its class embedding, which is folded into the embedding.
         pytest.param(PAPER_IMAGENET64, (3, 64, 64), 1000, 2, 295_905_222 - 768, id="imagenet64"),
         pytest.param(PAPER_LSUN128, (3, 128, 128), 0, 2, 139_578_502, id="lsun128"),
     ],

@@ -41,7 +41,7 @@ def points(process: NoiseProcess, prediction: Prediction, **network: Any) -> Mod
 
 
 def images() -> Model:
-    """A U-Net with classes, whose answers are far enough from 0 for the clipping to act."""
+    """Return a U-Net with classes and outputs far enough from 0 for clipping to have an effect."""
     torch.manual_seed(0)
     config = UNetConfig(
         block_out_channels=(8, 16), layers_per_block=1, attention_head_dim=8, norm_num_groups=4, attention=(False, True)
@@ -73,7 +73,7 @@ MEMBERS: Final = {
 }
 STEPS: Final = (1, 2, 4, 8)
 QUICK: Final = {"v": 1, "both": 1, "edm": 1, "flow": 2}
-"""Steps of the graphs exported in the quick suite: torch takes about a second to export a step."""
+"""Numbers of steps of the graphs in the fast suite: torch takes about a second to export a step."""
 
 
 @pytest.mark.parametrize(("process", "prediction"), MEMBERS.values(), ids=MEMBERS)
@@ -81,7 +81,7 @@ QUICK: Final = {"v": 1, "both": 1, "edm": 1, "flow": 2}
 def test_the_unrolled_program_samples_as_the_sampler(
     process: NoiseProcess, prediction: Prediction, num_steps: int
 ) -> None:
-    """The program is what the exporter turns into a graph; it takes unit noise, whatever the scale of the process."""
+    """The exporter converts this program. It takes unit noise, whatever the scale of the process."""
     made = points(process, prediction)
     noise = numbers(5, 2).float()
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_the_unrolled_program_samples_as_the_sampler(
 def test_a_graph_of_points_samples_as_torch_for_batches_of_any_length(
     tmp_path: Path, process: NoiseProcess, prediction: Prediction, num_steps: int
 ) -> None:
-    """Unit noise goes in, whatever the size of the process's noise."""
+    """The graph takes unit noise, whatever the scale of the process's noise."""
     made = points(process, prediction)
     file = export_onnx(made, tmp_path / "sampler.onnx", num_steps)
     for length in (1, 5, 32):
@@ -113,7 +113,7 @@ def test_a_graph_of_points_samples_as_torch_for_batches_of_any_length(
 
 
 def classes() -> Model:
-    """A network of points with classes; its weights are large enough for the clipping to act at every step."""
+    """Return a network of points with classes, with weights large enough for clipping to matter at every step."""
     torch.manual_seed(0)
     network = MLP((2,), width=16, depth=1, num_classes=5)
     for parameter in network.parameters():
@@ -177,7 +177,7 @@ def test_a_graph_that_samples_otherwise_is_not_written(tmp_path: Path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_beside_the_graph_are_found_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_next_to_the_graph_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from halfstep.hub import onnx as room
 
     monkeypatch.setattr(room, "LARGEST", 0)
@@ -188,7 +188,7 @@ def test_weights_beside_the_graph_are_found_where_it_lies(tmp_path: Path, monkey
     assert_same(ran(file, noise=noise), sample(made, noise, 1))
 
 
-def test_a_missing_package_and_a_missing_number_of_steps_are_said(
+def test_a_missing_package_and_a_missing_number_of_steps_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = points(VPCosine(), V())

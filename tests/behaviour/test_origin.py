@@ -1,4 +1,4 @@
-"""A run takes only its own files, each as it was written: manifests, stages, checkpoints, figures, caches."""
+"""A run only uses its own unchanged files: manifests, stages, checkpoints, figures and caches."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ FIRST, SECOND, THIRD = "00-denoise", "01-halve-0002", "02-halve-0001"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`uncut`, the run of another seed as `other`, and `cut` in the second stage."""
+    """Build `uncut`, the run `other` with another seed, and `cut`, interrupted in the second stage."""
     folder = tmp_path_factory.mktemp("made")
     finish(SPEC, folder / "uncut")
     finish(OTHER, folder / "other")
@@ -47,7 +47,7 @@ def stage(path: Path, name: str) -> StageFolder:
 
 
 def refusals(path: Path) -> set[str]:
-    """What running and loading say, each of which must refuse."""
+    """Return the messages of running and loading, both of which must fail."""
     said = set()
     for call in (lambda: finish(SPEC, path), lambda: load(path)):
         with pytest.raises(DamagedFile) as error:
@@ -88,7 +88,7 @@ def test_stages_of_another_place_seed_or_plan_are_refused(path: Path, made: Path
         shutil.rmtree(stage(path, THIRD).path)
         shutil.copytree(source, stage(path, THIRD).path)
         assert all(f"{stage(path, THIRD).manifest_path} {said}" in text for text in refusals(path))
-    # Of the run's recipe, but not as the plan has it.
+    # It belongs to the run's recipe, but differs from the plan.
     shutil.rmtree(stage(path, THIRD).path)
     shutil.copytree(stage(path, SECOND).path, stage(path, THIRD).path)
     file = stage(path, THIRD).manifest_path
@@ -96,14 +96,14 @@ def test_stages_of_another_place_seed_or_plan_are_refused(path: Path, made: Path
     assert all("belongs to no stage in the plan" in text for text in refusals(path))
 
 
-def test_a_folder_beside_the_plans_stages_is_no_model_of_the_run(path: Path) -> None:
+def test_a_folder_next_to_the_plans_stages_is_no_model_of_the_run(path: Path) -> None:
     shutil.copytree(stage(path, FIRST).path, stage(path, "99-copy").path)
     assert load(path).manifest.stage == THIRD
     with pytest.raises(DamagedFile, match=r"99-copy/manifest\.json belongs to stage 00-denoise"):
         load(stage(path, "99-copy").path)
 
 
-def test_a_run_that_is_not_at_its_end_says_which_stage_it_gives(path: Path) -> None:
+def test_an_unfinished_run_reports_the_stage_that_it_loads(path: Path) -> None:
     stage(path, THIRD).manifest_path.unlink()
     with pytest.warns(HalfstepWarning, match=f"is not complete .stage {THIRD} is missing.*{SECOND} is used"):
         assert load(path).manifest.stage == SECOND
@@ -149,7 +149,7 @@ def test_a_lost_recipe_is_written_again_and_a_foreign_one_refused(path: Path, ma
 
 
 @pytest.mark.parametrize("content", ['{"recipe": null}', '{"recipe": {"seed": 1}}', "[]", "{"])
-def test_a_damaged_recipe_is_named_with_the_way_on(path: Path, content: str) -> None:
+def test_a_damaged_recipe_is_reported_with_a_remedy(path: Path, content: str) -> None:
     file = RunFolder(path).recipe_path
     file.write_text(content)
     for said in refusals(path):
@@ -158,7 +158,7 @@ def test_a_damaged_recipe_is_named_with_the_way_on(path: Path, content: str) -> 
 
 
 @pytest.mark.parametrize("damage", ["cut", "altered", "other stage", "samples"])
-def test_damaged_figures_and_samples_are_made_again_with_a_line(path: Path, made: Path, damage: str) -> None:
+def test_damaged_figures_and_samples_are_regenerated_with_a_notice(path: Path, made: Path, damage: str) -> None:
     file = stage(path, SECOND).metrics_path
     if damage == "cut":
         file.write_text(file.read_text()[:50])
@@ -168,7 +168,7 @@ def test_damaged_figures_and_samples_are_made_again_with_a_line(path: Path, made
         shutil.copy(stage(path, THIRD).metrics_path, file)
     else:
         np.savez(file.parent / "samples" / "steps-0002.npz", arr_0=np.zeros((4, 2), np.float32))
-    # The other notice is of figures from few samples.
+    # The other notice reports figures from few samples.
     (notice,) = [said for said in finish(SPEC, path) if said.endswith("; the stage is measured again")]
     assert str(file.parent) in notice
     found, uncut = stage(path, SECOND).metrics(), stage(made / "uncut", SECOND).metrics()
@@ -219,7 +219,7 @@ def test_a_damaged_row_of_the_log_is_dropped(made: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "name", ["log.jsonl", f"stages/{THIRD}/manifest.json", f"stages/{THIRD}/metrics.json", ".lock"]
 )
-def test_a_folder_in_the_place_of_a_file_is_no_lost_disk(path: Path, name: str) -> None:
+def test_a_folder_instead_of_a_file_is_no_lost_disk(path: Path, name: str) -> None:
     (path / name).unlink()
     (path / name / "deeper").mkdir(parents=True)
     shutil.rmtree(stage(path, SECOND).path)
@@ -262,7 +262,7 @@ def test_any_bit_of_a_cache_that_differs_makes_it_void(tmp_path: Path) -> None:
         content[bit // 8] ^= 1 << bit % 8
         file.write_bytes(content)
         assert read_cached(file) == {} or all(torch.equal(held[n], value) for n, value in read_cached(file).items())
-    # Whole, but not written by us: as an earlier halfstep left it.
+    # Complete, but not written by this version: as an earlier halfstep left it.
     save_file(held, file)
     assert read_cached(file) == {}
 
@@ -284,4 +284,4 @@ def test_a_flipped_bit_in_the_reference_cache_changes_no_figure(
     assert torch.equal(again.features, first.features)
     assert torch.equal(again.moments.covariance, first.moments.covariance)
     monkeypatch.setattr(references, "described", None)
-    assert torch.equal(described().features, first.features), "what was made again is not kept"
+    assert torch.equal(described().features, first.features), "what was measured again is not kept"

@@ -1,6 +1,6 @@
-"""What a model is stands in its manifest, and where a chain starts in its plan: every reader takes both from there.
+"""A model's role comes from its manifest, and a chain's start from its plan; all readers use both.
 
-The stages have names that say nothing, or the wrong thing, and objectives that no registry knows.
+The stages have names that are meaningless or misleading, and objectives that no registry contains.
 """
 
 import json
@@ -52,7 +52,7 @@ from support_pipelines import assert_same, noise, quietly, wake
 from toys import points
 
 START, MATCHED, OWN = "zeta", "00-between", "x-own-thing"
-"""By name the matched model comes first, and looks like a teacher."""
+"""Sorted by name, the matched model comes first and looks like a teacher."""
 TEACHER = Outcome(role="teacher")
 STUDENT = Outcome(role="student", num_steps=4, sampler=samplers.describe(Heun()))
 
@@ -60,7 +60,7 @@ STUDENT = Outcome(role="student", num_steps=4, sampler=samplers.describe(Heun())
 def made(
     outcome: Outcome, name: str = OWN, network: Network | None = None, seed: int = 0, **changes: Any
 ) -> tuple[NetworkDenoiser, Manifest]:
-    """A network with random weights, and the manifest of a stage that an unknown objective has made."""
+    """Return a network with random weights, and the manifest of a stage that an unknown objective produced."""
     torch.manual_seed(seed)
     network = network or MLP((2,), width=16, depth=1)
     facts: dict[str, Any] = {
@@ -78,7 +78,7 @@ def figures(sampler: str, num_steps: int, num_evals: int, frechet: float) -> Res
 
 
 def write_run(run: Path, stages: Mapping[str, Outcome], given: bool = False) -> Path:
-    """A finished run of these stages in this order; the first takes 8 and 4 steps if it takes any number."""
+    """Write a finished run of these stages in this order; the first takes 8 and 4 steps if it supports any number."""
     np.save(run.parent / "points.npy", points().numpy())
     recipe = recipes["arrays"]()
     recipe = recipe.model_copy(
@@ -119,7 +119,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def continued(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that goes on from a student of 8 steps."""
+    """Return a run that continues from an 8-step student."""
     return write_run(tmp_path_factory.mktemp("continued") / "run", CONTINUED, given=True)
 
 
@@ -127,12 +127,12 @@ def names(run: Path) -> list[str]:
     return [stage.name for stage in RunFolder(run).stages()]
 
 
-def test_stages_stand_in_the_order_of_the_plan(run: Path, tmp_path: Path) -> None:
+def test_stages_are_in_the_order_of_the_plan(run: Path, tmp_path: Path) -> None:
     assert names(run) == [row.name for row in RunFolder(run).plan]
     start = RunFolder(run).start
     assert start is not None
     assert (start.name, names(run)[-1]) == (START, OWN)
-    # Without a plan there are the names alone, and a start only if the first of them is a teacher.
+    # Without a plan, only names remain, and a start only if the first stage is a teacher.
     for outcome, found in ((TEACHER, "a"), (STUDENT, None)):
         bare = RunFolder(tmp_path / outcome.role)
         save_stage(bare.stage("a"), *made(outcome, "a"))
@@ -153,7 +153,7 @@ def test_the_report_puts_each_model_into_its_place(run: Path) -> None:
         (OWN, "4"),
     ]
     (group,) = quality_groups(facts.stages, facts.start)
-    # The student by Heun beside the teacher by its own DDIM at as many steps.
+    # The student with Heun next to the teacher with its own DDIM, with the same number of steps.
     (student,) = [row for row in group.rows if row.steps == 4]
     assert student.teacher is not None
     assert student.student is not None
@@ -179,7 +179,7 @@ def test_the_report_puts_each_model_into_its_place(run: Path) -> None:
     assert all("matched" in note and note in html for note in notes)
 
 
-def test_a_chain_that_starts_from_a_student_is_compared_with_that(continued: Path) -> None:
+def test_a_chain_that_starts_from_a_student_is_compared_with_it(continued: Path) -> None:
     facts = read_run(continued)
     assert [stage.name for stage in facts.students] == [OWN]
     (group,) = quality_groups(facts.stages, facts.start)
@@ -195,7 +195,7 @@ def test_a_chain_that_starts_from_a_student_is_compared_with_that(continued: Pat
     assert (own.num_evals, start.stage, start.num_steps, start.num_evals) == (7, START, 8, RK4().num_evals(8))
 
 
-def test_the_explorer_asks_each_model_by_its_own_sampler(run: Path) -> None:
+def test_the_explorer_uses_each_models_own_sampler(run: Path) -> None:
     explorer = Explorer(run)
     assert [choice.name for choice in explorer.choices] == names(run)
     labels = [explorer.label(choice) for choice in explorer.choices]
@@ -207,7 +207,7 @@ def test_the_explorer_asks_each_model_by_its_own_sampler(run: Path) -> None:
     np.testing.assert_array_equal(own.samples, load(stages / OWN).sample(range(3, 8), sampler=Heun()).numpy())
     np.testing.assert_array_equal(start.samples, load(stages / START).sample(range(3, 8), 8, DDIM()).numpy())
     assert len(explorer.strip().shown) == len(names(run))
-    # A stage alone has nothing to be compared with, unless it is a teacher.
+    # A single stage has no reference unless it is a teacher.
     assert Explorer(stages / OWN).start.missing is not None
     assert Explorer(stages / START).start.name == START
 
@@ -221,14 +221,14 @@ def test_the_explorer_draws_the_noise_of_a_stochastic_sampler_as_the_library_doe
     np.testing.assert_array_equal(frames[0], load(run / "stages" / OWN).sample([2]).numpy()[0])
 
 
-def test_status_tells_the_roles(run: Path, capsys: Capture) -> None:
+def test_status_shows_the_roles(run: Path, capsys: Capture) -> None:
     main(["status", str(run), "--json"])
     stages = json.loads(capsys.readouterr().out)["stages"]
     assert [(s["stage"], s["role"], s["num_steps"], s["state"]) for s in stages[:: len(stages) - 1]] == [
         (START, "teacher", None, "done"),
         (OWN, "student", 4, "done"),
     ]
-    # Of a stage that is not there the plan tells them.
+    # The plan describes missing stages.
     assert read_status(run).stages[-1].role == "student"
 
 
@@ -270,7 +270,7 @@ def evaluated(subject: Path, out: Path, capsys: Capture, *options: str) -> dict[
     return held
 
 
-def test_an_evaluation_samples_each_model_by_its_own_sampler(
+def test_an_evaluation_uses_each_models_own_sampler(
     run: Path, continued: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     held = evaluated(run, tmp_path / "whole", capsys)
@@ -282,11 +282,11 @@ def test_an_evaluation_samples_each_model_by_its_own_sampler(
     assert rows["student", 4] == (OWN, 7)
     assert rows["teacher-ddim", 8] == (START, 8)
     assert not between or rows["matched", 8] == (MATCHED, 8)
-    assert "teacher-heun at 32 steps" in held["tables"][-1]["protocol"]["reference"], "the finest by network calls"
+    assert "teacher-heun at 32 steps" in held["tables"][-1]["protocol"]["reference"], "the cell with most network calls"
     held = evaluated(continued, tmp_path / "continued", capsys)
     found = [(row["series"], row["stage"], row["num_steps"], row["num_evals"]) for row in held["tables"][0]["rows"]]
     assert found == [("student", OWN, 4, 7), ("teacher-rk4", START, 8, RK4().num_evals(8))]
-    # One stage alone: what it is decides, not its name.
+    # For a single stage, its manifest decides, not its name.
     held = evaluated(run / "stages" / OWN, tmp_path / "one", capsys)
     assert [(row["series"], row["num_evals"]) for row in held["tables"][0]["rows"]] == [("student", 7)]
 
@@ -310,14 +310,14 @@ EXPORTED = [DDIM(), Heun(), RK4(), DPMSolverPP2M(), Heun(LogSNR())]
 
 
 def assert_samples_by(sampler: Sampler, model: Model, x0: torch.Tensor) -> None:
-    """Assert that x0 are the samples 0 to 6 by the model's own sampler, and not by DDIM."""
+    """Assert that x0 are the samples 0 to 6 with the model's own sampler, and not with DDIM."""
     torch.testing.assert_close(x0, model.sample(range(7)), rtol=0, atol=1e-5)
     if sampler != DDIM():
         assert float((x0 - model.sample(range(7), sampler=DDIM())).abs().max()) > 1e-3
 
 
 def student_of(sampler: Sampler, num_steps: int) -> Model:
-    """A student of random weights with a sampler of its own."""
+    """Return a student with random weights and its own sampler."""
     return Model(*made(Outcome(role="student", num_steps=num_steps, sampler=samplers.describe(sampler))))
 
 
@@ -346,7 +346,7 @@ def test_a_graph_takes_the_steps_of_the_models_own_sampler(tmp_path: Path, sampl
 def test_a_graph_of_a_stochastic_sampler_takes_the_noise_of_its_steps(
     tmp_path: Path, gamma: float, num_steps: int
 ) -> None:
-    """Of all but the last, which draws none."""
+    """The graph takes the noise of all steps except the last, which draws none."""
     import onnxruntime
 
     sampler = {"type": "ancestral", "gamma": gamma}
@@ -396,7 +396,7 @@ def test_a_stock_scheduler_takes_the_steps_of_the_models_own_sampler(
 def test_a_stock_pipeline_draws_the_steps_of_an_ancestral_student(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num_classes: int, clip: bool, num_steps: int
 ) -> None:
-    """Given the noise that ours draws, its samples are ours."""
+    """With the same noise, its samples are ours."""
     from diffusers.pipelines.ddpm import pipeline_ddpm
     from diffusers.schedulers import scheduling_dpmsolver_multistep
 

@@ -1,4 +1,4 @@
-"""A user's own `Denoiser`, written against `process.alpha_sigma(t)` alone: trained, distilled and sampled."""
+"""A user's own `Denoiser`, based only on `process.alpha_sigma(t)`, can be trained, distilled and sampled."""
 
 from collections.abc import Mapping
 
@@ -71,10 +71,10 @@ def test_a_student_is_distilled_from_it_and_it_stays_as_it_was(fitted: Linear) -
     x_1 = halfstep.sample_noise(range(400), (2,))
     two, four = halfstep.sample(student, x_1, 2), halfstep.sample(fitted, x_1, 4)
     undistilled = halfstep.sample(fitted, x_1, 2)
-    # A line through the teacher's landings: nearer to them than the teacher's own two steps are.
+    # A line fitted to the teacher's landing points, closer to them than the teacher's own two steps.
     assert (two - four).square().mean() < 0.3 * (undistilled - four).square().mean()
 
 
-def test_what_only_a_network_can_do_is_refused(fitted: Linear) -> None:
+def test_options_that_need_a_network_are_rejected(fitted: Linear) -> None:
     with pytest.raises(ValueError, match="the teacher has no prediction to match: pass a NetworkDenoiser"):
         halfstep.distill(fitted, points(), start=4, to=2, prediction=halfstep.X0())

@@ -1,6 +1,6 @@
-"""An objective with networks of its own, two turns an update and a sampler other than DDIM, from a researcher's file.
+"""A researcher's objective with its own networks, two turns per update and a sampler other than DDIM.
 
-No file of src knows `own_objective`. It goes through everything that the built-in objectives go through.
+No file of src contains `own_objective`. It passes through everything that the built-in objectives pass through.
 """
 
 import json
@@ -60,7 +60,7 @@ TRAINING = Training(num_updates=8, batch_size=12, learning_rate=1e-2, warmup_upd
 
 
 def words(folder: Path, out: str, *more: str) -> list[str]:
-    """The command that runs the researcher's recipe into `folder/out`."""
+    """Return the command that runs the researcher's recipe into `folder/out`."""
     data = folder / "points.npy"
     if not data.exists():
         np.save(data, points(64).numpy())
@@ -68,19 +68,19 @@ def words(folder: Path, out: str, *more: str) -> list[str]:
 
 
 def final(run: Path) -> dict[str, Tensor]:
-    """The weights that the game handed on."""
+    """Return the weights that the game passed on."""
     return load_file(run / "stages" / LAST / "model.safetensors")
 
 
 def run_here(argv: list[str]) -> None:
-    """A command, as a target for other processes."""
+    """Run a command, as a target for other processes."""
     own_objective.register()
     main(argv)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> Iterator[None]:
-    """The researcher's objective and recipe, known for as long as these tests run."""
+    """Register the researcher's objective and recipe for the duration of these tests."""
     own_objective.register()
     yield
     for registry in (objectives, recipes):
@@ -106,7 +106,7 @@ def test_the_manifest_says_what_the_objective_declares_and_helpers_are_not_hande
     }  # fmt: skip
 
 
-def test_it_is_sampled_by_its_own_sampler(uncut: Path, tmp_path: Path) -> None:
+def test_it_is_sampled_with_its_own_sampler(uncut: Path, tmp_path: Path) -> None:
     main(["sample", str(uncut), "--num-samples", "5", "--out", str(tmp_path / "drawn.npz")])
     model = load(uncut)
     by_hand = sample(model, model.noise(range(5)), 4, Heun())
@@ -138,7 +138,7 @@ def test_a_run_cut_between_two_turns_resumes_bit_for_bit(
 
 
 def run_killed(argv: list[str], by: str) -> None:
-    """A command that is killed in the middle of a pair of turns."""
+    """Kill a command in the middle of a pair of turns."""
     os.environ |= {"KILLED_AT": "5", "KILLED_BY": by}
     own_objective.register()
     main(argv)
@@ -157,7 +157,7 @@ def test_micro_batches_give_the_weights_of_the_batch(uncut: Path, tmp_path: Path
         torch.testing.assert_close(final(tmp_path / "micro")[name], value, atol=1e-5, rtol=0)
 
 
-def test_the_micro_batch_that_fits_is_looked_for_with_all_players(uncut: Path, tmp_path: Path) -> None:
+def test_the_micro_batch_search_uses_all_players(uncut: Path, tmp_path: Path) -> None:
     main(words(tmp_path, "auto", "--engine.micro-batch", "auto"))
     for name, value in final(uncut).items():
         assert torch.equal(value, final(tmp_path / "auto")[name]), name
@@ -167,7 +167,7 @@ def test_a_dry_run_counts_the_helpers(tmp_path: Path, capsys: pytest.CaptureFixt
     main([*words(tmp_path, "none"), "--dry-run", "--json"])
     facts = json.loads(capsys.readouterr().out)
     stage = facts["stages"][-1]
-    # Student 2 + 2 * 1, teacher 1, critic 2 + 2 * 1, average 1: in forward passes of networks of one size.
+    # Forward passes of networks of one size: student 2 + 2 * 1, teacher 1, critic 2 + 2 * 1, average 1.
     assert stage["update_flops"] == pytest.approx((4 + 1 + 4 + 1) * 16 * facts["forward_flops"])
     weights = 4 * facts["parameters"]
     memory = facts["memory_bytes"]
@@ -217,7 +217,7 @@ def test_its_graph_takes_the_steps_of_its_own_sampler_and_a_stock_pipeline_is_re
     assert not (tmp_path / "stock").exists()
 
 
-# What the engine does, against the same training written out in plain torch.
+# Compare the engine with the same training written in plain torch.
 
 
 def denoiser(seed: int) -> NetworkDenoiser:
@@ -299,14 +299,14 @@ def test_the_gradient_reaches_only_the_player_whose_turn_it_is() -> None:
 
 @dataclass(frozen=True)
 class Broken(Game):
-    """The game, with a critic whose loss is not finite at one update."""
+    """The game with a critic whose loss is not finite at one update."""
 
     def critic_loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
         loss, log_snr = super().critic_loss(models, batch, draw)
         return Losses(loss * (math.inf if draw.update == 3 else 1), log_snr)
 
 
-def test_a_helper_that_diverges_is_named() -> None:
+def test_a_diverging_helper_is_reported() -> None:
     trainer = made_trainer(Broken())
     for _ in trainer.run():
         pass
@@ -316,7 +316,7 @@ def test_a_helper_that_diverges_is_named() -> None:
 
 @dataclass(frozen=True)
 class Seldom(Game):
-    """The game, with a turn of the student's at every third update only."""
+    """The game with a turn of the student in every third update only."""
 
     def turns(self, update: int) -> tuple[Turn, ...]:
         critic, student = super().turns(update)
@@ -402,7 +402,7 @@ def test_the_average_is_none_of_the_student_s_own_and_evals_name_every_network()
 
 
 def test_the_objective_of_the_contributing_guide_runs_as_it_stands_there(tmp_path: Path) -> None:
-    """Both blocks of the guide make one file: its recipe is run by the command line, its class by `distill`."""
+    """Both blocks of the guide form one file: the command line runs its recipe, and `distill` uses its class."""
     text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text().partition("**an objective**")[2]
     blocks = [block.partition("```")[0] for block in text.split("```python\n")[1:3]]
     scope: dict[str, Any] = {"__name__": "my_method"}

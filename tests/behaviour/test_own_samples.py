@@ -1,4 +1,4 @@
-"""Distillation without data: training samples come from the teacher, and from no seed of an evaluation."""
+"""Distillation without data trains on the teacher's samples, whose seeds no evaluation uses."""
 
 import math
 from pathlib import Path
@@ -18,7 +18,7 @@ from toys import finish, toy_spec
 
 
 @pytest.mark.parametrize("process", [VPCosine(), VE(0.01, 20.0)])
-def test_they_have_the_law_of_the_teacher(process: NoiseProcess) -> None:
+def test_they_have_the_teachers_distribution(process: NoiseProcess) -> None:
     drawn = samples_of(GaussianDenoiser(process, mean=0.3, std=0.5), 20_000, (1,))
     assert len(drawn) == 20_000
     # Five standard errors of each.
@@ -54,7 +54,7 @@ def test_a_student_draws_with_its_own_steps_and_a_mode_is_restored(run: Path) ->
 
 
 def of_classes(null: bool) -> Model:
-    """A model of 3 classes, of which the data showed 2."""
+    """Return a model with 3 classes, of which the data contained 2."""
     torch.manual_seed(0)
     network = MLP((2,), width=16, depth=1, num_classes=4 if null else 3)
     for parameter in network.parameters():
@@ -90,7 +90,7 @@ def test_distill_without_data_is_distill_with_these_samples() -> None:
         assert torch.equal(one, other)
 
 
-def test_what_cannot_be_drawn_is_one_line() -> None:
+def test_impossible_samples_are_rejected_in_one_line() -> None:
     bare = GaussianDenoiser(VPCosine(), 0.0, 1.0)
     with pytest.raises(ValueError, match=r"the sample shape is unknown\. Pass data=samples_of"):
         distill(bare)

@@ -1,4 +1,4 @@
-"""Packaged students: opened by name, sampled without a network, and nothing is written into the package."""
+"""Packaged students are loaded by name and sampled without network access; nothing is written into the package."""
 
 import hashlib
 from pathlib import Path
@@ -17,7 +17,7 @@ from support_cli import Capture, refused
 
 NAMES = sorted(pretrained())
 HEADER = 32_768
-"""Bytes that the names and shapes of a weights file may take."""
+"""Maximum bytes of the names and shapes in a weights file."""
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -28,7 +28,7 @@ def _digests(folder: Path) -> dict[str, str]:
     }
 
 
-def test_there_is_one_of_clothes() -> None:
+def test_the_package_contains_a_student_of_clothes() -> None:
     assert "fashion" in NAMES
 
 
@@ -50,7 +50,7 @@ def test_a_packaged_student_samples_by_name_in_float32(name: str) -> None:
     assert {parameter.dtype for parameter in model.denoiser.parameters()} == {torch.float32}
     both = model.sample(range(4))
     torch.testing.assert_close(model.sample([2]), both[2:3], rtol=0, atol=1e-5)
-    # Pictures: neither grey areas nor noise. A fresh network of this kind predicts 0 everywhere.
+    # Pictures, neither grey areas nor noise. A fresh network of this kind predicts 0 everywhere.
     assert both.std() > 0.3
 
 
@@ -64,7 +64,7 @@ def test_commands_take_the_name_and_write_nothing_into_the_package(
     drawn = np.load("three.npz")["arr_0"]
     x0 = halfstep.load(name).sample(range(3)).clamp(-1, 1)
     assert np.abs(drawn[..., 0] - (x0[:, 0].numpy() * 127.5 + 127.5)).max() <= 1
-    # An evaluation would lie beside the model, as that of any stage, if the package did not come before.
+    # For any other stage, an evaluation would be written next to the model, so the package must be detected first.
     assert subject_of(name).out == Path(f"evaluation-{name}")
     assert _digests(PRETRAINED) == before
 
@@ -81,7 +81,7 @@ def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.M
     assert not torch.equal(packaged.sample([0]), zeroed.sample([0]))
 
 
-def test_an_unknown_name_is_told_which_there_are(
+def test_an_unknown_name_gets_the_list_of_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(tmp_path)

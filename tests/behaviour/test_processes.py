@@ -1,4 +1,4 @@
-"""Several processes are one run: the same weights, the same images, the same files, and one end for all."""
+"""Several processes form one run, with the same weights, images and files, and a common end."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ from toys import TINY_ARRAYS, toy_plan, toy_spec
 
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The relative distance of two vectors."""
+    """Return the relative distance of two vectors."""
     return float(torch.linalg.norm(one - other) / torch.linalg.norm(other))
 
 
@@ -50,13 +50,13 @@ def test_two_processes_give_the_weights_of_one_ddp_and_sharded_with_micro_batche
     alone: dict[str, Any], pair: list[dict[str, Any]]
 ) -> None:
     expected = alone["trainings"][0]
-    # The gradient is clipped in every update, so a norm of one process' share would show.
+    # The gradient is clipped in every update, so the norm of one process's share would be detected.
     assert expected["norm"] > 0.05
     for held in pair[0]["trainings"]:
         assert held["updates"] == 24
         assert apart(held["student"], expected["student"]) < 1e-5
         assert apart(held["result"], expected["result"]) < 1e-5
-        # The files of a checkpoint are those of one process.
+        # The files of a checkpoint are the same as with one process.
         assert held["shapes"] == expected["shapes"]
     whole = pair[0]["trainings"][0]
     assert whole["loss"] == pytest.approx(expected["loss"], rel=1e-5)
@@ -75,7 +75,7 @@ def test_two_processes_give_the_weights_of_one_in_a_finish_whose_turns_are_of_tw
         assert apart(held["result"], expected["result"]) < 1e-5
         assert held["shapes"] == expected["shapes"]
         if held is pair[0]["finishes"][0]:
-            # AdamW is blind to the size of a gradient, so that of the auxiliary is compared itself.
+            # AdamW ignores the scale of a gradient, so that of the auxiliary is compared directly.
             assert [held["loss"], held["norm"]] == pytest.approx([expected["loss"], expected["norm"]], rel=1e-5)
             assert held["helpers"] == pytest.approx(expected["helpers"], rel=1e-5)
     for uncut, cut in (pair[0]["finishes"][:2], pair[0]["finishes"][2:]):
@@ -90,16 +90,16 @@ def test_both_processes_end_with_the_same_network_and_one_has_the_state(pair: li
 
 def test_gradients_are_sent_once_an_update_not_with_each_micro_batch(pair: list[dict[str, Any]]) -> None:
     assert pair[0]["sends"] == [1, 1, 1, 1]
-    # One message for each unit: the blocks of the small network, and what is left.
+    # One message per unit: the blocks of the small network, and the rest.
     counts = pair[0]["sends sharded"]
     assert len(set(counts)) == 1
     assert 1 < counts[0] < 10
 
 
-def test_what_is_sharded_lies_in_halves_teacher_and_moments_too(pair: list[dict[str, Any]]) -> None:
+def test_sharding_splits_everything_including_teacher_and_moments(pair: list[dict[str, Any]]) -> None:
     for held in pair:
         student, teacher, average, moments = held["shares"]
-        # Uneven slices, and a counter for each parameter beside the moments.
+        # Uneven slices, and a counter for each parameter next to the moments.
         assert student == pytest.approx(0.5, abs=0.05)
         assert teacher == pytest.approx(0.5, abs=0.05)
         assert average == pytest.approx(0.5, abs=0.05)
@@ -115,7 +115,7 @@ def test_a_stage_ends_early_at_the_same_update_on_all_processes_and_on_one(
 
 
 def test_three_processes_resume_bit_for_bit(tmp_path: Path) -> None:
-    # More than two numbers depend on the order in which they are added.
+    # The sum of more than two numbers depends on the order.
     stage = halving(12)
     cases = [(kind, None, stage, cut) for kind in ("none", "full") for cut in (None, 5)]
     held = together(3, all_trainings, tmp_path, cases)[0]
@@ -126,7 +126,7 @@ def test_three_processes_resume_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Tensor]]:
-    """Runs of one process, and of two: see `teams.run_cases`."""
+    """Return the folders of runs with one process and with two: see `teams.run_cases`."""
     path = tmp_path_factory.mktemp("runs")
     torch.set_num_threads(1)
     evaluation = teams.Evaluation(num_samples=50, num_compared=10, num_shown=4, batch_size=8)
@@ -156,11 +156,11 @@ def test_a_run_of_two_ends_with_the_weights_of_a_run_of_one(
     expected, held = _weights(path / "one"), _weights(path / name)
     assert list(held) == list(expected) == ["00-denoise", "01-halve-0002", "02-halve-0001"]
     for stage in held:
-        # The stages follow each other: rounding of the first is learned by the next.
+        # Each stage learns from the rounding of the previous one.
         assert apart(held[stage], expected[stage]) < 1e-5
 
 
-def test_a_run_of_two_that_was_cut_and_resumed_on_two_is_the_uncut_one_bit_for_bit(
+def test_a_run_interrupted_and_resumed_on_two_processes_is_bit_for_bit_the_uninterrupted_one(
     folders: tuple[Path, list[torch.Tensor]],
 ) -> None:
     path, _ = folders
@@ -185,7 +185,7 @@ def test_images_are_the_same_on_any_number_of_processes(folders: tuple[Path, lis
     model = load(path / "one" / "stages" / "01-halve-0002")
     for drawn, seeds in zip(samples, [[3, 1], [7], [8, 2], [4, 5], [6]], strict=True):
         assert torch.equal(drawn, model.sample(seeds, 2))
-    # And what is measured of them: 7 batches over 2 processes.
+    # Its measurements agree too: 7 batches over 2 processes.
     for stage in RunFolder(path / "one").stages():
         one, two = stage.metrics(), RunFolder(path / "plain").stage(stage.name).metrics()
         assert one is not None
@@ -198,7 +198,7 @@ def test_images_are_the_same_on_any_number_of_processes(folders: tuple[Path, lis
             assert np.allclose(file, other, atol=1e-4)
 
 
-def test_what_one_process_refuses_ends_all_with_its_code(tmp_path: Path) -> None:
+def test_an_error_of_one_process_ends_all_with_its_code(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "letter.txt").write_text("dear")
     first, second = together(2, teams.refusals, tmp_path / "left", str(tmp_path / "folder"))
@@ -211,14 +211,14 @@ def test_what_one_process_refuses_ends_all_with_its_code(tmp_path: Path) -> None
     assert "the optimizer adamw8bit cannot be sharded" in first[3]
     assert first[4] == second[4]
     assert "process 1 of the run reads other data from toy than process 0" in first[4]
-    # What broke was in the second process' share; both say so, and the first keeps it.
+    # The broken samples were in the second process's share. Both report it, and the first records it.
     assert first[5].partition("; the last good")[0] == second[5].partition("; the last good")[0]
     assert "at update 7 (1 of 8 losses were not finite" in first[5]
     held = json.loads((tmp_path / "folder-nan" / "stages" / "00-poisoned" / "non-finite.json").read_text())
     assert [entry["place"] for entry in held["not_finite"]] == [12]
-    # One item may take longer than the patience of training.
+    # One item may take longer than training's time limit.
     assert first[6] == second[6] == "nothing"
-    # What would make figures of two kinds is refused by both, by its name.
+    # Both reject settings that would mix two kinds of figures, by name.
     assert first[7] == second[7] == "nothing"
     for index, said in enumerate((first[8], second[8])):
         assert said == (
@@ -273,12 +273,12 @@ def test_sharding_one_process_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_networks_of_diffusers_are_sharded_with_what_goes_with_it(tmp_path: Path) -> None:
+def test_networks_of_diffusers_are_sharded_together_with_other_settings(tmp_path: Path) -> None:
     teams.unet_runs(str(tmp_path / "one"), "none")
     together(2, teams.unet_runs, tmp_path / "left", str(tmp_path / "two"), "full")
     for name in teams.UNETS:
         for stage in ("00-denoise", "02-halve-0001"):
-            # What they compute, for AdamW takes rounding for a direction where a gradient is none.
+            # Outputs are compared, because AdamW turns rounding into full steps where a gradient should be zero.
             one, two = (load(tmp_path / who / name / "stages" / stage).denoiser for who in ("one", "two"))
             x_t = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
             found, expected = (denoiser(x_t, 0.6).x0.detach() for denoiser in (two, one))
@@ -291,14 +291,14 @@ def test_one_process_writes_an_evaluation(tmp_path: Path) -> None:
     out = tmp_path / "evaluation"
     first, second = together(2, teams.evaluated, tmp_path / "left", str(tmp_path / "run"), str(out))
     assert second == []
-    # The files that are there are those that it has written, each of them once but for the table itself.
+    # The existing files are those that it wrote, each exactly once except the table.
     figures, cells = ({path.name for path in out.glob(f"{kind}/*")} for kind in ("figures", "cells"))
     assert len(figures) > 4
     assert figures | cells <= set(first)
     assert all(first.count(name) == 1 for name in figures | cells)
 
 
-def test_an_evaluation_of_two_that_is_cut_keeps_what_was_measured(tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_on_two_processes_keeps_its_measurements(tmp_path: Path) -> None:
     np.save(tmp_path / "points.npy", teams.points().numpy())
     main(["run", "arrays", "--data", str(tmp_path / "points.npy"), "--out", str(tmp_path / "run"), *TINY_ARRAYS])
     out = tmp_path / "evaluation"
@@ -307,9 +307,9 @@ def test_an_evaluation_of_two_that_is_cut_keeps_what_was_measured(tmp_path: Path
     teams.ended(team, tmp_path / "left")
     assert [process.exitcode for process in team] == [2, 2]
     assert len(list(out.glob("cells/*"))) == 2
-    # One figure of each of the two, of the first round.
+    # One figure of each of the two, from the first round.
     assert len(list(out.glob("figures/*"))) == 2
-    # A folder that another process is writing is left alone by both.
+    # Both ignore a folder that another process is writing.
     with FileLock(out / ".lock"):
         team = teams.start(2, teams.evaluated_till, tmp_path / "left", *words)
         teams.ended(team, tmp_path / "left")
@@ -325,7 +325,7 @@ def test_two_processes_sample_prompts_as_one_does_and_resume(tmp_path: Path) -> 
     shared = together(2, teams.prompted, tmp_path / "team", str(tmp_path / "two"), 2)
     assert contents("one") == contents("two")
     assert [sorted(itertools.chain(*places)) for places in shared] == [[0, 1, 4, 5, 6, 7, 10], [2, 3, 8, 9]]
-    # A failure on the second process ends both; what is whole stays, and the same command resumes.
+    # A failure on the second process ends both. Complete files remain, and the same command resumes.
     team = teams.start(2, teams.prompted, tmp_path / "left", str(tmp_path / "cut"), 2, 9)
     teams.ended(team, tmp_path / "left")
     assert all(process.exitcode for process in team)
@@ -344,12 +344,12 @@ def _launch(launcher: list[str], argv: list[str], folder: Path) -> subprocess.Co
 
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-# With --cpu it starts one process, whatever number it is told.
+# With --cpu it starts one process, whatever number is given.
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 
 
 def test_one_of_two_processes_prints_what_their_run_does(tmp_path: Path) -> None:
-    """As a launcher starts them, without the launcher, which needs many seconds."""
+    """Start processes as a launcher does, but without the launcher, which needs many seconds."""
     points = tmp_path / "points.npy"
     np.save(points, teams.points().numpy())
     argv = ["run", "arrays", "--data", str(points), "--out", str(tmp_path / "run"), *TINY_ARRAYS]
@@ -368,10 +368,10 @@ def test_torchrun_and_accelerate_launch_run_halfstep(tmp_path: Path) -> None:
     run_argv += ["--evaluation.batch-size", "10"]
     done = _launch(TORCHRUN, [*run_argv, "--engine.sharding", "full"], tmp_path)
     assert done.returncode == 0, done.stderr
-    # One of them speaks.
+    # Only one of them prints.
     assert done.stdout.count("finished in") == 1
     assert (tmp_path / "run" / "report" / "index.html").is_file()
-    # The other launcher, and bad input: one line, and nobody waits.
+    # The other launcher and bad input give one line, and no process hangs.
     refused = _launch(ACCELERATE, [*run_argv, "--seed", "1"], tmp_path)
     assert refused.returncode != 0
     lines = [line for line in refused.stderr.splitlines() if line.startswith("halfstep: error:")]
@@ -389,7 +389,7 @@ def test_torchrun_and_accelerate_launch_run_halfstep(tmp_path: Path) -> None:
     assert [[row["figures"] for row in table["rows"]] for table in two["tables"]] == [
         [row["figures"] for row in table["rows"]] for table in one["tables"]
     ]
-    # Students of that teacher by the other launcher, and by none: the same batches, to rounding.
+    # Students of that teacher with the other launcher and without one: the same batches, except for rounding.
     teacher = ["distill", str(tmp_path / "run" / "stages" / "00-denoise"), "--chain.students", "1"]
     teacher += ["--chain.num-updates", "4", "--evaluation.no-enabled", "--engine.sharding", "none"]
     trained = _launch(ACCELERATE, [*teacher, "--out", str(tmp_path / "by two")], tmp_path)

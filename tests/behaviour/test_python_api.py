@@ -1,4 +1,4 @@
-"""`halfstep.fit`, `distill`, `sample`, `save` and `load` as a researcher's script calls them."""
+"""`halfstep.fit`, `distill`, `sample`, `save` and `load`, called as in a researcher's script."""
 
 import functools
 import inspect
@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 
 class Labelled(nn.Module):
-    """A network that is told a class and an angle."""
+    """A network with a class and an angle as inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,17 +78,17 @@ def equal(one: nn.Module, other: nn.Module) -> bool:
 
 @pytest.fixture(scope="module")
 def student() -> halfstep.Model:
-    """A student of one step."""
+    """Return a one-step student."""
     found = halfstep.distill(denoiser(), points(), **CHAIN)
     assert isinstance(found, halfstep.Model)
     return found
 
 
-# Runs that are cut, and what calls back.
+# Interrupted runs, and callbacks.
 
 
 class Cut(Exception):
-    """What a user's own callback may raise."""
+    """An exception that a user's callback may raise."""
 
 
 def _raise(*_: Any) -> None:
@@ -100,7 +100,7 @@ def _press(*_: Any) -> None:
 
 
 def _of_kind(kind: str, **more: Any) -> halfstep.Model:
-    """A call of each kind, of a chain that lasts a moment."""
+    """Return a short call of each kind."""
     if kind == "fit":
         found = halfstep.fit(denoiser(), points(), TRAINING, engine=CPU, **more)
     elif kind == "lora":
@@ -113,7 +113,7 @@ def _of_kind(kind: str, **more: Any) -> halfstep.Model:
 
 
 @pytest.mark.parametrize("kind", ["fit", "distill", pytest.param("lora", marks=pytest.mark.slow)])
-def test_a_call_that_was_cut_resumes_bit_for_bit_and_is_the_call_in_memory(kind: str, tmp_path: Path) -> None:
+def test_an_interrupted_call_resumes_bit_for_bit_and_equals_the_call_in_memory(kind: str, tmp_path: Path) -> None:
     whole = _of_kind(kind, out=tmp_path / "whole")
     end = 10 if kind == "fit" else 20
     cuts = [
@@ -140,12 +140,12 @@ def test_a_call_that_was_cut_resumes_bit_for_bit_and_is_the_call_in_memory(kind:
         assert equal(again, whole)
         if name == "pressed":
             assert later[0] > seen[-1], "the state was saved when Ctrl-C came"
-    # Nothing is trained again, and in memory the same numbers come out.
+    # Nothing is trained again, and a call in memory gives the same numbers.
     assert equal(_of_kind(kind, out=tmp_path / "whole", on_window=_raise), whole)
     assert all(map(torch.allclose, state(_of_kind(kind)), state(whole)))
 
 
-def test_a_cut_call_does_not_move_the_network_that_the_next_one_begins_with(tmp_path: Path) -> None:
+def test_an_interrupted_call_does_not_change_the_next_calls_network(tmp_path: Path) -> None:
     own = denoiser()
     before = state(own)
     with pytest.raises(Cut):
@@ -171,7 +171,7 @@ def test_a_folder_of_another_call_is_refused_and_names_what_differs(tmp_path: Pa
         moved.network.layers[0].bias += 1e-3
     with pytest.raises(ValueError, match=r"different recipe.*teacher: "):
         halfstep.distill(moved, points(), **CHAIN, out=tmp_path / "chain")
-    # How it is logged and measured, and where it lies, is free.
+    # Logging, measurements and location may change.
     (tmp_path / "run").rename(tmp_path / "moved")
     free: dict[str, Any] = {"engine": halfstep.Engine(cpu=True, trackers=()), "on_window": _raise}
     halfstep.fit(denoiser(), points(), TRAINING, out=tmp_path / "moved", **free)
@@ -181,7 +181,7 @@ def test_a_folder_of_another_call_is_refused_and_names_what_differs(tmp_path: Pa
 def test_callbacks_see_every_window_and_every_stage(kept: bool, tmp_path: Path) -> None:
     windows: list[tuple[str, halfstep.Window]] = []
     stages: list[tuple[str, Any]] = []
-    engine = halfstep.Engine(cpu=True, log_every=3, trackers=())  # the last window is a shorter one
+    engine = halfstep.Engine(cpu=True, log_every=3, trackers=())  # the last window is shorter
     found = halfstep.distill(
         denoiser(), points(), **CHAIN | {"engine": engine}, out=tmp_path / "run" if kept else None,
         on_window=lambda name, window: windows.append((name, window)),
@@ -238,7 +238,7 @@ def test_the_bar_is_drawn_on_a_terminal_only(
 
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     assert said() == ""
-    monkeypatch.setenv("FORCE_COLOR", "1")  # takes stderr for a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")  # pretend that stderr is a terminal
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     shown = said()
@@ -294,7 +294,7 @@ def test_conditions_reach_the_network_row_by_row_and_classes_can_be_sampled(tmp_
         halfstep.distill(model, (points(32), {"class_labels": labels}), **CHAIN)
 
 
-def test_a_scale_far_from_the_noise_is_warned_of() -> None:
+def test_a_scale_far_from_the_noise_gives_a_warning() -> None:
     for data in (1000 * points(), [1000 * points()]):
         with pytest.warns(halfstep.HalfstepWarning, match=r"noise has unit variance.*Train on \(x - mean\) / std"):
             halfstep.fit(denoiser(), data, TRAINING, engine=CPU)
@@ -314,7 +314,7 @@ def _global(x_t: Tensor, time: Tensor) -> Tensor:
 
 
 class Caller:
-    """An object that is no module and calls one."""
+    """An object that calls a module without being one."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
@@ -374,7 +374,7 @@ def test_a_callable_whose_modules_cannot_be_found_or_copied_is_refused() -> None
 # Models.
 
 
-def test_what_is_saved_is_loaded_again(tmp_path: Path, student: halfstep.Model) -> None:
+def test_saved_models_can_be_loaded(tmp_path: Path, student: halfstep.Model) -> None:
     halfstep.save(student, tmp_path / "student")
     with pytest.raises(ValueError, match=r"of your own class .*Net.*halfstep.load\(path, network=MyNetwork\(\)\)"):
         halfstep.load(tmp_path / "student")
@@ -384,7 +384,7 @@ def test_what_is_saved_is_loaded_again(tmp_path: Path, student: halfstep.Model) 
     assert not equal(again, denoiser(given)), "the network that is passed is copied"
     assert torch.equal(again.sample(range(4)), student.sample(range(4)))
     assert (again.num_steps, again.shape, again.role) == (1, (2,), "student")
-    halfstep.save(again, tmp_path / "student")  # over itself
+    halfstep.save(again, tmp_path / "student")  # overwriting itself
     assert equal(halfstep.load(tmp_path / "student", network=Net()), student)
 
 
@@ -401,7 +401,7 @@ def test_a_saved_model_of_the_library_needs_no_network_and_keeps_classes_and_nul
     assert not torch.equal(again.sample(range(2), **asked), again.sample(range(2), **asked | {"guidance_scale": 1.0}))
 
 
-def test_low_rank_additions_are_merged_when_saved(tmp_path: Path) -> None:
+def test_lora_weights_are_merged_when_saved(tmp_path: Path) -> None:
     _of_kind("lora", out=tmp_path / "run")
     student = halfstep.load(tmp_path / "run")
     halfstep.save(student, tmp_path / "student")
@@ -433,7 +433,7 @@ def test_a_saved_model_that_was_altered_is_refused(tmp_path: Path, student: half
         halfstep.load(tmp_path / "student", network=Net())
 
 
-def test_sample_knows_the_steps_and_the_sampler_of_a_student(student: halfstep.Model) -> None:
+def test_sample_uses_the_steps_and_the_sampler_of_a_student(student: halfstep.Model) -> None:
     noise = student.noise(range(3))
     assert len(list(halfstep.trajectory(student, noise))) == 1
     assert torch.equal(halfstep.sample(student, noise), halfstep.sample(student, noise, 1, halfstep.DDIM()))
@@ -461,7 +461,7 @@ def test_class_labels_belong_to_their_samples() -> None:
     assert not torch.allclose(model.sample(range(5), 4, class_label=3), one_by_one)
 
 
-# At the door.
+# Argument checks.
 
 
 def _fit(**changes: Any) -> Any:
@@ -554,7 +554,7 @@ def test_a_wrong_argument_is_one_line_with_the_usual_fix(case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_what_a_model_cannot_make_is_refused(student: halfstep.Model) -> None:
+def test_unsupported_requests_to_a_model_are_rejected(student: halfstep.Model) -> None:
     for call, remedy in (
         (lambda: halfstep.sample(student, torch.zeros(3, 4)), r"Pass noise of shape \[batch, 2\]"),
         (lambda: halfstep.sample(student, torch.zeros(2)), r"Pass noise of shape \[batch, 2\]"),

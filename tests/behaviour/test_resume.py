@@ -1,4 +1,4 @@
-"""A run that was cut anywhere ends with the weights of an uncut run, bit for bit."""
+"""A run that was interrupted anywhere ends with the weights of an uninterrupted run, bit for bit."""
 
 import errno
 import os
@@ -32,7 +32,7 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _cut(path: Path, stage: str, update: int) -> None:
-    """Runs until a stage's update has been checkpointed, then vanishes without a word."""
+    """Run until an update of a stage has been checkpointed, then exit without any cleanup."""
     events = run(toy_spec(log_every=1), path)
     for event in events:
         if isinstance(event, Progress) and event.name == stage and event.window.update == update:
@@ -41,7 +41,7 @@ def _cut(path: Path, stage: str, update: int) -> None:
 
 
 @pytest.mark.parametrize(("stage", "update"), [("00-denoise", 13), ("01-halve-0002", 1), ("02-halve-0001", 30)])
-def test_a_cut_inside_or_between_stages_is_not_seen_in_the_weights_nor_in_the_log(
+def test_an_interruption_changes_neither_the_weights_nor_the_log(
     tmp_path: Path, uncut: Path, stage: str, update: int
 ) -> None:
     _cut(tmp_path / "run", stage, update)
@@ -53,7 +53,7 @@ def test_a_cut_inside_or_between_stages_is_not_seen_in_the_weights_nor_in_the_lo
 
 
 @pytest.mark.parametrize("damage", ["truncated", "bit flipped", "manifest cut", "update altered", "file missing"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path, uncut: Path, damage: str) -> None:
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(tmp_path: Path, uncut: Path, damage: str) -> None:
     path = tmp_path / "run"
     _cut(path, "00-denoise", 25)
     latest, before = RunFolder(path).stage("00-denoise").checkpoints()[:2]
@@ -62,7 +62,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path
     if damage == "file missing":
         target.unlink()
     elif damage == "update altered":
-        # One bit makes another digit of it, and the file is JSON as before.
+        # Flipping one bit gives another digit, so the file remains valid JSON.
         assert b'"update": 24' in content
         content[content.index(b'"update": 24') + len(b'"update": 2')] ^= 1
         target.write_bytes(content)
@@ -80,7 +80,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path
     assert weights(path) == weights(uncut)
 
 
-def test_a_damaged_model_of_a_complete_stage_is_named(tmp_path: Path, uncut: Path) -> None:
+def test_a_damaged_model_of_a_complete_stage_is_reported(tmp_path: Path, uncut: Path) -> None:
     path = tmp_path / "run"
     shutil.copytree(uncut, path)
     model = RunFolder(path).stage("01-halve-0002").model
@@ -92,7 +92,7 @@ def test_a_damaged_model_of_a_complete_stage_is_named(tmp_path: Path, uncut: Pat
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_the_state_and_the_next_call_goes_on(
+def test_a_signal_saves_the_state_and_the_next_call_resumes(
     tmp_path: Path, uncut: Path, number: int, code: int
 ) -> None:
     path = tmp_path / "run"
@@ -179,7 +179,7 @@ def test_a_resumed_run_in_either_precision_is_the_uncut_one(tmp_path: Path, prec
     assert weights(tmp_path / "cut") == weights(tmp_path / "uncut")
 
 
-def test_a_checkpoint_that_the_disk_does_not_give_back_is_passed_over_and_left(
+def test_an_unreadable_checkpoint_is_skipped_and_kept(
     tmp_path: Path, uncut: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "run"
@@ -201,7 +201,7 @@ def test_a_checkpoint_that_the_disk_does_not_give_back_is_passed_over_and_left(
     assert notice.text.startswith(f"{latest} cannot be read (Input/output error)")  # type: ignore[attr-defined]
     assert start.resumed_at == int(before.name.rpartition("-")[2])  # type: ignore[attr-defined]
     assert latest.with_name(f"damaged-{latest.name}").is_dir()
-    # Where none is given back nothing is trained, and in time removed, that another look may find.
+    # If none can be read, nothing is trained or removed, because a later attempt may succeed.
     unread += folder.checkpoints()
     with pytest.raises(NoStorage) as error:
         finish(toy_spec(), path)
@@ -217,7 +217,7 @@ def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
     next(first)
     with pytest.raises(InUse, match="is being written by another") as refused:
         finish(toy_spec(), tmp_path / "run")
-    # The one before may be about to end: a scheduler is told to try again.
+    # The previous job may be about to end, so the exit code makes a scheduler retry.
     assert exit_code(refused.value) == 75
     first.close()  # type: ignore[attr-defined]
     finish(toy_spec(), tmp_path / "run")

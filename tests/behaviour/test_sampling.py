@@ -1,4 +1,4 @@
-"""Sampling from a model: what fits into memory is found, and half precision stays near."""
+"""Sampling finds the batch size that fits into memory, and half precision stays close."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def _too_small(model: Model, monkeypatch: pytest.MonkeyPatch, room: int) -> list[int]:
-    """Makes the network run out of memory beyond `room` samples, and returns the sizes that it was asked for."""
+    """Make the network run out of memory above `room` samples, and return the sizes of its calls."""
     sizes: list[int] = []
     network = model.denoiser.network
     forward = network.forward
@@ -49,7 +49,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
     assert torch.allclose(found, expected, atol=1e-5)
     fitting = [size for size in sizes if size <= room]
     assert sum(fitting) == asked
-    # No size is tried twice that did not fit, and no smaller one is used than need be.
+    # Sizes that did not fit are not tried again, and the chosen size is more than half of the largest that fits.
     assert len({size for size in sizes if size > room}) == sum(size > room for size in sizes)
     assert max(fitting) > min(room, asked) / 2
 
@@ -75,7 +75,7 @@ def test_half_precision_is_near_and_unknown_precisions_are_refused(model: Model)
 
 
 def test_the_noise_of_a_sample_has_the_size_that_the_process_has_at_its_start(tmp_path: Path) -> None:
-    """And each row that of its own seed. On a process whose noise is not of unit size."""
+    """Each row depends on its own seed, also on a process whose noise is not of unit scale."""
     process = VE(sigma_min=0.01, sigma_max=20.0)
     finish(toy_spec(process=process, prediction=EDM(), plan=Plan(toy_plan(6).stages[:1])), tmp_path)
     noise = load(tmp_path).noise(range(2000))

@@ -1,4 +1,4 @@
-"""What is there for small machines changes the memory, and the result only where it says so."""
+"""Options for small machines change the memory, and the result only where documented."""
 
 import dataclasses
 import sys
@@ -54,7 +54,7 @@ def network(seed: int = 0) -> UNet2D:
 
 
 def spec(**changes: Any) -> RunSpec:
-    """A teacher of a few updates, matched by itself, and two students."""
+    """Return a run with a teacher of a few updates, a matching stage, and two students."""
     teacher, student = (Training(updates, 1e-3, batch_size=8, ema_decay=0.9) for updates in (4, 6))
     plan = Plan.of(Denoising(), teacher) + Plan.halvings(4, 1, student, updates_at={})
     engine = {field.name: changes.pop(field.name) for field in dataclasses.fields(Engine) if field.name in changes}
@@ -74,7 +74,7 @@ def finish(folder: Path, **changes: Any) -> None:
 
 @pytest.fixture(scope="module")
 def teacher_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the teacher alone."""
+    """Return a run of the teacher alone."""
     folder = tmp_path_factory.mktemp("teacher") / "run"
     finish(folder, plan=Plan(spec().plan.stages[:1]))
     return folder
@@ -82,7 +82,7 @@ def teacher_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose students are low-rank additions."""
+    """Return a run with LoRA students."""
     folder = tmp_path_factory.mktemp("lora") / "run"
     finish(folder, lora_rank=2)
     return folder
@@ -123,7 +123,7 @@ def test_a_run_of_lora_students_changes_additions_alone_and_is_read_back_with_it
 def test_the_teacher_and_the_auxiliary_of_a_finish_share_the_base_of_a_lora_student(
     tmp_path: Path, match_first: bool
 ) -> None:
-    """Memory holds one base, whether the teacher is the base itself or has additions of its own."""
+    """Memory contains one base, whether the teacher is the base itself or has LoRA weights of its own."""
     student = Training(2, 1e-3, batch_size=8)
     chain = Plan.halvings(4, 2, student, updates_at={})
     matching = Plan.of(Matching(), student) if match_first else Plan()
@@ -145,7 +145,7 @@ def test_the_teacher_and_the_auxiliary_of_a_finish_share_the_base_of_a_lora_stud
     assert isinstance(finished.denoiser.network, LoRA)
 
 
-def test_additions_merged_into_the_weights_say_the_same(lora_run: Path) -> None:
+def test_merged_lora_weights_give_the_same_output(lora_run: Path) -> None:
     lora = load(lora_run).denoiser.network
     x_t, time = numbers(3, 1, 8, 8).float(), torch.tensor([0.1, 0.5, 1.0])
     plain = merged(lora).requires_grad_(False)
@@ -198,7 +198,7 @@ def test_a_stage_that_was_cut_and_resumed_is_the_uncut_one_bit_for_bit(
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}], ids=lambda changes: "+".join(changes) or "whole")
-def test_beside_a_teacher_in_bfloat16_its_weights_in_float32_are_let_go(
+def test_with_a_bfloat16_teacher_its_float32_weights_are_freed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     parents: list[Model] = []
@@ -239,7 +239,7 @@ def test_moments_of_8_bits_take_a_quarter_of_the_memory() -> None:
         state = trainer.state()["optimizer"]
         return sum(v.numel() * v.element_size() for name, v in state.items() if name.endswith("inner.weight"))
 
-    # The tables of quantiles and scales come on top of a byte for each moment.
+    # The quantile tables and scales come on top of one byte per moment.
     assert moments("adamw") >= 8 * 128 * 128
     assert moments("adamw8bit") < 0.4 * moments("adamw")
 
@@ -261,7 +261,7 @@ def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient() -> None
 
 
 @torch.no_grad()
-def test_a_teacher_in_half_precision_says_nearly_the_same_in_half_the_memory() -> None:
+def test_a_teacher_in_half_precision_gives_nearly_the_same_output_in_half_the_memory() -> None:
     plain = network()
     before = {name: value.clone() for name, value in plain.state_dict().items()}
     half = InHalf(plain)
@@ -279,7 +279,7 @@ def test_a_teacher_in_half_precision_says_nearly_the_same_in_half_the_memory() -
 
 
 @torch.no_grad()
-def test_networks_of_arrays_are_asked_in_half_precision_too() -> None:
+def test_networks_of_arrays_are_called_in_half_precision_too() -> None:
     torch.manual_seed(0)
     plain = MLP((3,), width=32, depth=2, guided=True)
     x_t, time, scale = torch.randn(16, 3), torch.linspace(0.05, 1, 16), torch.linspace(1, 8, 16)

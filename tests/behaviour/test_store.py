@@ -1,4 +1,4 @@
-"""One store: whoever asks for a cell first draws it, and the others read it."""
+"""One store: the first reader of a cell draws it, and the others read it."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ EVALUATION = Evaluation(num_samples=16, num_reference=60, features="pixels")
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Counter[int | None]:
-    """How many samples were drawn at each number of steps."""
+    """Return the number of samples drawn at each number of steps."""
     counted: Counter[int | None] = Counter()
     sample = Model.sample
 
@@ -84,7 +84,7 @@ def test_a_run_an_evaluation_and_a_study_that_ask_for_one_cell_draw_it_once(
     main(["evaluate", str(run), "--num-steps", "2", "1"])
     main(["evaluate", str(run / "stages" / "00-denoise"), "--num-steps", "4", "2"])
     assert not drawn
-    # What the run has not measured is drawn, and nothing else.
+    # Only cells that the run has not measured are drawn.
     main(["evaluate", str(run), "--num-steps", "3", "2"])
     assert drawn == {3: 24}
     drawn.clear()
@@ -98,7 +98,7 @@ def test_a_run_an_evaluation_and_a_study_that_ask_for_one_cell_draw_it_once(
     (row,) = [row for row in tables[0]["rows"] if row["num_steps"] == 3]
     assert found[0].frechet == row["figures"]["frechet"]["mean"]
     assert (found[1].frechet, found[1].kid) == (student.frechet, student.kid)
-    # A study of another sampler draws, and the evaluation reads it.
+    # A study with another sampler draws, and the evaluation reads its cells.
     bench.measured(teacher, 3, Heun())
     assert drawn == {3: 24}
     main(["evaluate", str(run), "--num-steps", "3", "2", "--against", "teacher-heun"])
@@ -120,7 +120,7 @@ def test_one_number_of_steps_by_two_samplers_is_two_rows(
     ddim, by_heun = held["ddim", 4], held["heun", 4]
     assert (ddim.num_evals, by_heun.num_evals) == (4, 7)
     assert ddim.frechet != by_heun.frechet
-    # Samples are compared with the finest of the teacher's: those of most network calls.
+    # Samples are compared with the teacher's cell with the most network calls.
     assert by_heun.teacher_rmse is None
     assert all(r.teacher_rmse for key, r in held.items() if key != ("heun", 4))
     arrays = [np.load(teacher.path / str(r.samples))["arr_0"] for r in (ddim, by_heun)]
@@ -132,7 +132,7 @@ def test_one_number_of_steps_by_two_samplers_is_two_rows(
              for kind in ("00-denoise-heun", "01-halve-0002-ddim")}  # fmt: skip
     apart = np.sqrt(np.mean((cells["00-denoise-heun"] - cells["01-halve-0002-ddim"]) ** 2))
     assert student.teacher_rmse == pytest.approx(apart, rel=1e-5)
-    # The ratio is the division, in the table and in the status.
+    # The ratio is the quotient, in the table and in the status.
     best = min(r.frechet for r in held.values())
     capsys.readouterr()
     main(["status", str(run), "--json"])
@@ -140,7 +140,7 @@ def test_one_number_of_steps_by_two_samplers_is_two_rows(
     assert told["teacher_best"]["frechet"] == best
     assert told["stages"][1]["results"][0]["ratio"] == student.frechet / best
     assert [r["ratio"] for r in told["stages"][0]["results"]] == [None] * 4
-    # Nothing is measured again, and a missing row is.
+    # Nothing is measured again except a missing row.
     drawn.clear()
     before = teacher.metrics_path.stat().st_mtime_ns
     main(argv)
@@ -163,7 +163,7 @@ def test_one_number_of_steps_by_two_samplers_is_two_rows(
     assert line.split(" | ")[3] == f"{student.frechet / best:.2f}"
 
 
-def test_a_fine_teacher_is_what_others_are_compared_with() -> None:
+def test_samples_are_compared_with_a_fine_teacher() -> None:
     fine = teacher_methods(DDIM(), (16, 256, 64), EVALUATION)
     assert [(type(one.sampler).__name__, one.num_steps) for one in fine] == [
         ("DDIM", 256), ("DDIM", 64), ("DDIM", 16), ("Heun", 32),
@@ -191,7 +191,7 @@ def test_the_teacher_at_its_best_is_its_smallest_finite_distance_by_ddim_or_heun
     assert Best("ddim", 1, 1, 0.0).ratio(1.0) is None
 
 
-def test_a_cell_is_told_apart_by_all_that_its_samples_depend_on() -> None:
+def test_the_identity_of_a_cell_contains_everything_its_samples_depend_on() -> None:
     others = [
         cell(steps=4), cell(seeds=range(16, 32)), cell(sampler=Heun()), cell(sampler=Ancestral(0.0)),
         cell(sampler=Ancestral(1.0)), cell(shift=0.5), cell(guidance_scale=1.0), cell(precision="bf16"),
@@ -227,7 +227,7 @@ def test_figures_of_a_cell_need_its_samples_no_longer(
     assert not drawn
     Store(tmp_path).measure([cell()], [SameNoise(cell(steps=4), (2,))])
     assert drawn == {2: 16, 4: 16}
-    # The samples are the same ones again, so their figures stay.
+    # The redrawn samples are the same, so their figures remain valid.
     assert Store(tmp_path).kept(cell(), reference) is not None
 
 
@@ -238,7 +238,7 @@ def test_figures_are_those_of_the_samples_that_are_kept(tmp_path: Path, referenc
     assert torch.equal(store.samples(cell()), kept)
     torch.testing.assert_close(kept, model().sample(range(16), 2), rtol=1e-5, atol=1e-6)
     assert reference.figures(kept).values["frechet"] == result.frechet
-    # Figures do not outlive samples that were lost and drawn again.
+    # If samples are lost, their figures are measured again.
     (file,) = tmp_path.glob("figures/*")
     write_sealed(file, json.loads(file.read_text()) | {"values": {"frechet": -1.0, "kid": 0.0}})
     shutil.rmtree(tmp_path / "cells")
@@ -247,14 +247,14 @@ def test_figures_are_those_of_the_samples_that_are_kept(tmp_path: Path, referenc
     )
 
 
-def test_samples_that_are_drawn_again_replace_those_in_memory(tmp_path: Path) -> None:
+def test_resampled_cells_replace_those_in_memory(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.fill([cell()])
     first = store.samples(cell()).clone()
     shutil.rmtree(tmp_path / "cells")
     again = cell()
     assert isinstance(again.source, ModelSource)
-    # As another machine rounds them, but more.
+    # Like rounding on another machine, but larger.
     again.source._load = lambda: model(shift=0.5)
     store.fill([again])
     kept = torch.from_numpy(np.load(tmp_path / "cells" / again.name / "samples.npz")["arr_0"])
@@ -263,7 +263,7 @@ def test_samples_that_are_drawn_again_replace_those_in_memory(tmp_path: Path) ->
     assert torch.equal(store.samples(again), kept)
 
 
-def test_a_broken_cell_is_named_and_leaves_nothing(tmp_path: Path, reference: Reference) -> None:
+def test_a_broken_cell_is_reported_and_leaves_nothing(tmp_path: Path, reference: Reference) -> None:
     store, bad = Store(tmp_path), cell(shift=float("nan"))
     with pytest.raises(NonFinite, match="samples in 2 steps are not finite"):
         store.result(bad, reference)

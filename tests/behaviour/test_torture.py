@@ -1,6 +1,6 @@
-"""Kills, signals, damage and a full disk at random moments: every run ends with the weights of an uncut run.
+"""After kills, signals, damage and a full disk at random moments, runs end with the uninterrupted run's weights.
 
-A few of each; `python benchmarks/torture.py` deals many.
+This applies a few faults; `python benchmarks/torture.py` applies many.
 """
 
 import json
@@ -13,7 +13,7 @@ from torture import Ordeal, write_growth
 
 
 @pytest.mark.slow
-def test_a_run_that_is_cut_at_random_moments_ends_with_the_weights_and_the_figures_of_an_uncut_one(
+def test_a_run_interrupted_at_random_moments_ends_like_an_uninterrupted_one(
     tmp_path: Path,
 ) -> None:
     ordeal = Ordeal(tmp_path, seed=20221)
@@ -23,7 +23,7 @@ def test_a_run_that_is_cut_at_random_moments_ends_with_the_weights_and_the_figur
     assert ordeal.dealt["truncation"] + ordeal.dealt["bit flip"] == 1
     assert ordeal.dealt["killed rank"] == 1
     assert ordeal.dealt.total() == 8
-    # A run that was cut and came to its end is compared with the uncut one, so there must be one at least.
+    # At least one interrupted run must have completed, because only these are compared.
     assert ordeal.finished >= 1
     assert ordeal.slowest_stop < 5
 
@@ -35,7 +35,7 @@ def test_memory_grows_by_nothing_over_2000_updates_after_the_first_50(tmp_path: 
     process.join(120)
     assert process.exitcode == 0
     grown = json.loads((tmp_path / "growth.json").read_text())
-    # 200 checkpoints and log lines are written on the way; an allocator settles in a few hundred kilobytes. What leaks
-    # a tensor of the small network in each update would take two megabytes.
+    # The stage writes 200 checkpoints and log lines. An allocator settles within a few hundred kilobytes, but leaking
+    # one tensor of the small network per update would take two megabytes.
     assert grown["bytes"] < 1 << 20
     assert grown["objects"] < 200

@@ -1,4 +1,4 @@
-"""What a run tells its trackers: the log's numbers, once each, over the updates of the whole plan."""
+"""Trackers receive the numbers of the log, each once, over the updates of the whole plan."""
 
 import errno
 import importlib
@@ -33,12 +33,12 @@ def _events(path: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in held.Scalars(tag)] for tag in held.Tags()["scalars"]}
 
 
-def test_tensorboard_holds_the_log_once_also_of_a_run_that_was_cut(tmp_path: Path) -> None:
+def test_tensorboard_contains_the_log_once_also_after_an_interruption(tmp_path: Path) -> None:
     evaluation = Evaluation(num_samples=20, num_compared=5, num_shown=4)
     spec = toy_spec(trackers=("tensorboard",), evaluation=evaluation)
     events = run(spec, tmp_path)
     for event in events:
-        # Rows were written after the last checkpoint, at update 9: they come again.
+        # Rows after the last checkpoint, at update 9, are logged again.
         if isinstance(event, Progress) and (event.name, event.window.update) == ("01-halve-0002", 10):
             break
     events.close()  # type: ignore[attr-defined]
@@ -59,7 +59,7 @@ def test_tensorboard_holds_the_log_once_also_of_a_run_that_was_cut(tmp_path: Pat
     assert value == pytest.approx(metrics.results[0].frechet, rel=1e-6)
 
 
-def test_a_picture_is_shown_as_it_lies_in_the_folder(tmp_path: Path) -> None:
+def test_a_picture_is_shown_as_it_is_in_the_folder(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
@@ -77,7 +77,7 @@ def test_a_picture_is_shown_as_it_lies_in_the_folder(tmp_path: Path) -> None:
 
 
 def _cut_and_gone_on(path: Path, tracker: str) -> list[dict[str, Any]]:
-    """The log of a run with a tracker that was cut after update 10 of its second stage, and went on."""
+    """Return the log of a tracked run that was interrupted after update 10 of its second stage and resumed."""
     spec = toy_spec(trackers=(tracker,))
     events = run(spec, path)
     next(e for e in events if isinstance(e, Progress) and (e.name, e.window.update) == ("01-halve-0002", 10))
@@ -86,16 +86,16 @@ def _cut_and_gone_on(path: Path, tracker: str) -> list[dict[str, Any]]:
     return read_log(RunFolder(path).log_path)
 
 
-def test_trackio_holds_the_log_of_a_run_that_was_cut_as_one_run(
+def test_trackio_contains_the_log_of_an_interrupted_run_as_one_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # It is read when the package is imported, which is here.
+    # The environment is read when the package is imported, which happens here.
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip("trackio")
     from trackio import sqlite_storage
 
     rows = _cut_and_gone_on(tmp_path / "toy", "trackio")
-    # A run prints its own lines on stdout, or one document for machines.
+    # A run prints its own lines on stdout, or one document with --json.
     assert "rackio" not in capsys.readouterr().out
     (name,) = sqlite_storage.SQLiteStorage.get_runs("halfstep")
     assert name.startswith("toy-")
@@ -106,7 +106,7 @@ def test_trackio_holds_the_log_of_a_run_that_was_cut_as_one_run(
         assert entry[f"{row['stage']}/loss"] == pytest.approx(row["loss"], rel=1e-6)
 
 
-def test_weights_and_biases_is_told_the_log_of_a_run_that_was_cut_as_one_run(
+def test_weights_and_biases_receives_the_log_of_an_interrupted_run_as_one_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb")
@@ -114,7 +114,7 @@ def test_weights_and_biases_is_told_the_log_of_a_run_that_was_cut_as_one_run(
     monkeypatch.setenv("WANDB_SILENT", "true")
     _cut_and_gone_on(tmp_path, "wandb")
     first, second = sorted(tmp_path.glob("wandb/offline-run-*"))
-    # The part behind the date is the run's name there: what is sent of the two later is one run.
+    # The part after the date is the run's name: both later offline runs belong to the same run.
     assert first.name.split("-")[3] == second.name.split("-")[3]
     for folder, stages in ((first, {0, 1}), (second, {1, 2})):
         (file,) = folder.glob("*.wandb")
@@ -130,7 +130,7 @@ def test_weights_and_biases_without_a_login_is_refused_with_the_ways_out(
     for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    # An earlier test of this process may have started wandb, which reads its environment once.
+    # An earlier test in this process may have started wandb, which reads its environment once.
     importlib.import_module("wandb").teardown()
     np.save(tmp_path / "points.npy", points(64).numpy())
     command = ["run", "arrays", "--data", str(tmp_path / "points.npy"), "--out", str(tmp_path / "run"), *TINY_ARRAYS]
@@ -140,7 +140,7 @@ def test_weights_and_biases_without_a_login_is_refused_with_the_ways_out(
     assert end.value.code == 2
     assert "the tracker wandb cannot" in line
     assert "run `wandb login`, or set WANDB_MODE=offline" in line
-    # What is done instead works in the same folder; another process would read its environment again.
+    # The fallback works in the same folder; another process would read its environment again.
     sys.modules["wandb"].teardown()
     monkeypatch.setenv("WANDB_MODE", "offline")
     main([*command, "--engine.trackers", "wandb", "--evaluation.no-enabled"])
@@ -148,7 +148,7 @@ def test_weights_and_biases_without_a_login_is_refused_with_the_ways_out(
 
 
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.ESTALE])
-def test_a_disk_that_fails_under_tensorboards_thread_is_one_line_and_loses_nothing(
+def test_a_disk_failure_in_tensorboards_thread_is_one_line_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fault: int
 ) -> None:
     from tensorboard.summary.writer.record_writer import RecordWriter

@@ -1,4 +1,4 @@
-"""The page's parts without a browser: its runtime, its weights, its files."""
+"""The parts of the page, without a browser: runtime, weights, files."""
 
 import base64
 import gzip
@@ -30,7 +30,7 @@ from halfstep.runs import Manifest
 
 
 def small_model(**changes: Any) -> Model:
-    """A residual network that makes small pictures, quick to export."""
+    """Return a residual network of small images that is fast to export."""
     torch.manual_seed(0)
     shape = changes.get("shape", (1, 4, 6))
     network = MLP(shape, width=16, depth=1)
@@ -59,7 +59,7 @@ def write_package(path: Path, contents: dict[str, bytes]) -> Path:
 
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package with small files in the place of onnxruntime-web in the npm registry, and an empty cache."""
+    """Serve a package with small files instead of onnxruntime-web from the npm registry, with an empty cache."""
     file = write_package(tmp_path / "registry.tgz", CONTENTS)
     monkeypatch.setattr(runtime, "SHA256", {name: sha256(content).hexdigest() for name, content in CONTENTS.items()})
     monkeypatch.setattr(runtime, "URL", file.as_uri())
@@ -81,7 +81,7 @@ def test_a_damaged_cache_is_filled_again(registry: Path, tmp_path: Path) -> None
     assert held.read_bytes() == CONTENTS[runtime.BINARY]
 
 
-def test_an_unreachable_registry_is_said_with_what_to_download(registry: Path) -> None:
+def test_an_unreachable_registry_is_reported_with_the_package_to_download(registry: Path) -> None:
     registry.unlink()
     with pytest.raises(
         ValueError, match=r"cannot be downloaded .* On another machine, download https:\S+\.tgz"
@@ -142,7 +142,9 @@ def test_weights_of_half_the_bytes_are_near_for_each_channel(tmp_path: Path) -> 
     assert sizes[1] - small.nbytes < 0.52 * (sizes[0] - small.nbytes)
 
 
-def test_weights_stay_whole_where_halving_would_change_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_stay_float32_if_halving_them_would_change_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, kinds = small_model(), []
     whole = export_onnx(model, tmp_path / "sampler.onnx")
     monkeypatch.setattr(page, "export_onnx", lambda model, out, steps: shutil.copyfile(whole, out))
@@ -159,17 +161,17 @@ def test_weights_stay_whole_where_halving_would_change_samples(tmp_path: Path, m
 
 @pytest.fixture
 def quick(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs that name their steps instead of sampling."""
+    """Replace graphs with texts that give their number of steps."""
     monkeypatch.setattr(page, "_graph", lambda model, steps: f"graph of {steps} steps".encode())
 
 
 def held_in(html: str) -> dict[str, bytes]:
-    """The files that a page holds."""
+    """Return the files that a page contains."""
     found = re.findall(r'data-file="([^"]+)">([^<]*)<', html)
     return {name: gzip.decompress(base64.b64decode(content)) for name, content in found}
 
 
-def test_a_folder_and_a_file_hold_the_same(quick: None, tmp_path: Path) -> None:
+def test_a_folder_and_a_file_contain_the_same(quick: None, tmp_path: Path) -> None:
     models: Sequence[tuple[Model, int | None]] = [(small_model(), None), (small_model(outcome={"role": "teacher"}), 4)]
     sizes = [
         export_web(models, tmp_path / "page.html", "A <name> & $more", single_file=True),
@@ -187,7 +189,7 @@ def test_a_folder_and_a_file_hold_the_same(quick: None, tmp_path: Path) -> None:
     assert unpacked["sampler-4.onnx"] == b"graph of 4 steps"
     assert unpacked[f"{runtime.BINARY}.gz"] == CONTENTS[runtime.BINARY]
     assert b"MIT License" in unpacked[page.LICENCES]
-    # A page from disk asks nobody; one in a folder asks the folder.
+    # A page from disk sends no requests, and one in a folder only requests the folder's files.
     assert "connect-src 'none'" in html
     assert "connect-src 'self'" in index
     facts = json.loads(re.findall(r'id="facts">(.*?)</script>', html)[0])
@@ -210,7 +212,7 @@ def test_models_without_a_page_are_refused(quick: None, tmp_path: Path, changes:
     assert not (tmp_path / "page").exists()
 
 
-def test_large_models_and_taken_places_are_refused(
+def test_large_models_and_existing_outputs_are_rejected(
     quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match="already exists"):

@@ -1,4 +1,4 @@
-"""Runs that several tests of the command line use: trained once for a session, however many processes test it."""
+"""Runs that several tests of the command line share, trained once per session by one of the test processes."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from toys import TINY_ARRAYS, TINY_DEMO, TINY_DIGITS, points
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of the session, the same one in each worker of pytest-xdist."""
+    """Return a folder of the session, the same one in each worker of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_cache(shared: Path) -> Iterator[None]:
-    """Set the cache folder of the session: the classifier of the digits is trained once."""
+    """Set the session's cache folder, so that the classifier of the digits is trained once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HALFSTEP_CACHE", str(shared / "cache"))
         yield
@@ -34,7 +34,7 @@ def copied(shared: Path, name: str, make: Callable[[Path], None], to: Path) -> P
     made = shared / "once" / name
     made.mkdir(parents=True, exist_ok=True)
     with FileLock(made.with_suffix(".lock")):
-        # A recipe names the place of its data, so the folder is filled where it stays.
+        # A recipe contains the path of its data, so the folder is filled in its final place.
         if not made.with_suffix(".done").exists():
             make(made)
             made.with_suffix(".done").touch()
@@ -43,7 +43,7 @@ def copied(shared: Path, name: str, make: Callable[[Path], None], to: Path) -> P
 
 @pytest.fixture(scope="module")
 def toy_run(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of `TINY_ARRAYS`, of each module its own copy, with its data beside it as toy.npy."""
+    """Return a run of `TINY_ARRAYS`, copied for each module, with its data next to it as toy.npy."""
 
     def make(folder: Path) -> None:
         np.save(folder / "toy.npy", points().numpy())
@@ -54,13 +54,13 @@ def toy_run(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def toy_npy(toy_run: Path) -> Path:
-    """The data of `toy_run`, as its recipe names it."""
+    """Return the data of `toy_run`, as its recipe refers to it."""
     return Path(json.loads((toy_run / "recipe.json").read_text())["recipe"]["data"]["source"])
 
 
 @pytest.fixture(scope="module")
 def digits_run(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of `TINY_DIGITS`, of each module its own copy."""
+    """Return a run of `TINY_DIGITS`, copied for each module."""
 
     def make(folder: Path) -> None:
         main(["run", "digits", "--out", str(folder / "digits"), *TINY_DIGITS])
@@ -70,7 +70,7 @@ def digits_run(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def demo_run(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with the stages of the demo: students of 8, 4, 2 and 1 steps, and a finish."""
+    """Return a run with the stages of the demo: students with 8, 4, 2 and 1 steps, and a finish."""
 
     def make(folder: Path) -> None:
         main(["run", "digits", "--out", str(folder / "digits"), *TINY_DEMO])

@@ -1,5 +1,7 @@
-"""Pipelines of diffusers through the command line: each family from its folder to a stock pipeline of four steps, and
-one clear line for what cannot be."""
+"""diffusers pipelines through the command line: each family becomes a stock four-step pipeline.
+
+Unsupported ones give a clear one-line error.
+"""
 
 import json
 import re
@@ -43,7 +45,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pipelines, images with captions, images of classes."""
+    """Return pipelines, images with captions, and images with classes."""
     root = tmp_path_factory.mktemp("border")
     save_ddpm(root / "ddpm", in_channels=1, out_channels=1)
     save_ddpm(root / "classes-ddpm", in_channels=1, out_channels=1, num_class_embeds=11)
@@ -147,7 +149,7 @@ def test_the_lines_of_the_card_run_as_printed(
     assert Image.open(tmp_path / "sample.png").size == (8, 8)
 
 
-def test_the_same_command_again_changes_nothing_and_another_goes_on(ddpm_run: Path, here: Path, tmp_path: Path) -> None:
+def test_rerunning_a_command_changes_nothing_and_another_continues(ddpm_run: Path, here: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in ddpm_run.glob("stages/*/*.safetensors")}
     distil(here / "ddpm", "digits", ddpm_run, budget=MEASURED)
     assert before == {path: path.read_bytes() for path in ddpm_run.glob("stages/*/*.safetensors")}
@@ -159,7 +161,7 @@ def test_the_same_command_again_changes_nothing_and_another_goes_on(ddpm_run: Pa
 
 
 @pytest.mark.parametrize("run", ["dit_run", "sd_run", "lora_run"])
-def test_a_run_that_has_taken_guidance_in_goes_on(
+def test_a_run_with_baked_in_guidance_resumes(
     run: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: Capture
 ) -> None:
     path: Path = request.getfixturevalue(run)
@@ -168,7 +170,7 @@ def test_a_run_that_has_taken_guidance_in_goes_on(
     before, after = load(path), load(tmp_path / "more")
     assert after.manifest.guidance == before.manifest.guidance
     assert after.num_steps == 2
-    # Its teacher is the student that it goes on from, whole.
+    # Its teacher is the student from which it continues, not a LoRA.
     cond = {n: torch.randn(3, *shape) for n, shape in before.manifest.conditions.items()}
     given = load(tmp_path / "more" / "stages" / "00-teacher")
     torch.testing.assert_close(
@@ -205,7 +207,7 @@ MATCHED: Final = ["01-match", "02-halve-0004"]
         ("run-sd", "latents", ["--chain.lora-rank", "2"], ["01-halve-0002"], None),
     ],
 )  # fmt: skip
-def test_a_dry_run_tells_what_a_distillation_takes_and_writes_nothing(
+def test_a_dry_run_prints_the_cost_of_a_distillation_and_writes_nothing(
     model: str, data: str, words: list[str], planned: list[str], guidance: dict[str, Any] | None, here: Path,
     sd_run: Path, tmp_path: Path, capsys: Capture,
 ) -> None:  # fmt: skip
@@ -218,14 +220,14 @@ def test_a_dry_run_tells_what_a_distillation_takes_and_writes_nothing(
     assert [stage["stage"] for stage in told["stages"]] == planned
     assert not (tmp_path / "run").exists()
     assert (told["trainable_parameters"] < 0.2 * told["parameters"]) == ("--chain.lora-rank" in words)
-    # Two moments in float32 for each parameter that is trained.
+    # Two float32 moments for each trained parameter.
     assert told["memory_bytes"]["moments"] == 8 * told["trainable_parameters"]
     assert told["guidance"] == guidance
     assert told["estimated_seconds"] > 0
 
 
 @pytest.mark.parametrize("word", ["--model.prediction", "--network.dropout", "--teacher.num-updates"])
-def test_options_of_a_teacher_that_is_there_are_refused(word: str, ddpm_run: Path, capsys: Capture) -> None:
+def test_options_of_an_existing_teacher_are_rejected(word: str, ddpm_run: Path, capsys: Capture) -> None:
     assert f"{word} cannot change an existing teacher" in refused(
         ["distill", str(ddpm_run), "--to", "2", f"{word}=1"], capsys
     )
@@ -241,7 +243,7 @@ def test_samples_are_of_the_classes_that_the_data_had(here: Path, tmp_path: Path
     main(["export", str(run), "--out", str(tmp_path / "out")])
 
 
-def test_a_pipeline_whose_parts_lie_in_its_root_is_read(here: Path, tmp_path: Path) -> None:
+def test_a_pipeline_with_parts_in_its_root_is_read(here: Path, tmp_path: Path) -> None:
     flat = shutil.copytree(here / "ddpm", tmp_path / "flat")
     for part in ("unet", "scheduler"):
         for file in (flat / part).iterdir():
@@ -288,7 +290,7 @@ def test_another_teacher_in_the_same_folder_makes_another_run(here: Path, tmp_pa
     assert "contains a run of a different recipe" in refused(argv, capsys)
 
 
-def test_a_dit_takes_its_guidance_in_and_asks_half_as_often(dit_run: Path, tmp_path: Path) -> None:
+def test_a_dit_with_baked_in_guidance_needs_half_the_calls(dit_run: Path, tmp_path: Path) -> None:
     student = load(dit_run)
     assert student.manifest.guidance == {"type": "fixed", "scale": 4.0}
     assert student.num_classes == 1000
@@ -322,7 +324,7 @@ def test_texts_with_a_range_of_scales(sd_run: Path, tmp_path: Path, capsys: Capt
     assert pipe.scheduler.config.num_train_timesteps == 1024
 
 
-def test_low_rank_additions_are_under_five_percent_and_export_as_such(lora_run: Path, tmp_path: Path) -> None:
+def test_lora_weights_are_under_five_percent_and_are_exported_as_such(lora_run: Path, tmp_path: Path) -> None:
     sizes = {stage.name: stage.model.stat().st_size for stage in RunFolder(lora_run).stages()}
     assert sizes["02-halve-0004"] < 0.05 * sizes["00-teacher"]
     main(["export", str(lora_run), "--format", "lora", "--out", str(tmp_path / "lora")])
@@ -352,7 +354,7 @@ def test_an_imported_teacher_is_a_stage_that_samples_with_guidance(here: Path, t
     assert abs(one - four).max() > 1e-3
 
 
-def test_a_run_that_was_cut_in_the_matching_stage_ends_as_the_uncut_one(
+def test_a_run_interrupted_in_the_matching_stage_ends_like_an_uninterrupted_one(
     here: Path, ddpm_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from halfstep.data.base import Fed
@@ -376,7 +378,7 @@ def test_a_run_that_was_cut_in_the_matching_stage_ends_as_the_uncut_one(
         assert found == (ddpm_run / "stages" / name / "model.safetensors").read_bytes(), name
 
 
-def test_of_a_repository_only_the_parts_weights_are_fetched(
+def test_only_the_weights_of_a_repositorys_parts_are_fetched(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
@@ -552,21 +554,21 @@ def test_a_text_pipeline_with_a_pickled_part_is_refused_with_the_way_to_convert_
     main(words)
 
 
-def test_what_cannot_be_encoded_is_refused_before_anything_is_written(
-    here: Path, tmp_path: Path, capsys: Capture
-) -> None:
+def test_unsupported_input_is_rejected_before_anything_is_written(here: Path, tmp_path: Path, capsys: Capture) -> None:
     def said(model: str, data: str, *words: str) -> str:
         argv = ["encode", str(here / model), "--data", str(here / data), "--out", str(tmp_path / "out"), *words]
         line = refused(argv, capsys)
         assert not (tmp_path / "out").exists()
         return line
 
-    needed = "is encoded as latents of shape [4, 8, 8], but the network of"
-    assert needed in said("sd", "captioned", "--image-size", "16")
+    line = said("sd", "captioned", "--image-size", "16")
+    assert "0.png has 16 x 16 pixels" in line
+    assert "takes 8 x 8: add --image-size 8, or change the pipeline's size" in line
     for option in ("--num-steps", "--guidance-scale", "--seed"):
         assert f"{option} has no effect with --data. Remove it" in said("sd", "captioned", option, "3")
     prompts = ["encode", str(here / "sd"), "--prompts", "prompts.txt", "--out", str(tmp_path / "out")]
-    assert "--image-size has no effect with --prompts" in refused([*prompts, "--image-size", "8"], capsys)
+    for option in ("--image-size", "--frame-rate"):
+        assert f"{option} has no effect with --prompts" in refused([*prompts, option, "8"], capsys)
     assert "--batch-size must be at least 1, got 0" in said("dit", "classes", "--batch-size", "0")
     assert "the device 'banana' does not exist here" in said("sd", "captioned", "--device", "banana")
     assert "does not use latents. Pass its images" in said("ddpm", "captioned")
@@ -577,7 +579,7 @@ def test_what_cannot_be_encoded_is_refused_before_anything_is_written(
     assert "requires custom code (vae)" in said("foreign-vae", "captioned")
 
 
-def test_latents_of_classes_go_on_where_they_were_cut(
+def test_class_latents_resume_where_they_were_interrupted(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     from halfstep.data import encoding
@@ -605,7 +607,7 @@ def test_latents_of_classes_go_on_where_they_were_cut(
 
 
 def test_a_pipeline_in_half_precision_is_computed_in_full(here: Path, tmp_path: Path) -> None:
-    """Its files hold float16; teachers, texts and latents are float32 all the same."""
+    """Its files contain float16, but teachers, texts and latents are float32."""
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(here / "sd")
     pipe.to(torch.float16).save_pretrained(tmp_path / "half")
     main(["encode", str(tmp_path / "half"), "--data", str(here / "captioned"), "--out", str(tmp_path / "latents")])
@@ -629,7 +631,7 @@ def test_an_image_student_is_exported_when_its_teacher_is_gone(here: Path, tmp_p
 
 
 def test_the_sampler_of_a_latent_student_is_one_graph(dit_run: Path, tmp_path: Path) -> None:
-    """Compared with torch to 1e-4 before it is written; one step, for each takes the exporter many seconds."""
+    """Each is compared with torch to 1e-4 before it is written; one step, because each export takes many seconds."""
     words = ["--format", "onnx", "--num-steps", "1", "--out", str(tmp_path / "sampler.onnx")]
     main(["export", str(dit_run), *words])
     assert (tmp_path / "sampler.onnx").is_file()
@@ -665,7 +667,7 @@ def test_a_network_without_a_pipeline_needs_its_scheduler(tmp_path: Path, capsys
         (__file__, "is a file: give a folder"),
     ],
 )
-def test_what_is_no_pipeline_is_refused(source: str, said: str, tmp_path: Path, capsys: Capture) -> None:
+def test_folders_without_a_pipeline_are_rejected(source: str, said: str, tmp_path: Path, capsys: Capture) -> None:
     assert said in refused(["import", "diffusers", source, "--out", str(tmp_path / "out")], capsys)
     assert not (tmp_path / "out").exists()
 
@@ -717,7 +719,7 @@ def test_an_optimiser_whose_package_is_missing_is_named(
     assert "needs the package bitsandbytes" in refused([*argv, "--engine.optimizer", "adamw8bit"], capsys)
 
 
-def test_exports_that_cannot_be_are_refused(
+def test_impossible_exports_are_rejected(
     here: Path, ddpm_run: Path, dit_run: Path, lora_run: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     def said(run: Path, *words: str, out: str = "out") -> str:

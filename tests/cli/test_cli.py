@@ -1,4 +1,4 @@
-"""The command line from outside: what it makes, and one clear line with exit code 2 for bad input."""
+"""The command line from outside: its results, and a clear line with exit code 2 for bad input."""
 
 import json
 import os
@@ -118,7 +118,7 @@ def _image(path: Path, mode: str = "L", size: int = 8) -> None:
 
 
 @pytest.mark.parametrize("case", ["missing", "empty", "unreadable", "mixed", "nan", "pickled"])
-def test_bad_data_is_named(case: str, tmp_path: Path, capsys: Capture) -> None:
+def test_bad_data_is_reported(case: str, tmp_path: Path, capsys: Capture) -> None:
     folder = tmp_path / "data"
     source, said = folder, "data"
     if case != "missing":
@@ -142,7 +142,7 @@ def test_bad_data_is_named(case: str, tmp_path: Path, capsys: Capture) -> None:
     assert not out.exists()
 
 
-def test_a_run_ends_with_its_table_and_goes_on_where_it_was(toy_run: Path, toy_npy: Path, capsys: Capture) -> None:
+def test_a_run_ends_with_its_table_and_resumes_where_it_stopped(toy_run: Path, toy_npy: Path, capsys: Capture) -> None:
     before = {path: path.stat().st_mtime_ns for path in toy_run.glob("stages/*/*.*")}
     main(["run", "arrays", "--data", str(toy_npy), "--out", str(toy_run), *TINY_ARRAYS])
     printed = capsys.readouterr().out
@@ -194,9 +194,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: Capt
 def test_dry_run_of_a_paper_recipe_needs_none_of_its_data(
     name: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a network cut down to be timed in a moment; the whole ones are counted in tests/behaviour."""
+    """Use a reduced network that can be timed in a moment; tests/behaviour counts the full ones."""
     os.chdir(tmp_path)
-    # Timed on batches of a few samples, whose time is the basis of an estimate.
+    # Timed with batches of a few samples, whose time is the basis of an estimate.
     monkeypatch.setattr("halfstep.run.cost.FLOPS_OF_A_TRIAL", 1e8)
     monkeypatch.setattr("halfstep.run.cost.SECONDS_OF_A_TRIAL", 0.1)
     monkeypatch.setattr("halfstep.cli.dry_run.LITTLE", 0)
@@ -217,7 +217,7 @@ def test_dry_run_of_a_paper_recipe_needs_none_of_its_data(
 
 
 def load_parameters(printed: str) -> int:
-    """The number after "parameters:"."""
+    """Return the number after "parameters:"."""
     found = re.search(r"parameters: ([\d,]+)", printed)
     assert found
     return int(found[1].replace(",", ""))
@@ -258,7 +258,7 @@ def test_a_sample_depends_on_its_own_seed_only(digits_run: Path) -> None:
     assert torch.allclose(model.sample(range(10), 1, batch_size=3), together, atol=1e-5)
 
 
-def test_nothing_is_overwritten_unless_told(digits_run: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_nothing_is_overwritten_without_the_option(digits_run: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "s.npz"
     out.write_text("mine")
     assert "already exists" in refused(["sample", str(digits_run), "--out", str(out)], capsys)
@@ -312,12 +312,12 @@ def test_bad_sampling_options_get_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_teacher_must_be_told_its_steps(digits_run: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_teacher_needs_a_number_of_steps(digits_run: Path, tmp_path: Path, capsys: Capture) -> None:
     teacher = digits_run / "stages" / "00-denoise"
     assert "Give the number" in refused(["sample", str(teacher), "--out", str(tmp_path / "x.png")], capsys)
 
 
-def test_more_steps_than_the_model_was_made_for_warns(digits_run: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_more_steps_than_the_model_was_distilled_for_warn(digits_run: Path, tmp_path: Path, capsys: Capture) -> None:
     main(["sample", str(digits_run), "--num-steps", "4", "--num-samples", "2", "--out", str(tmp_path / "x.png")])
     assert "halfstep: warning: the model was distilled for num_steps 1, not 4" in capsys.readouterr().err
     assert (tmp_path / "x.png").is_file()
@@ -334,7 +334,7 @@ def test_vectors_have_no_picture(toy_run: Path, tmp_path: Path, capsys: Capture)
 @pytest.mark.parametrize(
     "damage", ["no model", "cut", "altered", "manifest", "later format", "earlier format", "foreign tensors"]
 )
-def test_a_file_that_is_no_model_is_named(damage: str, toy_run: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_file_without_a_model_is_reported(damage: str, toy_run: Path, tmp_path: Path, capsys: Capture) -> None:
     stage = RunFolder(toy_run).stages()[-1]
     folder = tmp_path / "stage"
     folder.mkdir()
@@ -363,7 +363,7 @@ def test_a_file_that_is_no_model_is_named(damage: str, toy_run: Path, tmp_path: 
     assert "is not a model" in refused(["sample", str(file)], capsys)
 
 
-def test_distill_goes_on_from_a_stage_to_fewer_steps(toy_run: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_distill_continues_from_a_stage_to_fewer_steps(toy_run: Path, tmp_path: Path, capsys: Capture) -> None:
     teacher = str(toy_run / "stages" / "00-denoise")
     main(["distill", teacher, "--to", "2", "--start", "8", "--out", str(tmp_path / "d")])
     stages = RunFolder(tmp_path / "d").stages()
@@ -417,13 +417,13 @@ def test_a_study_at_equal_cost_says_what_it_costs(capsys: Capture, tmp_path: Pat
     printed = capsys.readouterr().out
     assert f"total: {sum(passes[3].values()):,.0f}; " in printed
     assert "at 4,400 per second" in printed
-    # What the scale promises: 45 minutes on two cores.
+    # The scale's documented limit: 45 minutes on two cores.
     assert sum(passes[3].values()) < 45 * 60 * 4400
     main(["study", "steps", "--dry-run"])
     assert "total:" not in capsys.readouterr().out
 
 
-def test_a_student_whose_weights_were_not_kept_is_left_out(toy_npy: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_student_without_kept_weights_is_skipped(toy_npy: Path, tmp_path: Path, capsys: Capture) -> None:
     run = tmp_path / "run"
     main(["run", "arrays", "--data", str(toy_npy), "--out", str(run), *TINY_ARRAYS, "--chain.keep", "1"])
     missing = run / "stages" / "01-halve-0002"
@@ -433,7 +433,7 @@ def test_a_student_whose_weights_were_not_kept_is_left_out(toy_npy: Path, tmp_pa
     assert "Stage 01-halve-0002 was skipped: its weights were not kept." in capsys.readouterr().out
 
 
-def test_ls_names_every_member(capsys: Capture) -> None:
+def test_ls_lists_every_member(capsys: Capture) -> None:
     from halfstep.core.prediction import predictions, weightings
     from halfstep.recipes import recipes
     from halfstep.samplers import samplers
@@ -456,7 +456,7 @@ def test_help_names_the_options(argv: list[str], capsys: Capture) -> None:
     assert wanted.get(argv[0], "run RECIPE") in printed
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(toy_npy: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_prints_how_to_resume_and_exits_130(toy_npy: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     argv = ["run", "arrays", "--data", str(toy_npy), "--out", str(out), *TINY_ARRAYS]
     argv += ["--engine.log-every", "1"]

@@ -1,4 +1,4 @@
-"""The scripts for shells, run by the shells."""
+"""The completion scripts, run by the shells."""
 
 import shutil
 import subprocess

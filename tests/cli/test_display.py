@@ -1,4 +1,4 @@
-"""What is shown while a run runs."""
+"""The progress display of a run."""
 
 import io
 
@@ -33,7 +33,7 @@ def test_the_time_left_counts_network_calls_and_batches_of_all_stages() -> None:
             Progress("00-denoise", 100, _window(20, 12.0)),
         ]
     )
-    # 0.6 s an update of cost 60: 80 more updates and 60 of cost 50 take 48 s + 30 s.
+    # 0.6 s for an update of cost 60: 80 more updates and 60 of cost 50 take 48 s + 30 s.
     assert display.status.seconds_left == 78.0
     display.show([StageEnd("00-denoise", 60.0, was_there=False)])
     assert display.status.seconds_left == 30.0
@@ -43,7 +43,7 @@ def test_the_time_left_counts_network_calls_and_batches_of_all_stages() -> None:
 def test_the_time_left_of_a_resumed_run_is_at_the_pace_since_then() -> None:
     plan = _plan(Training(100, 1e-3, batch_size=20), Training(60, 1e-3, batch_size=10))
     display = RunDisplay(list(zip(plan.names(), plan.stages, strict=True)), Screen(file=io.StringIO()))
-    # 40 updates in 4,000 s; the next 10 in 6 s: 50 more take 30 s, and 60 of cost 50 as well.
+    # 40 updates in 4,000 s, and the next 10 in 6 s: 50 more take 30 s, and so do 60 of cost 50.
     events = [StageStart("00-denoise", 0, plan.stages[0], 40, 4000.0), Progress("00-denoise", 100, _window(50, 4006.0))]
     display.show(events)
     assert display.status.seconds_left == pytest.approx(60.0)

@@ -1,4 +1,4 @@
-"""What the doctor finds, and that it finds it also where things are broken."""
+"""The doctor's findings, also with broken packages."""
 
 import json
 import os
@@ -41,9 +41,9 @@ def test_the_doctor_ends_with_0_and_one_document(
 def test_a_torchvision_that_breaks_diffusers_is_named(
     importer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that fails as a real one does that was built for another torch: when its operators are registered.
+    """A package that fails like one built for another torch: when its operators are registered.
 
-    Diffusers needs five seconds to get there, so the quick form imports torchvision alone.
+    Importing diffusers this way takes five seconds, so the quick form imports torchvision alone.
     """
     run = subprocess.run
     if importer == "torchvision":
@@ -73,7 +73,7 @@ def test_another_failure_of_diffusers_is_not_blamed_on_torchvision() -> None:
 
 
 def test_a_device_without_float64_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Metal's, which says so by a TypeError."""
+    """Like Metal's devices, which raise a TypeError for it."""
     assert doctor.device_finding("cpu").verdict == "ok"
     made = torch.zeros
 
@@ -110,7 +110,7 @@ def test_places_that_cannot_be_written_or_are_full_are_problems(
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
-def test_what_is_missing_is_told_with_what_it_would_give() -> None:
+def test_missing_packages_are_listed_with_their_purpose() -> None:
     finding = doctor.extra_finding("lora", ("peft", "a-package-that-is-not"), "halfstep[lora]")
     assert finding.verdict == "missing"
     assert "not installed: a-package-that-is-not; would add LoRA students" in finding.found

@@ -1,4 +1,4 @@
-"""`halfstep evaluate` from outside: the curve, its files, what is read back, and one line for bad input."""
+"""`halfstep evaluate` from outside: the curve, its files, reused samples, and one line for bad input."""
 
 import csv
 import json
@@ -53,12 +53,12 @@ def test_the_students_figures_are_those_of_the_run(toy_run: Path, tmp_path: Path
         assert row.figures["kid"].mean == pytest.approx(recorded.kid, rel=1e-6)
         assert _row(same_noise, "student", recorded.num_steps).figures["rmse"].mean > 0
     assert [row.num_steps for row in sets.rows if row.series == "teacher-ddim"] == [4]
-    # The teacher at the chain's own start is what the others are compared with.
+    # The teacher at the chain's own start is the reference of the others.
     assert all(row.series == "student" for row in same_noise.rows)
     assert "4 steps, from the same noise" in same_noise.protocol.reference
 
 
-def test_bfloat16_sampling_is_a_protocol_of_its_own_with_nearly_the_same_figures(
+def test_bfloat16_sampling_is_a_separate_protocol_with_nearly_the_same_figures(
     digits_run: Path, tmp_path: Path
 ) -> None:
     options = ["evaluate", str(digits_run), "--against", "teacher-ddim", "--num-steps", "2", "--num-samples", "40"]
@@ -69,7 +69,7 @@ def test_bfloat16_sampling_is_a_protocol_of_its_own_with_nearly_the_same_figures
     assert (whole.protocol.precision, half.protocol.precision) == ("float32", "bf16")
     assert "sampled in bf16" in (tmp_path / "evaluation.md").read_text()
     found = [_row(table, "teacher-ddim", 2).figures["frechet"].mean for table in (whole, half)]
-    # Its samples are its own: another rounding, and not those that lay there.
+    # It has its own samples, because it rounds differently, and does not use the existing ones.
     assert found[0] != found[1]
     assert found[1] == pytest.approx(found[0], rel=0.05)
 
@@ -98,7 +98,7 @@ def test_samples_are_drawn_as_many_at_once_as_was_asked(
         ([], "free some memory for this process"),
     ],
 )
-def test_memory_that_does_not_suffice_is_told_in_one_line(
+def test_insufficient_memory_is_reported_in_one_line(
     toy_run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -161,13 +161,13 @@ def test_figures_of_different_protocols_are_in_different_tables(digits_run: Path
     kinds = [(table.protocol.kind, table.protocol.extractor.split("-")[0]) for table in result.tables]
     assert kinds == [("sets", "pixels"), ("sets", "classifier"), ("same_noise", "none")]
     pixels, classifier, same_noise = result.tables
-    # Pixels know no classes, and 8 x 8 images are too small for SSIM: the figures are absent, not zero.
+    # Pixels have no classes, and 8 x 8 images are too small for SSIM: these figures are absent, not zero.
     assert "inception_score" not in pixels.rows[0].figures
     assert 1 <= classifier.rows[0].figures["inception_score"].mean <= 10
     assert set(same_noise.rows[0].figures) == {"rmse", "psnr"}
     assert any("SSIM is omitted, because it needs images of at least 11 x 11" in notice for notice in result.notices)
     assert any("is unreliable: 64 dimensions" in notice for notice in result.notices)
-    # 24 samples and 64 dimensions, so the real data's halves are measured with their own count.
+    # There are 24 samples and 64 dimensions, so the real data's halves are measured with the same count.
     assert pixels.halves is not None
     assert pixels.halves.num_each == 1797 // 2
     rows = list(csv.DictReader((tmp_path / "evaluation.csv").open()))
@@ -212,7 +212,7 @@ def test_the_kept_samples_are_lossless_and_give_the_figures(digits_run: Path, tm
     assert row.figures["frechet"].mean == pytest.approx(frechet_distance(real, mine), rel=1e-5)
 
 
-def test_a_second_call_draws_nothing_and_a_cut_one_goes_on(
+def test_a_second_call_draws_nothing_and_an_interrupted_one_resumes(
     toy_run: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from halfstep.models.model import Model
@@ -235,17 +235,17 @@ def test_a_second_call_draws_nothing_and_a_cut_one_goes_on(
     assert drawn == []
     assert capsys.readouterr().out.count("(reused)") == 4
     assert _result(tmp_path).tables == first.tables
-    # Another extractor draws nothing anew.
+    # Another extractor needs no new samples.
     main([*command, "--num-samples", "24", "--data", str(toy_run.parent / "toy.npy"), "--extractors", "pixels"])
     assert drawn == []
-    # A cell that is gone, and one that is damaged, are drawn again, and nothing else.
+    # A missing cell and a damaged one are drawn again, and nothing else.
     (gone,) = (tmp_path / "cells").glob("02-halve-0001-ddim-0001-*")
     shutil.rmtree(gone)
     (broken,) = (tmp_path / "cells").glob("00-denoise-ddim-0002-*")
     (broken / "samples.npz").write_bytes(b"PK cut")
     for file in (tmp_path / "figures").glob("00-denoise-ddim-0002-*"):
         file.write_text("{")
-    # A writer that was killed has left these.
+    # A killed writer has left these.
     (tmp_path / "cells" / ".x-0001.0a1b.tmp").mkdir()
     (tmp_path / "figures" / ".x.json.0a1b.tmp").write_text("{")
     main(command)
@@ -273,7 +273,7 @@ def test_gamma_is_searched_for_each_number_of_steps(toy_run: Path, tmp_path: Pat
         assert tried[steps, best.gamma] == best.figures["frechet"].mean  # type: ignore[index]
 
 
-def test_a_folder_of_images_and_an_npz_are_measured_alike(tmp_path: Path) -> None:
+def test_a_folder_of_images_and_an_npz_are_measured_equally(tmp_path: Path) -> None:
     data = open_data(DataConfig())
     pixels = data.fetch(torch.arange(60)).x0.add(1).mul(127.5).round().to(torch.uint8).squeeze(1).numpy()
     (tmp_path / "images").mkdir()
@@ -290,7 +290,7 @@ def test_a_folder_of_images_and_an_npz_are_measured_alike(tmp_path: Path) -> Non
         assert row.num_steps is None
         figures.append(row.figures)
     assert figures[0] == figures[1]
-    # They are real ones: each lies in the neighbourhood of itself.
+    # They are real samples: each is in its own neighbourhood.
     assert figures[0]["precision"].mean == 1
     whole = data.fetch(torch.arange(1797)).x0.flatten(1)
     assert figures[0]["frechet"].mean == pytest.approx(frechet_distance(whole, whole[:60]), rel=1e-5)
@@ -307,7 +307,7 @@ def test_an_exported_pipeline_gives_the_figures_of_its_stage(digits_run: Path, t
     assert theirs.figures["frechet"].mean == pytest.approx(ours.figures["frechet"].mean, rel=1e-3)
 
 
-def test_what_is_damaged_or_not_there_yet_is_left_out_and_said(toy_run: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_damaged_and_missing_parts_are_skipped_with_a_note(toy_run: Path, tmp_path: Path, capsys: Capture) -> None:
     run = tmp_path / "run"
     shutil.copytree(toy_run, run)
     first, last = RunFolder(run).stages()[1:]
@@ -334,7 +334,7 @@ def test_what_is_damaged_or_not_there_yet_is_left_out_and_said(toy_run: Path, tm
     assert "has no stage that can be measured" in refused(["evaluate", str(run)], capsys)
 
 
-def test_what_was_cut_says_the_same_in_all_its_files(
+def test_an_interrupted_run_has_consistent_files(
     toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from halfstep.models.model import Model
@@ -360,7 +360,7 @@ def test_what_was_cut_says_the_same_in_all_its_files(
     assert len(rows) == sum(len(row.figures) for table in tables for row in table.rows)
 
 
-def test_a_row_is_of_all_sets_of_seeds_or_not_there(
+def test_a_row_covers_all_sets_of_seeds_or_is_omitted(
     toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from halfstep.models.model import Model
@@ -392,7 +392,7 @@ def test_times_of_another_machine_are_no_column_with_those_of_this(toy_run: Path
     assert there[2] is not None
 
 
-def test_photos_of_mixed_sizes_are_brought_to_that_of_the_samples(tmp_path: Path) -> None:
+def test_photos_of_mixed_sizes_are_resized_to_the_samples(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     for index, side in enumerate([8, 9, 12, 16] * 3):
         for folder in ("photos", "samples"):

@@ -1,4 +1,4 @@
-"""What a newcomer meets who owns a diffusers checkpoint."""
+"""The first steps of a new user with a diffusers checkpoint."""
 
 import io
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def ddpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def default_of(option: str, argv: list[str], capsys: Capture) -> str | None:
-    """The default of an option in a verb's help."""
+    """Return the default of an option in a verb's help."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         main(argv)
@@ -95,7 +95,7 @@ def test_a_long_estimate_names_the_options_that_a_given_teacher_has(ddpm: Path) 
     assert "network" in shorter([Role.TEACHER, Role.STUDENT], None)
 
 
-def test_an_import_says_so_before_it_starts(ddpm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_import_prints_a_line_before_it_starts(ddpm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     printed = io.StringIO()
     said: list[str] = []
     monkeypatch.setattr("halfstep.cli.importing.import_pipeline", lambda *_, **__: said.append(printed.getvalue()))
@@ -111,7 +111,7 @@ def test_the_time_left_is_that_of_the_samples_left_at_the_pace_of_this_process(
     printed, now = io.StringIO(), [100.0]
     monkeypatch.setattr("halfstep.cli.exporting.time.monotonic", lambda: now[0])
     progress: Callable[[int, int], None] = progress_of("sampled", Screen(file=printed))
-    # 16 samples of an earlier process; then 8 in 4 seconds.
+    # 16 samples of an earlier process, then 8 in 4 seconds.
     for done, seconds in ((16, 0.0), (24, 4.0), (32, 8.0)):
         now[0] = 100.0 + seconds
         progress(done, 32)

@@ -1,4 +1,4 @@
-"""The page on schedulers: its script is run by bash as it stands there, its manifest knows our exit codes."""
+"""The page on schedulers: bash runs its script unchanged, and its manifest contains the documented exit codes."""
 
 import os
 import re
@@ -55,7 +55,7 @@ def test_the_script_for_slurm_saves_the_state_and_asks_to_be_queued_again(tmp_pa
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    # As Slurm does: to the script alone.
+    # Slurm signals only the script too.
     process.send_signal(signal.SIGUSR1)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 85, errors
@@ -64,14 +64,14 @@ def test_the_script_for_slurm_saves_the_state_and_asks_to_be_queued_again(tmp_pa
     assert list(tmp_path.glob(checkpoints))
 
 
-def test_the_manifest_for_kubernetes_gives_up_on_what_would_fail_again() -> None:
+def test_the_manifest_for_kubernetes_does_not_retry_permanent_failures() -> None:
     job = yaml.safe_load(block("yaml"))
     spec = job["spec"]["template"]["spec"]
     (container,) = spec["containers"]
     rule = job["spec"]["podFailurePolicy"]["rules"][0]
     assert rule["onExitCodes"]["containerName"] == container["name"]
     assert rule["onExitCodes"]["values"] == [1, 2]
-    # A policy of failures is refused with any other.
+    # Kubernetes rejects a podFailurePolicy with any other restartPolicy.
     assert spec["restartPolicy"] == "Never"
     out = container["command"][container["command"].index("--out") + 1]
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}

@@ -1,4 +1,4 @@
-"""Everything in README, CONTRIBUTING and the documentation that can be pasted is run, at a tiny size."""
+"""All commands and code in README, CONTRIBUTING and the documentation run, at a tiny size."""
 
 import functools
 import importlib
@@ -45,10 +45,10 @@ ONLY_PARSED: Final = {
     "MODEL": "a placeholder",
     "SUBJECT": "a placeholder",
 }
-"""Commands that a word of theirs keeps from being run here, with the reason. Their options are checked."""
+"""Words of commands that are not run here, with the reason. Their options are checked."""
 
 DRY: Final = ("cifar10", "fashion_mnist", "imagenet64", "cifar10_paper", "imagenet64_paper", "table1", "roads")
-"""Recipes and studies whose data are elsewhere or whose smallest run takes minutes: their plan is made."""
+"""Recipes and studies without local data or with a smallest run of minutes: only their plan is printed."""
 
 BUDGET: Final = {
     "--teacher.num-updates": "4",
@@ -72,7 +72,7 @@ BUDGET: Final = {
     "--engine.precision": "float32",
     "--engine.threads": "1",
 }
-"""Options that make a run last a second; they replace those of a command."""
+"""Options with which a run takes a second; they replace those of a command."""
 UNET_TINY: Final = {
     "--network.block-out-channels": "8 16",
     "--network.attention-head-dim": "8",
@@ -84,7 +84,7 @@ MLP_TINY: Final = {"--network.width": "16", "--network.depth": "1"}
 
 
 class Toy(nn.Module):
-    """A network of a few weights."""
+    """A network with a few weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Toy(nn.Module):
 
 
 def names() -> dict[str, Any]:
-    """Return the names that the pages explain and do not define."""
+    """Return the names that the pages explain but do not define."""
     my_data = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
     teacher = halfstep.NetworkDenoiser(Toy(), halfstep.VPCosine(), halfstep.V())
     return {
@@ -113,7 +113,7 @@ def names() -> dict[str, Any]:
 
 
 def run_python(block: Block, given: dict[str, Any]) -> None:
-    """Run a block with few updates, where it trains; `given` gets its names."""
+    """Run a block, with few updates if it trains; `given` receives its names."""
     code = block.code
     if re.search(r"\b(distill|fit)\(", code):
         code = re.sub(r"\bnum_updates=[\d_]+", "num_updates=3", code)
@@ -122,7 +122,7 @@ def run_python(block: Block, given: dict[str, Any]) -> None:
 
 @functools.cache
 def parsers() -> dict[str, ArgumentParser]:
-    """Return the parsers of the verbs, from which shells complete."""
+    """Return the parsers of the verbs, which also serve shell completion."""
     (verbs,) = [action.choices for action in command_line()._actions if isinstance(action.choices, dict)]
     return verbs
 
@@ -134,7 +134,7 @@ def options_of(verb: str) -> dict[str, tuple[str, ...]]:
 
 
 def check(arguments: list[str]) -> None:
-    """Hold the verb, the options and the values that have choices to the parser."""
+    """Check the verb, its options and values with choices against the parser."""
     if not arguments or arguments[0].startswith("--"):
         return
     verb, *rest = arguments
@@ -147,7 +147,7 @@ def check(arguments: list[str]) -> None:
 
 
 def shell_lines() -> list[tuple[str, str]]:
-    """Return (place, line) of all shell blocks, but those of the script for Slurm, which test_operations runs."""
+    """Return (place, line) of all shell blocks except the Slurm script, which test_operations runs."""
     return [
         (f"{block.page}:{block.line}", line)
         for block in BLOCKS
@@ -158,13 +158,13 @@ def shell_lines() -> list[tuple[str, str]]:
 
 def test_every_block_has_a_language_that_is_run() -> None:
     assert {block.language for block in BLOCKS} <= {"", "bash", "python", "yaml"}
-    # A block without a language is a drawing.
+    # A block without a language is a diagram.
     for block in BLOCKS:
         if not block.language:
             assert "halfstep " not in block.code.replace("halfstep/", ""), f"{block.page}:{block.line}"
 
 
-def test_every_command_of_the_pages_is_one_that_the_parser_knows() -> None:
+def test_every_command_of_the_pages_is_valid() -> None:
     shown = [(place, arguments_of(line)) for place, line in shell_lines()]
     shown += [(page, arguments_of(line)) for page, line in inline_commands()]
     found = 0
@@ -180,7 +180,7 @@ def test_every_command_of_the_pages_is_one_that_the_parser_knows() -> None:
     assert found > 100
 
 
-def test_other_commands_name_what_exists() -> None:
+def test_other_commands_refer_to_existing_targets() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     launch = importlib.import_module("accelerate.commands.launch").launch_command_parser()
@@ -206,7 +206,7 @@ def test_other_commands_name_what_exists() -> None:
 
 @pytest.fixture
 def here(tmp_path: Path, demo_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home and a working folder with a finished run, photos, arrays and samples, as the pages take for granted."""
+    """Create a home and working folder with the finished run, photos, arrays and samples that the pages use."""
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -226,7 +226,7 @@ def here(tmp_path: Path, demo_run: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def pipelines(folder: Path) -> None:
-    """Save the tiny pipelines and the checkpoint that the pages name."""
+    """Save the tiny pipelines and the checkpoint that the pages use."""
     save_ddpm(folder / "my-ddpm")
     save_dit(folder / "my-dit")
     save_sd(folder / "my-sd", folder / "tokens")
@@ -237,7 +237,7 @@ def pipelines(folder: Path) -> None:
 
 
 def with_options(arguments: list[str], options: dict[str, str]) -> list[str]:
-    """Return a command with options replaced or added, as far as its verb has them."""
+    """Return a command with options replaced or added if its verb supports them."""
     known = options_of(arguments[0])
     kept: list[str] = []
     skipping = False
@@ -261,7 +261,7 @@ def tiny(arguments: list[str]) -> list[str] | None:
         parts = {"distill": ("--matching", "--chain", "--engine"), "finish": ("--finish",)}.get(verb, ("--",))
         options |= {name: value for name, value in BUDGET.items() if name.startswith(parts)}
     if verb == "demo" or (verb == "run" and rest in (["digits"], ["digits", "--out", "runs/digits"])):
-        # The finished run of the fixture, which is resumed.
+        # Resume the finished run of the fixture.
         return [verb, *rest, *TINY_DEMO]
     if verb in ("run", "train"):
         options |= MLP_TINY if rest[:1] == ["arrays"] else UNET_TINY
@@ -273,7 +273,7 @@ def tiny(arguments: list[str]) -> list[str] | None:
     if rest[:1] in (["cifar10"], ["fashion_mnist"]) and "--data" not in rest:
         rest += ["--data", "digits"]
     if verb == "distill":
-        # Runs are measured on other pages.
+        # Other pages test measurements.
         rest.append("--evaluation.no-enabled")
     if verb == "evaluate":
         options |= {"--num-samples": "24", "--seeds": "1", "--search-gamma": "2"}
@@ -286,7 +286,7 @@ def tiny(arguments: list[str]) -> list[str] | None:
 
 
 def run_shell(block: Block) -> None:
-    """Run the commands of halfstep in a block."""
+    """Run the halfstep commands of a block."""
     for line in lines_of(block):
         arguments = arguments_of(line)
         if arguments is None or (given := tiny(arguments)) is None:
@@ -331,7 +331,7 @@ SHELL: Final = [
 @pytest.mark.slow
 @pytest.mark.parametrize("page", SHELL, ids=lambda page: page.stem)
 def test_a_page_runs_from_top_to_bottom(page: Path, here: Path) -> None:
-    """Commands and Python in the order of the page. The fast forms are above: commands are parsed, Python is run."""
+    """Run commands and Python in the order of the page. The fast tests above parse the commands and run the Python."""
     if "my-" in page.read_text(encoding="utf-8"):
         pipelines(here)
     given = names()
@@ -350,7 +350,7 @@ def test_the_manifest_runs_a_command_that_exists() -> None:
 
 
 def test_the_classes_of_contributing_can_be_defined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The templates, with the names that their files import and registries of their own."""
+    """Define the templates with the names that their files import and with separate registries."""
     for name in ("my_method", "my_recipe"):
         for registry in (objectives, recipes):
             # The templates' members are removed again after the test.

@@ -15,7 +15,7 @@ def measured(frechet: float) -> Result:
 
 
 def status_at(current: int, count: int = 11) -> RunStatus:
-    """Stage `current` is half done; each update of a stage costs as much and takes 0.1 s."""
+    """Return a plan in which stage `current` is half done. All updates cost the same and take 0.1 s."""
     stages = []
     for index in range(count):
         stage = StageStatus(f"{index:02d}-halve-{2 ** (count - 1 - index):04d}", 2 ** (count - 1 - index), 100)
@@ -43,7 +43,7 @@ def test_done_now_and_to_come_with_the_time_of_each() -> None:
     assert lines[0].startswith("✓ 00-halve-1024")
     assert "10 s" in lines[0]
     assert lines[0].rstrip().endswith("distance 1.50")
-    # A later stage's distance over that of the first.
+    # A later stage's distance relative to that of the first.
     assert lines[2].rstrip().endswith(f"distance 3.50 ({3.5 / 1.5:.2f}x)")
     assert lines[3].startswith("▶ 03-halve-0128")
     for said in ("50/100", "loss 0.125", "1,234 samples/s", "5 s left"):
@@ -80,11 +80,11 @@ def test_terminals_without_utf8_get_ascii() -> None:
     assert lines[3].startswith("> 03-")
 
 
-def test_nothing_is_left_out_where_there_is_no_terminal() -> None:
+def test_nothing_is_omitted_without_a_terminal() -> None:
     assert len(lines_of(status_at(3), 160, 5, terminal=False)) == 12
 
 
-def test_the_shown_range_holds_what_is_asked() -> None:
+def test_the_displayed_range_satisfies_its_requirements() -> None:
     for count in range(1, 15):
         for at in range(count):
             for room in range(1, 16):

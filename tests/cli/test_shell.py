@@ -1,4 +1,4 @@
-"""What surrounds a command: streams, signals, environment, hostile names and numbers. Nothing ends in a traceback."""
+"""Streams, signals, environment, hostile names and numbers: no command ends with a traceback."""
 
 import errno
 import io
@@ -52,7 +52,7 @@ def test_lost_streams_end_in_one_line_at_most(line: str, code: int, said: str) -
     assert len(ended.stderr.splitlines()) == (1 if said else 0)
 
 
-def test_a_broken_stream_loses_text_and_not_work(tmp_path: Path) -> None:
+def test_a_broken_stream_loses_output_but_no_work(tmp_path: Path) -> None:
     class Broken(io.TextIOWrapper):
         def write(self, text: str) -> int:
             raise OSError(errno.EPIPE, "Broken pipe")
@@ -85,7 +85,7 @@ def test_texts_carry_no_markup_and_no_control_sequences() -> None:
         screen.note(hostile)
         screen.show(table)
         assert out.getvalue().count(shown) >= 2
-        # rich's own colours, and nothing else.
+        # Only rich's own colours.
         assert not re.search(r"[\x07\x9b\ud800-\udfff]|\x1b(?!\[[\d;]*m)", out.getvalue())
         if not is_terminal:
             assert not re.search(r"[ \t]$", out.getvalue(), re.MULTILINE)
@@ -109,7 +109,7 @@ def test_a_launchers_variables_are_checked(
         check_launch()
 
 
-def test_a_command_names_a_launchers_bad_variable(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_a_command_reports_a_launchers_bad_variable(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setenv("RANK", "x")
     assert "RANK must be a whole number" in refused(["status", "nowhere"], capsys)
 
@@ -121,7 +121,7 @@ def test_a_rank_without_a_world_is_that_of_one_process(monkeypatch: pytest.Monke
     assert (rank(), world_size()) == (3, 4)
 
 
-def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_user_without_a_home_gets_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def homeless(path: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -136,7 +136,7 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_closed_terminal_stops_like_sigterm_unless_nohup_started_it() -> None:
-    # The suite itself may have been started by nohup.
+    # The suite itself may have been started with nohup.
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         with StopSignal() as stop:
@@ -153,7 +153,7 @@ def test_a_closed_terminal_stops_like_sigterm_unless_nohup_started_it() -> None:
 
 
 COMMAND = sys.modules["halfstep.cli.main"]
-"""The module; its package has the function under the same name."""
+"""The module; its package has a function with the same name."""
 
 
 @pytest.mark.parametrize(("verb", "said"), [("sample", "stopped at once\n"), ("run", "the last checkpoint is safe\n")])
@@ -167,7 +167,7 @@ def test_a_stopped_process_leaves_without_unloading_its_modules(
         raise KeyboardInterrupt
 
     def leave(code: int) -> None:
-        # Nothing that was printed may be left in a buffer.
+        # No printed output may remain in a buffer.
         assert capsys.readouterr().err.endswith(said)
         raise Left(code)
 
@@ -300,7 +300,7 @@ def test_help_is_short_and_wrapped(verb: str, capsys: Capture, monkeypatch: pyte
         assert not re.search(r"default:\s*\)|\(default: None\)|[ \t]$|│", printed[option], re.MULTILINE)
         examples = {f"  {example}" for example in VERBS[verb].examples}
         long = [line for line in printed[option].splitlines() if len(line) > 80 and line not in examples]
-        # An option with many choices cannot be broken.
+        # An option with many choices cannot be broken into lines.
         assert all(re.match(r"  -", line) for line in long), long
     if VERBS[verb].shown:
         assert len(printed["--help"].splitlines()) <= 40
@@ -326,7 +326,7 @@ for file in Path(sys.argv[-1]).rglob("*.safetensors"):
     os.mkfifo(file)
 main(sys.argv[1:])
 """
-"""A command on a folder with FIFOs, which have no writer, as weights."""
+"""A command on a folder with FIFOs without writers as weights."""
 
 
 def test_a_report_opens_no_fifo(toy_run: Path, tmp_path: Path) -> None:
@@ -395,11 +395,11 @@ VALUES = (
         "{}",
     ),
     *("digits", "pixels", "ddim", "cpu", "a=b", "٣", "0x10", "1_000"),
-    # Made by `places`.
+    # Created by `places`.
     *("file", "file/x", "fifo", "fifo/x", "socket", "link", "loop", "empty", "foreign", "cut", "bytes", "blocked", "p"),
 )
 DRY = {"run": ["digits"], "train": ["digits"], "study": ["table1"], "demo": []}
-"""Verbs that would train, with what makes them begin; a dry run is all that is asked of them."""
+"""Verbs that would train, with their required arguments; only their dry runs are tested."""
 ON_RUNS = ("sample", "evaluate", "report", "status", "export", "distill", "finish", "explore")
 
 
@@ -412,7 +412,7 @@ OPTIONS = _options()
 
 
 def fuzzed(draw: random.Random, *subjects: str) -> list[str]:
-    """A command line of a verb with hostile options, on one of the subjects if there are any, which trains nothing."""
+    """Return a command line of a verb with hostile options, on one of the subjects if any, which trains nothing."""
     verb = draw.choice([name for name in VERBS if name != "doctor"])
     words = [verb, *DRY.get(verb, [draw.choice(VALUES) for _ in range(draw.randrange(3))])]
     if subjects and verb in ON_RUNS:
@@ -445,12 +445,12 @@ def ends_well(argv: list[str], capsys: Capture) -> None:
     assert errors.count("halfstep: error: ") == (1 if code else 0), (argv, code, errors)
     assert not CONTROL.search(said + errors), argv
     assert "Traceback" not in errors, (argv, errors)
-    # CPU time, because on a busy machine an import alone can take as long in wall time.
+    # CPU time, because on a busy machine, an import alone can take as much wall time.
     assert time.process_time() - begun < 30, argv
 
 
 def places() -> dict[Path, bytes]:
-    """Fill the working folder with anything but runs, data sets and output folders; return the files' contents."""
+    """Fill the working folder with anything except runs, data sets and output folders; return the files' contents."""
     Path("file").write_bytes(b"mine")
     os.mkfifo("fifo")
     with socket.socket(socket.AF_UNIX) as bound:
@@ -468,7 +468,7 @@ def places() -> dict[Path, bytes]:
 
 
 def mine() -> dict[Path, bytes]:
-    """Return the contents of the files of `places`, without those that a command has written."""
+    """Return the contents of the files of `places` that no command has written."""
     files = ("file", "foreign/package.json", "cut/recipe.json", "bytes/recipe.json", "p/model_index.json")
     return {Path(name): Path(name).read_bytes() for name in files}
 

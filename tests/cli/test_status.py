@@ -1,4 +1,4 @@
-"""How far a run is, as another process reads it from the folder."""
+"""The progress of a run, as another process reads it from the folder."""
 
 import contextlib
 import io
@@ -32,7 +32,7 @@ PLAN = [
 
 
 def folder_of(path: Path, rows: list[dict[str, Any]], **beat: Any) -> Path:
-    """A run's folder as far as a status reads it."""
+    """Write the parts of a run folder that a status reads."""
     path.mkdir(parents=True, exist_ok=True)
     write_sealed(path / "recipe.json", {"recipe": {"name": "toy"}, "plan": PLAN})
     (path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -48,7 +48,7 @@ def row(stage: str, update: int, seconds: float) -> dict[str, Any]:
 
 
 def test_time_left_is_the_work_left_at_the_present_pace(tmp_path: Path) -> None:
-    # 0.3 s an update of 30 units at first, 0.15 s of late: 0.005 s a unit.
+    # 0.3 s per update of 30 units at first, then 0.15 s: 0.005 s per unit.
     rows = [row("00-denoise", 10, 3.0), *(row("00-denoise", 10 + k, 3.0 + 0.15 * k) for k in range(1, 21))]
     status = read_status(folder_of(tmp_path / "run", rows, state="running"))
     assert status.state == "running"
@@ -70,7 +70,7 @@ def test_ctrl_c_saves_while_the_run_is_alive(state: str, is_alive: bool, tmp_pat
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3])
 def test_the_pace_of_an_earlier_process_does_not_count(tmp_path: Path, num_rows: int) -> None:
-    """9 s an update until it was stopped; 0.25 s for the process that has been at work for 9 s."""
+    """9 s per update until it stopped; 0.25 s for the process that has been running for 9 s."""
     rows = [*(row("00-denoise", 10 * k, 90.0 * k) for k in range(1, 7))]
     rows += [row("00-denoise", 60 + 10 * k, 540 + 2.5 * k) for k in range(1, num_rows + 1)]
     status = read_status(folder_of(tmp_path / "run", rows, state="running"))
@@ -78,14 +78,14 @@ def test_the_pace_of_an_earlier_process_does_not_count(tmp_path: Path, num_rows:
     assert status.stages[0].seconds == 540 + 2.5 * num_rows, "the time so far is that of all processes"
 
 
-def test_a_process_that_is_gone_or_silent_has_stopped(tmp_path: Path) -> None:
+def test_a_missing_or_silent_process_counts_as_stopped(tmp_path: Path) -> None:
     rows = [row("00-denoise", 10, 3.0)]
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     gone = read_status(folder_of(tmp_path / "gone", rows, state="running", pid=child.pid))
     assert gone.state == "stopped"
     assert "ended without a message" in str(gone.message)
-    # A process of that number elsewhere cannot be looked for; its silence is what tells.
+    # A process on another machine cannot be looked up, so its silence counts.
     elsewhere = folder_of(tmp_path / "far", rows, state="running", pid=child.pid, machine=["far-away"])
     assert read_status(elsewhere).state == "running"
     late = read_status(elsewhere, now=time.time() + SILENT_SECONDS + 5)
@@ -94,7 +94,7 @@ def test_a_process_that_is_gone_or_silent_has_stopped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("state", ["stopped", "diverged", "failed"])
-def test_how_a_run_ended_is_told(state: str, tmp_path: Path, capsys: Capture) -> None:
+def test_the_end_of_a_run_is_reported(state: str, tmp_path: Path, capsys: Capture) -> None:
     path = folder_of(tmp_path / "run", [row("00-denoise", 10, 3.0)], state=state, message="because")
     checkpoint = path / "stages" / "00-denoise" / "checkpoint-00000008"
     checkpoint.mkdir(parents=True)
@@ -134,7 +134,7 @@ def test_numbers_that_no_float_can_hold_and_endless_nesting_are_passed_over(tmp_
         read_status(path)
 
 
-def test_ctrl_c_ends_the_watch_in_good_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_ctrl_c_ends_the_watch_cleanly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     path = folder_of(tmp_path / "run", [row("00-denoise", 10, 3.0)], state="running")
 
     def pressed(seconds: float) -> None:
@@ -165,7 +165,7 @@ def test_a_run_of_the_engine_is_followed_to_its_end(tmp_path: Path) -> None:
     assert read_status(tmp_path / "run").state == "stopped"
 
 
-def test_ends_are_told_apart(tmp_path: Path) -> None:
+def test_ends_are_distinguished(tmp_path: Path) -> None:
     def ended(error: BaseException | None) -> dict[str, Any]:
         with (
             contextlib.suppress(BaseException),
@@ -191,7 +191,7 @@ def test_ends_are_told_apart(tmp_path: Path) -> None:
 
 
 def wait_for(path: Path, state: str, seconds: float = 60.0) -> RunStatus:
-    """The status once it is `state`."""
+    """Return the status once it is `state`."""
     end = time.monotonic() + seconds
     while True:
         if (path / "recipe.json").is_file():
@@ -202,7 +202,7 @@ def wait_for(path: Path, state: str, seconds: float = 60.0) -> RunStatus:
         time.sleep(0.05)
 
 
-def test_another_process_sees_a_run_run_and_be_killed_and_stopped(tmp_path: Path) -> None:
+def test_another_process_sees_that_a_run_is_running_killed_and_stopped(tmp_path: Path) -> None:
     np.save(tmp_path / "toy.npy", points().numpy())
     out = tmp_path / "run"
     argv = ["run", "arrays", "--data", str(tmp_path / "toy.npy"), "--out", str(out), *TINY_ARRAYS]

@@ -1,4 +1,4 @@
-"""All verbs from outside: help, examples, exit codes, and JSON where a table is printed."""
+"""All verbs from outside: help, examples, exit codes, and JSON for each table."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from toys import TINY_ARRAYS
 
 ROOT = Path(__file__).parents[2]
 FIRST = {"run": ["digits"], "train": ["digits"], "distill": ["MODEL"]}
-"""What must stand before the options for them to be read."""
+"""Arguments that must precede the options."""
 
 
 @pytest.fixture(scope="module")
@@ -32,25 +32,25 @@ def run(toy_run: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Wide enough for one line each, too narrow for two boxes beside each other.
+    # Wide enough for one line each, but too narrow for two boxes side by side.
     monkeypatch.setenv("COLUMNS", "100")
 
 
 @functools.cache
 def parsers() -> dict[str, ArgumentParser]:
-    """The parsers of the verbs, from which shells complete."""
+    """Return the parsers of the verbs, which also serve shell completion."""
     (verbs,) = [action.choices for action in command_line()._actions if isinstance(action.choices, dict)]
     return verbs
 
 
 def options_of(verb: str) -> dict[str, tuple[str, ...]]:
-    """The options of a verb with the choices of their values."""
+    """Return the options of a verb with the choices of their values."""
     actions = parsers()[verb]._option_string_actions
     return {option: tuple(action.choices or ()) for option, action in actions.items() if option.startswith("--")}
 
 
 def help_of(argv: list[str], capsys: Capture) -> str:
-    """What a command with --help prints."""
+    """Return the output of a command with --help."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         main(argv)
@@ -65,7 +65,7 @@ def flags_in(text: str) -> set[str]:
 
 
 def options_in(printed: str) -> dict[str, str]:
-    """The heads of the options in a help, each with the beginning of its text."""
+    """Return the option headings in a help text, each with the beginning of its description."""
     lines = [line.strip("│ ") for line in printed.splitlines()]
     found = {}
     for line, after in itertools.pairwise([*lines, ""]):
@@ -104,16 +104,16 @@ def test_the_options_that_shells_complete_are_those_of_the_parser(verb: str, cap
     parsed = set()
     for recipe in ("digits", "arrays", "cifar10_paper") if verb in ("run", "train") else ("",):
         printed = help_of([verb, *([recipe] if recipe else []), "--help-all"], capsys)
-        # Only heads; texts name options of other verbs too.
+        # Only headings, because descriptions mention options of other verbs too.
         parsed |= set().union(*(flags_in(head) for head in options_in(printed)))
     assert parsed <= known
-    # A recipe's help shows what it has; the completion is of all recipes.
+    # A recipe's help lists its own options; the completion lists those of all recipes.
     others = {flag for flag in known if flag.startswith(("--network.", "--facts."))} if short else set()
     assert known - parsed <= short | others
 
 
 def commands() -> list[str]:
-    """Every command line that the overview of verbs shows; those of the pages are in test_pastable.py."""
+    """Return the command lines in the overview of verbs; test_pastable.py tests those of the pages."""
     return sorted({example for verb in VERBS.values() for example in verb.examples})
 
 
@@ -136,7 +136,7 @@ def test_every_verb_is_known_everywhere() -> None:
         assert verb.examples
 
 
-def test_the_overview_names_verbs_and_codes_without_torch(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_overview_lists_verbs_and_codes_without_torch(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     printed = help_of([], capsys)
     for name in VERBS:
@@ -149,7 +149,7 @@ def test_the_overview_names_verbs_and_codes_without_torch(capsys: Capture, monke
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("distill", "finish")])
-def test_a_mistyped_option_names_the_one_that_is_near(verb: str, capsys: Capture) -> None:
+def test_a_mistyped_option_suggests_the_nearest_one(verb: str, capsys: Capture) -> None:
     said = refused([verb, *FIRST.get(verb, []), "--hlep"], capsys)
     assert "unknown option '--hlep'; did you mean '--help'?" in said
 
@@ -164,7 +164,7 @@ def test_a_mistyped_option_of_distill_too(run: Path, capsys: Capture) -> None:
 
 
 def document(argv: list[str], capsys: Capture) -> dict:  # type: ignore[type-arg]
-    """The one JSON document on stdout."""
+    """Return the single JSON document on stdout."""
     capsys.readouterr()
     main(argv)
     found = json.loads(capsys.readouterr().out)
@@ -202,13 +202,13 @@ def test_samples_and_figures_as_json(run: Path, tmp_path: Path, capsys: Capture)
     assert not (tmp_path / "st").exists()
 
 
-def test_evaluate_prints_what_it_writes(run: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_evaluate_prints_its_files(run: Path, tmp_path: Path, capsys: Capture) -> None:
     figures = document(["evaluate", str(run), "--num-steps", "4", "--out", str(tmp_path / "e"), "--json"], capsys)
     assert figures == read_sealed(tmp_path / "e" / "evaluation.json")
 
 
 def test_the_page_of_commands_is_the_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written by docs/commands.py; run it again after a change of the verbs."""
+    """docs/commands.py writes the page; rerun it after a change of the verbs."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     import commands as page  # type: ignore[import-not-found]
 

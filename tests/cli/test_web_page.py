@@ -1,4 +1,4 @@
-"""`halfstep export --format web`: which models the page gets, and what is refused."""
+"""`halfstep export --format web`: supported and rejected models."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from support_cli import Capture, refused
 
 
 class Recorder:
-    """What the page would be made of, in place of its making."""
+    """The arguments of the page's export, recorded instead of exporting it."""
 
     def __init__(self) -> None:
         self.models: list[tuple[str, int | None]] = []

@@ -1,4 +1,4 @@
-"""An auxiliary denoiser starts as its teacher without guidance, and shares no weight that is trained."""
+"""An auxiliary denoiser starts as its teacher without guidance, and shares no trained weight."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def seen(network: nn.Module) -> NetworkDenoiser:
 
 
 def mlp(seed: int, **arguments: int) -> MLP:
-    """A network of points none of whose weights are 0."""
+    """Return a network of points without zero weights."""
     torch.manual_seed(seed)
     network = MLP((2,), width=8, depth=1, **arguments)
     for parameter in network.parameters():
@@ -53,7 +53,7 @@ def unet(seed: int = 0) -> UNet2D:
 
 
 def lora(base: Network, seed: int) -> LoRA:
-    """Additions to the base that change what it puts out."""
+    """Add LoRA weights that change the output of the base."""
     network = with_lora(base, 2)
     torch.manual_seed(seed)
     for _, parameter in trainable(network):
@@ -62,7 +62,7 @@ def lora(base: Network, seed: int) -> LoRA:
 
 
 def assert_trainable_and_own(auxiliary: Denoiser, models: Models) -> None:
-    """All that is trained of it is a float32 or float64 parameter that neither student nor teacher has."""
+    """Assert that all its trained weights are float32 or float64 parameters that neither student nor teacher has."""
     network = auxiliary.network if isinstance(auxiliary, NetworkDenoiser) else auxiliary
     own = [parameter for _, parameter in trainable(network)]
     assert own
@@ -80,7 +80,7 @@ TIMES = clock(0.1, 0.3, 0.5, 0.9, 1.0)
 
 @torch.no_grad()
 def assert_same(one: Denoiser, other: Denoiser, x_t: Tensor = POINTS, **cond: Tensor) -> None:
-    """They put out the same, to the last bit."""
+    """Assert that the outputs are equal to the last bit."""
     t = TIMES[: len(x_t)]
     assert torch.equal(one(x_t, t, cond).x0, other(x_t, t, cond).x0)
 
@@ -112,7 +112,7 @@ def test_it_is_not_guided_whatever_the_guidance_of_its_teacher() -> None:
             assert differ(auxiliary, guided, class_labels=labels)
 
 
-def test_it_takes_the_scale_that_its_student_is_shown_and_starts_without_heeding_it() -> None:
+def test_it_receives_its_students_scale_and_ignores_it_at_first() -> None:
     labels, scale = torch.tensor([0, 1, 2, 0, 1]), torch.linspace(1, 4, 5)
     plain = seen(mlp(0, num_classes=4))
     student = seen(with_guidance(mlp(1, num_classes=4)))
@@ -129,7 +129,7 @@ def test_it_takes_the_scale_that_its_student_is_shown_and_starts_without_heeding
     assert bool(grad.any())
 
 
-def test_on_another_process_than_its_teacher_s_it_is_seen_as_the_teacher_is() -> None:
+def test_on_another_process_it_is_converted_like_the_teacher() -> None:
     teacher = Reprocessed(NetworkDenoiser(mlp(0), VE(0.001, 100.0), V()), VPCosine(-9, 9))
     models = Models(NetworkDenoiser(mlp(1), VPCosine(-9, 9), V()), teacher)
     auxiliary = auxiliary_denoiser(models)
@@ -138,7 +138,7 @@ def test_on_another_process_than_its_teacher_s_it_is_seen_as_the_teacher_is() ->
     assert_same(auxiliary, teacher)
 
 
-def test_beside_a_lora_student_it_is_a_second_set_of_additions_to_one_base() -> None:
+def test_for_a_lora_student_it_is_a_second_set_of_lora_weights_on_one_base() -> None:
     images, base = numbers(2, 1, 8, 8).float(), unet()
     models = Models(seen(lora(base, 1)), seen(base))
     auxiliary = auxiliary_denoiser(models)
@@ -197,7 +197,7 @@ def test_it_computes_its_activations_again_where_the_student_does() -> None:
 
 
 class Own(Denoiser):
-    """A denoiser of one's own with one weight."""
+    """A user's denoiser with one weight."""
 
     def __init__(self, weight: float) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class Own(Denoiser):
         return type(self.exact(x_t, t))(self.weight * x0, eps)
 
 
-def test_a_denoiser_of_one_s_own_is_copied() -> None:
+def test_a_user_defined_denoiser_is_copied() -> None:
     teacher = Own(0.7).requires_grad_(False)
     models = Models(Own(1.3), teacher)
     auxiliary = auxiliary_denoiser(models)

@@ -1,4 +1,4 @@
-"""Clock tensors and step grids: exact times, one for each sample."""
+"""Clock tensors and step grids: exact times, one per sample."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_a_halved_grid_is_every_other_time_of_the_finer_one(exponent: int) -> No
 
 
 @pytest.mark.parametrize("num_steps", [0, -1, 2.0, 2.5, True, "4", None])
-def test_a_number_of_steps_that_is_not_a_whole_number_of_at_least_1_is_refused(num_steps: object) -> None:
+def test_a_number_of_steps_that_is_not_a_positive_integer_is_rejected(num_steps: object) -> None:
     with pytest.raises(ValueError, match=f"whole number of at least 1, got {num_steps!r}"):
         uniform_times(num_steps)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Consistency: its target is halving's, its fixed point the exact flow, its anchor the teacher."""
+"""Consistency: its target is halving's, its fixed point is the exact flow, and its anchor is the teacher."""
 
 import dataclasses
 import math
@@ -56,11 +56,11 @@ every_deterministic = pytest.mark.parametrize(
     "sampler", [parameter for parameter in variants() if not parameter.values[0].stochastic]
 )
 FINE = 24
-"""Times of the teacher's grid of a test that takes them all."""
+"""Size of the teacher's grid in tests of all its times."""
 
 
 def edges(num_steps: int, grid: int) -> tuple[Tensor, Tensor, Tensor]:
-    """All times of the grid at once: t, s and the boundary of the segment."""
+    """Return all times of the grid: t, s and the boundary of the segment."""
     index = torch.arange(grid, dtype=torch.float64)
     return (index + 1) / grid, index / grid, (index // (grid // num_steps)) / num_steps
 
@@ -74,7 +74,7 @@ def draw_for(size: int = 64, update: int = 3) -> Draw:
 
 
 class Away(Denoiser):
-    """NaN."""
+    """A denoiser that returns NaN."""
 
     def __init__(self, process: NoiseProcess) -> None:
         super().__init__()
@@ -85,9 +85,9 @@ class Away(Denoiser):
 
 
 class FlowMap(Denoiser):
-    """The exact student of N steps: one DDIM step from t lands where a Gaussian's flow is at the segment's boundary.
+    """The exact student of N steps: one DDIM step from t ends at a Gaussian's flow at the segment's boundary.
 
-    `shift` is added to its x0; the only parameter.
+    `shift`, its only parameter, is added to its x0.
     """
 
     def __init__(self, exact: GaussianDenoiser, num_steps: int) -> None:
@@ -111,7 +111,7 @@ class FlowMap(Denoiser):
 def test_with_the_teacher_as_student_and_two_times_a_step_it_is_the_halving_target(
     process: NoiseProcess, num_steps: int
 ) -> None:
-    """From the start of each step; from its middle one teacher step is left, and the target is its x0 itself."""
+    """Start from the beginning of each step. From its middle, one teacher step remains, and the target is its x0."""
     t, s, boundary = edges(num_steps, 2 * num_steps)
     teacher, x_t = toy_denoiser(process, V()), noisy(process, t, 2)
     target = consistency_target(teacher, teacher, x_t, t, s, boundary)
@@ -144,8 +144,8 @@ def test_one_ddim_step_lands_where_the_teacher_s_step_and_the_student_s_do(
 
 @every_process_or_further
 @torch.no_grad()
-def test_the_student_is_not_heard_where_the_teacher_s_step_ends_on_the_boundary(process: NoiseProcess) -> None:
-    """Anything finite or not may come from it there; at every other time it counts."""
+def test_the_student_is_ignored_if_the_teachers_step_ends_on_the_boundary(process: NoiseProcess) -> None:
+    """The student's prediction is ignored there, finite or not; at every other time it counts."""
     t, s, boundary = edges(4, FINE)
     teacher, x_t = toy_denoiser(process, V()), noisy(process, t, 2)
     target = consistency_target(teacher, Away(process), x_t, t, s, boundary)
@@ -170,8 +170,8 @@ def test_the_anchor_holds_in_training_and_the_student_is_called_at_no_time_0(pro
 
 
 def order_of(process: NoiseProcess, sampler: Sampler, num_steps: int) -> float:
-    """The order in 1 / T of the largest difference between the target and the exact student, over all edges of the
-    grid, from T = 256 to 1024."""
+    """Return the order in 1 / T of the largest difference between the target and the exact student, over all edges of
+    the grid, from T = 256 to 1024."""
     exact = gaussian(process)
     student, largest = FlowMap(exact, num_steps), []
     for grid in (256, 1024):
@@ -190,15 +190,16 @@ def order_of(process: NoiseProcess, sampler: Sampler, num_steps: int) -> float:
 def test_the_exact_flow_is_the_fixed_point_to_the_order_of_the_teacher_s_steps(
     process: NoiseProcess, num_steps: int, sampler: Sampler, order: int
 ) -> None:
-    """A step's error is of an order more, and the x0 of an anchor above 0 divides it by the step's width. The lowest
-    segment has no such division, so DDIM gains an order if there is no other."""
+    """A step's error has one more order, and the x0 of an anchor above 0 divides it by the step's width. The lowest
+    segment has no such division, so DDIM gains an order if it is the only segment."""
     assert order_of(process, sampler, num_steps) == pytest.approx(order, abs=0.1)
 
 
 @every_process
 @pytest.mark.parametrize("shift", [0.3, -0.3])
 def test_a_student_off_the_flow_is_pushed_back(process: NoiseProcess, shift: float) -> None:
-    """By all of its distance at the anchors, by less or nothing elsewhere, where it is its own teacher."""
+    """The student is off by its full distance at the anchors, and by less or nothing elsewhere, where it is its own
+    teacher."""
     exact = GaussianDenoiser(process, mean=0.3, std=0.5)
     student = Watched(FlowMap(exact, 4))
     (shifted,) = student.parameters()
@@ -215,7 +216,7 @@ def test_a_student_off_the_flow_is_pushed_back(process: NoiseProcess, shift: flo
     assert bool(((push > -1e-9) & (push < 1 + 1e-9)).all())
     torch.testing.assert_close(push[anchors], torch.ones_like(push[anchors]), rtol=0, atol=1e-9)
     assert bool(anchors.any())
-    # Between the anchors the push is the share of the segment that the teacher's step covers: 0 in the lowest segment.
+    # Between the anchors, the push is the share of the segment that the teacher's step covers: 0 in the lowest segment.
     assert bool((push[~anchors] < 0.9).all())
     assert float(slopes(shift).mean() * shift) > 0
 
@@ -252,8 +253,8 @@ def test_times_are_drawn_evenly_from_the_teacher_s_grid(num_steps: int) -> None:
 
 
 @in_turn("num_steps", [1, 3, 7, 24, 640])
-def test_the_teacher_and_the_student_are_asked_on_the_grid_to_the_last_bit(num_steps: int) -> None:
-    """So that no step is empty by a rounding, nor has one of a rounding's width."""
+def test_teacher_and_student_are_called_on_the_grid_to_the_last_bit(num_steps: int) -> None:
+    """Rounding leaves no step empty and creates none of a rounding's width."""
     process = VPCosine()
     teacher, student = (Watched(data_set_denoiser(process, numbers(1, 2))) for _ in range(2))
     grid = 35 * num_steps
@@ -266,8 +267,8 @@ def test_the_teacher_and_the_student_are_asked_on_the_grid_to_the_last_bit(num_s
     assert torch.equal(middle[~anchored], (index - 1)[~anchored] / grid)
 
 
-def test_what_an_update_draws_can_be_made_ahead_however_the_grid_grows() -> None:
-    """The calls are those of every other update, and the losses those of the update's number and nothing else."""
+def test_draws_of_an_update_can_be_prepared_however_the_grid_grows() -> None:
+    """The calls are those of every other update, and the losses depend only on the update's number."""
     process, x0 = VPCosine(), 0.5 * numbers(64, 2)
     models = Models(toy_denoiser(process, V(), seed=1), toy_denoiser(process, V(), seed=2))
     objective = Consistency(2, 4, 512, anneal_updates=10)
@@ -301,7 +302,7 @@ def test_both_passes_of_the_student_drop_the_same_and_the_next_batch_drops_other
 
 
 def test_autocast_s_cache_keeps_the_gradient() -> None:
-    """The pass without gradient comes first, and casts the same weights."""
+    """The pass without gradient comes first and casts the same weights."""
     student, teacher = (NetworkDenoiser(MLP((2,), width=16, depth=1), VPCosine(), V()) for _ in range(2))
     with torch.autocast("cpu", torch.bfloat16):
         losses = Consistency(2).loss(Models(student, teacher), Batch(numbers(32, 2).float()), draw_for(32))
@@ -311,7 +312,7 @@ def test_autocast_s_cache_keeps_the_gradient() -> None:
     assert any(bool(grad.any()) for grad in grads if grad is not None)
 
 
-def test_the_average_answers_in_the_student_s_place_and_the_student_learns_alone() -> None:
+def test_the_average_replaces_the_student_in_predictions_and_only_the_student_learns() -> None:
     process = VPCosine()
     student, teacher, average = (Watched(toy_denoiser(process, V(), seed=seed)) for seed in (1, 2, 3))
     objective = Consistency(2, 8, 8, self_teacher=0.95)

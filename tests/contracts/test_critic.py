@@ -1,4 +1,4 @@
-"""The adversarial term: its critic, its gradient, and that it changes nothing else."""
+"""The adversarial term: its critic, its gradient, and no other effect."""
 
 import copy
 import functools
@@ -66,7 +66,7 @@ def draw_for(count: int = SIZE, update: int = 3, seed: int = 5) -> Draw:
 
 
 class Known(nn.Module):
-    """A critic whose every call is on record: D(y) = slope . y + sin(y) . bend + level."""
+    """A critic that records all calls: D(y) = slope . y + sin(y) . bend + level."""
 
     def __init__(self, slope: Tensor, bend: float = 0.0, level: float = 0.0) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Known(nn.Module):
 
 
 class Moved(Denoiser):
-    """Another denoiser whose x0 is moved by something that can be differentiated by."""
+    """Another denoiser with its x0 moved by a differentiable amount."""
 
     def __init__(self, denoiser: Denoiser, by: Tensor) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ def test_the_students_gradient_climbs_the_critic_through_the_landing_point(
 def test_the_critic_sees_data_and_landing_points_at_one_noise_level_inside_the_step(
     process: NoiseProcess, num_steps: int
 ) -> None:
-    """For data of one point the exact student's landing points have the law of data, and both the noise of tau."""
+    """For data of one point, the exact student's landing points are distributed like data, at the noise of tau."""
     point, count = numbers(1, 3), 3000
     exact = data_set_denoiser(process, point)
     critic, student = Known(torch.zeros(3).double()), Watched(exact)
@@ -161,13 +161,14 @@ def test_the_critic_sees_data_and_landing_points_at_one_noise_level_inside_the_s
 
 
 def test_at_equal_laws_an_undecided_critic_has_no_gradient_in_expectation() -> None:
-    """The gradient at D = 0 is (E[dD(y)] - E[dD(y+)]) / 2: 0 for equal laws, and not for a student that is off."""
+    """The gradient at D = 0 is (E[dD(y)] - E[dD(y+)]) / 2: 0 for equal distributions, but not for a student that is
+    off."""
     process, count = VPCosine(), 20_000
     teacher = GaussianDenoiser(process, mean=0.3, std=0.5)
     batch = Batch(0.3 + 0.5 * numbers(count, 1, seed=9))
 
     def z_score(shift: float) -> float:
-        # A student of one step onto Gaussian data: x_1 is noise, so x0 = mean + std x_1 has the law of the data.
+        # A one-step student for Gaussian data: x_1 is noise, so x0 = mean + std x_1 is distributed like the data.
         class Onto(Denoiser):
             def __init__(self) -> None:
                 super().__init__()
@@ -196,7 +197,7 @@ def test_at_equal_laws_an_undecided_critic_has_no_gradient_in_expectation() -> N
 @pytest.mark.parametrize("gamma", [0.5, 3.0])
 @pytest.mark.parametrize("delta", [0.01, 0.5])
 def test_the_penalty_of_a_linear_critic_is_its_squared_slope(gamma: float, delta: float) -> None:
-    """gamma / 2 E[(w . n)^2] = gamma / 2 |w|^2, whatever the size of the change."""
+    """Compare with gamma / 2 E[(w . n)^2] = gamma / 2 |w|^2, for any size of the change."""
     process, count = VPCosine(), 20_000
     exact = data_set_denoiser(process, numbers(1, 3))
     slope = numbers(3, seed=4)
@@ -214,7 +215,7 @@ def test_the_penalty_of_a_linear_critic_is_its_squared_slope(gamma: float, delta
 
 
 def test_every_sample_comes_with_its_own_condition_and_noise_level() -> None:
-    """Classes are points far apart, so that a sample at little noise tells its class."""
+    """Classes are points far apart, so a sample with little noise reveals its class."""
     process, labels = VPCosine(), torch.arange(SIZE)
     x0 = 100.0 * labels[:, None].double()
     shown: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -245,7 +246,7 @@ def test_every_sample_comes_with_its_own_condition_and_noise_level() -> None:
 
 
 def test_the_penalty_is_taken_at_data() -> None:
-    """A critic whose slope differs: steep where the student lands, flat at data, pays nothing."""
+    """A critic that is steep where the student lands and flat at data has no penalty."""
     process, point = VPCosine(), torch.full((1, 2), 5.0).double()
     real, away = data_set_denoiser(process, point), data_set_denoiser(process, -point)
 
@@ -258,7 +259,7 @@ def test_the_penalty_is_taken_at_data() -> None:
         Adversarial(Halving(1), gamma=g, delta=1e-3).critic_loss(models_of(away, real, Steep()), batch, draw_for()).loss
         for g in (0.0, 1.0)
     ]
-    # At little noise: where there is much, data and landing points mix.
+    # At little noise: with more noise, data and landing points mix.
     _, tau = _seen(Adversarial(Halving(1), gamma=0.0), models_of(away, real, Known(torch.ones(2).double())), batch)
     clear = tau.chunk(2)[0] < 0.2
     assert bool(clear.any())
@@ -272,7 +273,7 @@ def _seen(objective: Adversarial, models: Models, batch: Batch) -> tuple[Tensor,
     return critic.calls[0]
 
 
-# What it changes and what not.
+# Effects and non-effects.
 
 
 @every_wrapped
@@ -302,7 +303,7 @@ def test_the_own_turns_keep_their_places_losses_and_random_numbers(objective: St
 @every_wrapped
 @pytest.mark.parametrize("gamma", [0.0, 1.0])
 def test_costs_count_every_call_of_an_update(objective: StepObjective, gamma: float) -> None:
-    """A call on a batch of several parts is as many."""
+    """A call on a batch of several parts counts once per part."""
     adversarial, batch = Adversarial(objective, gamma=gamma), Batch(0.5 * numbers(8, 1))
     names = {STUDENT, "teacher", *objective.helpers}
     called = {name: Watched(GaussianDenoiser(VPCosine(), 0.3, 0.5)) for name in names}
@@ -427,7 +428,7 @@ def mlp(depth: int = 3) -> MLP:
 
 
 def _tokens(output: Any) -> Tensor:
-    """The features of a transformer's block: tokens, or those of the text and then of the latent."""
+    """Return the features of a transformer's block: tokens, or those of the text followed by those of the latent."""
     both = torch.cat(list(output), dim=1) if isinstance(output, tuple) else output
     return both.transpose(1, 2)
 
@@ -464,7 +465,7 @@ def test_the_half_computes_what_a_hook_sees_in_the_whole_network(
     seen: list[Any] = []
     module = network.get_submodule(place if not isinstance(network, MLP) else "norms.2")
     if isinstance(network, MLP):
-        # What comes before its third block.
+        # The input of its third block.
         module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     else:
         module.register_forward_hook(lambda _, __, output: seen.append(output))
@@ -475,16 +476,16 @@ def test_the_half_computes_what_a_hook_sees_in_the_whole_network(
     assert found.shape[:2] == (3, half.channels)
     assert float(found.std()) > 0
     fewer = [sum(p.numel() for p in each.parameters()) for each in (half, network)]
-    assert fewer[0] < 0.85 * fewer[1], "the decoder must not be kept"
+    assert fewer[0] < 0.85 * fewer[1], "the decoder must be dropped"
 
 
 @pytest.mark.parametrize(("make", "place", "cond"), CASES)
 def test_every_weight_of_a_critic_takes_part(make: Any, place: str, cond: Mapping[str, Tensor]) -> None:
-    """Else DDP would wait for its gradient."""
+    """Otherwise DDP would wait for its gradient."""
     denoiser = NetworkDenoiser(_random(make()), VPCosine(), V())
     critic = critic_of(Models(denoiser, denoiser))
     y, tau = numbers(3, 2, 8, 8, seed=3), torch.tensor([0.1, 0.5, 1.0]).double()
-    assert torch.equal(critic(y, tau, cond), torch.zeros(3).double()), "a fresh critic decides nothing"
+    assert torch.equal(critic(y, tau, cond), torch.zeros(3).double()), "a fresh critic is undecided"
     nn.init.normal_(critic.leave.weight)
     critic(y, tau, cond).square().sum().backward()
     for name, parameter in critic.named_parameters():
@@ -508,12 +509,12 @@ def test_a_critic_is_made_from_any_teacher_and_shares_no_weight() -> None:
         assert not own & {p.data_ptr() for model in (student, teacher) for p in model.parameters()}
         assert all(p.requires_grad and p.dtype == torch.float32 for p in critic.parameters())
         critic.leave.load_state_dict(reference.leave.state_dict())
-        # In bfloat16 the weights are rounded.
+        # bfloat16 rounds the weights.
         atol = 0.1 if teacher is teachers[1] else 1e-6
         torch.testing.assert_close(critic(y, tau, LABELS), reference(y, tau, LABELS), rtol=0, atol=atol)
 
 
-def test_the_scale_of_guidance_is_shown_to_a_critic_that_takes_it_only() -> None:
+def test_only_a_critic_with_a_scale_input_receives_the_guidance_scale() -> None:
     y, tau = numbers(3, 2).float(), torch.tensor([0.1, 0.5, 1.0]).double()
     scale = {GUIDANCE: torch.tensor([1.0, 2.0, 7.0])}
     plain, shown = (
@@ -529,7 +530,7 @@ def test_the_scale_of_guidance_is_shown_to_a_critic_that_takes_it_only() -> None
         within(y, tau, {})
 
 
-def test_a_teacher_whose_half_is_unknown_is_refused_in_one_line() -> None:
+def test_a_teacher_without_an_encoder_half_is_rejected_in_one_line() -> None:
     own = GaussianDenoiser(VPCosine(), 0.3, 0.5)
     with pytest.raises(ValueError, match=r"GaussianDenoiser is unknown.*encoder_half\.register\(GaussianDenoiser\)"):
         critic_of(Models(own, own))
@@ -538,7 +539,7 @@ def test_a_teacher_whose_half_is_unknown_is_refused_in_one_line() -> None:
         critic_of(Models(elsewhere, elsewhere))
 
 
-def test_a_network_of_ones_own_registers_its_half() -> None:
+def test_a_user_defined_network_registers_its_encoder_half() -> None:
     denoiser = toy_denoiser(VPCosine(), V())
     critic = critic_of(Models(denoiser, denoiser))
     assert isinstance(critic.encoder, ToyHalf)
@@ -568,7 +569,7 @@ def _toy(seed: int) -> NetworkDenoiser:
 
 @every_wrapped
 def test_in_the_engine_each_players_gradient_reaches_only_itself(objective: StepObjective) -> None:
-    """Seen before each optimiser step, in every turn of updates in which the critic is heard."""
+    """Record the gradients before each optimiser step, in every turn of updates with the critic."""
     trainer = _trainer(Adversarial(objective, lead_updates=0), _toy(1), _toy(2), numbers(64, 2).float(), 70)
     seen: set[str] = set()
     for name, player in trainer.players.items():
@@ -602,7 +603,7 @@ def test_a_student_under_the_lead_of_its_critic_is_the_student_without_one(objec
 
 
 class Affine(Denoiser):
-    """A one-step student onto a line: x0 = mean + std x_t."""
+    """A one-step student that maps to a line: x0 = mean + std x_t."""
 
     def __init__(self, mean: float) -> None:
         super().__init__()
@@ -634,7 +635,7 @@ def _(network: Affine) -> EncoderHalf:
 
 
 class Nothing(Weighting):
-    """A loss of its own that says nothing."""
+    """A loss that is constant."""
 
     def __call__(self, log_snr: Tensor) -> Tensor:
         return torch.zeros_like(log_snr)
@@ -648,6 +649,6 @@ def test_the_term_alone_repairs_a_wrong_mean() -> None:
     means = []
     for _ in trainer.run():
         means.append(float(student.mean))
-    assert means[19] == -0.5, "a fresh critic must be led"
+    assert means[19] == -0.5, "a fresh critic needs its lead updates"
     late = sum(means[-50:]) / 50
     assert abs(late - float(data.mean())) < 0.1

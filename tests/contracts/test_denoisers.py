@@ -1,4 +1,4 @@
-"""A network seen through a process and a prediction; its x0 clipped, its process exchanged, its conditions weighed."""
+"""A denoiser of a network, a process and a prediction, and its clipping, guidance and conversion to another process."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -60,7 +60,7 @@ def test_a_perfect_network_denoises_to_the_x0_and_eps_that_were_mixed(
 
 
 class OwnDenoiser(Denoiser):
-    """What a user writes: the exact denoiser of x0 ~ N(0.3, 0.5^2) from the amplitudes at t, and nothing of clocks."""
+    """A user's denoiser: exact for x0 ~ N(0.3, 0.5^2), computed from the amplitudes at t, without clock tensors."""
 
     def __init__(self, process: NoiseProcess) -> None:
         super().__init__()
@@ -89,10 +89,10 @@ every_wrapping = pytest.mark.parametrize("wrapped", OWN_AND_EXACT.values(), ids=
 @every_wrapping
 @pytest.mark.parametrize("sampler", variants())
 @pytest.mark.parametrize("process", [VPCosine(), VE()], ids=["vp_cosine", "ve"])
-def test_a_denoiser_written_on_the_process_alone_samples_and_teaches(
+def test_a_denoiser_that_only_uses_the_process_samples_and_teaches(
     process: NoiseProcess, sampler: Sampler, wrapped: Callable[[Denoiser, NoiseProcess], Denoiser]
 ) -> None:
-    """As the library's own exact denoiser does, in sampling and in a target, inside every wrapper."""
+    """It behaves like the library's own exact denoiser, in sampling and in a target, inside every wrapper."""
     own, exact = OwnDenoiser(process), GaussianDenoiser(process, 0.3, 0.5)
     asked, known = wrapped(own, process), wrapped(exact, process)
     x_1, cond = pure_noise(asked.process, 5, 2), {"label": torch.ones(5)}
@@ -123,7 +123,7 @@ def test_hooks_of_a_denoiser_and_of_what_it_wraps_run_for_one_time_and_for_each(
 @every_process
 @every_prediction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_one_time_for_all_says_what_the_same_time_for_each_says(
+def test_one_time_for_all_gives_the_same_result_as_that_time_for_each(
     process: NoiseProcess, prediction: Prediction, dtype: torch.dtype
 ) -> None:
     x_t = numbers(5, 3, 2).to(dtype)
@@ -148,7 +148,7 @@ def test_one_time_for_all_says_what_the_same_time_for_each_says(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_the_network_is_told_the_time_exactly_on_every_grid_of_a_power_of_two(dtype: torch.dtype) -> None:
+def test_the_network_receives_exact_times_on_every_grid_of_a_power_of_two(dtype: torch.dtype) -> None:
     heard: list[Tensor] = []
 
     def network(x_t: Tensor, time: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def test_the_network_is_told_the_time_exactly_on_every_grid_of_a_power_of_two(dt
     assert torch.equal(heard[0].double() * 8192, index.double())
 
 
-def test_the_network_is_shown_the_conditions_by_name() -> None:
+def test_the_network_receives_the_conditions_by_name() -> None:
     heard: dict[str, Tensor] = {}
 
     def network(x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ def test_a_network_of_one_output_is_refused_where_both_are_needed() -> None:
 def test_a_network_in_half_precision_is_brought_to_the_precision_of_x_t(
     prediction: Prediction, half: torch.dtype
 ) -> None:
-    """The answer is that of the rounded output, with the algebra round it in x_t's own precision."""
+    """The result is that of the rounded output, with the algebra around it in x_t's own precision."""
     t, x_t = interior_times(32), numbers(32, 3)
     output = numbers(32, 3 * prediction.channels, seed=1).to(half)
     found = NetworkDenoiser(lambda x, time: output, VPCosine(), prediction)(x_t, t)
@@ -230,12 +230,12 @@ def test_clipping_keeps_x0_in_range_and_splits_the_same_x_t(
     raw = inner(x_t, t).x0
     inside = (raw >= low) & (raw <= low + width)
     assert torch.equal(x0[inside], raw[inside])
-    # What was outside lies on the bound that it was beyond.
+    # Values outside are moved to the bound that they exceed.
     assert bool((x0[raw > low + width] == low + width).all())
     assert bool((x0[raw < low] == low).all())
 
 
-def test_clipping_that_meets_nothing_changes_nothing() -> None:
+def test_clipping_without_values_outside_changes_nothing() -> None:
     denoiser, t = mixture(VPCosine()), interior_times(31)
     x_t = numbers(31, 2)
     torch.testing.assert_close(Clipped(denoiser, -50.0, 50.0)(x_t, t), denoiser(x_t, t), rtol=0, atol=1e-12)
@@ -279,7 +279,7 @@ every_exchange = pytest.mark.parametrize(("own", "process"), EXCHANGES.values(),
 
 
 def times_to_1(count: int = 64) -> Tensor:
-    """Times in (0, 1], the last of them included, where two processes may both have no signal left."""
+    """Return times in (0, 1], including the last, where both processes may have no signal left."""
     return torch.arange(1, count + 1, dtype=torch.float64) / count
 
 
@@ -287,20 +287,20 @@ def times_to_1(count: int = 64) -> Tensor:
 def test_the_exact_denoiser_seen_through_another_process_is_that_process_s_exact_denoiser(
     own: NoiseProcess, process: NoiseProcess
 ) -> None:
-    """E[x0 | x_t] of the same data: an oracle that was built on the other process knows nothing of the exchange."""
+    """E[x0 | x_t] of the same data: an oracle on the other process, without any conversion."""
     t = times_to_1()
     x0, eps = 0.5 * numbers(64, 2), numbers(64, 2, seed=1)
     x_t = process.mix(x0, eps, t)
     found, expected = Reprocessed(mixture(own), process)(x_t, t), mixture(process)(x_t, t)
-    # A log-SNR is good to 2^-53 of 20 or so; the two that meet at t = 1 may differ by the angle's rounding there.
+    # A log-SNR is accurate to 2^-53 of about 20. At t = 1, the two may also differ by the angle's rounding.
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
     assert Reprocessed(mixture(own), process).process is process
 
 
 @every_exchange
 def test_the_flow_from_the_same_noise_is_the_same_on_another_process(own: NoiseProcess, process: NoiseProcess) -> None:
-    """An integrator that is not ours leads both from the level of the new process's start to the same levels of noise,
-    where samples differ by their scale alone, and to the same clean data; relative to samples of unit size."""
+    """An independent integrator takes both from the level of the new process's start to the same noise levels, where
+    samples only differ in scale, and to the same clean data, relative to samples of unit size."""
     first = float(own.time_at(process.log_snr(clock(1.0))).clamp(max=1))
     radius = {which: lambda t, p=which: float(torch.hypot(*p.alpha_sigma(clock(t)))) for which in (own, process)}
     x_1 = pure_noise(process, 8, 2)
@@ -320,7 +320,7 @@ def test_the_flow_from_the_same_noise_is_the_same_on_another_process(own: NoiseP
 def test_the_denoiser_is_asked_at_the_time_of_the_same_log_snr_about_a_sample_of_its_own_amplitudes(
     own: NoiseProcess, process: NoiseProcess
 ) -> None:
-    """And its x0 and eps are handed on as they are."""
+    """Its x0 and eps are passed on unchanged."""
     t = times_to_1()
     x0, eps = numbers(64, 2), numbers(64, 2, seed=1)
     asked: list[Tensor] = []
@@ -352,8 +352,8 @@ def test_an_imperfect_denoiser_seen_through_another_process_splits_x_t_by_that_p
     x_t = process.mix(numbers(31, 2), numbers(31, 2, seed=1), t)
     x0, eps = Reprocessed(toy_denoiser(own, prediction), process)(x_t, t)
     alpha, sigma = (a[:, None] for a in process.alpha_sigma(t))
-    # To the roundings of the terms, of which those of a predicted eps may be far larger than x_t, and of a log-SNR
-    # near 20, by which alpha and sigma are known.
+    # To the rounding of the terms. Those of a predicted eps may be far larger than x_t, and alpha and sigma have the
+    # accuracy of a log-SNR near 20.
     allowed = 2e-14 * (1 + alpha * x0.abs() + sigma * eps.abs())
     assert bool(((process.mix(x0, eps, t) - x_t).abs() <= allowed).all())
 
@@ -369,7 +369,7 @@ def test_an_imperfect_denoiser_seen_through_another_process_splits_x_t_by_that_p
         pytest.param(VPCosine(-4.0, 4.0), VPCosine(-4.0 - 1e-6, 4.0), id="by_a_little_below"),
     ],
 )
-def test_a_process_with_noise_levels_that_the_denoiser_does_not_know_is_refused(
+def test_a_process_with_noise_levels_outside_the_denoisers_is_rejected(
     own: NoiseProcess, process: NoiseProcess
 ) -> None:
     with pytest.raises(ValueError, match=r"the denoiser covers log-SNRs from .* to .*, but the process goes from") as e:
@@ -380,7 +380,7 @@ def test_a_process_with_noise_levels_that_the_denoiser_does_not_know_is_refused(
 
 
 def test_a_start_that_is_the_denoiser_s_own_but_for_a_rounding_asks_at_no_time_after_1() -> None:
-    """Bounds may lie apart by the slack of 1e-9 that log-SNRs are known to; a network knows no time beyond 1."""
+    """Bounds may differ by 1e-9, the accuracy of log-SNRs; a network is never called beyond time 1."""
     inner = Watched(mixture(VPCosine(-4.0, 4.0)))
     Reprocessed(inner, VPCosine(-4.0 - 5e-10, 4.0))(numbers(3, 2), 1.0)
     assert float(VPCosine(-4.0, 4.0).time_at(clock(-4.0 - 5e-10))) > 1
@@ -396,7 +396,8 @@ NULL = 3
 
 @final
 class ClassDenoiser(Denoiser):
-    """The exact denoiser of a mixture whose components are classes: of a sample's own class, or of all for `NULL`."""
+    """The exact denoiser of a mixture with classes as components: of a sample's own class, or of all classes for
+    `NULL`."""
 
     def __init__(self, process: NoiseProcess) -> None:
         super().__init__()
@@ -419,7 +420,7 @@ SCALES = (0.0, 0.3, 1.0, 2.5, -1.0)
 
 
 def labelled(process: NoiseProcess, count: int = 48) -> tuple[Tensor, Tensor, Tensor]:
-    """x_t `[count, 2]`, times and class labels."""
+    """Return x_t `[count, 2]`, times and class labels."""
     t = interior_times(count)
     x_t = process.mix(0.5 * numbers(count, 2), numbers(count, 2, seed=1), t)
     return x_t, t, torch.arange(count) % 3
@@ -430,7 +431,7 @@ def labelled(process: NoiseProcess, count: int = 48) -> tuple[Tensor, Tensor, Te
 def test_the_guided_eps_is_the_score_of_the_class_to_the_scale_times_that_of_all_to_the_rest(
     process: NoiseProcess, scale: float
 ) -> None:
-    """-sigma d log(p(x_t | c)^w p(x_t)^(1 - w)) / d x_t, of densities and derivatives that are torch's."""
+    """Compare with -sigma d log(p(x_t | c)^w p(x_t)^(1 - w)) / d x_t, with torch's densities and derivatives."""
     x_t, t, labels = labelled(process)
     found = Guided(ClassDenoiser(process), {"class_labels": torch.tensor(NULL)}, scale)(
         x_t, t, {"class_labels": labels}
@@ -450,7 +451,7 @@ def test_the_guided_eps_is_the_score_of_the_class_to_the_scale_times_that_of_all
 
 
 def guided_pair(process: NoiseProcess) -> tuple[Denoised, Denoised]:
-    """What the class denoiser says with and without the class, asked by itself."""
+    """Return the outputs of the class denoiser with and without the class, from direct calls."""
     x_t, t, labels = labelled(process)
     inner = ClassDenoiser(process)
     return (
@@ -460,7 +461,7 @@ def guided_pair(process: NoiseProcess) -> tuple[Denoised, Denoised]:
 
 
 @every_process
-def test_a_scale_of_1_is_the_condition_s_answer_and_0_the_unconditional_one(process: NoiseProcess) -> None:
+def test_scale_1_is_the_conditional_output_and_scale_0_the_unconditional_one(process: NoiseProcess) -> None:
     x_t, t, labels = labelled(process)
     inner, null = ClassDenoiser(process), {"class_labels": torch.tensor(NULL)}
     with_, without = guided_pair(process)
@@ -491,7 +492,7 @@ def test_guidance_is_linear_in_the_scale_and_each_sample_may_have_its_own(proces
 @in_turn("scale", SCALES)
 @torch.no_grad()
 def test_a_guided_denoiser_splits_the_same_x_t(process: NoiseProcess, prediction: Prediction, scale: float) -> None:
-    """x_t = alpha x0 + sigma eps, whatever network and scale: the two answers do, and their weights add up to 1."""
+    """x_t = alpha x0 + sigma eps for any network and scale: both outputs satisfy it, and their weights sum to 1."""
 
     def network(x_t: Tensor, time: Tensor, *, shift: Tensor) -> Tensor:
         return toy.network(x_t, time) + shift
@@ -508,7 +509,7 @@ def test_a_guided_denoiser_splits_the_same_x_t(process: NoiseProcess, prediction
 
 @pytest.mark.parametrize("scale", [2.0, None])
 def test_the_denoiser_is_asked_once_and_shown_the_null_beside_each_condition_that_has_one(scale: float | None) -> None:
-    """The others are shown twice as they are, and the scale, where it comes with them, is not shown."""
+    """The other conditions are passed twice unchanged. The scale, if it is among them, is not passed."""
     process = VPCosine()
     x_t, t, labels = labelled(process)
     inner = ClassDenoiser(process)
@@ -552,7 +553,7 @@ def test_a_null_follows_a_condition_that_changes_its_dtype() -> None:
 
 @pytest.mark.parametrize("shape", [(6,), (6, 3), (6, 3, 2, 2)])
 def test_guidance_weighs_samples_of_any_shape_by_their_own_scale(shape: tuple[int, ...]) -> None:
-    """Of a network that puts its condition out, x0 is the scale times it where the null is 0."""
+    """If a network returns its condition and the null is 0, x0 is the scale times the condition."""
     scales = clock(0, 0.5, 1, 2, 3, -1)
 
     def network(x_t: Tensor, time: Tensor, *, wanted: Tensor) -> Tensor:
@@ -573,7 +574,7 @@ def test_guidance_weighs_samples_of_any_shape_by_their_own_scale(shape: tuple[in
         (None, {"text": 0, "guidance_scale": 0}, "needs the condition 'class_labels', got guidance_scale, text"),
     ],
 )
-def test_guidance_without_what_it_weighs_is_refused(
+def test_guidance_without_its_condition_is_rejected(
     scale: float | None, cond: Mapping[str, Any] | None, message: str
 ) -> None:
     inner = ClassDenoiser(VPCosine())
@@ -583,13 +584,13 @@ def test_guidance_without_what_it_weighs_is_refused(
     assert not inner.batches
 
 
-def test_guidance_that_knows_no_null_is_refused() -> None:
+def test_guidance_without_a_null_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"guidance needs values that mean no condition\. Pass null"):
         Guided(mixture(VPCosine()), {}, 2.0)
 
 
 def test_a_guided_denoiser_is_seen_through_another_process_with_its_conditions() -> None:
-    """The two wrappers go together in either order."""
+    """The two wrappers commute."""
     own, process = FlowMatching(3.0), VPCosine()
     x_t, t, labels = labelled(process)
     null, cond = {"class_labels": torch.tensor(NULL)}, {"class_labels": labels}

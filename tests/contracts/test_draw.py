@@ -1,4 +1,4 @@
-"""Random numbers are a function of what they are for, and of nothing else."""
+"""Random numbers depend only on their purpose."""
 
 import itertools
 from collections.abc import Callable
@@ -59,7 +59,7 @@ def test_drawing_neither_reads_nor_moves_torch_s_own_generator(kind: Kind) -> No
 
 
 def test_no_number_is_drawn_twice_for_another_seed_stream_update_purpose_or_place() -> None:
-    """Float64 numbers: 64 bits of chance, so that any two that agree come from one state of a generator."""
+    """The float64 numbers have 64 random bits, so two equal ones come from the same state of a generator."""
     uniforms, normals = [], []
     for seed, stream, update, purpose in itertools.product((0, 1), ("a", "b", "ab"), (0, 1, 10), ("x", "y", "bx")):
         source = draw(3 * SHARD, seed=seed, stream=stream, update=update)
@@ -81,7 +81,7 @@ def test_keys_that_would_agree_when_strung_together_do_not() -> None:
 def test_normal_numbers_are_normal() -> None:
     numbers = torch.cat([draw(256, update=update).normal("noise", (8,)).flatten() for update in range(10)])
     assert scipy.stats.kstest(numbers.numpy(), "norm").pvalue > 0.01
-    # Neighbouring places, shards and updates know nothing of each other.
+    # Neighbouring places, shards and updates are independent.
     for lag in (1, 8, 8 * SHARD, 8 * 256):
         assert abs(float((numbers[lag:] * numbers[:-lag]).mean())) < 4 / len(numbers) ** 0.5
 
@@ -162,7 +162,7 @@ def test_sample_noise_is_not_the_training_noise_of_the_same_seed() -> None:
 def test_a_step_s_noise_is_a_function_of_the_sample_s_seed_and_the_step_s_number(
     seeds: list[int], number: int, data: st.DataObject
 ) -> None:
-    """Whatever the company, and whatever steps were asked for before."""
+    """They do not depend on the other samples or on previously drawn steps."""
     row = data.draw(st.integers(0, len(seeds) - 1))
     together = step_noise(seeds, (2, 3), torch.float64)
     together(number + 1)
@@ -174,7 +174,7 @@ def test_no_number_is_drawn_twice_for_another_seed_or_step_or_for_the_start() ->
     drawn = torch.stack([sample_noise(range(30), (4, 4), torch.float64), *(noise(number) for number in range(12))])
     assert len(drawn.unique()) == drawn.numel()
     assert scipy.stats.kstest(drawn.flatten().numpy(), "norm").pvalue > 0.01
-    # The noise of one step knows nothing of the next's, nor of the start's.
+    # The noise of a step is independent of the next step's and of the start's.
     assert abs(float((drawn[1:] * drawn[:-1]).mean())) < 4 / drawn[1:].numel() ** 0.5
     trained = torch.cat([draw(32, seed=seed).normal("noise", (16,), torch.float64) for seed in range(30)])
     assert not bool(torch.isin(drawn, trained).any())

@@ -1,4 +1,4 @@
-"""The finish: its auxiliary denoiser learns the score of the landing points, and its gradient closes their distance."""
+"""The finish: the auxiliary denoiser learns the landing points' score, and the gradient closes the gap to the data."""
 
 import dataclasses
 import math
@@ -54,8 +54,10 @@ def gaussian_data(count: int = SIZE) -> Batch:
 
 
 class AffineStudent(Denoiser):
-    """The x0 with which a DDIM step follows the exact flow of the Gaussian data, and then lands `shift` times the
-    step's width beside it: landing points are Gaussian."""
+    """A student with Gaussian landing points: its DDIM step follows the exact flow of Gaussian data, then adds `shift`.
+
+    `shift` is in units of the step's width.
+    """
 
     def __init__(self, process: NoiseProcess, num_steps: int, shift: float = 0.0) -> None:
         super().__init__()
@@ -65,7 +67,7 @@ class AffineStudent(Denoiser):
         return torch.sqrt(alpha**2 * STD**2 + sigma**2)
 
     def width(self, t: Tensor) -> Tensor:
-        """The change of x_s with x0."""
+        """Return the derivative of x_s with respect to x0."""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = self.ends(t)
         return alpha_s - sigma_s * alpha_t / sigma_t
 
@@ -83,8 +85,10 @@ class AffineStudent(Denoiser):
 
 
 class OptimalAuxiliary(Denoiser):
-    """E[(z - sigma^2 eps' / b) / alpha | z] for the landing points of an `AffineStudent`: what the auxiliary's loss is
-    smallest for; `bend` adds a function of z and tau to it."""
+    """The denoiser that minimises the auxiliary's loss for an `AffineStudent`: E[(z - sigma^2 eps' / b) / alpha | z].
+
+    `bend` adds a function of z and tau to it.
+    """
 
     def __init__(self, student: AffineStudent, bend: float = 0.0) -> None:
         super().__init__()
@@ -100,7 +104,7 @@ class OptimalAuxiliary(Denoiser):
         # The score of z, N(mean, variance), gives x0 by Tweedie's formula.
         score = -(x_t - per_sample(mean, x_t)) / per_sample(variance, x_t)
         x0 = (x_t + per_sample(sigma**2, x_t) * score) / per_sample(alpha, x_t)
-        # Small where there is little noise, whose samples would drown all others.
+        # Small at low noise, where samples would otherwise dominate all others.
         share = per_sample(sigma**2 / (alpha**2 + sigma**2), x_t)
         x0 = x0 + self.bend * share * (1 + x_t / per_sample(torch.hypot(alpha, sigma), x_t))
         return Denoised(x0, eps_from_x0(x_t, x0, alpha, sigma))
@@ -116,7 +120,7 @@ def models_of(student: Denoiser, teacher: Denoiser, auxiliary: Denoiser, start: 
 def test_the_auxiliary_loss_is_smallest_at_the_score_of_the_landing_points(
     process: NoiseProcess, num_steps: int
 ) -> None:
-    """The loss is a square in the bend, so its slope at 0 is half the difference between +1 and -1."""
+    """The loss is quadratic in the bend, so its slope at 0 is half the difference between +1 and -1."""
     student = AffineStudent(process, num_steps, shift=0.4)
     objective, batch, draw = Finishing(num_steps), gaussian_data(), draw_for()
 
@@ -130,7 +134,7 @@ def test_the_auxiliary_loss_is_smallest_at_the_score_of_the_landing_points(
         return float(slopes.mean() / (slopes.std() / math.sqrt(SIZE)))
 
     assert abs(slope(0.4)) < 4, "the score of the landing points must be a minimum"
-    assert abs(slope(0.0)) > 8, "the score of other points must not, or nothing was shown"
+    assert abs(slope(0.0)) > 8, "the score of other points must not be a minimum"
 
 
 @every_process
@@ -151,11 +155,11 @@ def test_a_shifted_student_is_pushed_back_at_every_sample(process: NoiseProcess,
     models = models_of(moved, teacher, OptimalAuxiliary(student), start=student)
     Finishing(num_steps).loss(models, gaussian_data(200), draw_for(200)).loss.sum().backward()
     assert moved.by.grad is not None
-    assert bool((moved.by.grad * shift > 0).all()), "descent must go against the shift"
+    assert bool((moved.by.grad * shift > 0).all()), "descent must reduce the shift"
 
 
 class Moved(Denoiser):
-    """Another denoiser whose x0 is moved by something that can be differentiated by."""
+    """Another denoiser with its x0 moved by a differentiable amount."""
 
     def __init__(self, denoiser: Denoiser, by: Tensor) -> None:
         super().__init__()
@@ -192,7 +196,7 @@ def test_the_gradient_is_the_difference_of_the_two_denoisers_and_the_way_back_to
 def test_landing_points_get_as_much_noise_as_data_has_at_tau(
     process: NoiseProcess, num_steps: int, inside: bool
 ) -> None:
-    """For data of one point the exact student keeps the noise that was mixed in, so z has that of the process."""
+    """For data of one point, the exact student keeps the noise that was mixed in, so z has the process's noise."""
     point, count = numbers(1, 3), 4000
     exact = data_set_denoiser(process, point)
     student, seen = Watched(exact), Watched(exact)
@@ -208,7 +212,7 @@ def test_landing_points_get_as_much_noise_as_data_has_at_tau(
 
 
 def test_the_noise_that_is_added_is_new() -> None:
-    """Noise in proportion to that of x_s would have the right law at tau, but a score of its own."""
+    """Noise in proportion to that of x_s would have the right distribution at tau, but another score."""
     process, point, count = VPCosine(), numbers(1, 1), 20_000
     exact = data_set_denoiser(process, point)
     student, seen = Watched(exact), Watched(exact)
@@ -237,7 +241,7 @@ def test_the_auxiliary_learns_first_and_then_before_each_turn_of_the_student() -
 
 
 def test_costs_count_every_call_of_an_update() -> None:
-    """Against the calls that are made: forward passes, and backward passes of whoever is trained."""
+    """Compare with the calls that are made: forward passes, and backward passes of each trained network."""
     objective, batch, draw = Finishing(2, auxiliary_turns=3), gaussian_data(8), draw_for(8)
     process = VPCosine()
     called = {
@@ -269,7 +273,7 @@ def test_a_finish_starts_from_the_student_of_its_steps_and_learns_from_the_last_
 
 
 def test_only_students_that_take_the_steps_of_a_stage_are_refined_and_teach() -> None:
-    """An ancestral student has no map that DDIM's steps would follow, and a student knows x0 at its own times only."""
+    """An ancestral student has no map that DDIM's steps would follow, and a student is only valid at its own times."""
     teacher, ancestral = Outcome(Role.TEACHER), MomentMatching(4).outcome
     with pytest.raises(ValueError, match="no student before it samples with DDIM"):
         parents_of(Finishing(4), [teacher, ancestral])
@@ -327,7 +331,7 @@ def test_a_student_is_finished_once() -> None:
         Plan.finishes([4, 4])
 
 
-def test_the_first_student_alone_learns_from_another_sampler() -> None:
+def test_only_the_first_student_learns_from_another_sampler() -> None:
     from halfstep.samplers import DDIM, Heun
 
     plan = Plan.halvings(16, 2, teacher_sampler=Heun(), teacher_steps=3)

@@ -1,4 +1,4 @@
-"""The halving target: the student's one step lands on the teacher's K, in float32 too, and it is a mean."""
+"""The halving target: the student's single step lands on the teacher's K steps, also in float32, and it is a mean."""
 
 import itertools
 import re
@@ -56,18 +56,18 @@ every_k = in_turn("num_teacher_steps", [1, 2, 3, 4, 8])
 
 
 def grid_steps(num_steps: int) -> tuple[Tensor, Tensor]:
-    """All steps of the student's grid at once: where each starts and where it lands."""
+    """Return the start and end times of all steps of the student's grid."""
     index = torch.arange(num_steps, dtype=torch.float64)
     return (index + 1) / num_steps, index / num_steps
 
 
 def noisy(process: NoiseProcess, t: Tensor, *dims: int) -> Tensor:
-    """Noisy samples `[len(t), *dims]` of data of unit scale."""
+    """Return noisy samples `[len(t), *dims]` of data of unit scale."""
     return process.mix(0.5 * numbers(len(t), *dims), numbers(len(t), *dims, seed=1), t)
 
 
 class Answers(Denoiser):
-    """A teacher whose k-th answer is the k-th of the given samples, whatever it is asked."""
+    """A teacher whose k-th call returns the k-th of the given samples, whatever its input."""
 
     def __init__(self, process: NoiseProcess, answers: Tensor) -> None:
         super().__init__()
@@ -80,9 +80,9 @@ class Answers(Denoiser):
 
 
 def weights_of(process: NoiseProcess, t: Tensor, s: Tensor, num_teacher_steps: int) -> Tensor:
-    """How much each of the teacher's predictions counts, `[batch, num_teacher_steps]`.
+    """Return the weight of each of the teacher's predictions, `[batch, num_teacher_steps]`.
 
-    The teacher's k-th x0 is the k-th unit vector, so that the target is the row of weights.
+    The teacher's k-th x0 is the k-th unit vector, so the target is the row of weights.
     """
     marked = torch.eye(num_teacher_steps, dtype=torch.float64)
     x_t = numbers(len(t), num_teacher_steps)
@@ -96,11 +96,11 @@ def weights_of(process: NoiseProcess, t: Tensor, s: Tensor, num_teacher_steps: i
 def test_one_step_of_the_student_lands_where_the_teacher_s_steps_land(
     process: NoiseProcess, prediction: Prediction, num_teacher_steps: int, num_steps: int
 ) -> None:
-    """At every step of the grid, from t = 1 and to s = 0, for a teacher that is not an exact denoiser.
+    """Test every step of the grid, from t = 1 and to s = 0, with a teacher that is not an exact denoiser.
 
-    The step shrinks an error of the target by about 1 / num_steps, so only a landing to a few roundings says
-    much: those of the sums on the way, twice, for the student's own. For K = 3 the two ask the teacher at times that
-    agree to a rounding only, whose trace is 1e-13 where an x0 is divided by alpha = 0.006.
+    The step shrinks an error of the target by about 1 / num_steps, so only landing within a few roundings is
+    significant: those of the sums on the way, twice, for the student's own. For K = 3, the two call the teacher at
+    times that agree only up to rounding. Its effect is 1e-13 where an x0 is divided by alpha = 0.006.
     """
     t, s = grid_steps(num_steps)
     teacher, x_t = toy_denoiser(process, prediction), noisy(process, t, 2)
@@ -113,7 +113,7 @@ def test_one_step_of_the_student_lands_where_the_teacher_s_steps_land(
     error = (landed - expected).abs()
     floor = 2e-13 if num_teacher_steps == 3 else 2e-14
     assert bool((error <= 2 * landing_roundings(teacher, x_t, t, s, num_teacher_steps) + floor).all())
-    # Roundings grow with noise of 80 and with the steps; those of a halving stay below this for every member.
+    # Rounding errors grow with noise of 80 and with the number of steps; halving stays below this for every member.
     assert num_teacher_steps > 2 or float(error.max()) < 1e-9
     if even_amplitudes(process):
         assert bool((error <= 2e-13 * (1 + expected.abs())).all())
@@ -125,10 +125,11 @@ def test_one_step_of_the_student_lands_where_the_teacher_s_steps_land(
 def test_the_target_is_the_x0_that_the_subtractive_formula_solves_for_in_float64(
     process: NoiseProcess, num_teacher_steps: int, num_steps: int
 ) -> None:
-    """Solving divides by the width of a step: a rounding of 1e-16 grows by a few times num_steps.
+    """Solving divides by the width of a step: a rounding error of 1e-16 grows by a few times num_steps.
 
-    By more where the angle falls fast in t and the steps near the data or the noise are the shorter for it, and where
-    the samples are large; so by the roundings of each sample's own landing, over the width of its own step.
+    The factor is larger for large samples, and where the angle falls fast in t and the steps near the data or the noise
+    are shorter. The tolerance is therefore the rounding error of each sample's landing point, divided by the width of
+    its step.
     """
     t, s = grid_steps(num_steps)
     teacher, x_t = mixture(process), noisy(process, t, 2)
@@ -154,7 +155,7 @@ def test_the_target_is_a_mean_of_the_teacher_s_predictions(
     weights = weights_of(process, t, s, num_teacher_steps)
     assert bool((weights >= 0).all())
     torch.testing.assert_close(weights.sum(1), torch.ones(len(t), dtype=torch.float64), rtol=0, atol=1e-14)
-    # All but the last count for nothing where the step lands on clean data, and only there.
+    # Only the last prediction counts if the step ends at clean data, and only there.
     last_alone = weights[:, -1] == 1
     assert torch.equal(last_alone, (s == 0) | torch.tensor(num_teacher_steps == 1))
 
@@ -167,7 +168,7 @@ def test_the_last_step_of_the_student_aims_at_the_teacher_s_last_x0_itself(proce
         assert torch.equal(target, teacher.answers[-1].x0)
 
 
-def test_short_steps_far_from_the_data_weigh_the_two_predictions_alike() -> None:
+def test_short_steps_far_from_the_data_weight_the_two_predictions_equally() -> None:
     weights = weights_of(VPCosine(), clock(0.5, 0.9), clock(0.5 - 2**-13, 0.9 - 2**-13), 2)
     torch.testing.assert_close(weights, torch.full((2, 2), 0.5, dtype=torch.float64), rtol=0, atol=1e-3)
 
@@ -175,10 +176,10 @@ def test_short_steps_far_from_the_data_weigh_the_two_predictions_alike() -> None
 @every_process
 @in_turn("num_steps", [2**k for k in range(13)])
 @every_k
-def test_the_teacher_is_asked_exactly_on_its_own_grid(
+def test_the_teacher_is_called_exactly_on_its_own_grid(
     process: NoiseProcess, num_steps: int, num_teacher_steps: int
 ) -> None:
-    """Multiples of 1 / (K num_steps): to the last bit where K is a power of two, else to a rounding."""
+    """Times are multiples of 1 / (K num_steps): to the last bit if K is a power of two, otherwise up to rounding."""
     t, s = grid_steps(num_steps)
     teacher = Watched(gaussian(process))
     halving_target(teacher, noisy(process, t, 1), t, s, num_teacher_steps=num_teacher_steps)
@@ -204,7 +205,7 @@ def teacher_of(kind: str, process: NoiseProcess) -> Denoiser:
 def test_the_float32_target_of_a_teacher_of_8192_steps_is_the_float64_one_to_1e_6(
     process: NoiseProcess, kind: str
 ) -> None:
-    """The claim of samplers/ddim.py at every step of the student, the first and the last among them."""
+    """Test the claim of samplers/ddim.py at every step of the student, including the first and the last."""
     t, s = grid_steps(4096)
     teacher, x_t = teacher_of(kind, process), noisy(process, t, 2).float()
     target = halving_target(teacher, x_t, t, s)
@@ -215,7 +216,7 @@ def test_the_float32_target_of_a_teacher_of_8192_steps_is_the_float64_one_to_1e_
 @pytest.mark.parametrize("kind", ["gaussian", "mixture", "network"])
 @torch.no_grad()
 def test_the_subtractive_formula_in_float32_is_off_by_1e_3_to_1e_2(kind: str) -> None:
-    """The other half of the claim, 2e-3: why the target is not solved for."""
+    """The other half of the claim, 2e-3: the reason not to solve for the target."""
     t, s = grid_steps(4096)
     teacher, x_t = teacher_of(kind, VPCosine()), noisy(VPCosine(), t, 2).float()
     solved = Landing(teacher, 4096)(x_t, t).x0
@@ -233,7 +234,7 @@ def test_one_teacher_step_is_no_distillation(process: NoiseProcess) -> None:
 @every_process
 @every_k
 def test_a_teacher_that_is_already_consistent_is_its_own_target(process: NoiseProcess, num_teacher_steps: int) -> None:
-    """On data of one point every number of steps lands alike."""
+    """On data of one point, every number of steps lands at the same point."""
     point = numbers(1, 3)
     t, s = grid_steps(16)
     x_t = noisy(process, t, 3)
@@ -243,7 +244,7 @@ def test_a_teacher_that_is_already_consistent_is_its_own_target(process: NoisePr
 
 @every_process
 def test_halving_a_halved_teacher_is_quartering(process: NoiseProcess) -> None:
-    """Two stages of K = 2 in a row, each student perfect, arrive where one of K = 4 does."""
+    """Two successive stages with K = 2 and perfect students end where one stage with K = 4 does."""
     t, s = grid_steps(16)
     teacher, x_t = mixture(process), noisy(process, t, 2)
     twice = halving_target(Landing(teacher, 32), x_t, t, s)
@@ -321,11 +322,11 @@ every_deterministic = pytest.mark.parametrize(
 )
 every_few = in_turn("num_teacher_steps", [1, 2, 3, 4])
 NARROW: Final = VPCosine(-4.0, 4.0)
-"""A process whose noise at t = 0 ends before the stages of a step onto clean data."""
+"""A process with less noise at t = 0 than at the stages of a step to clean data."""
 
 
 def steps_of(process: NoiseProcess, sampler: Sampler, num_steps: int) -> tuple[Tensor, Tensor]:
-    """All steps from t = 1 onto clean data at once; from t = 0.95 where the coordinate is infinite at t = 1."""
+    """Return all steps from t = 1 to clean data, or from t = 0.95 if the coordinate is infinite at t = 1."""
     t, s = grid_steps(num_steps)
     no_signal = float(process.alpha_sigma(clock(1.0))[0]) == 0
     first = 0.95 if no_signal and not isinstance(getattr(sampler, "coordinate", Angle()), Angle) else 1.0
@@ -333,7 +334,7 @@ def steps_of(process: NoiseProcess, sampler: Sampler, num_steps: int) -> tuple[T
 
 
 def landing(teacher: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, num_teacher_steps: int, sampler: Sampler) -> Tensor:
-    """Where the teacher's steps take each sample by itself, between times that are plain numbers."""
+    """Return the end of the teacher's steps for each sample alone, between times that are plain numbers."""
     rows = []
     for x, start, end in zip(x_t.split(1), t.tolist(), s.tolist(), strict=True):
         memory = None
@@ -349,10 +350,10 @@ def landing(teacher: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, num_teacher_st
 @every_few
 @in_turn("num_steps", [1, 3])
 @torch.no_grad()
-def test_one_ddim_step_of_the_student_lands_where_any_sampler_takes_the_teacher(
+def test_one_ddim_step_of_the_student_lands_where_the_teachers_steps_with_any_sampler_land(
     process: NoiseProcess, sampler: Sampler, num_teacher_steps: int, num_steps: int
 ) -> None:
-    """From t = 1, between interior times and onto clean data, all in one batch; 1e-9 of the sample's size."""
+    """Test steps from t = 1, between interior times and to clean data in one batch; to 1e-9 of the sample's size."""
     teacher = toy_denoiser(process, V())
     t, s = steps_of(process, sampler, num_steps)
     x_t = noisy(process, t, 2)
@@ -366,7 +367,7 @@ def test_one_ddim_step_of_the_student_lands_where_any_sampler_takes_the_teacher(
 @every_process_or_further
 @every_deterministic
 @torch.no_grad()
-def test_the_target_of_a_sample_does_not_depend_on_its_company(process: NoiseProcess, sampler: Sampler) -> None:
+def test_the_target_of_a_sample_does_not_depend_on_its_batch(process: NoiseProcess, sampler: Sampler) -> None:
     def network(x_t: Tensor, time: Tensor, *, shift: Tensor) -> Tensor:
         return torch.sin(2 * x_t + 3 * time[:, None]) + shift
 
@@ -396,14 +397,14 @@ def test_the_float32_target_of_any_sampler_is_the_float64_one_to_1e_5(
 
 
 def ddim_by_hand(process: NoiseProcess, x_t: Tensor, found: list[Tensor], times: Tensor) -> Tensor:
-    """x_s = (sigma_s / sigma_t) x_t + (alpha_s - alpha_t sigma_s / sigma_t) x0."""
+    """Take a DDIM step: x_s = (sigma_s / sigma_t) x_t + (alpha_s - alpha_t sigma_s / sigma_t) x0."""
     alpha, sigma = (a[:, None, None] for a in process.alpha_sigma(times))
     q = sigma[-1] / sigma[-2]
     return q * x_t + (alpha[-1] - q * alpha[-2]) * found[-1]
 
 
 def dpmpp_2m_by_hand(process: NoiseProcess, x_t: Tensor, found: list[Tensor], times: Tensor) -> Tensor:
-    """Algorithm 2 of Lu et al. 2022 (arXiv:2211.01095), with lambda = log(alpha / sigma)."""
+    """Take a step of algorithm 2 of Lu et al. 2022 (arXiv:2211.01095), with lambda = log(alpha / sigma)."""
     alpha, sigma = (a[:, None, None] for a in process.alpha_sigma(times))
     h = (alpha / sigma).log().diff(dim=0)
     d = found[-1]
@@ -421,7 +422,7 @@ BY_HAND: Final[dict[type[Sampler], Callable[..., Tensor]]] = {DDIM: ddim_by_hand
 def test_the_effective_prediction_makes_a_ddim_step_of_the_method_s_own(
     process: NoiseProcess, sampler: DataPredictionSampler
 ) -> None:
-    """Against the published formula, over three steps, and it splits x_t as any prediction does."""
+    """Three steps agree with the published formula, and the effective prediction splits x_t like any other."""
     teacher, memory = mixture(process), None
     times, found = clock(0.9, 0.7, 0.45, 0.25), []
     x_t = noisy(process, times[:1].expand(5), 2)

@@ -1,4 +1,4 @@
-"""Moment matching: exact posterior samplers leave nothing to learn, others are pushed back; each turn as derived."""
+"""Moment matching: exact posterior samplers are stationary, others are pushed back, and each turn is as derived."""
 
 import dataclasses
 import math
@@ -40,7 +40,7 @@ every_process = pytest.mark.parametrize("process", members_and_further_processes
 
 SIZE: Final = 4096
 MEAN, STD = 0.3, 0.5
-"""Of `gaussian`, each entry of the data."""
+"""Mean and standard deviation of each entry of the data, as in `gaussian`."""
 
 
 def draw_for(size: int = SIZE, update: int = 0) -> Draw:
@@ -52,7 +52,7 @@ def data(size: int = SIZE) -> Batch:
 
 
 class PosteriorSampler(Denoiser):
-    """Draws x0 from the data's own q(x0 | x_t) and moves it by `shift`: a perfect student, or a biased one."""
+    """A student that draws x0 from the data's own q(x0 | x_t) and adds `shift`, which is 0 for a perfect student."""
 
     def __init__(self, process: NoiseProcess, shift: float = 0.0) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class PosteriorSampler(Denoiser):
 
 
 class Moved(Denoiser):
-    """Another denoiser, whose x0 is moved by a parameter `[batch, *dims]` that starts at a given value."""
+    """Another denoiser, with its x0 moved by a parameter `[batch, *dims]` that starts at a given value."""
 
     def __init__(self, denoiser: Denoiser, by: Tensor) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Moved(Denoiser):
 
 @dataclass
 class FixedStep:
-    """The numbers of a draw, but for steps of one length: what is known of t once s is."""
+    """A draw with steps of a single length, so that s determines t."""
 
     draw: Draw
     share: float = 0.5
@@ -102,7 +102,7 @@ class FixedStep:
 
 
 def is_zero(found: Tensor, errors: float = 4.5) -> bool:
-    """Whether each entry's mean over the batch is within so many of its standard errors."""
+    """Return whether each entry's mean over the batch is within `errors` standard errors of 0."""
     return bool((found.mean(0).abs() < errors * found.std(0) / len(found) ** 0.5).all())
 
 
@@ -124,7 +124,7 @@ def test_steps_of_a_perfect_student_are_distributed_as_noisy_data(process: Noise
 def test_a_perfect_student_leaves_the_exact_denoiser_as_the_best_auxiliary_and_no_direction(
     process: NoiseProcess,
 ) -> None:
-    """The auxiliary's gradient has no mean, neither by itself nor along x_s: it is 0 in expectation at any x_s."""
+    """The auxiliary's gradient is 0 in expectation at any x_s, so its mean and its mean along x_s are 0."""
     objective, exact = MomentMatching(2, Constant()), gaussian(process)
     for off in (0.0, 0.1):
         student, auxiliary = PosteriorSampler(process), Moved(exact, torch.full((SIZE, 3), off, dtype=torch.float64))
@@ -137,15 +137,15 @@ def test_a_perfect_student_leaves_the_exact_denoiser_as_the_best_auxiliary_and_n
         assert off or is_zero(along)
         result = objective.loss(models, data(), draw_for())
         result.loss.sum().backward()
-        # The direction follows the auxiliary, sample by sample: 1 / 3 of it, for a loss is a mean over 3 entries.
+        # The direction follows the auxiliary for each sample, by 1 / 3, because a loss is a mean over 3 entries.
         torch.testing.assert_close(student.made.grad, torch.full_like(grad, off / 3))
         torch.testing.assert_close(result.loss, torch.full((SIZE,), off**2 / 2, dtype=torch.float64))
 
 
 @every_process
 def test_a_biased_student_is_pushed_back_by_its_own_best_auxiliary(process: NoiseProcess) -> None:
-    """For data of one width and steps whose t is a function of s, E[x0 | x_s] of the shifted student is known: it is
-    that of the data, moved by c (1 - A kappa), where x_s is moved by kappa c and A is the slope of E[x0 | x_s]."""
+    """For data of one width and steps whose t is a function of s, E[x0 | x_s] of the shifted student is known. It is
+    that of the data, moved by c (1 - A kappa), where x_s moves by kappa c and A is the slope of E[x0 | x_s]."""
     objective, exact, shift = MomentMatching(4, Constant()), gaussian(process), 0.4
     draw: Any = FixedStep(draw_for())
     s = draw.uniform("time")
@@ -161,7 +161,7 @@ def test_a_biased_student_is_pushed_back_by_its_own_best_auxiliary(process: Nois
         objective.auxiliary_loss(models, data(), draw).loss.sum().backward()
         grad = auxiliary.by.grad
         assert grad is not None
-        # The teacher's term makes half of the way the best.
+        # With the teacher's term, half of the way is best.
         assert is_zero(grad) == is_best
         assert not is_best or is_zero(grad * auxiliary.shown / auxiliary.shown.std())
     objective.loss(Models(student, exact, {AUXILIARY: Moved(exact, known / 2)}), data(), draw).loss.sum().backward()
@@ -171,7 +171,7 @@ def test_a_biased_student_is_pushed_back_by_its_own_best_auxiliary(process: Nois
 
 @every_process
 def test_the_step_is_that_of_ancestral_sampling_with_the_lower_variance(process: NoiseProcess) -> None:
-    """As the sampler takes it, and by the posterior's mean and variance, which are written out here."""
+    """Compare with the sampler, and with the posterior's mean and variance, which are written out here."""
     objective, size = MomentMatching(4), 64
     student, auxiliary = Watched(mixture(process)), Watched(mixture(process))
     batch, draw = Batch(0.5 * numbers(size, 2)), draw_for(size)
@@ -269,7 +269,7 @@ def denoiser(seed: int) -> NetworkDenoiser:
 
 
 def trainer() -> StageTrainer:
-    """Of a student that has moved away from its teacher, with settings that a helper cannot have."""
+    """Return a trainer of a student that has left its teacher, with settings that a helper does not support."""
     early = EarlyEnd(patience=1, window=2, min_drop=0.9)
     training = Training(8, 1e-2, batch_size=12, adam_betas=(0.5, 0.9), ema_decay=0.7, early_end=early)
     return StageTrainer(
@@ -292,7 +292,7 @@ def test_it_resumes_bit_for_bit() -> None:
     whole, first, rest = trainer(), trainer(), trainer()
     for _ in whole.run():
         pass
-    # A loss that had to fall would have ended the stage early.
+    # A loss that must fall would have ended the stage early.
     assert whole.update == 8
     for update in first.run():
         if update == 3:

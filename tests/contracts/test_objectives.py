@@ -1,5 +1,4 @@
-"""What every objective promises in each of its turns: 0 at the map it teaches, gradient to the player whose turn it is
-alone, no trace of a split."""
+"""Contracts of every objective in each turn: 0 at its own map, gradients for one player only, independent of splits."""
 
 import dataclasses
 
@@ -64,7 +63,7 @@ def data(count: int = SIZE) -> Tensor:
 
 
 def with_helpers(objective: Objective, student: Denoiser, teacher: Denoiser) -> Models:
-    """The models of a stage before its first update."""
+    """Return the models of a stage before its first update."""
     models, made = Models(student, teacher), dict[str, nn.Module]()
     for name, helper in objective.helpers.items():
         made[name] = helper.start(models) if isinstance(helper, Auxiliary) else copy_denoiser(student)
@@ -72,7 +71,7 @@ def with_helpers(objective: Objective, student: Denoiser, teacher: Denoiser) -> 
 
 
 def toy_models(objective: Objective, process: NoiseProcess, prediction: Prediction) -> Models:
-    """A student, a teacher and helpers that differ; all could be trained."""
+    """Return a student, a teacher and helpers that differ and could all be trained."""
     models = with_helpers(
         objective, toy_denoiser(process, prediction, seed=1), toy_denoiser(process, prediction, seed=2)
     )
@@ -84,7 +83,7 @@ def toy_models(objective: Objective, process: NoiseProcess, prediction: Predicti
 
 
 class OffWhereItLearns(Denoiser):
-    """One denoiser in passes with gradient, another in those without."""
+    """One denoiser in passes with gradient, another in passes without."""
 
     def __init__(self, exact: Denoiser, off: Denoiser) -> None:
         super().__init__()
@@ -97,9 +96,9 @@ class OffWhereItLearns(Denoiser):
 @every_objective
 @every_process
 def test_the_loss_is_0_for_the_exact_denoiser_of_data_of_one_point(process: NoiseProcess, objective: Objective) -> None:
-    """There every target is the point, whoever the teacher is and however many steps it takes.
+    """On data of one point, every target is the point, for any teacher and any number of its steps.
 
-    A score matching loss of a helper is 0 nowhere: its target is the noise that was drawn, not the mean.
+    The score matching loss of a helper is nowhere 0, because its target is the drawn noise, not the mean.
     """
     point = numbers(1, 3)
     exact = data_set_denoiser(process, point)
@@ -110,7 +109,7 @@ def test_the_loss_is_0_for_the_exact_denoiser_of_data_of_one_point(process: Nois
         if turn.trains != STUDENT and isinstance(objective, Finishing):
             continue
         result = turn.loss(models, Batch(point.expand(SIZE, 3)), draw_for())
-        # Errors of one rounding, 1e-16, in x0, under the largest weight of any weighting, e^20 + 1.
+        # Errors of one rounding, 1e-16, in x0, with the largest weight of any weighting, e^20 + 1.
         assert float((result.loss / (result.log_snr.exp() + 1)).max()) < 1e-30
 
 
@@ -159,7 +158,7 @@ def test_each_update_draws_other_times_and_noise(objective: Objective) -> None:
 
 
 @every_objective
-def test_what_is_distilled_or_learned_is_the_same_for_float32_data_up_to_its_rounding(
+def test_float32_data_give_the_same_training_up_to_rounding(
     objective: Objective,
 ) -> None:
     models, x0 = toy_models(objective, VPCosine(), X0()), data().float()
@@ -178,10 +177,10 @@ def test_what_is_distilled_or_learned_is_the_same_for_float32_data_up_to_its_rou
 def test_a_student_that_is_off_by_a_known_distance_pays_the_weight_of_its_square(
     objective: Objective, weighting: Weighting
 ) -> None:
-    """So the loss is that of the log-SNR that it reports, and a mean over entries.
+    """The loss therefore belongs to the log-SNR that it reports, and is a mean over entries.
 
-    It is off in the pass that learns, and exact in one without gradient, where it may be its own teacher. Of
-    objectives with helpers, which start off by the same distance, a turn's loss is a fixed share of that.
+    The denoiser is off in the pass that learns, and exact in the pass without gradient, where it may be its own
+    teacher. For objectives with helpers, which start with the same distance, a turn's loss is a fixed share of it.
     """
     if not any(field.name == "weighting" for field in dataclasses.fields(objective)):  # type: ignore[arg-type]
         pytest.skip("it has no weighting")
@@ -201,8 +200,8 @@ def test_a_student_that_is_off_by_a_known_distance_pays_the_weight_of_its_square
 
 @every_objective
 def test_the_noise_level_that_the_losses_report_is_shown(objective: Objective) -> None:
-    """To the student, or to the helpers that judge it; and the noisy samples there have the noise that the time says:
-    networks are called at what was mixed."""
+    """Noisy samples go to the student, or to the helpers that judge it. Their noise matches their time: networks are
+    called at the mixed samples."""
     if isinstance(objective, Adversarial):
         pytest.skip("its critic is not a denoiser (see test_critic.py)")
     process, point = VPCosine(), numbers(1, 3)
@@ -214,13 +213,13 @@ def test_the_noise_level_that_the_losses_report_is_shown(objective: Objective) -
         judges = [helpers[name] for name, helper in objective.helpers.items() if isinstance(helper, Auxiliary)]
         for shown in judges or [student]:
             assert torch.equal(process.log_snr(shown.times[-1]), result.log_snr)
-        # On data of one point the exact denoiser finds the very noise that was mixed in; it would not be of unit
-        # scale if the time of the mixing were another.
+        # On data of one point, the exact denoiser returns the noise that was mixed in, which would not be of unit scale
+        # if it had been mixed at another time.
         for shown in (student, *judges):
             assert scipy.stats.kstest(shown.answers[-1].eps.flatten().numpy(), "norm").pvalue > 0.01
 
 
-def test_the_objective_that_needs_a_teacher_says_so() -> None:
+def test_an_objective_that_needs_a_teacher_declares_it() -> None:
     with pytest.raises(ValueError, match="a student learns from a teacher, but none is given"):
         Halving(4).loss(Models(mixture(VPCosine())), Batch(numbers(4, 2)), Draw(0, "", 0, 4, range(4)))
     assert {name: member.needs_teacher for name, member in objectives.items()}["halve"]
@@ -239,13 +238,13 @@ def test_halving_refuses_numbers_of_steps_below_1(num_steps: float, num_teacher_
 def test_the_halving_loss_is_0_for_the_student_that_lands_on_the_teacher_s_steps(
     process: NoiseProcess, num_steps: int, num_teacher_steps: int
 ) -> None:
-    """The student solves for its x0 from DDIM's own landing points and shares no line with the target."""
+    """The student solves for its x0 from DDIM's own landing points, without any code of the target."""
     teacher = mixture(process)
     student = Watched(Landing(teacher, num_steps, num_teacher_steps))
     objective = Halving(num_steps, num_teacher_steps, Constant())
     result = objective.loss(Models(student, teacher), Batch(0.5 * numbers(SIZE, 2)), draw_for())
-    # The square of the roundings that solving divides by the width of the step, sample by sample: 1e-13 at most where
-    # the angle falls evenly. The loss of a student that copies the teacher is above 1e-6.
+    # The square of the rounding error that solving divides by the width of the step, for each sample: 1e-13 at most
+    # where the angle falls evenly. The loss of a student that copies the teacher is above 1e-6.
     (t,), (answer,) = student.times, student.answers
     s = ((t * num_steps).round() - 1) / num_steps
     roundings = landing_roundings(teacher, process.mix(*answer, t), t, s, num_teacher_steps)
@@ -276,7 +275,8 @@ def test_halving_draws_every_time_of_the_student_s_grid_and_no_other(num_steps: 
 
 @pytest.mark.parametrize("guidance", [None, GuidanceRange(1.0, 3.0)], ids=["plain", "range"])
 def test_matching_draws_every_time_of_its_grid_and_no_other(guidance: GuidanceRange | None) -> None:
-    """From the lowest, 1 / num_times, to t = 1, all equally often, and both networks are called at the same times."""
+    """Times range from 1 / num_times to t = 1, all with the same frequency, and both networks are called at the same
+    times."""
     process = VPCosine()
     student, teacher = (Watched(data_set_denoiser(process, numbers(1, 3))) for _ in range(2))
     for num_times in (1, 2, 8):
@@ -306,7 +306,7 @@ def test_denoising_draws_times_over_all_of_the_unit_interval() -> None:
 
 
 def test_denoising_ignores_a_teacher_and_the_posterior_mean_minimises_it() -> None:
-    """No student beats E[x0 | x_t]: moving it either way costs, on data from the very mixture."""
+    """No student beats E[x0 | x_t]: moving it in either direction increases the loss, on data from the same mixture."""
     process = VPCosine()
     points = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
     exact = data_set_denoiser(process, points)

@@ -1,4 +1,4 @@
-"""The exact denoisers, which other tests trust, obey Tweedie's formula; the exact flow is an integrator's."""
+"""The exact denoisers, which other tests use, obey Tweedie's formula, and the exact flow agrees with an integrator."""
 
 import math
 
@@ -16,7 +16,7 @@ every_process = pytest.mark.parametrize("process", members(processes))
 
 
 def tweedie_eps(denoiser: MixtureDenoiser, x_t: Tensor, t: float) -> Tensor:
-    """E[eps | x_t] = -sigma * d log p(x_t) / d x_t, with the density and its derivative from torch."""
+    """Compare with E[eps | x_t] = -sigma * d log p(x_t) / d x_t, with the density and its derivative from torch."""
     alpha, sigma = (float(a) for a in denoiser.process.alpha_sigma(clock(t)))
     widths = torch.sqrt(alpha**2 * denoiser.stds**2 + sigma**2)
     components = Independent(Normal(alpha * denoiser.means, widths[:, None].expand_as(denoiser.means)), 1)
@@ -55,7 +55,8 @@ def test_a_gaussian_is_a_mixture_of_one(process: NoiseProcess) -> None:
 @every_process
 @pytest.mark.parametrize("s", [0.5, 0.001, 0.0])
 def test_the_gaussian_flow_is_where_an_independent_integrator_arrives(process: NoiseProcess, s: float) -> None:
-    """To 1e-11; at s = 0 to the square of the noise that the process keeps, where the integrator has to stop."""
+    """The error is at most 1e-11. At s = 0, it is the square of the process's remaining noise, where the integrator
+    stops."""
     denoiser, x_1 = gaussian(process), pure_noise(process, 16, 2)
     alpha, sigma = process.alpha_sigma(clock(1e-6))
     error = 1e-11 if s else 1e-11 + 8 * float(sigma / alpha) ** 2
@@ -72,7 +73,7 @@ def test_the_gaussian_flow_composes_and_can_be_run_backwards(process: NoiseProce
 
 
 def test_the_gaussian_flow_carries_the_law_of_the_noise_to_the_law_of_the_data() -> None:
-    """Quantiles go to quantiles: z deviations at t = 1 are z deviations at t = 0."""
+    """Quantiles map to quantiles: z deviations at t = 1 are z deviations at t = 0."""
     denoiser, deviations = gaussian(VPCosine()), torch.linspace(-3, 3, 13, dtype=torch.float64)[:, None]
     alpha, sigma = VPCosine().alpha_sigma(clock(1.0))
     spread = torch.sqrt(alpha**2 * 0.25 + sigma**2)
@@ -103,7 +104,7 @@ def test_close_to_the_data_a_data_set_s_x0_is_the_nearest_point(process: NoisePr
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "mixture"])
-def test_an_oracle_answers_float32_with_its_float64_answer_rounded(kind: str) -> None:
+def test_an_oracle_returns_its_rounded_float64_output_for_float32(kind: str) -> None:
     process = VPCosine()
     denoiser: Denoiser = gaussian(process) if kind == "gaussian" else mixture(process)
     x_t = numbers(64, 2).float()

@@ -1,4 +1,4 @@
-"""The plan of a run: the chain of halvings, its budget and its rates."""
+"""The plan of a run: the chain of halvings, its budget and its learning rates."""
 
 import dataclasses
 import re
@@ -63,7 +63,7 @@ def test_a_chain_either_reaches_its_end_by_halving_or_names_a_start_that_does(st
 
 @given(end=st.integers(1, 5), factors=st.lists(st.integers(2, 9), min_size=1, max_size=6))
 def test_listed_students_replace_as_many_teacher_steps_as_the_list_says(end: int, factors: list[int]) -> None:
-    """And every stage's teacher is the stage before: the steps of a stage times its factor are the steps before it."""
+    """Every stage's teacher is the previous stage: the steps of a stage times its factor are the previous steps."""
     steps = [end]
     for factor in factors:
         steps.insert(0, steps[0] * factor)
@@ -112,10 +112,10 @@ def test_a_factor_below_2_is_refused(factor: int) -> None:
     patience=st.integers(1, 4),
     min_drop=st.sampled_from([0.0, 0.01, 0.3]),
 )
-def test_a_loss_has_stopped_falling_when_patience_windows_in_a_row_brought_no_new_low(
+def test_a_loss_has_stopped_falling_after_patience_windows_without_a_new_low(
     losses: list[float], patience: int, min_drop: float
 ) -> None:
-    """Told by the definition: the last window that was a new low by enough lies `patience` windows back or more."""
+    """Compare with the definition: the last window with a sufficient new low is at least `patience` windows back."""
     lows: list[int] = []
     for index, loss in enumerate(losses):
         if not lows or loss < losses[lows[-1]] * (1 - min_drop):
@@ -137,13 +137,13 @@ def test_a_loss_has_stopped_falling_when_patience_windows_in_a_row_brought_no_ne
         {"min_drop": 0.5},
     ],
 )
-def test_an_early_end_that_makes_no_sense_is_refused(wrong: dict[str, float]) -> None:
+def test_an_invalid_early_end_is_rejected(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=rf"^early_end\.{list(wrong)[-1]} "):
         EarlyEnd(**wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 1), (8, 0), (-8, -16), (8.0, 1)])
-def test_a_chain_of_steps_that_are_not_whole_numbers_of_at_least_1_is_refused(start: float, end: float) -> None:
+def test_a_chain_of_steps_that_are_not_positive_integers_is_rejected(start: float, end: float) -> None:
     with pytest.raises(ValueError, match="whole number of at least 1"):
         Plan.halvings(start, end)  # type: ignore[arg-type]
 
@@ -153,7 +153,7 @@ def test_a_chain_of_steps_that_are_not_whole_numbers_of_at_least_1_is_refused(st
     [(8192, 4, 550_000), (8192, 1, 750_000), (1024, 4, 400_000), (1024, 1, 600_000)],
 )
 def test_the_defaults_cost_what_the_paper_s_chains_cost(start: int, end: int, num_updates: int) -> None:
-    """Section 5.2: 50,000 updates a stage and 100,000 at 2 and 1, from 8192 (CIFAR-10) or 1024 steps."""
+    """Compare with section 5.2: 50,000 updates per stage, 100,000 at 2 and 1, from 8192 (CIFAR-10) or 1024 steps."""
     assert Plan.halvings(start, end).num_updates == num_updates
 
 
@@ -182,7 +182,7 @@ def test_the_doubling_may_name_steps_that_the_chain_does_not_reach() -> None:
 
 @pytest.mark.parametrize("foreign", [16, 3, 64])
 def test_an_exception_outside_the_chain_is_refused(foreign: int) -> None:
-    """The first teacher's own number of steps is outside too: it is not trained by the chain."""
+    """The first teacher's own number of steps is rejected too, because the chain does not train the teacher."""
     with pytest.raises(ValueError, match=rf"updates_at has an entry for {foreign} steps, but .* take \[8, 4, 2, 1\]"):
         Plan.halvings(16, updates_at={4: 7, foreign: 9})
 
@@ -201,12 +201,12 @@ def test_the_settings_of_a_chain_reach_every_stage() -> None:
     for stage in Plan.halvings(8, training=training, updates_at={}, weighting=SNRPlusOne()).stages:
         assert stage.training == training
         assert stage.objective.weighting == SNRPlusOne()  # type: ignore[attr-defined]
-    # All that `Training` declares differs from its default here, so that none can be lost on the way.
+    # Every field of `Training` differs from its default here, so that none can be lost.
     assert all(getattr(training, each.name) != each.default for each in dataclasses.fields(Training))
 
 
 def test_a_student_anneals_and_keeps_no_average_where_a_teacher_does_the_reverse() -> None:
-    """The authors' configurations: in distillation the fall of the rate to 0 takes the place of averaging."""
+    """Compare with the authors' configurations: in distillation, the learning rate falls to 0 instead of averaging."""
     teacher = Recipe(name="default").teacher_plan().stages[0]
     student = Plan.halvings(2).stages[0]
     assert (teacher.training.anneal, teacher.training.ema_decay) == (False, 0.9999)

@@ -1,4 +1,4 @@
-"""(x0, eps) survive every prediction and every pair of them, on every process."""
+"""(x0, eps) survive every prediction and every pair of predictions, on every process."""
 
 import math
 
@@ -14,7 +14,7 @@ from support import clock, interior_times, members, numbers
 every_process = pytest.mark.parametrize("process", members(processes))
 every_prediction = pytest.mark.parametrize("prediction", members(predictions))
 
-# Three channels, so that a prediction of two outputs that is cut along another axis or unevenly cannot pass.
+# With three channels, a two-output prediction that is split along another axis or unevenly fails.
 SHAPE = (3, 2, 2)
 
 
@@ -30,8 +30,7 @@ def test_x0_and_eps_survive_every_pair_of_predictions(
     x_t = process.mix(x0, eps, t)
     first = prediction.denoised(prediction.target(x0, eps, alpha, sigma), x_t, alpha, sigma)
     again = second.denoised(second.target(first.x0, first.eps, alpha, sigma), x_t, alpha, sigma)
-    # The worst that a conversion does to a rounding of 2^-53 is 1 / alpha or 1 / sigma, below 10^3 at these
-    # times.
+    # A conversion amplifies a rounding error of 2^-53 by at most 1 / alpha or 1 / sigma, below 10^3 at these times.
     for kept in (first, again):
         torch.testing.assert_close(kept.x0, x0, rtol=0, atol=2e-11)
         torch.testing.assert_close(kept.eps, eps, rtol=0, atol=2e-11)
@@ -39,12 +38,12 @@ def test_x0_and_eps_survive_every_pair_of_predictions(
 
 @every_process
 @every_prediction
-def test_an_output_survives_denoising_and_being_made_a_target_again(
+def test_an_output_survives_denoising_and_conversion_back_to_a_target(
     process: NoiseProcess, prediction: Prediction
 ) -> None:
-    """The inverse in the other order: for one output, denoised() loses nothing and adds nothing."""
+    """Test the inverse in the other order: for one output, denoised() loses and adds nothing."""
     if prediction.channels != 1:
-        pytest.skip("two outputs for two unknowns are blended, so many outputs mean the same (x0, eps)")
+        pytest.skip("two outputs are blended for two unknowns: several outputs mean the same (x0, eps)")
     t = interior_times(999)
     alpha, sigma = process.alpha_sigma(t)
     output, x_t = numbers(len(t), *SHAPE), numbers(len(t), *SHAPE, seed=1)
@@ -54,8 +53,8 @@ def test_an_output_survives_denoising_and_being_made_a_target_again(
 
 @every_process
 @every_prediction
-def test_what_any_output_means_adds_up_to_x_t(process: NoiseProcess, prediction: Prediction) -> None:
-    """An imperfect network, too, splits x_t into alpha x0 + sigma eps, or DDIM would leave the trajectory."""
+def test_x0_and_eps_of_any_output_add_up_to_x_t(process: NoiseProcess, prediction: Prediction) -> None:
+    """An imperfect network also splits x_t into alpha x0 + sigma eps; otherwise DDIM would leave the trajectory."""
     t = interior_times(999)
     alpha, sigma = process.alpha_sigma(t)
     x_t = numbers(len(t), *SHAPE)
@@ -92,8 +91,8 @@ def test_a_predicted_x0_is_the_output_itself_to_the_last_bit(dtype: torch.dtype)
 
 
 def test_both_trusts_its_eps_head_near_the_data_and_its_x0_head_near_the_noise() -> None:
-    """Each head counts where it is the better conditioned one: an error of 1 in a head moves x0 by at most
-    1/2, and by next to nothing at the end where that head is the worse one."""
+    """Each head counts where it is better conditioned: an error of 1 in a head moves x0 by at most 1/2, and by almost
+    nothing at the end where it is worse conditioned."""
     process, both = VPCosine(), Both()
     alpha, sigma = process.alpha_sigma(clock(0.001, 0.5, 0.999))
     x0, eps = numbers(3, *SHAPE), numbers(3, *SHAPE, seed=1)
@@ -123,7 +122,7 @@ def test_edm_refuses_data_whose_deviation_is_not_a_finite_number_above_0(value: 
 
 @pytest.mark.parametrize("sigma_data", [0.1, 0.5, 1.0, 3.0])
 def test_what_edm_s_network_puts_out_has_unit_spread_for_data_of_its_deviation(sigma_data: float) -> None:
-    """And says nothing that x_t says: the two demands that its coefficients are made of, for x0 and eps independent."""
+    """v does not depend on x_t: the two conditions that define its coefficients, for independent x0 and eps."""
     for process in (VPCosine(), VE()):
         alpha, sigma = process.alpha_sigma(interior_times())
         ones = torch.ones(97, 1, dtype=torch.float64)

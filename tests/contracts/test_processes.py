@@ -1,4 +1,4 @@
-"""What every noise process promises, and what each refuses."""
+"""Contracts of every noise process, and the arguments that each rejects."""
 
 import math
 
@@ -74,7 +74,7 @@ def test_a_step_to_time_0_lands_on_clean_data_and_any_other_on_the_process(proce
 
 @every_process
 def test_mixing_gives_each_sample_the_moments_of_its_own_time(process: NoiseProcess) -> None:
-    """Linear in (x0, eps) with alpha, sigma as its two answers, whatever the axes after the first."""
+    """The mix is linear in (x0, eps) with coefficients alpha and sigma, whatever the axes after the first."""
     t = clock(0.1, 0.5, 0.9)
     ones, zeros = torch.ones(3, 2, 4, dtype=torch.float64), torch.zeros(3, 2, 4, dtype=torch.float64)
     alpha, sigma = process.alpha_sigma(t)
@@ -88,13 +88,13 @@ def test_mixing_gives_each_sample_the_moments_of_its_own_time(process: NoiseProc
 
 @every_process
 def test_time_at_inverts_log_snr_at_the_last_time_too(process: NoiseProcess) -> None:
-    """Where no signal is left the log-SNR is -infinity, and that is t = 1."""
-    # On the cosine process an angle of pi / 2 - 4.5e-5 is known to 2^-53.
+    """Without any signal, the log-SNR is -infinity and t = 1."""
+    # On the cosine process, an angle of pi / 2 - 4.5e-5 is accurate to 2^-53.
     torch.testing.assert_close(process.time_at(process.log_snr(clock(1.0))), clock(1.0), rtol=0, atol=1e-15)
 
 
 @every_process
-def test_each_time_has_its_own_amplitudes_whatever_the_order_and_the_company(process: NoiseProcess) -> None:
+def test_each_time_has_its_own_amplitudes_in_any_order_and_batch(process: NoiseProcess) -> None:
     t = interior_times(64)
     shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     for together, mixed in zip(process.alpha_sigma(t), process.alpha_sigma(t[shuffled]), strict=True):
@@ -126,7 +126,7 @@ def test_the_start_scale_is_the_spread_of_a_sample_at_time_1(process: NoiseProce
 
 @every_table
 def test_a_table_s_log_snr_is_linear_between_its_levels_and_goes_on_below_the_first(betas: tuple[float, ...]) -> None:
-    """Each middle of an interval lies midway; nothing is said here of the levels themselves, which `anchors` pin."""
+    """The middle of each interval is halfway. `anchors` tests the levels themselves."""
     process, num = VPTable(betas), len(betas)
     place = torch.arange(0, num, dtype=torch.float64)
     ends = [process.log_snr((place + share) / num) for share in (0.0, 0.5, 1.0)]
@@ -150,7 +150,7 @@ def test_the_last_interval_of_a_zero_terminal_table_takes_the_ratio_to_0_in_a_st
     t = 1 - (1 - shares) / len(betas)
     alpha, sigma = process.alpha_sigma(t)
     ratio = alpha / sigma
-    # A time of 1 - 1 / 1000 is known to 2^-53, so a share of the last interval to 1000 times that.
+    # A time of 1 - 1 / 1000 is accurate to 2^-53, so a share of the last interval is accurate to 1000 times that.
     torch.testing.assert_close(ratio, ratio[0] * (1 - shares), rtol=1e-12, atol=float(ratio[0]) * 2e-13)
     inner = t[:-1]
     torch.testing.assert_close(process.time_at(process.log_snr(inner)), inner, rtol=0, atol=1e-15)
@@ -162,7 +162,7 @@ def test_a_zero_terminal_table_begins_as_the_table_that_it_was_made_of(betas: tu
     assert zeroed[0] == pytest.approx(betas[0], rel=1e-11)
     alpha, _ = VPTable(betas).alpha_sigma(torch.arange(1, len(betas) + 1, dtype=torch.float64) / len(betas))
     shifted, _ = VPTable(zeroed).alpha_sigma(torch.arange(1, len(betas) + 1, dtype=torch.float64) / len(betas))
-    # Shifted and stretched: amplitudes of the two are a straight line of one another, through (alpha_T, 0).
+    # Shifted and scaled: the amplitudes of the two lie on a straight line through (alpha_T, 0).
     slopes = shifted[:-1] / (alpha - alpha[-1])[:-1]
     torch.testing.assert_close(slopes, slopes[:1].expand_as(slopes), rtol=1e-9, atol=0)
     assert zero_terminal_betas(zeroed) == pytest.approx(zeroed, rel=1e-9)
@@ -237,7 +237,7 @@ def test_the_cosine_process_refuses_bounds_that_leave_no_range(low: float, high:
         VPCosine(low, high)
 
 
-def test_what_a_process_remembers_of_its_times_is_bounded_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_caches_its_times_correctly_and_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("halfstep.core.noise.REMEMBERED", 8)
     process = VPCosine()
     for number in range(100):
@@ -245,6 +245,6 @@ def test_what_a_process_remembers_of_its_times_is_bounded_and_right(monkeypatch:
         alpha, sigma = process.alpha_sigma(torch.tensor([t], dtype=torch.float64))
         assert process.amplitudes(t) == (float(alpha), float(sigma))
         assert len(process._remembered) <= 8
-    # A whole number is a time as well.
+    # An integer is also a time.
     assert process.landing(0) == (1.0, 0.0)
     assert process.amplitudes(1) == process.amplitudes(1.0)

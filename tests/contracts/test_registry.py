@@ -1,4 +1,4 @@
-"""Families by name: every member can be named, built and found again, and a slip is answered with a hint."""
+"""Families by name: every member can be named, built and looked up again, and a typo gets a hint."""
 
 from typing import Any
 
@@ -36,9 +36,7 @@ def test_members_are_values_that_compare_by_their_arguments_and_cannot_be_change
 
 @every_family
 @given(data=st.data())
-def test_a_name_with_a_slip_is_answered_with_the_nearest_and_all_others(
-    family: Registry[Any], data: st.DataObject
-) -> None:
+def test_a_mistyped_name_gets_the_nearest_and_all_others(family: Registry[Any], data: st.DataObject) -> None:
     name = data.draw(st.sampled_from([name for name in family if len(name) > 3] or list(family)))
     place = data.draw(st.integers(1, len(name) - 1))
     slip = name[:place] + "_" + name[place:]
@@ -50,13 +48,13 @@ def test_a_name_with_a_slip_is_answered_with_the_nearest_and_all_others(
     assert all(known in message for known in family)
 
 
-def test_a_name_like_no_other_gets_the_list_but_no_guess() -> None:
+def test_an_unrecognisable_name_gets_the_list_without_a_suggestion() -> None:
     with pytest.raises(ValueError, match=r"unknown sampler 'qqqq' \(known: ancestral, ddim, "):
         samplers["qqqq"]
     assert nearest("qqqq", list(samplers)) == ""
 
 
-def test_what_was_never_registered_has_no_name() -> None:
+def test_unregistered_classes_have_no_name() -> None:
     with pytest.raises(ValueError, match="3 is not a registered prediction"):
         predictions.name_of(3)
 

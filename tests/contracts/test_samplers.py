@@ -1,4 +1,4 @@
-"""What every sampler promises: its order, its cost, and results that depend on its arguments alone."""
+"""Contracts of every sampler: its order, its cost, and results that depend only on its arguments."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -45,7 +45,7 @@ from support import (
 
 def those(parameters: list[Any], kind: str, *, wanted: bool) -> list[Any]:
     found = [parameter for parameter in parameters if getattr(parameter.values[0], kind) is wanted]
-    assert found, "a contract without members would pass unseen"
+    assert found, "a contract without members would pass silently"
     return found
 
 
@@ -60,7 +60,7 @@ every_deterministic_variant = pytest.mark.parametrize("sampler", those(VARIANTS,
 every_stochastic = pytest.mark.parametrize("sampler", those(SAMPLERS, "stochastic", wanted=True))
 every_prediction = pytest.mark.parametrize("prediction", members(predictions))
 
-# Exact for data of one point: eps, or x0, is what they hold fast. The others hold fast what changes even then.
+# For data of one point, samplers that hold eps or x0 constant are exact. The others hold a quantity that changes.
 HOLD_FAST: Final = (DDIM, Ancestral, DPMSolverPP2M)
 every_one_point_exact = pytest.mark.parametrize(
     "sampler",
@@ -90,7 +90,7 @@ REACHING_CLEAN_EVENLY: Final = {"vp_cosine": VPCosine(), "flow": FlowMatching()}
 Grid = Callable[[int], Tensor]
 
 FIRST, LAST = 0.95, 0.05
-"""The ends of the interior way, on which no coordinate is near the ends of its axis."""
+"""The ends of the interior path, on which no coordinate is near the ends of its axis."""
 
 
 def interior_times(num_steps: int) -> Tensor:
@@ -98,7 +98,7 @@ def interior_times(num_steps: int) -> Tensor:
 
 
 def noise_for(sampler: Sampler, seeds: Sequence[int], *shape: int) -> StepNoise | None:
-    """The noise that the sampler wants for samples of these seeds."""
+    """Return the noise that the sampler needs for samples of these seeds."""
     return step_noise(seeds, shape, torch.float64) if sampler.stochastic else None
 
 
@@ -110,7 +110,7 @@ def rms_errors(
 
 
 def slope(steps: Sequence[int], errors: Sequence[float]) -> float:
-    """Of the log of the error against the log of the number of steps, turned to be positive."""
+    """Return the negative slope of the log of the error against the log of the number of steps."""
     return float(-np.polyfit(np.log(steps), np.log(errors), 1)[0])
 
 
@@ -118,8 +118,8 @@ STEP_COUNTS: Final = (32, 64, 128)
 """Enough to be near the limit, and few enough for the errors to stay above that of the reference."""
 
 
-# A table's log-SNR has kinks in t, but the methods see t only through the ends of their steps: in the coordinate, in
-# which they integrate, the flow of every process is the same smooth curve, and a kink in t changes a step's length.
+# A table's log-SNR has kinks in t, but the methods only see the times of their steps. In the coordinate in which they
+# integrate, the flow of every process is the same smooth curve, and a kink in t only changes a step's length.
 @every_deterministic
 @every_process
 def test_it_follows_the_exact_flow_of_a_gaussian_at_the_order_it_claims(
@@ -133,7 +133,7 @@ def test_it_follows_the_exact_flow_of_a_gaussian_at_the_order_it_claims(
 
 @cache
 def interior_way(process: NoiseProcess) -> tuple[Tensor, Tensor]:
-    """Samples at `FIRST`, and where the flow of the mixture takes them at `LAST`."""
+    """Return samples at `FIRST`, and the mixture's flow of them at `LAST`."""
     x_t = integrated_flow(mixture(process), pure_noise(process, 16, 2), FIRST)
     return x_t, integrated_flow(mixture(process), x_t, LAST, FIRST)
 
@@ -141,14 +141,14 @@ def interior_way(process: NoiseProcess) -> tuple[Tensor, Tensor]:
 @every_deterministic_variant
 @every_process
 def test_it_follows_the_flow_of_a_mixture_at_the_order_it_claims(process: NoiseProcess, sampler: Sampler) -> None:
-    """In every coordinate. (On the Gaussian some gain an order, by a symmetry that nothing else has.)"""
+    """Test every coordinate. (On the Gaussian, some gain an order because of a symmetry.)"""
     x_t, exact = interior_way(process)
     errors = rms_errors(sampler, mixture(process), x_t, exact, STEP_COUNTS, grid=interior_times)
     assert slope(STEP_COUNTS, errors) == pytest.approx(sampler.order, abs=0.25)
 
 
 def even_angles(process: NoiseProcess) -> Grid:
-    """Grids from t = 1 to 0 on which the angle arctan(sigma / alpha) falls by equal steps to 0."""
+    """Return grids from t = 1 to 0 on which the angle arctan(sigma / alpha) falls by equal steps to 0."""
 
     def grid(num_steps: int) -> Tensor:
         alpha, sigma = process.alpha_sigma(clock(1.0))
@@ -160,7 +160,7 @@ def even_angles(process: NoiseProcess) -> Grid:
 
 
 def end_of(process: NoiseProcess) -> float:
-    """The angle at t = 0, of the noise that the process keeps there."""
+    """Return the angle of the process's remaining noise at t = 0."""
     alpha, sigma = process.alpha_sigma(clock(0.0))
     return float(torch.atan2(sigma, alpha))
 
@@ -177,7 +177,7 @@ ALL_THE_WAY: Final = [parameter for parameter in SAMPLERS if not isinstance(para
 
 @cache
 def flow_to_clean_data(process: NoiseProcess) -> Tensor:
-    """Where the flow of the mixture takes pure noise, with no noise left but 1e-6 and an error of its square."""
+    """Return the mixture's flow from pure noise to noise of 1e-6, with an error of its square."""
     straight = FlowMatching()
     start = straight.time_at(process.log_snr(clock(1.0)))
     radii = [torch.hypot(*which.alpha_sigma(t)) for which, t in [(straight, start), (process, clock(1.0))]]
@@ -190,14 +190,14 @@ def flow_to_clean_data(process: NoiseProcess) -> Tensor:
 def test_it_goes_from_pure_noise_to_clean_data_at_the_order_it_claims(
     flow: str, process: NoiseProcess, grid: Grid, sampler: Sampler
 ) -> None:
-    """All but dpmpp_2m, for which see below, and in their default coordinate.
+    """Test all samplers except dpmpp_2m, which is tested below, in their default coordinate.
 
-    The order is one in the longest step of the angle, so in 1 / N where the angle falls evenly to 0. On the uniform
-    grid that of VE or of a table does not: next to the data a table's sigma^2 falls as t and its angle as the root, so
-    that the last step, of an order less, costs 1 / N by itself. And as these processes keep noise at t = 0, 0.007 and
-    0.002, the steps must be long enough for the stages of the last one to lie above it.
+    The order refers to the longest step in the angle, so to 1 / N if the angle falls evenly to 0. It does not on the
+    uniform grid of VE or of a table: next to the data, a table's sigma^2 falls as t and its angle as the root, so that
+    the last step, which loses an order, costs 1 / N by itself. As these processes keep noise at t = 0 (0.007 and
+    0.002), the steps must be long enough for the stages of the last step to stay above it.
 
-    The exact flow of the mixture is that on a process which has all levels of noise, from the level of t = 1.
+    The exact flow of the mixture is that of a process with all levels of noise, from the level of t = 1.
     """
     x_1 = pure_noise(process, 16, 2)
     if grid is uniform_times:
@@ -218,8 +218,8 @@ def test_it_goes_from_pure_noise_to_clean_data_at_the_order_it_claims(
 
 
 def test_the_error_of_dpmpp_2m_from_pure_noise_to_clean_data_falls_as_log_n_over_n_squared() -> None:
-    """So error N^2 grows by the same amount with each doubling of N. At order 2 the growth would fade, at order 1 it
-    would double. On a process whose ends lie further out than the finest step."""
+    """error N^2 therefore grows by the same amount with each doubling of N. At order 2 the growth would vanish, and at
+    order 1 it would double. The process has ends beyond the finest step."""
     denoiser, x_1 = gaussian(VPCosine(-40.0, 40.0)), numbers(16, 2)
     steps = (256, 512, 1024, 2048, 4096)
     errors = rms_errors(DPMSolverPP2M(), denoiser, x_1, denoiser.flow(x_1, 1.0, 0.0), steps)
@@ -229,7 +229,7 @@ def test_the_error_of_dpmpp_2m_from_pure_noise_to_clean_data_falls_as_log_n_over
 
 
 def first_time(process: NoiseProcess, sampler: Sampler) -> float:
-    """1, but 0.95 in the one coordinate that is infinite at t = 1 where no signal is left: sigma / alpha."""
+    """Return 1, or 0.95 in the coordinate sigma / alpha, which is infinite at t = 1 without signal."""
     alpha, _ = process.alpha_sigma(clock(1.0))
     at_infinity = isinstance(getattr(sampler, "coordinate", None), NoiseToSignal) and float(alpha) == 0
     return FIRST if at_infinity else 1.0
@@ -241,7 +241,7 @@ def first_time(process: NoiseProcess, sampler: Sampler) -> float:
 def test_sampling_is_exact_in_any_number_of_steps_when_the_data_is_one_point(
     process: NoiseProcess, sampler: Sampler, num_steps: int
 ) -> None:
-    """To the roundings of x_t / alpha, which at t = 1 are up to 2e4 times those of x_t."""
+    """Compare up to the rounding of x_t / alpha, which at t = 1 is up to 2e4 times that of x_t."""
     point, first = numbers(1, 3, seed=1), first_time(process, sampler)
     denoiser = data_set_denoiser(process, point)
     x_t = float(process.alpha_sigma(clock(first))[1]) * numbers(8, 3)
@@ -257,7 +257,7 @@ def test_sampling_is_exact_in_any_number_of_steps_when_the_data_is_one_point(
 def test_ddim_and_dpmpp_2m_stay_on_the_one_way_from_noise_to_data_of_one_point(
     process: NoiseProcess, sampler: Sampler, num_steps: int
 ) -> None:
-    """The noise of x_t never changes on that way, so each step is the sample that the process mixes there."""
+    """The noise of x_t does not change on the way, so each step is the sample that the process mixes there."""
     point, eps = numbers(1, 3, seed=1).expand(8, 3), numbers(8, 3)
     x_1 = process.mix(point, eps, clock(1.0).expand(8))
     for step in trajectory(data_set_denoiser(process, point[:1]), x_1, num_steps, sampler):
@@ -278,9 +278,9 @@ def test_ddim_and_dpmpp_2m_stay_on_the_one_way_from_noise_to_data_of_one_point(
 def test_every_stage_of_a_step_shows_the_network_a_sample_of_the_time_it_names(
     process: NoiseProcess, sampler: Sampler, num_steps: int
 ) -> None:
-    """The noise of x_t never changes for data of one point, so the network must find the same noise at every call.
+    """The noise of x_t does not change for data of one point, so the network must find the same noise at every call.
 
-    Not from zero SNR, where this coordinate multiplies roundings by (sigma / alpha)^2 = 5e8.
+    The test does not start at zero SNR, where this coordinate amplifies rounding by (sigma / alpha)^2 = 5e8.
     """
     point, eps = numbers(1, 3, seed=1), numbers(8, 3)
     denoiser = Watched(data_set_denoiser(process, point))
@@ -295,7 +295,7 @@ def test_every_stage_of_a_step_shows_the_network_a_sample_of_the_time_it_names(
 def test_it_calls_the_network_as_often_as_claimed_and_only_at_times_above_0(
     process: NoiseProcess, sampler: Sampler, num_steps: int
 ) -> None:
-    """A denoiser has no answer at t = 0, and a process that keeps noise there none below."""
+    """A denoiser is undefined at t = 0, and below the remaining noise of a process."""
     denoiser = Watched(mixture(process))
     x_1, noise = pure_noise(process, 4, 2), noise_for(sampler, range(4), 2)
     seen = 0
@@ -309,17 +309,17 @@ def test_it_calls_the_network_as_often_as_claimed_and_only_at_times_above_0(
 
 @every_one_call_or_heun
 @pytest.mark.parametrize("num_steps", [7, 1024])
-def test_a_sampler_without_inner_stages_asks_at_the_times_of_the_grid_to_the_last_bit(
+def test_a_sampler_without_inner_stages_calls_at_the_times_of_the_grid_to_the_last_bit(
     sampler: Sampler, num_steps: int
 ) -> None:
-    """A network with a table of timesteps knows no others."""
+    """A network with a table of timesteps supports no other times."""
     denoiser = Watched(gaussian(VPCosine()))
     sample(denoiser, numbers(1, 2), num_steps, sampler, noise=noise_for(sampler, range(1), 2))
     assert {float(time) for time in denoiser.times} == set(uniform_times(num_steps)[:-1].tolist())
 
 
 @every_variant
-def test_a_way_that_ends_in_noise_has_no_last_step(sampler: Sampler) -> None:
+def test_a_path_that_ends_in_noise_has_no_last_step(sampler: Sampler) -> None:
     denoiser = Watched(mixture(VPCosine()))
     sample(denoiser, numbers(4, 2), 3, sampler, grid=interior_times, noise=noise_for(sampler, range(4), 2))
     assert len(denoiser.times) == 3 * sampler.evals_per_step
@@ -336,7 +336,7 @@ def test_the_calls_of_no_steps_are_not_counted(sampler: Sampler, num_steps: int)
 @every_process
 @in_turn("num_steps", [1, 2, 5])
 def test_the_last_step_returns_the_last_x0(process: NoiseProcess, sampler: Sampler, num_steps: int) -> None:
-    """No trace of the process's own noise at t = 0 is left in the sample, not even one of 4.5e-5."""
+    """The sample contains no trace of the process's own noise at t = 0, not even of 4.5e-5."""
     denoiser = Watched(mixture(process))
     x_1, noise = pure_noise(process, 16, 2), noise_for(sampler, range(16), 2)
     assert torch.equal(sample(denoiser, x_1, num_steps, sampler, noise=noise), denoiser.answers[-1].x0)
@@ -353,9 +353,9 @@ def test_the_same_noise_gives_the_same_samples_to_the_last_bit(sampler: Sampler,
 
 @every_variant
 @every_prediction
-def test_a_sample_does_not_depend_on_its_company(sampler: Sampler, prediction: Prediction) -> None:
-    """Up to a few roundings: vectorised and scalar library functions differ in the last bit. Prediction of
-    eps divides by alpha(1) = 4.5e-5 and so sees that bit 2e4 times as large, relative to samples as large."""
+def test_a_sample_does_not_depend_on_its_batch(sampler: Sampler, prediction: Prediction) -> None:
+    """Compare up to a few roundings, because vectorised and scalar library functions differ in the last bit.
+    Eps-prediction divides by alpha(1) = 4.5e-5 and amplifies that bit by 2e4, relative to equally large samples."""
     denoiser, x_1, seeds = toy_denoiser(VPCosine(), prediction), numbers(16, 3, 2), range(100, 116)
     together = sample(denoiser, x_1, 8, sampler, noise=noise_for(sampler, seeds, 3, 2))
     for rows in (slice(0, 1), slice(3, 8), slice(15, 16), slice(None, None, 5)):
@@ -366,7 +366,7 @@ def test_a_sample_does_not_depend_on_its_company(sampler: Sampler, prediction: P
 @every_variant
 @pytest.mark.parametrize("process", [pytest.param(VPCosine(), id="vp_cosine"), pytest.param(NARROW, id="narrow")])
 def test_a_step_takes_each_sample_between_its_own_times(process: NoiseProcess, sampler: Sampler) -> None:
-    """Some of a batch may land on clean data and others not, each with its condition and its memory."""
+    """Some samples of a batch may land on clean data and others not, each with its own condition and memory."""
 
     def network(x_t: Tensor, time: Tensor, *, shift: Tensor) -> Tensor:
         return torch.sin(2 * x_t + 3 * time[:, None]) + shift
@@ -435,7 +435,7 @@ def test_sampling_leaves_no_gradient_and_its_starting_noise_untouched(sampler: S
 
 
 @every_sampler
-def test_a_trajectory_tells_its_steps_and_ends_on_the_sample(sampler: Sampler) -> None:
+def test_a_trajectory_yields_its_steps_and_ends_at_the_sample(sampler: Sampler) -> None:
     denoiser, x_1, noise = mixture(VPCosine()), numbers(4, 2), noise_for(sampler, range(4), 2)
     steps = list(trajectory(denoiser, x_1, 4, sampler, noise=noise))
     assert [(step.number, step.t, step.s) for step in steps] == [
@@ -456,7 +456,7 @@ def test_another_grid_is_followed_and_leads_to_the_same_flow(sampler: Sampler) -
     process = VPCosine()
     denoiser, x_1 = Watched(gaussian(process)), numbers(8, 2)
     exact = gaussian(process).flow(x_1, 1.0, 0.0)
-    # Of high order, with steps that stay above the angle of the process's own end, 4.5e-5, whose square is left over.
+    # A high order needs steps that stay above the angle of the process's own end, 4.5e-5, whose square remains.
     few, many = (256, 512) if sampler.order < 3 else (64, 128)
     errors = [float((sample(denoiser, x_1, n, sampler, grid=squared_times) - exact).abs().max()) for n in (few, many)]
     assert set(squared_times(many)[:-1].tolist()) <= {float(time[0]) for time in denoiser.times}

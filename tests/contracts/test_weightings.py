@@ -28,14 +28,14 @@ PROCESS = VPCosine()
 
 
 def two_guesses() -> tuple[Tensor, Tensor, Tensor]:
-    """x_t at TIMES and two guesses at its x0."""
+    """Return x_t at TIMES and two guesses of its x0."""
     count = len(TIMES)
     x0, eps, guess = (numbers(count, *SHAPE, seed=seed) for seed in range(3))
     return PROCESS.mix(x0, eps, TIMES), x0, guess
 
 
 def squared_error_in(space: Prediction) -> Tensor:
-    """The mean square difference of the two guesses, each expressed in the space, `[batch]`."""
+    """Return the mean square difference of the two guesses in the given space, `[batch]`."""
     alpha, sigma = PROCESS.alpha_sigma(TIMES)
     x_t, x0, guess = two_guesses()
     seen = [space.target(x, X0().denoised(x, x_t, alpha, sigma).eps, alpha, sigma) for x in (x0, guess)]
@@ -81,7 +81,7 @@ def test_a_weight_is_a_float64_number_of_at_least_0_that_depends_on_its_own_log_
 
 @every_weighting
 def test_a_float32_loss_is_the_float64_one_rounded(weighting: Weighting) -> None:
-    """The weight is formed in float64 and meets the loss once, so that even e^20 costs a few roundings only."""
+    """The weight is computed in float64 and multiplied by the loss once, so even e^20 costs only a few roundings."""
     _, x0, guess = two_guesses()
     x0, guess = x0.float(), guess.float()
     log_snr = PROCESS.log_snr(TIMES)

@@ -1,4 +1,4 @@
-"""Captions follow their images, from tables and from texts, and every refusal is one line."""
+"""Captions follow their images, from tables and from text files, and every error is one line."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from halfstep.data.captions import CaptionedImages, read_captions
 from halfstep.data.images import Preparation
 
 CAPTIONS = {"b.png": 'a dog, "sitting"', "a/c.png": "", "a/a.png": "zwei Vögel\nim Baum", "z.png": "a\u2028cat"}
-"""In no order: with quotes, commas, ends of lines and none."""
+"""Unordered captions: with quotes, commas and line ends, and an empty one."""
 ORDERED = ["a/a.png", "a/c.png", "b.png", "z.png"]
 
 
@@ -44,13 +44,13 @@ def write_csv(folder: Path, captions: Mapping[str, str]) -> None:
 
 
 def write_two(folder: Path, captions: Mapping[str, str]) -> None:
-    """A table in each folder, with names relative to it."""
+    """Return a table in each folder, with file names relative to it."""
     write_jsonl(folder / "a", {name[2:]: caption for name, caption in captions.items() if name.startswith("a/")})
     write_csv(folder, {name: caption for name, caption in captions.items() if not name.startswith("a/")})
 
 
 def refused(folder: Path, *words: str) -> None:
-    """Asserts that reading is a ValueError of one line that has all of `words` in it."""
+    """Assert that reading raises a one-line ValueError that contains all of `words`."""
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the words are checked below
         read_captions(folder)
     message = str(caught.value)
@@ -58,7 +58,7 @@ def refused(folder: Path, *words: str) -> None:
     assert not [word for word in words if word not in message], message
 
 
-# What is read
+# Reading
 
 
 @pytest.mark.parametrize("write", [write_texts, write_jsonl, write_csv, write_two])
@@ -98,7 +98,7 @@ def write_parquet(folder: Path, captions: Mapping[str, str]) -> None:
 
 @pytest.mark.parametrize("write", [write_jsonl, write_csv, write_parquet])
 def test_words_and_numbers_stay_the_texts_that_they_are(tmp_path, write):
-    """Readers of tables like to take them for missing values and for numbers."""
+    """Table readers tend to convert these to missing values and numbers."""
     captions = {"a.png": "NA", "b.png": "None", "c.png": "007", "d.png": " x "}
     for name in captions:
         image(tmp_path / name)
@@ -145,7 +145,7 @@ def test_images_are_prepared(tmp_path):
     assert torch.equal(square.loaded([1, 0, 1]).x, square.loaded([0, 1]).x[[1, 0, 1]])
 
 
-# What is refused
+# Errors
 
 
 def test_a_missing_folder(tmp_path):
@@ -236,13 +236,13 @@ def test_damaged_csv(tmp_path, rows, words):
     refused(tmp_path, "metadata.csv", *words)
 
 
-def test_a_text_that_is_none(tmp_path):
+def test_a_text_file_that_is_not_text(tmp_path):
     image(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     refused(tmp_path, "a.txt", "UTF-8")
 
 
-def test_an_image_that_is_none(tmp_path):
+def test_a_file_that_is_not_an_image(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
     write_texts(tmp_path, {"a.png": ""})
     with pytest.raises(ValueError, match=r"a\.png is not an image"):

@@ -1,4 +1,4 @@
-"""What the data room promises: exact pixels, labels that follow their images, batches that are a function of Draw."""
+"""Contracts of the data: exact pixels, labels that follow their images, batches that are a function of Draw."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ def opened(source: object, **settings: object) -> Data:
 
 
 def pixels(data: Data, *indices: int) -> np.ndarray:
-    """The uint8 pixels `[n, channels, height, width]` that x0 stands for, checked to be on its grid."""
+    """Return the uint8 pixels `[n, channels, height, width]` of x0, after checking that x0 is on their grid."""
     x0 = data.fetch(torch.tensor(indices or range(len(data)))).x0
     assert x0.dtype == torch.float32
     exact = (x0 + 1) * 127.5
@@ -88,7 +88,7 @@ def test_crop_keeps_the_centre_square_untouched(tmp_path, height, width, resampl
 
 
 def test_crop_does_not_distort_and_stretch_keeps_everything(tmp_path):
-    # Left and right quarters are white, the centre square is black.
+    # The left and right quarters are white, the centre square is black.
     array = np.full((16, 32), 255, np.uint8)
     array[:, 8:24] = 0
     save(tmp_path / "a.png", array)
@@ -113,7 +113,7 @@ def test_small_images_are_enlarged(tmp_path):
 def test_exif_orientation_turns_the_image(tmp_path):
     array = noise(4, 6)
     exif = Image.Exif()
-    exif[0x0112] = 6  # the top row was on the right: turn clockwise
+    exif[0x0112] = 6  # the top row was on the right: turned clockwise
     save(tmp_path / "a.png", array, exif=exif)
     np.testing.assert_array_equal(pixels(opened(tmp_path))[0, 0], np.rot90(array, -1))
 
@@ -177,7 +177,7 @@ def test_sub_folders_named_like_splits_are_splits(tmp_path):
 
 
 def test_the_samples_of_a_run_among_the_images_are_no_data(tmp_path):
-    """`--data . --out runs/mine`: or the run would be one on other data once it has samples."""
+    """With `--data . --out runs/mine`, the run would otherwise use other data once it has samples."""
     for place in ("0.png", "1.png"):
         save(tmp_path / place, noise(4, 4))
     before = opened(tmp_path)
@@ -186,7 +186,7 @@ def test_the_samples_of_a_run_among_the_images_are_no_data(tmp_path):
     (tmp_path / "runs" / "mine" / "recipe.json").touch()
     save(samples / "steps-0004.png", noise(4, 4))
     assert (len(before), opened(tmp_path).fingerprint) == (2, before.fingerprint)
-    # A folder that only has such a name is one of images.
+    # A folder that only has such a name is a folder of images.
     (tmp_path / "runs" / "mine" / "recipe.json").unlink()
     assert len(opened(tmp_path)) == 3
 
@@ -406,7 +406,7 @@ def test_classes_are_the_labels_in_order_without_gaps(tmp_path, written, names):
 
 
 def test_labels_of_the_layout_of_edm(tmp_path):
-    """Sub-folders are shards there, and dataset.json holds the classes."""
+    """Sub-folders are shards, and dataset.json contains the classes."""
     listed = []
     for k in range(30):
         name = f"{k // 10:05}/img{k:08}.png"
@@ -427,7 +427,7 @@ def test_labels_of_the_layout_of_edm(tmp_path):
         opened(tmp_path)
 
 
-def test_a_class_of_a_table_without_rows_is_no_class(tmp_path):
+def test_a_class_without_rows_in_a_table_is_ignored(tmp_path):
     import datasets
 
     features = datasets.Features({"scan": datasets.Image(), "kind": datasets.ClassLabel(names=["x", "y", "z"])})

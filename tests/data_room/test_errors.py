@@ -1,4 +1,4 @@
-"""Every refusal is one line that names the culprit and says what to do."""
+"""Every error is a single line that names the cause and the remedy."""
 
 import os
 import socket
@@ -20,7 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def refused(source: object, *words: str, **settings: object) -> None:
-    """Asserts that opening is a ValueError of one line that has all of `words` in it."""
+    """Assert that opening raises a one-line ValueError that contains all of `words`."""
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the words are checked below
         open_data(DataConfig(source=str(source), **settings))  # type: ignore[arg-type]
     message = str(caught.value)
@@ -53,7 +53,7 @@ def test_a_file_of_another_kind(tmp_path):
     refused(tmp_path / "d.zip", "d.zip", ".npz")
 
 
-def test_what_numpy_takes_for_a_pickle_is_refused_without_its_advice(tmp_path):
+def test_files_that_numpy_takes_for_pickles_are_rejected_without_its_advice(tmp_path):
     (tmp_path / "d.npy").write_text("1, 2, 3")
     np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
     for name in ("d.npy", "objects.npy"):
@@ -116,8 +116,8 @@ def test_skipping_the_only_image_of_a_class_removes_the_class(tmp_path):
 
 @pytest.mark.parametrize("settings", [LAZY, {}], ids=["lazy", "in memory"])
 @pytest.mark.parametrize("kind", ["FIFO", "socket", "device"])
-def test_what_is_no_file_is_refused_and_does_not_hang(tmp_path, monkeypatch, kind, settings):
-    monkeypatch.chdir(tmp_path)  # the name of a socket is short
+def test_special_files_are_rejected_without_hanging(tmp_path, monkeypatch, kind, settings):
+    monkeypatch.chdir(tmp_path)  # a socket's name must be short
     image(Path("im/a.png"), 4, 4)
     if kind == "FIFO":
         os.mkfifo("im/z.png")
@@ -167,7 +167,7 @@ def test_a_scene_with_more_pixels_than_pillow_decodes(tmp_path, monkeypatch):
         (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
     ],
 )
-def test_what_a_file_is_that_is_no_image(tmp_path, content, words):
+def test_a_file_that_is_no_image_is_described(tmp_path, content, words):
     (tmp_path / "a.png").write_bytes(content)
     refused(tmp_path, "a.png", words)
 
@@ -293,7 +293,7 @@ def test_labels_that_are_identifiers(tmp_path):
     refused(tmp_path / "people", "11 classes for 11 samples", "--data.no-labels")
 
 
-def test_a_member_of_an_archive_that_is_no_array(tmp_path):
+def test_an_archive_member_that_is_not_an_array(tmp_path):
     with zipfile.ZipFile(tmp_path / "d.npz", "w") as archive:
         archive.writestr("x", b"text")
     refused(tmp_path / "d.npz", "its member x is not an array")

@@ -1,4 +1,4 @@
-"""A folder of latents holds what the encoder makes of each image, however it was cut, stopped and damaged."""
+"""A folder of latents contains the encoder's output for each image, also after interruptions and damage."""
 
 import dataclasses
 import itertools
@@ -29,7 +29,7 @@ COUNT = 11
 
 @pytest.fixture
 def images(tmp_path: Path) -> CaptionedImages:
-    """Different images with different captions, one of them empty."""
+    """Return different images with different captions, one of them empty."""
     folder = tmp_path / "images"
     folder.mkdir()
     for index in range(COUNT):
@@ -40,7 +40,7 @@ def images(tmp_path: Path) -> CaptionedImages:
 
 
 def to_latents(x: Tensor) -> Tensor:
-    """A function of each image alone, exact in float32: the pixel in the corner of each 8x8 block, four times."""
+    """Encode each image separately, exactly in float32: the pixel in the corner of each 8x8 block, four times."""
     return torch.cat([x, -x[:, :1]], 1)[:, :, ::8, ::8] / 4
 
 
@@ -58,12 +58,12 @@ ENCODER = Encoder(to_latents, to_conditions, "corners")
 
 
 class Killed(Exception):
-    """What stops an encoder."""
+    """An exception that stops an encoder."""
 
 
 @final
 class Counting:
-    """ENCODER that remembers the images it was shown, and is killed at the batch `last`."""
+    """ENCODER that records its images and is killed at the batch `last`."""
 
     def __init__(self, last: int | None = None) -> None:
         self.shown: list[Tensor] = []
@@ -86,7 +86,7 @@ class Counting:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """All files but the lock."""
+    """Return all files except the lock."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
@@ -100,7 +100,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 def refused(call: Callable[[], object], *words: str, kind: type[ValueError] = ValueError) -> None:
-    """Asserts that the call is an error of one line that has all of `words` in it."""
+    """Assert that the call raises a one-line error that contains all of `words`."""
     with pytest.raises(kind) as caught:
         call()
     message = str(caught.value)
@@ -108,7 +108,7 @@ def refused(call: Callable[[], object], *words: str, kind: type[ValueError] = Va
     assert not [word for word in words if word not in message], message
 
 
-# What is in it
+# Contents
 
 
 def test_each_sample_is_what_the_encoder_makes_of_its_image(images, tmp_path):
@@ -194,7 +194,7 @@ def test_it_is_training_data(images, tmp_path):
     refused(lambda: training_batch(data, draw, True), "only images can be mirrored")
 
 
-def test_a_fetch_touches_the_shards_of_its_samples_only(images, tmp_path):
+def test_a_fetch_only_reads_the_shards_of_its_samples(images, tmp_path):
     data = encode(images, ENCODER, tmp_path / "latents", shard_size=4)
     (tmp_path / "latents/shard-00000.safetensors").unlink()
     data.fetch(torch.tensor([4, 10]))
@@ -213,12 +213,12 @@ def test_the_fingerprint_is_of_the_content(images, tmp_path):
     assert data.fingerprint != encode(images, mapped, tmp_path / "d", shard_size=4).fingerprint
 
 
-# Stopped, damaged, called again
+# Stopped, damaged and rerun
 
 
 @pytest.mark.parametrize("last", range(7))
 def test_a_stopped_encoding_goes_on_to_the_same_bytes(images, tmp_path, last):
-    """Shards of 4, 4 and 3 in batches of 2: killed at each of the 6 batches in turn, or not at all."""
+    """Shards of 4, 4 and 3 in batches of 2 are killed at each of the 6 batches in turn, or not at all."""
     encode(images, ENCODER, tmp_path / "whole", batch_size=2, shard_size=4)
     folder, first, second = tmp_path / "latents", Counting(last), Counting()
     if last < 6:
@@ -234,7 +234,7 @@ def test_a_stopped_encoding_goes_on_to_the_same_bytes(images, tmp_path, last):
     assert [""] not in second.told
 
 
-def test_a_try_that_made_nothing_is_no_obstacle_to_other_settings(images, tmp_path):
+def test_an_empty_attempt_does_not_block_other_settings(images, tmp_path):
     folder, other = tmp_path / "latents", dataclasses.replace(images, preparation=Preparation(8, channels=3))
     encode(other, ENCODER, tmp_path / "whole", shard_size=4)
     with pytest.raises(Killed):
@@ -243,8 +243,8 @@ def test_a_try_that_made_nothing_is_no_obstacle_to_other_settings(images, tmp_pa
     assert files(folder) == files(tmp_path / "whole")
 
 
-def test_a_hard_kill_leaves_nothing_half(images, tmp_path):
-    """A process that dies without unwinding, in the middle of a shard, with files of its own lying about."""
+def test_a_hard_kill_leaves_nothing_incomplete(images, tmp_path):
+    """A process dies without unwinding in the middle of a shard and leaves temporary files."""
     script = """
 import os, sys
 from pathlib import Path
@@ -280,7 +280,7 @@ def flipped(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("damage", [cut, flipped, None])
 @pytest.mark.parametrize(("name", "shown"), [("shard-00001.safetensors", 2), ("null.safetensors", 0)])
-def test_a_damaged_file_is_made_anew_and_no_other(images, tmp_path, name, shown, damage):
+def test_only_a_damaged_file_is_written_again(images, tmp_path, name, shown, damage):
     folder = tmp_path / "latents"
     encode(images, ENCODER, folder, batch_size=2, shard_size=4)
     before, path = files(folder), folder / name
@@ -323,7 +323,7 @@ def test_progress_counts_images(images, tmp_path):
     assert progress == [(done, COUNT) for done in (0, 3, 5, 8, 10, 11)]
 
 
-# What is refused
+# Errors
 
 
 def test_another_encoder(images, tmp_path):
@@ -412,7 +412,7 @@ def test_a_damaged_index(images, tmp_path, change, words):
         refused(call, "index.json", *words, "delete the folder")
 
 
-def test_the_index_says_what_it_is_of(images, tmp_path):
+def test_the_index_identifies_its_data(images, tmp_path):
     encode(images, ENCODER, tmp_path / "latents", shard_size=4)
     index = json.loads((tmp_path / "latents/index.json").read_text())
     assert index["encoder"] == "corners"
@@ -447,7 +447,7 @@ def with_nan(x: Tensor) -> Tensor:
         ),
     ],
 )
-def test_encoders_that_do_not_keep_to_the_form(images, tmp_path, broken, words):
+def test_encoders_with_outputs_of_the_wrong_form(images, tmp_path, broken, words):
     encoder = dataclasses.replace(ENCODER, **broken)
     refused(lambda: encode(images, encoder, tmp_path / "latents", batch_size=4), "the encoder returned", *words)
 
@@ -460,8 +460,8 @@ def test_images_of_other_forms(images, tmp_path):
     refused(lambda: encode(mixed, ENCODER, tmp_path / "mixed"), "00.png is 24x16", "05.png is 32x16", "size")
 
 
-def test_samples_of_prompts_go_on_where_they_were_cut(tmp_path: Path) -> None:
-    """And are those of an uncut call: each is a function of its place and its prompt."""
+def test_prompt_samples_resume_where_they_were_interrupted(tmp_path: Path) -> None:
+    """The latents equal those of an uninterrupted call: each depends only on its place and its prompt."""
 
     def sampled(places: range, conditions: dict[str, Tensor]) -> Tensor:
         made.append(places)

@@ -1,4 +1,4 @@
-"""The site: its navigation holds every page, its links lead somewhere, and it fetches nothing."""
+"""The site's navigation contains every page, its links are valid, and it fetches nothing."""
 
 import re
 import subprocess
@@ -43,14 +43,14 @@ def links_of(page: Path) -> list[tuple[str, str]]:
     return re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", text)
 
 
-def test_the_navigation_holds_every_page_once() -> None:
+def test_the_navigation_contains_every_page_once() -> None:
     found = navigation()
     written = {path.relative_to(PAGES).as_posix() for path in PAGES.rglob("*.md")}
     assert sorted(found) == sorted(written | FROM_ELSEWHERE.keys())
 
 
 @pytest.mark.parametrize("page", navigation())
-def test_the_links_of_a_page_lead_somewhere(page: str) -> None:
+def test_the_links_of_a_page_are_valid(page: str) -> None:
     source = FROM_ELSEWHERE.get(page, PAGES / page)
     for path, anchor in links_of(source):
         if path in ("docs/fashion.png", "llms.txt"):
@@ -64,7 +64,7 @@ def test_the_links_of_a_page_lead_somewhere(page: str) -> None:
 
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path: Path) -> None:
-    """The fast forms are above."""
+    """Build the whole site. The fast tests above check the same without building it."""
     pytest.importorskip("mkdocs", reason="the group docs is not installed")
     subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)], cwd=ROOT, check=True

@@ -1,4 +1,4 @@
-"""The list of slow tests names tests that exist."""
+"""The list of slow tests only contains existing tests."""
 
 import re
 from pathlib import Path

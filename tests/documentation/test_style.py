@@ -1,5 +1,4 @@
-"""README, CONTRIBUTING, docs and src (docstrings, comments, messages, help texts) follow the patterns of
-`support_style`."""
+"""README, CONTRIBUTING, docs and src (docstrings, comments, messages, help texts) follow `support_style`."""
 
 from pathlib import Path
 from typing import Final
@@ -11,7 +10,7 @@ from support_style import ALLOWED, PATTERNS, faults, found_in, prose_of_markdown
 ROOT: Final = Path(__file__).parents[2]
 
 RECORDED: Final = {"docs/pages/reproductions.md"}
-"""Pages made from recorded results, whose texts are those of the version that measured."""
+"""Pages generated from recorded results, with the texts of the version that measured them."""
 
 FILES: Final = sorted(
     str(path.relative_to(ROOT))
@@ -66,7 +65,7 @@ def test_every_exception_is_needed() -> None:
 
 
 def test_help_texts_are_among_the_sentences() -> None:
-    """tyro shows the docstrings of the arguments' fields, which lie in modules that are held."""
+    """tyro shows the docstrings of the arguments' fields, whose modules are in `FILES`."""
     texts = {sentence.text for sentence in sentences_of(ROOT / "src/halfstep/cli/sampling.py")}
     assert "Number of samples to draw." in texts
 

@@ -1,4 +1,4 @@
-"""Runs whose models can be asked: networks with random weights, a teacher and its students, and gaps."""
+"""Runs with models that can be sampled: networks with random weights, a teacher and its students, and gaps."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ NUM_CLASSES = 3
 
 
 def image_network(seed: int) -> Network:
-    """A tiny network for 8x8 grey images of three classes, whose every weight matters."""
+    """Return a tiny network for 8x8 grey images of three classes in which every weight matters."""
     torch.manual_seed(seed)
     config = UNetConfig(
         block_out_channels=(8, 16),
@@ -35,7 +35,7 @@ def image_network(seed: int) -> Network:
 
 
 def write_asked_run(run: Path, points: bool = False, trained: int = 3) -> Path:
-    """The first `trained` of `STAGES`; the plan has them all."""
+    """Write the first `trained` of `STAGES`; the plan contains all of them."""
     for index, (name, num_steps) in enumerate(STAGES[:trained]):
         torch.manual_seed(index)
         network = MLP((2,), width=16, depth=1) if points else image_network(index)

@@ -1,4 +1,4 @@
-"""A run folder that is true to the schema, with made-up figures and, as images, real digits under noise."""
+"""A run folder that follows the schema, with invented figures and real digits with noise as images."""
 
 import hashlib
 import json
@@ -19,12 +19,12 @@ PROTOCOL = {"features": "classifier-1a2b", "reference": "digits", "num_samples":
 
 
 def frechet(steps: int, student: bool) -> float:
-    """Something that worsens with few steps, slowly for a student."""
+    """Return a value that gets worse with fewer steps, slowly for a student."""
     return 0.1234567 * (1 + (2.2 / steps if student else 300 / steps**1.6))
 
 
 def digit_samples(steps: int, student: bool, count: int = 64) -> np.ndarray:
-    """uint8 `[count, 8, 8, 1]`: digits, with an error that is the larger the fewer the steps."""
+    """Return uint8 `[count, 8, 8, 1]`: digits with an error that grows as the number of steps falls."""
     clean = load_digits().images[:count] / 16 * 255
     noise = np.random.default_rng(0).normal(size=clean.shape)
     size = 45 / steps if student else 25 + 280 / steps
@@ -35,7 +35,7 @@ def digit_samples(steps: int, student: bool, count: int = 64) -> np.ndarray:
 
 
 def point_samples(steps: int, student: bool, count: int = 256) -> np.ndarray:
-    """float32 `[count, 2]`: two moons, or what few steps make of them."""
+    """Return float32 `[count, 2]`: two moons, as sampled with few steps."""
     random = np.random.default_rng(1)
     angle = random.uniform(0, np.pi, count)
     upper = random.random(count) < 0.5
@@ -62,7 +62,7 @@ HEUN = Result(
 
 
 def result(steps: int, student: bool, *, is_most: bool = False, factor: float = 1.0) -> Result:
-    """Figures of a model at its steps."""
+    """Return the figures of a model at its steps."""
     return Result(
         sampler="ddim",
         num_steps=steps,
@@ -89,7 +89,7 @@ def write_stage(
     seconds: float = 93.5,
     parent: str = "before",
 ) -> None:
-    """A complete stage."""
+    """Write a complete stage."""
     folder = RunFolder(run).stage(name)
     folder.samples.mkdir(parents=True)
     folder.model.write_bytes(b"weights")
@@ -128,7 +128,7 @@ def write_fake_run(
     samples: Any = digit_samples,
     name: str = "digits",
 ) -> Path:
-    """A run whose plan has the students `planned`, of which the first `students` are complete."""
+    """Write a run whose plan has the students `planned`, of which the first `students` are complete."""
     names = ["00-denoise", *(f"{i:02d}-halve-{n:04d}" for i, n in enumerate(planned, 1))]
     steps: list[int | None] = [None, *planned]
     write_sealed(
@@ -186,12 +186,12 @@ def write_fake_run(
 
 
 def figure(mean: float, spread: float | None = None) -> dict[str, Any]:
-    """A figure of evaluation.json."""
+    """Return a figure of evaluation.json."""
     return {"mean": mean, "spread": spread, "values": [mean] if spread is None else [mean - spread, mean + spread]}
 
 
 def fake_evaluation(complete: bool = True) -> dict[str, Any]:
-    """The content of an evaluation.json: students, two of the teacher's samplers, two protocols."""
+    """Return the content of an evaluation.json: students, two of the teacher's samplers, two protocols."""
     protocol = {
         "kind": "sets",
         "extractor": "classifier-1-abc",
@@ -251,5 +251,5 @@ def fake_evaluation(complete: bool = True) -> dict[str, Any]:
 
 
 def write_fake_evaluation(run: Path, **settings: Any) -> None:
-    """RUN/evaluation/evaluation.json."""
+    """Write RUN/evaluation/evaluation.json."""
     write_sealed(RunFolder(run).evaluation_path, fake_evaluation(**settings))

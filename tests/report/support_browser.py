@@ -1,4 +1,4 @@
-"""A browser for the tests: Debian's chromium, driven by playwright, told to ask nobody for anything."""
+"""A browser for the tests: Debian's chromium, driven by playwright, without network access."""
 
 import os
 import shutil
@@ -20,11 +20,11 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 SCREENS = [(width, scheme) for width in (390, 820, 1400) for scheme in ("light", "dark")]
-"""A phone, a tablet, a desk; light and dark."""
+"""A phone, a tablet and a desktop; light and dark."""
 
 
 def chromium() -> str:
-    """Its path. Without it the test is skipped, or fails where HALFSTEP_BROWSER=required (in CI)."""
+    """Return its path. Without it, the test is skipped, or fails if HALFSTEP_BROWSER=required (in CI)."""
     path = shutil.which("chromium") or shutil.which("chromium-browser")
     reason = "no chromium: apt-get install chromium" if path is None else None
     if reason is None and not (find_spec("playwright") and find_spec("axe_playwright_python")):
@@ -39,7 +39,7 @@ def chromium() -> str:
 
 @contextmanager
 def browser() -> Iterator[Any]:
-    """A running chromium."""
+    """Start chromium."""
     path = chromium()
     from playwright.sync_api import sync_playwright
 
@@ -52,7 +52,7 @@ def browser() -> Iterator[Any]:
 
 
 class Watched:
-    """A page, with what it complained of and what it asked for on record."""
+    """A page that records its errors and requests."""
 
     def __init__(self, page: Any) -> None:
         self.page = page
@@ -67,16 +67,16 @@ class Watched:
             self.complaints.append(message.text)
 
     def elsewhere(self, *allowed: str) -> list[str]:
-        """Addresses asked for that do not begin with one of `allowed`."""
+        """Return the requested addresses that do not start with one of `allowed`."""
         return [url for url in self.requests if not url.startswith(("data:", "blob:", *allowed))]
 
 
 def serious(page: Any, context: object = None) -> list[str]:
-    """What axe finds that is serious or critical, with the elements."""
+    """Return axe's serious and critical findings, with the elements."""
     import axe_playwright_python
 
     script = (Path(str(axe_playwright_python.__file__)).parent / "axe.min.js").read_text(encoding="utf-8")
-    # In the devtools' own world, which a page's policy does not bind.
+    # In the devtools' own world, to which a page's policy does not apply.
     page.evaluate(script)
     found = page.evaluate("context => axe.run(context ?? document, { resultTypes: ['violations'] })", context)
     return [

@@ -1,4 +1,4 @@
-"""The explorer's door: names, prefixes, slow clients, and what it prints."""
+"""The explorer's server: host names, prefixes, slow clients, and its output."""
 
 import asyncio
 from collections.abc import MutableMapping
@@ -13,7 +13,7 @@ Message = MutableMapping[str, Any]
 
 
 def asked(door: Door, path: str = "/", host: str = "127.0.0.1:7860", is_slow: bool = False) -> tuple[int, str]:
-    """Status and body of the door's answer."""
+    """Return the status and body of the server's response."""
     sent: list[Message] = []
 
     async def send(message: Message) -> None:
@@ -53,7 +53,7 @@ def test_a_prefix_is_cut_off_whether_the_proxy_did_so_or_not() -> None:
     assert asked(door, "/user/you/config")[0] == 404
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_request_body_does_not_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "PATIENCE", 0.05)
     assert asked(Door(inner, None, {}), "/gradio_api/queue/join", is_slow=True)[0] == 408
 

@@ -1,4 +1,4 @@
-"""The explorer as it is served: its page in chromium, and its door and its API as a stranger finds them."""
+"""The served explorer: its page in chromium, and its server and API for unauthorised clients."""
 
 import asyncio
 import base64
@@ -46,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def explored(run: Path, *words: str) -> Iterator[str]:
-    """The address of `halfstep explore RUN`, in a process of its own, which Ctrl-C ends quietly."""
+    """Return the address of `halfstep explore RUN` in a separate process, which Ctrl-C ends quietly."""
     command = [sys.executable, "-m", "halfstep", "explore", str(run), "--port", "0", *words]
     # A suite that a shell runs in the background ignores Ctrl-C, and so would its children.
     process = subprocess.Popen(
@@ -59,7 +59,7 @@ def explored(run: Path, *words: str) -> Iterator[str]:
         assert found, process.communicate(timeout=10)
         yield found[0]
         process.send_signal(signal.SIGINT)
-        # On a busy machine requests that are being answered take their time to end.
+        # On a busy machine, running requests take time to end.
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0
         assert "Traceback" not in errors, errors
@@ -88,7 +88,7 @@ def opened(window: Any, url: str, width: int = 1300, scheme: str = "light") -> W
 
 
 def pictures(source: str, count: int) -> np.ndarray:
-    """The images uint8 `[count, 8, 8]` of a grid, which are enlarged by 8 with gaps of 4 pixels."""
+    """Return the images uint8 `[count, 8, 8]` of a grid, which are enlarged by 8 with gaps of 4 pixels."""
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))[..., 0]
     columns = (pixels.shape[1] + 4) // 68
     places = [(68 * (index // columns), 68 * (index % columns)) for index in range(count)]
@@ -99,12 +99,12 @@ def drawn(run: Path, stage: str, seeds: list[int], steps: int, class_label: int 
     return samples_array(load(run / "stages" / stage).sample(seeds, steps, class_label=class_label), True)[..., 0]
 
 
-def test_the_main_path_in_a_browser(run: Path, url: str, window: Any) -> None:
+def test_the_main_workflow_in_a_browser(run: Path, url: str, window: Any) -> None:
     watched = opened(window, url)
     page = watched.page
     assert "03-halve-0001 is missing" in page.locator("body").inner_text()
 
-    # Side by side, of a seed and a class that were typed.
+    # Side by side, with a typed seed and class.
     page.get_by_label("Stage", exact=True).click()
     page.get_by_role("option", name="4-step student").click()
     page.wait_for_function("document.querySelector('#steps input').value === '4'")
@@ -121,7 +121,7 @@ def test_the_main_path_in_a_browser(run: Path, url: str, window: Any) -> None:
         assert f"at {steps} steps" in image.get_attribute("alt")
     assert re.search(r"4 steps, 4 network calls, [\d.]+ m?s", page.locator("#compared").inner_text())
 
-    # What is downloaded is what is shown.
+    # The download equals the displayed samples.
     with page.expect_download() as download:
         page.locator("#compared figure >> nth=0").get_by_text("Download npz").click()
     assert download.value.suggested_filename == "01-halve-0004-4-steps.npz"
@@ -136,7 +136,7 @@ def test_the_main_path_in_a_browser(run: Path, url: str, window: Any) -> None:
         np.testing.assert_array_equal(pictures(source, 1), drawn(run, stage, [7], steps, 1))
 
     page.get_by_role("tab", name="Walk").click()
-    # A tab's fields are made when it is first opened, and what is typed before they are bound is lost.
+    # A tab's fields are created when it is first opened, and text typed before they are bound is lost.
     page.locator("#walk").wait_for(state="visible")
     page.wait_for_timeout(1000)
     page.fill("#other-seed input", "3")
@@ -148,7 +148,7 @@ def test_the_main_path_in_a_browser(run: Path, url: str, window: Any) -> None:
     shown = pictures(page.locator("#walked figure >> nth=0").locator("img").last.get_attribute("src"), 8)
     np.testing.assert_array_equal(shown[[0, -1]], drawn(run, "01-halve-0004", [7, 3], 4, 1))
 
-    # A refusal is said, and the page lives on.
+    # The error is shown, and the page keeps working.
     page.fill("#seed input", "-2")
     page.click("#walk")
     page.get_by_text("first seed must be a whole number from 0").wait_for()
@@ -169,7 +169,7 @@ def test_the_page_is_accessible_and_fits(url: str, window: Any, width: int, sche
 
 
 def ask(url: str, name: str, data: object) -> dict[str, Any]:
-    """What the API answers: {"html"} or {"error"}, or {"status"} where it takes no call."""
+    """Return the API's response: {"html"} or {"error"}, or {"status"} if it rejects the call."""
     sent = httpx.post(f"{url}/gradio_api/call/{name}", json={"data": data}, timeout=60)
     if sent.status_code != 200:
         return {"status": sent.status_code, "text": sent.text}
@@ -218,7 +218,7 @@ def test_two_hundred_at_once_are_served_or_told_to_come_back(run: Path, url: str
     assert len(served) >= explorer_module.LARGEST_QUEUE
     for answer in answers:
         assert "html" in answer or (answer["status"] == 503 and "Queue is full" in answer["text"])
-    # Nobody got what another asked for.
+    # No client got another client's response.
     for seed in served[:: max(1, len(served) // 10)]:
         source = re.search(r'src="([^"]+)"', answers[seed]["html"])
         assert source
@@ -226,8 +226,8 @@ def test_two_hundred_at_once_are_served_or_told_to_come_back(run: Path, url: str
     assert "html" in one(0)
 
 
-def test_an_answer_comes_soon_after_its_sampling(url: str) -> None:
-    """The best of a few: what is tested is what the page adds, not how busy the machine is."""
+def test_a_response_follows_its_sampling_quickly(url: str) -> None:
+    """Take the best of a few times: the test is about the page's overhead, not about the load of the machine."""
     added = []
     for seed in range(8):
         start = time.perf_counter()
@@ -272,7 +272,7 @@ def test_bodies_that_are_large_or_nonsense_are_refused(url: str) -> None:
         answer = httpx.post(call, content=json.dumps({"data": data}), headers=kind)
         said = f"halfstep: this function takes 7 values, got {len(data)}: see /gradio_api/info\n"
         assert (answer.status_code, answer.text) == (400, said)
-    # gradio copies a file that is named so into its cache, or fetches it, before a function is asked.
+    # Before a function is called, gradio copies such a file to its cache or fetches it.
     for file in ({"path": "/etc/passwd"}, {"path": "a", "url": f"{url}/config"}, ["/etc/passwd"], {"a": {"path": "b"}}):
         value = file | {"meta": {"_type": "gradio.FileData"}} if isinstance(file, dict) else file
         for address, more in ((call, {}), (join, {"fn_index": 1, "session_hash": "a"})):
@@ -308,9 +308,9 @@ def test_a_page_below_a_prefix_names_addresses_below_it(run: Path) -> None:
         async with httpx.AsyncClient(transport=through, base_url="http://hub.example.org") as client:
             return await client.get(path)
 
-    # Some proxies cut the prefix off, others do not.
+    # Some proxies remove the prefix, others do not.
     for path in ("/config", f"{PREFIX}/config"):
-        # In a thread of its own: browser tests leave a running event loop in this one.
+        # In its own thread, because browser tests leave a running event loop in this one.
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(asyncio.run, got(path)).result()
         assert answer.status_code == 200
@@ -354,7 +354,7 @@ def test_it_listens_at_127_0_0_1_only(url: str) -> None:
     port = urlsplit(url).port
     assert port
     socket.create_connection(("127.0.0.1", port), timeout=5).close()
-    # Another address of this same machine: a server at 0.0.0.0 would answer there.
+    # Another address of this machine: a server at 0.0.0.0 would respond there.
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.2", port), timeout=5)
 
@@ -370,11 +370,11 @@ def trajectory(*args, **kwargs):
 explorer.trajectory = trajectory
 main(["explore", *sys.argv[1:]])
 """
-"""An explorer with little patience whose sampling never ends."""
+"""An explorer with short timeouts and endless sampling."""
 
 
 def test_slow_connections_are_closed_a_long_sampling_is_not_and_ctrl_c_ends_it(run: Path) -> None:
-    """In the order of events: the step never ends, so all that ends has not waited for it."""
+    """Events are in order. The step never ends, so nothing that ends has waited for it."""
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, str(run), "--port", "0"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -398,14 +398,14 @@ def test_slow_connections_are_closed_a_long_sampling_is_not_and_ctrl_c_ends_it(r
         slow = connected(f"POST /gradio_api/call/compare HTTP/1.1\n{head}Content-Length: 100\n\n{{")
         assert (silent.recv(1), half.recv(1)) == (b"", b"")
         assert b" 408 " in slow.recv(4096)
-        # One that asks for much and takes nothing; a small window keeps it from the system's buffers.
+        # A client that requests a lot of data but reads none; a small window keeps it out of the system's buffers.
         deaf = socket.socket()
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         deaf.settimeout(60)
         deaf.connect(("127.0.0.1", port))
         deaf.sendall(f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode() * 200)
         assert is_reset(deaf)
-        # The answer that was asked for before all of them is still awaited.
+        # The response that was requested before all of them is still pending.
         answer.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             assert answer.recv(4096), "the connection of a sampling in progress was closed"
@@ -417,7 +417,7 @@ def test_slow_connections_are_closed_a_long_sampling_is_not_and_ctrl_c_ends_it(r
 
 
 def is_reset(connection: socket.socket) -> bool:
-    """Return whether the other side gives a connection up from which nothing is read."""
+    """Return whether the server closes a connection from which nothing is read."""
     found = select.poll()
     found.register(connection, select.POLLHUP | select.POLLERR)
     return bool(found.poll(60_000))

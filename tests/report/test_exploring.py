@@ -1,4 +1,4 @@
-"""What the explorer answers, and what it refuses, without its page."""
+"""The explorer's responses and errors, without its page."""
 
 import math
 from pathlib import Path
@@ -27,11 +27,11 @@ def explorer(run: Path) -> Explorer:
 
 
 def drawn(run: Path, stage: str, seeds: list[int], steps: int, class_label: int | None = None) -> np.ndarray:
-    """The same samples by the library's own call."""
+    """Return the same samples from a direct call of the library."""
     return samples_array(load(run / "stages" / stage).sample(seeds, steps, class_label=class_label), True)
 
 
-def test_both_models_are_shown_the_same_noise_and_class(run: Path, explorer: Explorer) -> None:
+def test_both_models_receive_the_same_noise_and_class(run: Path, explorer: Explorer) -> None:
     student, teacher = explorer.compare("02-halve-0002", 2, 8, 5, 3, 1).shown
     np.testing.assert_array_equal(student.samples, drawn(run, "02-halve-0002", [5, 6, 7], 2, 1))
     np.testing.assert_array_equal(teacher.samples, drawn(run, "00-denoise", [5, 6, 7], 8, 1))
@@ -40,7 +40,7 @@ def test_both_models_are_shown_the_same_noise_and_class(run: Path, explorer: Exp
     assert not np.array_equal(student.samples, explorer.compare("02-halve-0002", 2, 8, 5, 3, 2).shown[0].samples)
 
 
-def test_steps_are_each_models_own_where_none_are_said(explorer: Explorer) -> None:
+def test_each_models_own_steps_are_the_default(explorer: Explorer) -> None:
     assert [shown.num_steps for shown in explorer.compare("01-halve-0004").shown] == [4, 8]
 
 
@@ -65,13 +65,13 @@ def test_a_walk_ends_at_the_samples_of_its_two_seeds(run: Path, explorer: Explor
             np.testing.assert_array_equal(shown.samples[-1:], drawn(run, shown.stage, [8], steps, class_label))
 
 
-def test_the_way_between_two_noises_is_an_arc_of_even_pace() -> None:
+def test_the_path_between_two_noises_is_an_arc_of_constant_speed() -> None:
     first, second = numbers(3, 4, seed=1), numbers(3, 4, seed=2)
     shares = [0.0, 0.25, 0.5, 0.75, 1.0]
     way = between(first, second, shares)
     torch.testing.assert_close(way[0], first, rtol=0, atol=1e-15)
     torch.testing.assert_close(way[-1], second, rtol=0, atol=1e-15)
-    # For unit vectors: all points are unit vectors of one plane, and the angle from the first grows in step.
+    # For unit vectors: all points are unit vectors in one plane, and the angle from the first grows evenly.
     a, b = first / first.norm(), second / second.norm()
     unit = between(a, b, shares).flatten(1)
     torch.testing.assert_close(unit.norm(dim=1), torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-14)
@@ -81,7 +81,7 @@ def test_the_way_between_two_noises_is_an_arc_of_even_pace() -> None:
     assert torch.linalg.matrix_rank(unit) == 2
 
 
-def test_a_way_from_a_noise_to_itself_stays_and_to_its_opposite_is_refused() -> None:
+def test_a_path_from_a_noise_to_itself_is_constant_and_to_its_opposite_is_rejected() -> None:
     noise = numbers(6)
     torch.testing.assert_close(between(noise, noise, [0.3]), noise[None], rtol=0, atol=1e-15)
     torch.testing.assert_close(between(noise, 3 * noise, [0.5]), 2 * noise[None], rtol=0, atol=1e-14)
@@ -141,7 +141,7 @@ def test_frames_are_bounded_and_whole_floats_are_numbers(explorer: Explorer) -> 
     assert explorer.compare("02-halve-0002", 2.0, 4.0, 0.0, 2.0).shown[0].num_steps == 2
 
 
-def test_large_samples_are_asked_for_in_smaller_numbers() -> None:
+def test_large_samples_are_requested_in_smaller_numbers() -> None:
     assert Bounds().samples((3, 512, 512)) == 5
     assert Bounds().samples((3, 4096, 4096)) == 1
     assert Bounds().frames((3, 4096, 4096)) == 2
@@ -151,19 +151,19 @@ def test_large_samples_are_asked_for_in_smaller_numbers() -> None:
 
 def test_sampling_is_stopped_when_its_time_is_up(run: Path) -> None:
     slow = Explorer(run, bounds=Bounds(seconds=1.0))
-    # Time is asked after every step: a clock that jumps stands for a slow network.
+    # The time is checked after every step, so a jumping clock simulates a slow network.
     object.__setattr__(slow.bounds, "seconds", 0.0)
     with pytest.raises(ValueError, match="00-denoise was stopped at step 1 of 1000 because the request took 0 s"):
         slow.compare("00-denoise", 1000)
     assert len(Explorer(run).compare("00-denoise", 3).shown) == 2
 
 
-def test_other_steps_than_a_students_own_are_answered_with_a_word(explorer: Explorer) -> None:
+def test_steps_other_than_a_students_own_get_a_notice(explorer: Explorer) -> None:
     (note,) = explorer.compare("02-halve-0002", 1).notes
     assert note == "The model was distilled for num_steps 2, not 1. Use a later stage of the chain."
 
 
-def test_stages_without_weights_and_damaged_ones_are_named_and_the_others_answer(tmp_path: Path) -> None:
+def test_stages_without_weights_and_damaged_ones_are_reported_and_the_others_work(tmp_path: Path) -> None:
     run = write_asked_run(tmp_path / "run")
     weights = run / "stages/01-halve-0004/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
@@ -179,7 +179,7 @@ def test_stages_without_weights_and_damaged_ones_are_named_and_the_others_answer
     assert "not readable JSON" in (Explorer(run).choices[2].missing or "")
 
 
-def test_a_damaged_stage_takes_no_other_down_with_it(tmp_path: Path) -> None:
+def test_a_damaged_stage_does_not_affect_the_others(tmp_path: Path) -> None:
     run = write_asked_run(tmp_path / "run")
     for name in ("00-denoise", "01-halve-0004"):
         weights = run / "stages" / name / "model.safetensors"
@@ -197,7 +197,7 @@ def test_a_damaged_stage_takes_no_other_down_with_it(tmp_path: Path) -> None:
 def test_time_is_up_for_a_request_not_for_each_of_its_models(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     explorer = Explorer(run, bounds=Bounds(seconds=5.0))
     ticks = iter(range(10**6))
-    # Each look at the clock is a second later: the strip's stages take 14 steps together, each less than the bound.
+    # Each reading of the clock is a second later. The strip's stages take 14 steps in total, each less than the limit.
     monkeypatch.setattr("halfstep.explore.explorer.time.perf_counter", lambda: float(next(ticks)))
     with pytest.raises(ValueError, match=r"because the request took 5 s"):
         explorer.strip(0)
@@ -217,7 +217,7 @@ def test_without_a_teacher_students_are_shown_alone(tmp_path: Path) -> None:
     assert answer.notes == ["No comparison with 00-denoise: its model.safetensors does not exist."]
 
 
-def test_what_cannot_be_explored_is_said_at_once(tmp_path: Path) -> None:
+def test_unsupported_models_are_reported_immediately(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         Explorer(tmp_path / "nothing")
     run = write_asked_run(tmp_path / "run", trained=1)
@@ -234,7 +234,7 @@ def test_what_cannot_be_explored_is_said_at_once(tmp_path: Path) -> None:
         Explorer(run)
 
 
-def test_models_beyond_what_memory_may_hold_are_let_go(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_beyond_the_memory_limit_are_freed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("halfstep.explore.explorer.KEPT_BYTES", 1)
     explorer = Explorer(run)
     first = explorer.strip(1)

@@ -1,4 +1,4 @@
-"""The report as a person meets it: in chromium, on a phone and on a desk, by mouse and by keyboard."""
+"""The report in chromium, on a phone and on a desktop, with mouse and keyboard."""
 
 import base64
 import io
@@ -35,7 +35,7 @@ def opened(window: Any, url: str, width: int = 1400, scheme: str = "light", **se
 
 
 def first_seed(source: str) -> np.ndarray:
-    """The picture at the upper left, `[8, 8]`, of the walk's grid of enlarged digits."""
+    """Return the upper left picture, `[8, 8]`, of the walk's grid of enlarged digits."""
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))[..., 0]
     return pixels[:64:8, :64:8]
 
@@ -58,7 +58,7 @@ def test_the_slider_walks_the_same_noise_from_the_teachers_steps_to_one(window: 
                 shown = first_seed(figure.locator("img").get_attribute("src"))
                 np.testing.assert_array_equal(shown, digit_samples(steps, student)[0, ..., 0])
         if steps > max(STUDENT_STEPS):
-            # Where the chain starts, the teacher is on both sides.
+            # At the start of the chain, the teacher is on both sides.
             assert frame.locator("figure.teacher").count() == 2
         seen.append(steps)
         page.keyboard.press("ArrowRight")
@@ -89,7 +89,7 @@ def test_it_is_quiet_fits_and_is_accessible(window: Any, url: str, width: int, s
     page.close()
 
 
-def test_the_keyboard_comes_by_in_the_order_of_the_page(window: Any, url: str) -> None:
+def test_keyboard_focus_follows_the_order_of_the_page(window: Any, url: str) -> None:
     page = opened(window, url).page
     places = []
     for _ in range(60):
@@ -103,7 +103,7 @@ def test_the_keyboard_comes_by_in_the_order_of_the_page(window: Any, url: str) -
         places.append(found)
     assert places[0][0] == "INPUT"
     assert {"A", "SUMMARY", "DIV"} <= {tag for tag, _, _ in places}
-    # A figure's or table's frame begins above what is in it.
+    # The frame of a figure or table starts above its content.
     assert [top for _, top, _ in places] == sorted(top for _, top, _ in places)
     assert {outline for _, _, outline in places} <= {"solid", "auto"}
     page.close()

@@ -1,4 +1,4 @@
-"""The report says what the run folder says, whatever state that is in, and nothing in it can act or call out."""
+"""The report shows the contents of the run folder in any state, and nothing in it can run or send requests."""
 
 import base64
 import hashlib
@@ -43,7 +43,7 @@ VOID = {"meta", "br", "img", "input", "link", "hr"}
 
 
 class Page(HTMLParser):
-    """The elements, the table cells and the texts of a page; fails on elements that are not closed in order."""
+    """The elements, table cells and texts of a page; fails on elements that are not closed in order."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
     def table(self, first: str) -> list[list[str]]:
-        """The only table whose first cell begins so."""
+        """Return the only table with this text at the start of its first cell."""
         (found,) = [t for t in self.tables if t[0] and t[0][0].startswith(first)]
         return [[cell.strip() for cell in row] for row in found]
 
@@ -142,7 +142,7 @@ def test_the_table_shows_the_figures_of_metrics_json(whole: Path, page: Page) ->
         ]
         for cell, value in zip(row[1:], wanted, strict=True):
             assert (figures_of(cell) is None) == (value is None)
-            # Three digits are shown, two of a speed-up from 2 to 100; the whole number is in the element.
+            # Three digits are shown, or two of a speed-up from 2 to 100; the element contains the whole number.
             assert value is None or figures_of(cell) == pytest.approx(value, rel=0.03)
             assert value is None or isinstance(value, int) or value in page.values
 
@@ -272,7 +272,7 @@ def test_a_stage_with_one_row_of_the_log_is_seen_in_the_figure(tmp_path: Path) -
         rows = [{"stage": "01-halve-0128", "update": 20 * k, "loss": 0.1} for k in range(1, length + 1)]
         (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         losses = write_report(run).read_text(encoding="utf-8").partition('id="chain"')[2]
-        # matplotlib draws a marker once among the definitions and refers to it for each point.
+        # matplotlib draws a marker once in the definitions and refers to it for each point.
         drawn.append(len(re.findall(r'<use [^>]*href="#chain-m[^"]*" [^>]*fill: var\(--student\)', losses)))
     assert drawn[0] > drawn[1]
 
@@ -355,7 +355,7 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     assert folder in page.text
 
 
-def test_a_run_in_progress_shows_what_is_there_and_names_what_is_not(tmp_path: Path) -> None:
+def test_a_run_in_progress_shows_existing_parts_and_lists_missing_ones(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", students=STUDENT_STEPS[:3])
     with open(run / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"stage": "04-halve-0016", "update": 120, "loss": 0.5}) + '\n{"stage": "04-ha')
@@ -374,11 +374,11 @@ def test_a_teacher_alone_is_reported(tmp_path: Path) -> None:
     assert "Distilled" not in page.text
 
 
-def test_a_whole_run_says_nothing_of_missing_parts(html: str) -> None:
+def test_a_complete_run_mentions_no_missing_parts(html: str) -> None:
     assert "Notices about this report" not in html
 
 
-def test_a_damaged_stage_is_left_out_and_named(tmp_path: Path) -> None:
+def test_a_damaged_stage_is_skipped_and_reported(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run")
     (run / "stages/02-halve-0064/manifest.json").write_text('{"format": 1', encoding="utf-8")
     page = reported(run)
@@ -414,7 +414,7 @@ def bomb(path: Path) -> None:
     ],
     ids=["empty", "cut", "zeros", "other key", "pickle", "no samples", "bad header"],
 )
-def test_samples_that_cannot_be_read_are_named(tmp_path: Path, spoil: Callable[[Path], object]) -> None:
+def test_unreadable_samples_are_reported(tmp_path: Path, spoil: Callable[[Path], object]) -> None:
     run = write_fake_run(tmp_path / "run", students=(128, 64), planned=(128, 64))
     spoil(run / "stages/02-halve-0064/samples/steps-0064.npz")
     page = reported(run)
@@ -422,7 +422,7 @@ def test_samples_that_cannot_be_read_are_named(tmp_path: Path, spoil: Callable[[
     assert "No samples for stage 02-halve-0064." in page.text
 
 
-def test_missing_figures_recipe_log_and_samples_are_named(tmp_path: Path) -> None:
+def test_missing_figures_recipe_log_and_samples_are_listed(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
     for path in ("recipe.json", "log.jsonl", "stages/01-halve-0128/metrics.json"):
         (run / path).unlink()
@@ -496,7 +496,7 @@ def test_points_in_the_plane_are_drawn_where_they_are(tmp_path: Path) -> None:
     np.testing.assert_allclose(drawn - drawn.mean(axis=0), scale * centre * [1, -1], atol=0.11)
 
 
-def test_samples_without_a_picture_are_said_to_have_none(tmp_path: Path) -> None:
+def test_samples_without_a_picture_are_described_as_such(tmp_path: Path) -> None:
     def audio(steps: int, student: bool) -> np.ndarray:
         return np.zeros((4, 1, 160), np.float32)
 
@@ -515,7 +515,7 @@ def test_without_a_stage_and_without_a_log_there_is_one_clear_line(tmp_path: Pat
         write_report(tmp_path / "nowhere")
 
 
-def test_the_room_imports_no_torch() -> None:
+def test_the_package_imports_no_torch() -> None:
     code = (
         "import sys, types; package = types.ModuleType('halfstep'); "
         f"package.__path__ = [{str(Path(sys.modules['halfstep'].__file__ or '').parent)!r}]; "

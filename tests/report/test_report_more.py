@@ -1,4 +1,4 @@
-"""The chain, the evaluation, the studies, the neighbours and the cost, as the report tells them."""
+"""The report's chain, evaluation, studies, neighbours and cost."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def test_each_student_is_compared_with_its_own_teacher_and_with_the_first(tmp_pa
     rows = {row[0]: row for row in page.table("Stage")[2:]}
     for index, steps in enumerate(STUDENT_STEPS):
         row = rows[f"{index + 1:02d}-halve-{steps:04d}"]
-        # The distance to the first model is that of the table of figures, over more samples than are kept.
+        # The distance to the first model is that of the table of figures, from more samples than are stored.
         to_first = result(steps, True).teacher_rmse
         to_parent = to_first
         if index:
@@ -65,7 +65,7 @@ def test_samples_of_other_shapes_are_not_compared(tmp_path: Path) -> None:
     assert {row[0]: row for row in reported(run).table("Stage")[2:]}["02-halve-0064"][6] == "–"
 
 
-def test_what_it_cost_follows_from_times_and_figures(tmp_path: Path) -> None:
+def test_the_cost_follows_from_times_and_figures(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run")
     content = json.loads((run / "recipe.json").read_text())
     recipe = recipes["digits"]()
@@ -138,7 +138,7 @@ def test_series_for_which_the_chart_has_no_colour_are_counted(tmp_path: Path, fu
     run = write_fake_run(tmp_path / "run")
     content = fake_evaluation()
     rows, series = content["tables"][0]["rows"], content["series"]
-    # Beside the students, the teacher, and one more of its samplers.
+    # Next to the students, the teacher and one more of its samplers.
     for index in range(further):
         series.append(series[-1] | {"name": f"teacher-{index}"})
         rows.append(rows[-1] | {"series": f"teacher-{index}"})
@@ -173,7 +173,7 @@ def test_a_run_without_figures_of_its_own_takes_the_first_sentence_from_its_eval
     ],
     ids=["cut", "later", "wrong", "list"],
 )
-def test_a_damaged_evaluation_is_left_out_and_said(tmp_path: Path, spoil: Any) -> None:
+def test_a_damaged_evaluation_is_skipped_with_a_note(tmp_path: Path, spoil: Any) -> None:
     run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
     path = RunFolder(run).evaluation_path
     path.parent.mkdir()
@@ -272,7 +272,7 @@ def test_a_symmetric_image_counts_once_and_few_images_are_enough() -> None:
     assert len(alone.real) == 0
 
 
-def test_of_large_data_a_part_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_of_large_data_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("halfstep.measure.nearest.MOST_VALUES", 36 * 10)
     assert nearest_samples(pictures(50), pictures(2, 1).fetch(torch.arange(2)).x0).num_searched == 10
 
@@ -297,13 +297,13 @@ def test_the_report_shows_the_neighbours_of_the_sentences_student(
     assert facts is not None
     assert f"A student with {facts.num_steps} network calls instead" in page.text
     np.testing.assert_array_equal(facts.samples, digit_samples(facts.num_steps, True)[:8])
-    # The fake samples are digits of that very data set under noise: row i is nearest to digit i.
+    # The fake samples are digits of that data set with noise: row i is nearest to digit i.
     np.testing.assert_array_equal(facts.neighbours[:, 0], digit_samples_clean())
     assert (
         f"nearest of 1,797 training samples has a median of {number(float(np.median(facts.distances[:, 0])))}"
         in page.text
     )
-    # The second call finds them there, without the data, and the page is the same.
+    # The second call finds them there without the data, and the page is the same.
     monkeypatch.setattr("halfstep.cli.reporting.open_data", lambda config: pytest.fail("the data was opened again"))
     before = RunFolder(run).report_path.read_bytes()
     main(["report", str(run)])
@@ -311,12 +311,12 @@ def test_the_report_shows_the_neighbours_of_the_sentences_student(
 
 
 def digit_samples_clean() -> np.ndarray:
-    """The first eight digits as the data room has them, uint8 `[8, 8, 8, 1]`."""
+    """Return the first eight digits from the data package, uint8 `[8, 8, 8, 1]`."""
     x0 = open_data(DataConfig(source="digits")).fetch(torch.arange(8)).x0
     return ((x0 + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-def test_data_that_cannot_be_opened_is_said(tmp_path: Path) -> None:
+def test_data_that_cannot_be_opened_is_reported(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
     content = json.loads((run / "recipe.json").read_text())
     for recipe, said in (
@@ -330,7 +330,7 @@ def test_data_that_cannot_be_opened_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\3\4junk", b"x" * 1000])
-def test_a_damaged_file_of_neighbours_is_said(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_file_of_neighbours_is_reported(tmp_path: Path, content: bytes) -> None:
     run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
     path = RunFolder(run).nearest_path
     path.parent.mkdir()
@@ -389,7 +389,7 @@ def test_a_later_student_of_as_many_steps_stands_for_them_and_the_earlier_one_st
     texts = {row[0]: row for row in text_table(group).rows}
     assert texts["4 (09-finish-0004)"][4] == f"{finished.frechet / HEUN.frechet:.2f}"
     assert texts["32 (Heun)"][2] == f"{HEUN.frechet:.4g}"
-    # An evaluation, too, has a row for each, and draws the last.
+    # An evaluation also has a row for each and plots the last.
     told = fake_evaluation()
     own = next(row for row in told["tables"][0]["rows"] if row["num_steps"] == 4)
     told["tables"][0]["rows"].insert(2, own | {"stage": "09-finish-0004", "figures": {"frechet": figure(0.2)}})

@@ -1,4 +1,4 @@
-"""The exported page as a reader meets it: in chromium, served and from disk, on a phone and on a desk."""
+"""The exported page in chromium, served and from disk, on a phone and on a desktop."""
 
 import functools
 import threading
@@ -43,9 +43,9 @@ def window() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def script(window: Any) -> Iterator[Any]:
-    """A blank page with the noise's script."""
+    """Return a blank page with the script that draws the noise."""
     page = window.new_page()
-    # In one string, for names are not kept from one evaluation to the next.
+    # As one string, because names do not persist between evaluations.
     source = files("halfstep.hub.web").joinpath("noise.js").read_text(encoding="utf-8")
     page.add_script_tag(content=source)
     yield page
@@ -64,7 +64,7 @@ def test_the_noise_of_steps_is_torchs(script: Any) -> None:
         torch.testing.assert_close(torch.tensor(found), step_noise(SEEDS, (20,))(step), rtol=0, atol=2e-6)
 
 
-def test_the_way_between_two_noises_is_that_of_the_library(script: Any) -> None:
+def test_the_path_between_two_noises_is_that_of_the_library(script: Any) -> None:
     shares = [0.0, 0.2, 0.5, 1.0]
     for first, second in ((3, 8), (5, 5)):
         found = script.evaluate(
@@ -80,7 +80,7 @@ def test_the_way_between_two_noises_is_that_of_the_library(script: Any) -> None:
 
 @pytest.fixture(scope="module")
 def source() -> Path:
-    """onnxruntime-web, if it was fetched before: tests use no network."""
+    """Return onnxruntime-web if it was fetched before: tests use no network."""
     folder = CACHE / f"onnxruntime-web-{runtime.VERSION}"
     if not folder.is_dir():
         pytest.skip("onnxruntime-web is not in the cache: `halfstep export --format web` fetches it")
@@ -88,7 +88,7 @@ def source() -> Path:
 
 
 def pictures(stochastic: bool, guided: bool, shape: tuple[int, ...], num_steps: int) -> Model:
-    """A network of three classes whose samples depend on everything that it is shown."""
+    """Return a network of three classes whose samples depend on all its inputs."""
     torch.manual_seed(0)
     network = MLP(shape, width=16, depth=1, num_classes=3, guided=guided)
     with torch.no_grad():
@@ -107,12 +107,12 @@ def pictures(stochastic: bool, guided: bool, shape: tuple[int, ...], num_steps: 
 
 STUDENTS = [pictures(False, False, (1, 8, 8), steps) for steps in (1, 2)]
 GAME = pictures(True, True, (3, 4, 6), 3)
-"""Colour, not square, of a stochastic sampler, with a scale of guidance."""
+"""A model of colour images that are not square, with a stochastic sampler and a guidance scale."""
 
 
 @pytest.fixture(scope="module")
 def pages(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Addresses of the students' page from disk, and of the other model's as it is served."""
+    """Return the addresses of the students' page from disk and of the other model's page as served."""
     folder = tmp_path_factory.mktemp("pages")
     file = folder / "a #b ?c%20.html"
     export_web([(student, None) for student in STUDENTS], file, "digits", single_file=True, runtime_source=source)
@@ -145,18 +145,18 @@ def opened(window: Any, url: str, width: int = 1400, scheme: str = "light") -> W
 
 
 def settle(page: Any) -> None:
-    """Wait until everything that was asked for is drawn."""
+    """Wait until all requested samples are drawn."""
     page.wait_for_function("() => document.querySelectorAll('[aria-busy=false]').length === 2")
 
 
 def drawn(page: Any, seed: int, steps: int, label: int | None = None, scale: float = 1.0) -> torch.Tensor:
-    """The sample of the page's script, flat, before it becomes a picture."""
+    """Return the flat sample of the page's script, before it becomes a picture."""
     call = "async ([seed, steps, asked]) => [...(await sample(seed, steps, asked)).x0]"
     return torch.tensor(page.evaluate(call, [seed, steps, {"label": label, "scale": scale}]))
 
 
 def shown(canvases: Any) -> np.ndarray:
-    """The pictures of some canvases, int `[n, h, w, 3]`."""
+    """Return the pictures of some canvases, int `[n, h, w, 3]`."""
     values, height = canvases.evaluate_all(
         "(all) => [all.map((one) => [...one.getContext('2d').getImageData(0, 0, one.width, one.height).data]), "
         "all[0].height]"
@@ -165,7 +165,7 @@ def shown(canvases: Any) -> np.ndarray:
 
 
 def pixels(x0: torch.Tensor) -> np.ndarray:
-    """What the page should show of samples, int `[n, h, w, 3]`."""
+    """Return the pictures that the page should show for samples, int `[n, h, w, 3]`."""
     return samples_array(x0, True) + np.zeros(3, int)
 
 
@@ -227,7 +227,7 @@ def test_the_controls_work_by_keyboard(window: Any, pages: dict[str, str]) -> No
     for key, first in (("Tab", 1), ("Enter", 0), ("Tab", 0), ("Space", 12)):
         page.keyboard.press(key)
         assert_grid(page, two, first, class_label=1)
-    # A seed that cannot be is not drawn.
+    # An invalid seed is not drawn.
     page.get_by_label("First seed").fill("-1")
     assert_grid(page, two, 12, class_label=1)
     page.close()

@@ -1,4 +1,4 @@
-"""The page of reproductions is what its JSON makes of it, and every study has its paragraph."""
+"""The page of reproductions is generated from its JSON, and every study has its paragraph."""
 
 import importlib.util
 import json
@@ -36,7 +36,7 @@ def test_every_study_has_a_place_on_the_page(generator: ModuleType) -> None:
 
 
 def test_a_result_of_other_settings_is_not_published(generator: ModuleType, tmp_path: Path) -> None:
-    """Tables speak of the scale's settings, so a result of others would be told under false ones."""
+    """Tables describe the scale's settings, so a result with other settings would be described wrongly."""
 
     for folder in ("results", "reproductions"):
         shutil.copytree(DOCS / folder, tmp_path / folder)
@@ -46,7 +46,7 @@ def test_a_result_of_other_settings_is_not_published(generator: ModuleType, tmp_
     files[0].write_text(json.dumps(held), encoding="utf-8")
     generator.DOCS, before = tmp_path, generator.DOCS
     try:
-        with pytest.raises(SystemExit, match="was made by other settings of the scale"):
+        with pytest.raises(SystemExit, match="was made with other settings of the scale"):
             generator.page(tmp_path / "figures")
     finally:
         generator.DOCS = before

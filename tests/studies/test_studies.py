@@ -1,4 +1,4 @@
-"""Every study, at a size of seconds: its plan is carried out, goes on after a cut, and is shown as it was found."""
+"""Every study, at a size of seconds: its plan runs, resumes after an interruption, and its results are shown."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ BEST = (("ddim", 256), ("heun", 63))
 
 
 def tiny() -> Scale:
-    """The digits through a small MLP: nothing is learned, everything is run."""
+    """Return a scale with the digits and a small MLP: nothing is learned, but everything runs."""
     recipe = Recipe(
         name="tiny",
         data=DataConfig(source="digits", limit=200),
@@ -67,7 +67,7 @@ def tiny() -> Scale:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the studies of this module lie together, as those of a scale do."""
+    """Return the common folder of this module's studies, as those of a scale share one."""
     torch.set_num_threads(1)
     return tmp_path_factory.mktemp("studies")
 
@@ -85,7 +85,7 @@ def test_a_study_fills_its_cells_and_shows_every_one_of_them(name: str, shared: 
     assert path.with_name("figure.png").read_bytes().startswith(b"\x89PNG")
     held = json.loads((shared / name / "study.json").read_text(encoding="utf-8"))
     assert [(row["axes"], row["figures"]) for row in held["rows"]] == [(dict(r.axes), r.figures) for r in rows]
-    # What the JSON holds is all that the table and the figure need.
+    # The table and the figure only need the JSON.
     again = [Finding(row["axes"], row["figures"]) for row in held["rows"]]
     assert study.table(again, scale) == table
     assert study.panels(again, scale) == study.panels(rows, scale)
@@ -112,7 +112,7 @@ def test_a_second_call_only_reads(shared: Path) -> None:
 
 
 def test_studies_share_their_measurements(tmp_path: Path) -> None:
-    """Table 2 asks for nothing of DDIM that figure 4 has not measured, and of students neither."""
+    """Table 2 needs no samples of DDIM or of students beyond those of figure 4."""
     run_study(studies["steps"](), tiny(), tmp_path)
     kept = "runs/*/evaluation/cells/*"
     before = set(tmp_path.glob(kept))
@@ -134,12 +134,12 @@ def test_cells_of_other_settings_are_refused_and_left_alone(shared: Path) -> Non
     other = tiny().recipe.model_copy(update={"seed": 1})
     with pytest.raises(ValueError, match=r"was written with different settings\. Choose another --out"):
         run_study(studies["cost"](), dataclasses.replace(tiny(), recipe=other), shared)
-    # What a study does not use does not matter to it.
+    # A study does not depend on settings that it does not use.
     assert run_study(studies["cost"](), dataclasses.replace(tiny(), seeds=2), shared)
 
 
 class Probe(Study):
-    """Three cells, of which the second diverges."""
+    """Three cells, the second of which diverges."""
 
     title: ClassVar[str] = "probe"
     question: ClassVar[str] = "?"
@@ -181,7 +181,7 @@ def test_a_diverged_cell_says_so_and_does_not_stop_the_study(tmp_path: Path, pro
     assert probe.calls == [0, 1, 2]
 
 
-def test_a_study_goes_on_at_the_cell_where_it_was_cut(tmp_path: Path, probe: Probe) -> None:
+def test_a_study_resumes_at_the_interrupted_cell(tmp_path: Path, probe: Probe) -> None:
     probe.stop_at = 2
     with pytest.raises(Interrupted):
         run_study(probe, tiny(), tmp_path)
@@ -240,7 +240,7 @@ def test_equal_network_calls_are_as_many_steps_as_fit(method: str, num_evals: in
 
 
 @pytest.mark.parametrize("name", ["tiny", *SCALES])
-def test_every_road_to_a_student_costs_what_the_scale_says_within_one_update(name: str) -> None:
+def test_every_method_costs_the_scales_budget_within_one_update(name: str) -> None:
     scale = tiny() if name == "tiny" else SCALES[name]()
     for road in ROADS.values():
         for steps, passes in scale.roads.passes.items():
@@ -252,30 +252,30 @@ def test_every_road_to_a_student_costs_what_the_scale_says_within_one_update(nam
 
 
 def test_a_chain_makes_all_students_and_the_finish_of_one_leads_to_no_other() -> None:
-    """teacher -> 8 -> 4 -> 2 -> 1, and from each of these its own finish."""
+    """teacher -> 8 -> 4 -> 2 -> 1, with a finish of each student."""
     plan = ROADS["finish"].plan(SCALES["smoke"](), 1)
     assert [stage.num_steps for stage in plan.stages] == [8, 4, 2, 1] * 2
     halved = [(0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)]
     assert ways(plan.stages) == halved + [(*way, 4 + place) for place, way in enumerate(halved)]
-    # A scale of fewer students has stages of larger factors, each teacher on its own grid.
+    # A scale with fewer students has stages with larger factors, each with a teacher on its own grid.
     short = [stage.objective for stage in ROADS["second_order"].plan(tiny(), 1).stages]
     assert [(one.num_steps, one.num_teacher_steps) for one in short if isinstance(one, Halving)] == [(4, 2), (1, 4)]
 
 
 def test_passes_pay_for_helpers_and_for_what_led_to_a_stage() -> None:
-    """An update of 2 samples costs 28 passes in a finish and 10 in a halving. The finish starts from the
-    halved student, so what that cost is taken off."""
+    """An update of 2 samples costs 28 passes in a finish and 10 in a halving. The finish starts from the halved
+    student, so the cost of that student is subtracted."""
     training = Training(99, 1e-3, 2)
     halving, finishing = Halving(2), Finishing(2, lead_updates=0)
     plan = funded([Leg(lambda _: halving, training, 90), Leg(lambda _: finishing, training, 90 + 5 * 28 + 1)])
     assert [stage.training.num_updates for stage in plan.stages] == [9, 5]
-    # What rounding leaves of one stage goes to the next.
+    # The remainder of one stage's rounding goes to the next.
     rounded = funded([Leg(lambda _: halving, training, 94), Leg(lambda _: Halving(1), training, 94 + 52)])
     assert [stage.training.num_updates for stage in rounded.stages] == [9, 6]
 
 
 def test_the_recipes_own_chain_keeps_its_proportions_before_the_first_student() -> None:
-    """Digits: 100, 200 and 650 updates to 32, 16 and 8 steps, of one cost each."""
+    """Digits: 100, 200 and 650 updates to 32, 16 and 8 steps, each at the same cost."""
     plan = ROADS["halving"].plan(SCALES["smoke"](), 1)
     updates = [stage.training.num_updates for stage in plan.stages]
     assert [stage.num_steps for stage in plan.stages] == [32, 16, 8, 4, 2, 1]
@@ -297,7 +297,7 @@ def test_a_plan_counts_what_its_runs_and_samples_take(shared: Path) -> None:
         drawn += json.loads(file.read_text(encoding="utf-8"))["num_evals"] * 24
     assert {name: costs[name] for name in runs} == runs
     assert drawn == len(ROADS) * (4 + 1) * 24
-    # DDIM at 4, 1 and 256 calls, Heun at 3, 1 and 63.
+    # DDIM with 4, 1 and 256 calls, Heun with 3, 1 and 63.
     assert costs["samples"] == drawn + (4 + 1 + 256 + 3 + 1 + 63) * 24
 
 
@@ -318,7 +318,7 @@ def test_seeds_of_a_road_share_the_teacher_but_neither_training_nor_noise(
     table = study.table(rows, scale)
     distances = [r.figures["distance"] for r in rows if r.axes["method"] == "halving" and r.axes["evals"] == 4]
     assert spread(distances) in [row[1] for row in table.rows]
-    # The line of the teacher at its best is the mean over the seeds, not the luckier of them.
+    # The line of the teacher at its best is the mean over the seeds, not the best of them.
     best = {m: [r.figures["distance"] for r in rows if (r.axes["method"], r.axes["evals"]) == m] for m in BEST}
     (panel, _) = study.panels(rows, scale)
     assert panel.level == ("teacher at its best", min(sum(values) / 2 for values in best.values()))
@@ -348,13 +348,13 @@ def test_settings_younger_than_published_results_count_where_they_change_somethi
 
 
 def test_same_noise_is_the_distance_from_the_teachers_finest_samples(shared: Path) -> None:
-    """So the teacher itself at that sampler has none, and nothing else."""
+    """Only the teacher itself with that sampler has no distance."""
     rows = run_study(studies["roads"](), tiny(), shared)
     at_zero = [row.axes for row in rows if row.figures["same_noise"] == 0]
     assert [(axes["method"], axes["evals"]) for axes in at_zero] == [("heun", 63)]
 
 
-def test_a_method_that_cannot_take_a_single_step_has_none() -> None:
+def test_a_method_with_more_calls_per_step_than_given_takes_no_step() -> None:
     assert most_steps("rk4", 2) == 0
     assert most_steps("rk4", 3) == 1
 
@@ -364,7 +364,7 @@ def test_the_cost_of_a_chain_is_read_from_its_runs(shared: Path) -> None:
     manifests = [stage.manifest() for stage in RunFolder(shared / "runs" / "chain").stages()[1:]]
     assert rows["base training"]["updates"] == 4
     assert rows["base training"]["forward_passes"] == 4 * 8 * 3
-    # 16 -> 8 -> 4: two stages of two updates; then 2 and 1, of four each; a student's update is five passes.
+    # 16 -> 8 -> 4: two stages with two updates; then 2 and 1, with four each; a student's update costs five passes.
     assert rows["distillation to 4"]["updates"] == 4
     assert rows["distillation to 1"]["updates"] == 12
     assert rows["distillation to 1"]["forward_passes"] == 12 * 8 * 5
@@ -400,8 +400,8 @@ def test_every_scale_has_a_plan_whose_models_exist(name: str, study: str) -> Non
             assert axes.get("steps", axes.get("evals")) in students
 
 
-def test_what_is_said_of_the_paper_agrees_with_itself() -> None:
-    """Table 2's row of the method is the head of figure 4's curve; the best of table 1 are those it prints bold."""
+def test_statements_about_the_paper_are_consistent() -> None:
+    """Table 2's row of the method is the start of figure 4's curve; the best of table 1 are printed bold."""
     assert {n: fid for n, fid in FIGURE_4["CIFAR-10"]["student"].items() if n <= 8} == TABLE_2["student"]
     known = {key: value for key, value in TABLE_1.items() if value is not None}
     assert min(known, key=lambda key: known[key][1]) == ("x0", "truncated_snr")

@@ -1,4 +1,4 @@
-"""`halfstep export` and `halfstep encode`: export models for other tools; encode images and texts as latents."""
+"""`halfstep export` and `halfstep encode`: export models for other tools; encode data as latents."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,13 +12,24 @@ from pydantic.dataclasses import dataclass
 
 from halfstep.cli.arguments import device_of, processes_of
 from halfstep.cli.importing import imported
-from halfstep.cli.usage import Count, Side, Steps, Switch, UsageError, in_own_words, parse, refuse_idle
+from halfstep.cli.usage import Count, Rate, Side, Steps, Switch, UsageError, in_own_words, parse, refuse_idle
 from halfstep.cli.words import Screen
-from halfstep.data import LatentData, Prompts, read_captions, read_classes, read_prompts
+from halfstep.data import (
+    CaptionedClips,
+    CaptionedImages,
+    LatentData,
+    Prompts,
+    read_captions,
+    read_classes,
+    read_clips,
+    read_prompts,
+)
 from halfstep.data import encode as encode_images
 from halfstep.data.images import Preparation
 from halfstep.hub import (
     PIXELS,
+    Autoencoder,
+    autoencoder_of,
     encoder_of,
     export_lora,
     export_onnx,
@@ -125,9 +136,9 @@ def _export_page(arguments: ExportArguments) -> None:
 
 @dataclass
 class EncodeArguments:
-    """Encode images and their captions or classes once, with the VAE and text encoders of a latent pipeline: halfstep
-    encode PIPELINE --data FOLDER --out latents. Without images, sample latents from prompts: halfstep encode PIPELINE
-    --prompts prompts.txt --out latents. To resume, run the same command again.
+    """Encode images, videos or sounds and their captions or classes once, with the VAE and text encoders of a latent
+    pipeline: halfstep encode PIPELINE --data FOLDER --out latents. Without data, sample latents from prompts: halfstep
+    encode PIPELINE --prompts prompts.txt --out latents. To resume, run the same command again.
     """
 
     pipeline: tyro.conf.Positional[str]
@@ -135,11 +146,12 @@ class EncodeArguments:
     out: Path
     """Folder of the latents."""
     data: str | None = None
-    """For a text-conditioned model, images with captions (metadata.jsonl, .csv or .parquet, or one .txt file per
-    image). For a class-conditional model, one folder of images per class, in the order of the class names.
+    """For a text-conditioned model, images, videos (files or folders of frames) or sounds with captions
+    (metadata.jsonl, .csv or .parquet, or one .txt file per sample). For a class-conditional model, one folder of images
+    per class, in the order of the class names.
     """
     prompts: Path | None = None
-    """Text file with one prompt per line, instead of images; the latents are the pipeline's own samples."""
+    """Text file with one prompt per line, instead of --data; the latents are the pipeline's own samples."""
     num_steps: Steps = NUM_STEPS
     """With --prompts: Heun steps per sample."""
     guidance_scale: float | None = None
@@ -148,12 +160,14 @@ class EncodeArguments:
     """With --prompts: seed of the noise."""
     image_size: Side | None = None
     """With --data: height and width to resize images to; by default their common size."""
+    frame_rate: Rate | None = None
+    """With --data: frames per second to take from video files; all by default."""
     call: tuple[str, ...] = ()
     """Pipeline call arguments, such as height=512 width=512."""
     base_precision: BasePrecision = "float32"
     """With --prompts: precision of the weights; must be the same in the run."""
     batch_size: Count = 8
-    """Images or prompts processed at once."""
+    """Samples or prompts processed at once."""
     device: str | None = None
     """Device of the encoders; cuda by default, if available."""
 
@@ -165,7 +179,7 @@ def encode(argv: Sequence[str]) -> None:
     if (arguments.data is None) == (arguments.prompts is None):
         raise UsageError("give either --data (images) or --prompts (texts)")
     if arguments.data is None:
-        refuse_idle(arguments, "with --prompts", ("image_size",))
+        refuse_idle(arguments, "with --prompts", ("image_size", "frame_rate"))
     else:
         refuse_idle(arguments, "with --data", ("num_steps", "guidance_scale", "seed", "base_precision"))
     refuse_file(arguments.out)
@@ -184,22 +198,13 @@ def encode(argv: Sequence[str]) -> None:
         latents = count(len(found), "latent")
         screen.say(f"{arguments.out}: {latents} of shape {list(found.shape)} sampled from their prompts")
         return
-    assert arguments.data is not None
-    preparation, source = Preparation(arguments.image_size, channels=3), Path(arguments.data)
     model = imported(arguments.pipeline, arguments.call, screen)
-    is_text = not model.num_classes
-    with in_own_words("image-size"):
-        images, names = (read_captions(source, preparation), ()) if is_text else read_classes(source, preparation)
-    encoder = encoder_of(model, device, names)
+    autoencoder = autoencoder_of(model, device)
+    images, names = _data(arguments, autoencoder, model)
+    encoder = encoder_of(model, autoencoder, device, names)
     # Fail on unreadable encoders before creating the folder.
     encoder.texts([""])
-    needed = model.shape
-    made = tuple(encoder.images(images.loaded([0]).fetch(torch.tensor([0])).x0).shape[1:])
-    if made != needed:
-        raise UsageError(
-            f"{images.files[0]} is encoded as latents of shape {list(made)}, but the network of {arguments.pipeline} "
-            f"takes {list(needed)}. Choose another --image-size"
-        )
+    encoder.images(images.x0([0]))
     with in_own_words("image-size"):
         found = encode_images(
             images,
@@ -213,6 +218,36 @@ def encode(argv: Sequence[str]) -> None:
     release_texts()
     shown = f"of {count(len(names), 'class')}" if names else "with their texts"
     screen.say(f"{arguments.out}: {count(len(found), 'latent')} of shape {list(found.shape)} {shown}")
+
+
+def _data(
+    arguments: EncodeArguments, autoencoder: Autoencoder, model: Model
+) -> tuple[CaptionedImages | CaptionedClips, tuple[str, ...]]:
+    """Return the data to encode, checked as far as possible without decoding all of it, and the class names."""
+    assert arguments.data is not None
+    source, size = Path(arguments.data), autoencoder.image_size
+    is_video = size is None and len(autoencoder.decoded) == 4
+    idle = [name for name, is_used in (("image_size", size is not None), ("frame_rate", is_video)) if not is_used]
+    refuse_idle(arguments, "on this pipeline", idle)
+    if size is None:
+        assert model.manifest.pipeline is not None
+        preparation = autoencoder.preparation(
+            arguments.frame_rate, model.manifest.pipeline.options.get("audio_end_in_s")
+        )
+        clips = read_clips(source, preparation)
+        clips.check()
+        return clips, ()
+    with in_own_words("image-size"):
+        pixels = Preparation(arguments.image_size, channels=3)
+        images, names = read_classes(source, pixels) if model.num_classes else (read_captions(source, pixels), ())
+        height, width = images.x0([0]).shape[2:]
+    if (height, width) != size:
+        remedy = f"add --image-size {size[0]}" if size[0] == size[1] else "resize the images"
+        raise UsageError(
+            f"{images.files[0]} has {width} x {height} pixels, but {arguments.pipeline} takes {size[1]} x {size[0]}: "
+            f"{remedy}, or change the pipeline's size with --call height={height} width={width}"
+        )
+    return images, names
 
 
 def progress_of(verb: str, screen: Screen) -> Callable[[int, int], None]:

@@ -92,6 +92,7 @@ def refuse_idle(arguments: Any, where: str, names: Iterable[str], reasons: Mappi
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Steps = Annotated[int, Field(ge=1, le=2**20)]
 Side = Annotated[int, Field(ge=1, le=16_384)]
+Rate = Annotated[float, Field(ge=0.01, le=1000)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Guidance = Annotated[float, Field(ge=0, le=1000)]
 

@@ -168,9 +168,10 @@ _USE: Final = (
     ),
     Verb(
         "encode PIPELINE",
-        "encode images and texts once for a latent pipeline; resumable",
+        "encode images, videos, sounds and texts for a pipeline; resumable",
         (
             "halfstep encode my-sd --data ~/captioned --out latents",
+            "halfstep encode my-wan --data ~/clips --frame-rate 16 --out latents",
             "halfstep encode my-sd --prompts prompts.txt --out prompted",
         ),
         codes=(0, 2, 3, 75, 129, 130, 143),

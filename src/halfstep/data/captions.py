@@ -1,8 +1,8 @@
-"""Folders of captioned image files.
+"""Folders of captioned files: images, and the clips of data/clips.py.
 
-The captions are in metadata.jsonl, metadata.csv or metadata.parquet, or in a .txt file next to each image (a.txt for
-a.png). The tables are in the `imagefolder` format of the `datasets` library: the column file_name, relative to the
-folder of the table, and the column text. Other columns are ignored.
+The captions are in metadata.jsonl, metadata.csv or metadata.parquet, or in a .txt file next to each file (a.txt for
+a.png, or for the folder a of frames). The tables are in the `imagefolder` format of the `datasets` library: the column
+file_name, relative to the folder of the table, and the column text. Other columns are ignored.
 """
 
 import sys
@@ -12,10 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, Final, final
 
+import torch
 from torch import Tensor
 
 from halfstep.data.base import MemoryData
-from halfstep.data.folders import IMAGE_SUFFIXES, Files, files_below, image_folder, image_paths, no_images
+from halfstep.data.folders import (
+    IMAGE_SUFFIXES,
+    SOUND_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Files,
+    files_below,
+    image_folder,
+    image_paths,
+    no_images,
+)
 from halfstep.data.images import Labelled, Preparation, decoded
 from halfstep.runtime.files import check_regular, first_line, user_path
 
@@ -53,6 +63,20 @@ class CaptionedImages:
     def root(self) -> Path:
         """The folder that `files` are relative to."""
         return user_path(self.source)
+
+    @property
+    def contents(self) -> list[Path]:
+        """All files, in order."""
+        return [self.root / path for path in self.files]
+
+    def x0(self, indices: Sequence[int]) -> Tensor:
+        """Return the prepared pixels in [-1, 1], float32 `[n, 3, height, width]`; as `loaded`."""
+        x0 = self.loaded(indices).fetch(torch.arange(len(indices))).x0
+        if x0.shape[1] != 3:
+            raise ValueError(
+                f"{self.files[indices[0]]} has {x0.shape[1]} channels, but encoders take 3: prepare with channels=3"
+            )
+        return x0
 
     def loaded(self, indices: Sequence[int]) -> MemoryData:
         """Load and prepare the images at `indices`, at least one.
@@ -106,7 +130,7 @@ def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImag
         ValueError: if the folder is missing or has no images; if an image has no caption, two captions, or both a row
             in a table and a .txt; if a caption has no image; or if a table or a .txt cannot be read.
     """
-    root = _existing(folder, "of images with captions")
+    root = existing(folder, "of images with captions")
     below = files_below(root)
     if (root / "train").is_dir() and (other := {path.parts[0] for path in below} & {"test", "validation", "val"}):
         raise ValueError(
@@ -115,18 +139,38 @@ def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImag
     files = [path for path in below if path.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
         raise no_images(folder)
+    captions = captions_of(folder, files, below, "image")
+    return CaptionedImages(str(folder), tuple(map(Path, files)), captions, preparation)
+
+
+def captions_of(folder: Path, files: Sequence[PurePath], below: Sequence[PurePath], kind: str) -> tuple[str, ...]:
+    """Return the captions of files of a kind in a folder; `below` are all its files.
+
+    Raises:
+        ValueError: as `read_captions`.
+    """
+    root = user_path(folder)
     tables = [path for path in below if path.name in TABLES]
     beside = {path.with_suffix(""): path for path in below if path.suffix.lower() == ".txt"}
-    captions = _from_tables(root, files, tables, beside) if tables else _from_texts(root, files, beside)
+    captions = _from_tables(root, files, tables, beside, kind) if tables else _from_texts(root, files, beside, kind)
     if missing := [path for path in files if path not in captions]:
-        remedy = f"add it to {tables[0]}" if tables else f"write {missing[0].with_suffix('.txt')} or a metadata.jsonl"
+        remedy = f"add it to {tables[0]}" if tables else f"write {_stem(missing[0])}.txt or a metadata.jsonl"
         if not tables and (like := [path for path in below if path.stem == "metadata"]):
             remedy = f"rename {like[0]} to one of {', '.join(TABLES)}"
         raise ValueError(
-            f"{folder} has no caption for {len(missing)} of {len(files)} images, the first of which is {missing[0]}: "
+            f"{folder} has no caption for {len(missing)} of {len(files)} {kind}s, the first of which is {missing[0]}: "
             f"{remedy}. A caption may be empty"
         )
-    return CaptionedImages(str(folder), tuple(map(Path, files)), tuple(captions[path] for path in files), preparation)
+    return tuple(captions[path] for path in files)
+
+
+def _one(kind: str) -> str:
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+
+
+def _stem(path: PurePath) -> PurePath:
+    """Return the path without the suffix of a file; the name of a folder has none."""
+    return path.with_suffix("") if path.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, *SOUND_SUFFIXES) else path
 
 
 def read_classes(folder: Path, preparation: Preparation = RGB) -> tuple[CaptionedImages, tuple[str, ...]]:
@@ -135,7 +179,7 @@ def read_classes(folder: Path, preparation: Preparation = RGB) -> tuple[Captione
     Raises:
         ValueError: if the folder is missing, or has no images or fewer than two classes.
     """
-    root = _existing(folder, "with a sub-folder of images for each class")
+    root = existing(folder, "with a sub-folder of images for each class")
     found = image_folder(root, image_paths(root, files_below(root)), "train", labels=True, limit=None)
     if found.labels is None:
         raise ValueError(f"{folder} has no classes: put the images of each class into a separate sub-folder")
@@ -145,23 +189,26 @@ def read_classes(folder: Path, preparation: Preparation = RGB) -> tuple[Captione
     return CaptionedImages(str(found.images.root), files, captions, preparation), found.class_names
 
 
-def _existing(folder: Path, content: str) -> Path:
+def existing(folder: Path, content: str) -> Path:
+    """Return the path of a folder; raise ValueError, which says what it should contain, if it does not exist."""
     root = user_path(folder)
     if not root.is_dir():
         raise ValueError(f"{folder} is {'not a folder' if root.exists() else 'missing'}: give a folder {content}")
     return root
 
 
-def _from_texts(root: Path, files: Sequence[PurePath], beside: dict[PurePath, PurePath]) -> dict[PurePath, str]:
-    """Return the captions from the .txt files next to images."""
-    stems = {path.with_suffix("") for path in files}
+def _from_texts(
+    root: Path, files: Sequence[PurePath], beside: dict[PurePath, PurePath], kind: str
+) -> dict[PurePath, str]:
+    """Return the captions from the .txt files next to the files."""
+    stems = {_stem(path) for path in files}
     if lost := sorted(path for stem, path in beside.items() if stem not in stems):
         raise ValueError(
-            f"{root} has {len(lost)} captions without an image, the first of which is {lost[0]}: add the images, or "
-            f"move the texts out of the folder"
+            f"{root} has {len(lost)} captions without {_one(kind)}, the first of which is {lost[0]}: add the {kind}s, "
+            f"or move the texts out of the folder"
         )
     texts = {stem: _read_text(root / path) for stem, path in beside.items()}
-    return {path: texts[path.with_suffix("")] for path in files if path.with_suffix("") in texts}
+    return {path: texts[_stem(path)] for path in files if _stem(path) in texts}
 
 
 def _read_text(path: Path) -> str:
@@ -173,13 +220,15 @@ def _read_text(path: Path) -> str:
 
 
 def _from_tables(
-    root: Path, files: Sequence[PurePath], tables: Sequence[PurePath], beside: dict[PurePath, PurePath]
+    root: Path,
+    files: Sequence[PurePath],
+    tables: Sequence[PurePath],
+    beside: dict[PurePath, PurePath],
+    kind: str,
 ) -> dict[PurePath, str]:
-    """Return the captions from the tables; raise ValueError unless each row belongs to a different image."""
-    if both := [path for path in files if path.with_suffix("") in beside]:
-        raise ValueError(
-            f"{root} has captions in {tables[0]} and in {beside[both[0].with_suffix('')]}: keep one of them"
-        )
+    """Return the captions from the tables; raise ValueError unless each row belongs to a different file."""
+    if both := [path for path in files if _stem(path) in beside]:
+        raise ValueError(f"{root} has captions in {tables[0]} and in {beside[_stem(both[0])]}: keep one of them")
     # A name can have two encodings: \u00e9 is one character on most systems and two on a Mac.
     known = {_composed(path): path for path in files}
     captions: dict[PurePath, str] = {}
@@ -191,8 +240,8 @@ def _from_tables(
             path = known.get(_composed(named))
             if path is None:
                 raise ValueError(
-                    f"{where} has a caption for {name}, but {root / named} is not an image of the folder: write names "
-                    f"relative to the folder of the table, add the image, or remove the row"
+                    f"{where} has a caption for {name}, but {root / named} is not {_one(kind)} of the folder: write "
+                    f"names relative to the folder of the table, add the {kind}, or remove the row"
                 )
             if path in captions:
                 raise ValueError(f"{where} has a second caption for {name}, after {places[path]}: keep one of them")

@@ -1,5 +1,6 @@
-"""Encode captioned images, or prompts, into a folder of latents and text conditions (`latents.py`).
+"""Encode captioned images or clips, or prompts, into a folder of latents and text conditions (`latents.py`).
 
+"Images" includes clips below: videos and sounds.
 The encoders are callables, independent of the libraries that provide them.
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from halfstep.core.door import check_whole
 from halfstep.data.captions import CaptionedImages, Prompts
+from halfstep.data.clips import CaptionedClips
 from halfstep.data.latents import (
     INDEX,
     LATENTS,
@@ -42,15 +44,17 @@ class Encoder:
     """Encodes images as latents and captions as conditions, on any device."""
 
     images: Callable[[Tensor], Tensor]
-    """float32 images `[n, 3, h, w]` in [-1, 1] -> latents `[n, c, h/8, w/8]`, scaled as the network expects."""
+    """float32 images `[n, 3, h, w]`, or clips, in [-1, 1] -> latents `[n, *dims]`, scaled as the network expects."""
     texts: Callable[[list[str]], dict[str, Tensor]]
     """n captions -> conditions by name, each `[n, ...]` with the same shape for all captions."""
     key: str
     """Identifies weights and settings. Equal encoders have equal keys."""
+    null: Mapping[str, Tensor] | None = None
+    """Conditions of one sample without a caption, by name; those of the empty caption if None."""
 
 
 def encode(
-    images: CaptionedImages | Prompts,
+    images: CaptionedImages | CaptionedClips | Prompts,
     encoder: Encoder,
     folder: Path,
     batch_size: int = 8,
@@ -108,7 +112,11 @@ def _check_folder(root: Path) -> None:
 
 
 def _begin(
-    images: CaptionedImages | Prompts, encoder: Encoder, root: Path, shard_size: int, class_names: tuple[str, ...]
+    images: CaptionedImages | CaptionedClips | Prompts,
+    encoder: Encoder,
+    root: Path,
+    shard_size: int,
+    class_names: tuple[str, ...],
 ) -> Index:
     """Return the folder's index; write a new one if it has none, or one of other images without shards."""
     shards = (None,) * -(-len(images) // shard_size)
@@ -148,16 +156,15 @@ def _differs(then: Origin, now: Origin) -> str:
     return "other " + " and ".join(word for name, word in kinds.items() if getattr(then, name) != getattr(now, name))
 
 
-def _origin(images: CaptionedImages | Prompts) -> Origin:
+def _origin(images: CaptionedImages | CaptionedClips | Prompts) -> Origin:
     """Identify the images; reads all files."""
     if isinstance(images, Prompts):
         return Origin(
             count=len(images), names="", contents="", captions=digest_of(images.captions), preparation={"sampled": True}
         )
-    paths = [images.root / path for path in images.files]
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            contents = list(pool.map(lambda path: [path.stat().st_size, sha256_of(path)], paths))
+            contents = list(pool.map(lambda path: [path.stat().st_size, sha256_of(path)], images.contents))
     except OSError as error:
         raise ValueError(f"{error.filename} cannot be read ({error.strerror}): repeat the command") from error
     return Origin(
@@ -174,7 +181,7 @@ def _origin(images: CaptionedImages | Prompts) -> Origin:
 class _Encoding:
     """Fills a folder, and records each file that is complete."""
 
-    images: CaptionedImages | Prompts
+    images: CaptionedImages | CaptionedClips | Prompts
     encoder: Encoder
     root: Path
     batch_size: int
@@ -199,11 +206,12 @@ class _Encoding:
 
     def _write_null(self) -> None:
         with torch.no_grad():
-            conditions = self.encoder.texts([""])
+            null = self.encoder.null
+            conditions = self.encoder.texts([""]) if null is None else {name: null[name][None] for name in null}
         if LATENTS in conditions:
             raise ValueError(f"the encoder returned a condition called {LATENTS}: give it another name")
-        null = self._checked(conditions, ["the empty caption"])
-        self._record(null=_write(self.root / NULL, {name: value[0] for name, value in null.items()}))
+        checked = self._checked(conditions, ["the empty caption"])
+        self._record(null=_write(self.root / NULL, {name: value[0] for name, value in checked.items()}))
 
     def _write_shard(self, number: int, done: int) -> int:
         """Encode a shard after `done` images; return the new number of encoded images."""
@@ -234,16 +242,14 @@ class _Encoding:
             conditions = self.encoder.texts(captions)
         if isinstance(self.images, Prompts):
             return self._known({LATENTS: self.images.sampled(part, conditions), **conditions}, captions)
-        x0 = self.images.loaded(part).fetch(torch.arange(len(part))).x0
+        x0 = self.images.x0(part)
         names = [str(self.images.files[index]) for index in part]
-        if x0.shape[1] != 3:
-            raise ValueError(f"{names[0]} has {x0.shape[1]} channels, but encoders take 3: prepare with channels=3")
         with torch.no_grad():
             latents = self.encoder.images(x0)
-        if latents.ndim != 4 or not latents.is_floating_point():
+        if latents.ndim < 3 or not latents.is_floating_point():
             raise ValueError(
                 f"the encoder returned {latents.dtype} latents of shape {tuple(latents.shape)} for {names[0]}: floats "
-                f"[n, channels, height, width] are needed"
+                f"with two or more axes after the batch are needed"
             )
         return self._known({LATENTS: latents, **conditions}, names)
 

@@ -20,6 +20,8 @@ from halfstep.data.labels import check_not_identifiers, classes_of
 from halfstep.runtime.files import read_json
 
 IMAGE_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+VIDEO_SUFFIXES: Final = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi", ".gif")
+SOUND_SUFFIXES: Final = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
 _BESIDE: Final = (
     *(".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".html", ".pdf"),
     *(".py", ".sh", ".log", ".db", ".ini", ".npy", ".npz", ".parquet", ".arrow", ".safetensors"),

@@ -1,9 +1,11 @@
-"""Folders of latents and text conditions of captioned images, which `encoding.py` writes.
+"""Folders of latents and text conditions of captioned images and clips, which `encoding.py` writes.
+
+"Images" includes clips below: videos and sounds.
 
 FOLDER/
   index.json                  `Index`: the encoder, the images, and a sha256 of each file below
   null.safetensors            the conditions of the empty caption, without the batch axis
-  shard-00000.safetensors     latents [n, channels, height, width] and conditions [n, ...] of the first images
+  shard-00000.safetensors     latents [n, *dims] and conditions [n, ...] of the first images
   shard-00001.safetensors     the same of the next images, and so on
 
 Tensors are stored in the dtype of the encoder, and floats are read as float32.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from halfstep.data import Encoder
+from halfstep.hub.autoencoder import Autoencoder, autoencoder_in
 from halfstep.hub.calls import call_in, conditions_in
 from halfstep.hub.disk import open_part
 from halfstep.hub.pipelines import fetch, load_pipeline
@@ -22,10 +23,25 @@ from halfstep.runs import Manifest, Pipeline
 from halfstep.runtime.files import sha256_of
 
 
-def encoder_of(model: Model, device: str | torch.device = "cpu", class_names: Sequence[str] = ()) -> Encoder:
-    """Return the encoder of an imported model's pipeline.
+def autoencoder_of(model: Model, device: str | torch.device = "cpu") -> Autoencoder:
+    """Return the VAE of an imported model's pipeline, with the pipeline's map to the samples of the network.
 
-    The latent of an image is the mean of the VAE's distribution, shifted and scaled as the network expects.
+    Raises:
+        ValueError: if there is none, or it does not encode to such samples.
+    """
+    pipeline = _pipeline_of(model.manifest)
+    folder, device = fetch(pipeline.folder), torch.device(device)
+    if model.num_classes:
+        pipe = load_pipeline(folder, pipeline.kind, device, is_whole=False)
+    else:
+        pipe = _text_pipeline(folder, pipeline.kind, device)
+    return autoencoder_in(pipe, folder, model.shape, device, _unguided(pipe, pipeline))
+
+
+def encoder_of(
+    model: Model, autoencoder: Autoencoder, device: str | torch.device = "cpu", class_names: Sequence[str] = ()
+) -> Encoder:
+    """Return the encoder of an imported model's pipeline.
 
     Args:
         class_names: for a class-conditional model, the captions, which are encoded as `class_labels`; the empty caption
@@ -41,22 +57,18 @@ def encoder_of(model: Model, device: str | torch.device = "cpu", class_names: Se
             f"the network in {folder} has {manifest.num_classes} classes, but the images have {len(class_names)}"
         )
     numbers = {name: number for number, name in enumerate(class_names)} | {"": manifest.num_classes}
-    vae, shift, scale = _vae(folder, device)
-
     plain = prompts_of(model, device)
-
-    @torch.no_grad()
-    def images(pixels: Tensor) -> Tensor:
-        return (vae.encode(pixels.to(device)).latent_dist.mode() - shift) * scale
 
     def texts(captions: list[str]) -> dict[str, Tensor]:
         if class_names:
             return {"class_labels": torch.tensor([numbers[name] for name in captions])}
         return plain.texts(captions)
 
-    parts = sorted(file for name in ("vae", "text_encoder*", "tokenizer*") for file in folder.glob(f"{name}/*.*"))
+    names = ("vae", "text_encoder*", "tokenizer*", "projection_model*")
+    parts = sorted(file for name in names for file in folder.glob(f"{name}/*.*"))
     key = " ".join(f"{file.relative_to(folder)}:{sha256_of(file)[:12]}" for file in parts)
-    return Encoder(images, texts, f"{pipeline.kind} {key}")
+    options = json.dumps(pipeline.options, sort_keys=True)
+    return Encoder(autoencoder.encode, texts, f"{pipeline.kind} {key} {options}", plain.null)
 
 
 def prompts_of(model: Model, device: str | torch.device = "cpu") -> Encoder:
@@ -67,15 +79,14 @@ def prompts_of(model: Model, device: str | torch.device = "cpu") -> Encoder:
     """
 
     def texts(captions: list[str]) -> dict[str, Tensor]:
-        if captions == [""] and model.null:
-            return {name: value[None] for name, value in model.null.items()}
         return text_conditions(model.manifest, captions, device)
 
     def images(pixels: Tensor) -> Tensor:
         raise NotImplementedError("prompts have no images to encode")
 
     options = json.dumps(_pipeline_of(model.manifest).options, sort_keys=True)
-    return Encoder(images, texts, f"{_pipeline_of(model.manifest).kind} {model.manifest.source} {options}")
+    key = f"{_pipeline_of(model.manifest).kind} {model.manifest.source} {options}"
+    return Encoder(images, texts, key, model.null or None)
 
 
 def _pipeline_of(manifest: Manifest) -> Pipeline:
@@ -104,10 +115,15 @@ def text_conditions(
     """
     pipeline = _pipeline_of(manifest)
     pipe = _text_pipeline(fetch(pipeline.folder), pipeline.kind, torch.device(device))
+    found = first_arguments(pipe, **prompted(pipe, captions), **_unguided(pipe, pipeline))
+    return conditions_in(call_in(manifest), found, len(captions))
+
+
+def _unguided(pipe: Any, pipeline: Pipeline) -> dict[str, Any]:
+    """Return the arguments of a call without guidance, besides the prompts."""
     taken = inspect.signature(type(pipe).__call__).parameters
     call = {name: 1.0 for name in GUIDANCES if name in taken} | pipeline.options
-    call |= {} if pipeline.guidance is None or pipeline.off is None else {pipeline.guidance: pipeline.off}
-    return conditions_in(call_in(manifest), first_arguments(pipe, **prompted(pipe, captions), **call), len(captions))
+    return call | ({} if pipeline.guidance is None or pipeline.off is None else {pipeline.guidance: pipeline.off})
 
 
 def release_texts() -> None:

@@ -207,7 +207,7 @@ class Reference(Against):
         self.note = few_samples(self.extractor.name, *counts)
         """Warning about too few samples, as in `few_samples`."""
         self.too_few = too_few(*counts)
-        """Whether they are too few for a reliable Frechet distance."""
+        """Whether the samples are too few for a reliable Frechet distance."""
         if evaluation.precision != "float32":
             self.protocol["precision"] = evaluation.precision
         if isinstance(self.extractor, Classifier):

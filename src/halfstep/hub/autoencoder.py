@@ -1,0 +1,169 @@
+"""A pipeline's VAE, with the pipeline's own map between its samples and the latents of the VAE.
+
+The end of the pipeline's call is run on known samples, without denoiser and VAE. Each value that arrives at the VAE
+must be an affine function of one value of the sample: this gives their order (packed, frames first), shift and scale.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor
+
+from halfstep.data import SoundPreparation, VideoPreparation
+from halfstep.hub.calls import difference
+from halfstep.hub.disk import open_part
+from halfstep.hub.recording import TOLERANCE
+from halfstep.hub.schedulers import first_order
+from halfstep.hub.stock import in_one_line, quiet
+from halfstep.hub.trace import STEPS, component_of, prompted
+
+_DIGITS: Final = (1, 1024, 1024**2)
+"""Indices are passed through the pipeline in digits, which are exact in float32."""
+_REMEDY: Final = "Use --prompts instead of --data"
+
+
+@final
+@dataclass(frozen=True)
+class Autoencoder:
+    """Encodes images `[n, 3, height, width]`, videos `[n, 3, frames, height, width]` or sounds `[n, channels, m]`."""
+
+    vae: Any
+    decoded: tuple[int, ...]
+    """Shape to which it decodes one latent."""
+    latent_shape: tuple[int, ...]
+    """Shape of one sample of the denoiser."""
+    order: Tensor
+    """For each value of a sample, its index among the values of a latent."""
+    shift: Tensor
+    scale: Tensor
+    """The values of a latent are shift + scale * value."""
+
+    @property
+    def image_size(self) -> tuple[int, ...] | None:
+        """Height and width; None for videos and sounds."""
+        return None if len(self.decoded) == 2 or (len(self.decoded) == 4 and self.decoded[1] > 1) else self.decoded[-2:]
+
+    def preparation(self, frame_rate: float | None, seconds: float | None) -> VideoPreparation | SoundPreparation:
+        """Return the preparation of clips, with at most `seconds` of sound."""
+        if len(self.decoded) == 4:
+            return VideoPreparation(*self.decoded[1:], frame_rate)
+        (channels, number), rate = self.decoded, int(self.vae.config.sampling_rate)
+        return SoundPreparation(channels, number, rate, number if seconds is None else min(number, int(seconds * rate)))
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the denoiser's samples `[n, *latent_shape]` of `x`: the means of the VAE's distributions.
+
+        Raises:
+            ValueError: if the VAE returns latents of another shape than it decodes.
+        """
+        # A clip can be as large as a batch of images.
+        parts = x.reshape(len(x), *self.decoded).split(1 if self.image_size is None else len(x))
+        latents = torch.cat([self._latents(part.to(self.shift.device)) for part in parts])
+        return ((latents - self.shift) / self.scale)[:, self.order].reshape(-1, *self.latent_shape)
+
+    def _latents(self, x: Tensor) -> Tensor:
+        found = self.vae.encode(x, return_dict=False)[0]
+        found = found if isinstance(found, Tensor) else found.mode()
+        if found[0].numel() != len(self.order):
+            raise ValueError(
+                f"the {type(self.vae).__name__} encodes {list(x.shape[1:])} to {list(found.shape[1:])}, but that many "
+                f"values do not decode to it. {_REMEDY}"
+            )
+        return found.flatten(1)
+
+
+def autoencoder_in(
+    pipe: Any, folder: Path, shape: tuple[int, ...], device: torch.device, call: Mapping[str, Any]
+) -> Autoencoder:
+    """Return the VAE in a pipeline's folder, on a device.
+
+    Args:
+        pipe: the pipeline; its denoiser and VAE can be without weights.
+        shape: shape of one sample of its denoiser.
+        call: pipeline call arguments besides the prompts.
+
+    Raises:
+        ValueError: if there is no VAE, or none that encodes to such samples.
+    """
+    if pipe.components.get("vae") is None:
+        raise ValueError(
+            f"{folder} has no vae, which is needed to encode and decode images: save the pipeline with it. {_REMEDY}"
+        )
+    kind, indices = type(pipe.vae).__name__, torch.arange(torch.Size(shape).numel())
+    test = torch.randn(len(indices), generator=torch.Generator().manual_seed(0))
+    rows = [torch.zeros(len(indices)), torch.ones(len(indices)), test, *(indices // unit % 1024.0 for unit in _DIGITS)]
+    made = _shown(pipe, torch.stack(rows).reshape(-1, *shape).to(device), call)
+    shift, one, tested, *digits = made.float().cpu().flatten(1)
+    scale = one - shift
+    found = [((row - shift) / scale).nan_to_num(-1, -1, -1).round().long() for row in digits]
+    places = sum(digit * unit for digit, unit in zip(found, _DIGITS, strict=True))
+    if not torch.equal(places.sort().values, indices) or difference(shift + scale * test[places], tested) > TOLERANCE:
+        raise ValueError(
+            f"{type(pipe).__name__} decodes latents {list(made.shape[1:])} that are not a sample {list(shape)} in "
+            f"another order and scale. {_REMEDY}"
+        )
+    with torch.no_grad(), quiet():
+        decoded = pipe.vae.decode(torch.empty(1, *made.shape[1:], device="meta"), return_dict=False)[0].shape[1:]
+    is_sound = len(decoded) == 2 and "sampling_rate" in pipe.vae.config
+    if not is_sound and not (len(decoded) in (3, 4) and decoded[0] == 3):
+        raise ValueError(f"the {kind} of {folder} decodes to {list(decoded)}, no RGB images, video or sound. {_REMEDY}")
+    vae = open_part(folder / "vae", f"diffusers.{kind}").eval().to(device)
+    return Autoencoder(vae, tuple(decoded), shape, places.argsort().to(device), shift.to(device), scale.to(device))
+
+
+class _Shown(BaseException):
+    """A pipeline has called its VAE."""
+
+
+def _shown(pipe: Any, samples: Tensor, call: Mapping[str, Any]) -> Tensor:
+    """Return the latents that a pipeline passes to its VAE at the end of a call that generates `samples`.
+
+    Raises:
+        ValueError: if the call fails, or does not decode all samples together.
+    """
+    from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+    module, scheduler, shown = getattr(pipe, component_of(pipe)), pipe.scheduler, list[Tensor]()
+    (argument,) = prompted(pipe, ())
+    prompts = [0 if argument == "class_labels" else ""] * len(samples)
+
+    def denoise(*args: Any, **kwargs: Any) -> Any:
+        made = _zeros(*args, **kwargs)
+        has_variance = module.config.get("out_channels") == 2 * module.config.get("in_channels", 0)
+        return type(made)(sample=torch.cat([made.sample] * 2, 1)) if has_variance else made
+
+    def decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        shown.append(latents)
+        raise _Shown
+
+    def step(*args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        return SchedulerOutput(samples) if return_dict else (samples,)
+
+    pipe.scheduler = first_order(scheduler)
+    pipe.scheduler.step, module.forward, pipe.vae.decode = step, denoise, decode
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        with torch.no_grad(), quiet():
+            pipe(num_inference_steps=STEPS, **{argument: prompts}, **call)
+    except _Shown:
+        pass
+    except Exception as error:  # as in `trace`
+        raise ValueError(f"the call of {type(pipe).__name__} failed ({in_one_line(error)})") from None
+    finally:
+        del pipe.scheduler.step, module.forward, pipe.vae.decode
+        pipe.scheduler = scheduler
+    if len(shown) != 1 or len(shown[0]) != len(samples):
+        raise ValueError(f"{type(pipe).__name__} does not decode its samples together. {_REMEDY}")
+    return shown[0]
+
+
+def _zeros(sample: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Stand-in for a denoiser that is not run."""
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    sample = next(value for name, value in {"": sample, **kwargs}.items() if value is not None)
+    return Transformer2DModelOutput(sample=sample if isinstance(sample, list) else torch.zeros_like(sample))
