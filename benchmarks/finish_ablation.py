@@ -13,7 +13,7 @@ Heun samples from the same noise. The file is written after each trial, and the 
 import argparse
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -57,35 +57,31 @@ VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
 `length`, which multiply the learning rate and the number of updates."""
 
 
-def finished(
-    teacher: Any,
-    student: Any,
-    data: Any,
-    steps: int,
-    training: Training,
-    settings: Mapping[str, Any],
-    seed: int,
-    precision: Precision,
-) -> tuple[Any, float]:
-    """Return the student of `steps` steps after one finish, and the seconds of training."""
-    own = dict(settings)
-    rate, length = own.pop("rate", 1.0), own.pop("length", 1.0)
-    changed = replace(
-        training,
-        learning_rate=rate * training.learning_rate,
-        num_updates=round(length * training.num_updates),
-    )
+def trained(
+    teacher: Any, student: Any, data: Any, plan: Plan, *, seed: int, precision: Precision
+) -> tuple[Sequence[Any], float]:
+    """Return the models of a plan that starts from a student and its undistilled teacher, and the training seconds."""
     x0, cond = data.fetch(torch.arange(len(data)))
     source = (x0, dict(cond)) if teacher.num_classes else x0
     call = call_of(seed, Engine(cpu=True, precision=precision), None, None, None, None, None, False)
     with call.placed() as engine:
         chain = Chain(call, engine, call.opened(source), teacher.denoiser, Outcome(Role.TEACHER), teacher.null, student)
         chain.made.append(student.denoiser)
-        chain.outcomes.append(Outcome(Role.STUDENT, steps, DDIM()))
+        chain.outcomes.append(Outcome(Role.STUDENT, student.num_steps, DDIM()))
         start = time.perf_counter()
-        for _ in chain.run(Plan.of(Finishing(steps, **own), changed), None):
+        for _ in chain.run(plan, None):
             pass
-        return chain.models[-1], time.perf_counter() - start
+        return chain.models[-len(plan.stages) :], time.perf_counter() - start
+
+
+def varied(steps: int, training: Training, settings: Mapping[str, Any]) -> Plan:
+    """Return the finish of a student with these settings, as in `VARIANTS`."""
+    own = dict(settings)
+    rate, length = own.pop("rate", 1.0), own.pop("length", 1.0)
+    changed = replace(
+        training, learning_rate=rate * training.learning_rate, num_updates=round(length * training.num_updates)
+    )
+    return Plan.of(Finishing(steps, **own), changed)
 
 
 def main() -> None:
@@ -147,9 +143,9 @@ def main() -> None:
                 continue
             model, seconds = student, 0.0
             if name != "before":
-                settings = own | VARIANTS[name]
-                model, seconds = finished(
-                    teacher, student, data, steps, training, settings, options.seed, options.precision
+                plan = varied(steps, training, own | VARIANTS[name])
+                (model,), seconds = trained(
+                    teacher, student, data, plan, seed=options.seed, precision=options.precision
                 )
             rows.append(key | measured(model) | {"seconds": round(seconds, 1)})
             print(rows[-1], flush=True)

@@ -242,8 +242,21 @@ def test_an_ablation_measures_like_the_independent_features_and_resumes(
     def refused(*arguments: Any) -> Any:
         raise AssertionError("trained twice")
 
-    monkeypatch.setattr(modules("finish_ablation"), "finished", refused)
+    monkeypatch.setattr(modules("finish_ablation"), "trained", refused)
     assert rows("finish_ablation", *words) == [before, plain, heavy]
+
+
+@pytest.mark.slow
+def test_both_orders_of_a_finish_are_compared_from_the_same_student(modules: Any, tmp_path: Path) -> None:
+    run, file = tmp_path / "run", tmp_path / "order.json"
+    main(["run", "digits", *TINY_DEMO, "--out", str(run)])
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(sys, "argv", ["finish_order", str(run), "--threads", "1", "--out", str(file)])
+        modules("finish_order").main()
+    rows = json.loads(file.read_text())["rows"]
+    end, chain = ([row["model"] for row in rows if row["order"] == order] for order in ("at the end", "in the chain"))
+    assert (end, chain) == (["halve 1", "finish 1"], ["finish 2", "halve 1", "finish 1"])
+    assert len({row["rmse"] for row in rows}) == len(rows)
 
 
 def test_time_to_quality_trains_three_ways_and_takes_the_smallest_budget_that_is_enough(

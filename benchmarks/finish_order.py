@@ -1,0 +1,80 @@
+"""Compare two orders of a chain's end: halve the halved 2-step student, or halve the finished one.
+
+    python benchmarks/finish_order.py runs/digits                     # a run with halved students of 2 steps and 1 step
+
+Both start from the run's halved 2-step student. "At the end" halves it to 1 step and finishes the result. "In the
+chain" first finishes it, and then does the same. The settings are those of the run's recipe. Distances are ratios to
+the teacher with 32 Heun steps, in the run's own classifier and in the perceptron of `independent.py`, which was never
+used for tuning, both on fresh noise seeds. `rmse` is the distance to the teacher's samples from the same noise.
+"""
+
+import argparse
+import warnings
+from pathlib import Path
+from typing import Any, get_args
+
+import halfstep
+from common import parsed, write
+from finish_ablation import trained
+from halfstep.data import open_data
+from halfstep.objectives import Plan, Role
+from halfstep.recipes import Recipe
+from halfstep.runs import RunFolder
+from halfstep.studies.roads import AT_BEST
+from halfstep.train.settings import Precision
+from independent import KEPT, drawn, references_of
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a run with a chain to 1 step")
+    parser.add_argument("--num-samples", type=int, help="number of samples per model; default: from the run's recipe")
+    parser.add_argument("--precision", choices=get_args(Precision), default="float32", help="training precision")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the trainings")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--out", type=Path, help="JSON file; docs/results/benchmarks/finish_order.json by default")
+    options = parsed(parser)
+    run = RunFolder(options.run)
+    recipe = Recipe.model_validate(run.recipe()["recipe"])
+    data = open_data(recipe.data)
+    references = dict(zip(("own", "other"), references_of(data, recipe.evaluation), strict=True))
+    count, compared = options.num_samples or recipe.evaluation.num_samples, recipe.evaluation.num_compared
+    first, *others = run.stages()
+    teacher = halfstep.load(first.path)
+    two = next(one for one in others if one.manifest().objective == "halve" and one.manifest().num_steps == 2)
+    halving = Plan(
+        tuple(
+            stage
+            for stage in recipe.chain_plan().stages
+            if stage.objective.outcome.role is Role.STUDENT and stage.num_steps == 1
+        )
+    )
+    finishes = recipe.finish.model_copy(update={"steps": (2, 1)}).plan((2, 1))
+    at_best = drawn(teacher, count, sampler=AT_BEST[-1].sampler, num_steps=AT_BEST[-1].num_steps)
+    best = {name: reference.figures(at_best).values["frechet"] for name, reference in references.items()}
+
+    def measured(order: str, name: str, model: Any) -> dict[str, Any]:
+        samples = drawn(model, count)
+        row: dict[str, Any] = {"order": order, "model": name}
+        for features, reference in references.items():
+            found = reference.figures(samples).values
+            row[f"{features} ratio"] = round(found["frechet"] / best[features], 4)
+            row |= {f"{features} {each}": round(found[each], 4) for each in KEPT[1:]}
+        apart = samples[:compared] - at_best[:compared]
+        return row | {"rmse": round(apart.double().pow(2).mean().sqrt().item(), 4)}
+
+    rows = []
+    of_two, of_one = (Plan((stage,)) for stage in finishes.stages)
+    for order, plan in {"at the end": halving + of_one, "in the chain": of_two + halving + of_one}.items():
+        models, _ = trained(
+            teacher, halfstep.load(two.path), data, plan, seed=options.seed, precision=options.precision
+        )
+        for stage, model in zip(plan.stages, models, strict=True):
+            rows.append(measured(order, f"{stage.objective.label} {stage.num_steps}", model))
+            print(rows[-1], flush=True)
+    write("finish_order", rows, options, precision=options.precision, seed=options.seed)
+
+
+if __name__ == "__main__":
+    main()
