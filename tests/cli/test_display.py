@@ -104,5 +104,5 @@ def test_durations_are_read_at_a_glance() -> None:
         "1 min 1 s",
         "59 min 59 s",
         "2 h 10 min",
-        "not known",
+        "unknown",
     ]

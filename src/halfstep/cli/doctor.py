@@ -23,6 +23,7 @@ from halfstep.runtime.files import cache_folder, first_line
 
 GIVES: Final = {
     "text": "text-conditioned models, such as Stable Diffusion: encode, distill and sample with --prompt",
+    "clips": "encode --data with videos and sounds other than .gif and .wav",
     "lora": "LoRA students (--chain.lora-rank) and export --format lora",
     "onnx": "export --format onnx (the whole sampler as one graph) and --format web",
     "explore": "halfstep explore, a local page that samples a run's models",
