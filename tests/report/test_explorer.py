@@ -362,8 +362,8 @@ def test_it_listens_at_127_0_0_1_only(url: str) -> None:
 SLOW = """
 import sys, threading
 from halfstep.cli import main
-from halfstep.explore import explorer, page
-page.PATIENCE = 1.0
+from halfstep.explore import door, explorer
+door.PATIENCE = 1.0
 def trajectory(*args, **kwargs):
     print("sampling", flush=True)
     threading.Event().wait()
