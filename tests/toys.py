@@ -48,11 +48,9 @@ TINY_DIGITS = [
     *("--network.block-out-channels", "8", "16", "--network.attention-head-dim", "8"),
     *("--network.norm-num-groups", "8", "--network.layers-per-block", "1", "--network.attention", "False", "True"),
     *("--evaluation.teacher-steps", "4", "--model.conditional"),
-]
-TINY_DEMO = [
-    *(*TINY_DIGITS, "--chain.start-steps", "16"),
     *("--finish.num-updates", "4", "--finish.batch-size", "8", "--finish.lead-updates", "1"),
 ]
+TINY_DEMO = [*TINY_DIGITS, "--chain.start-steps", "16"]
 
 
 def points(num: int = 200) -> torch.Tensor:

@@ -559,7 +559,7 @@ def test_unsupported_requests_to_a_model_are_rejected(student: halfstep.Model) -
         (lambda: halfstep.sample(student, torch.zeros(3, 4)), r"Pass noise of shape \[batch, 2\]"),
         (lambda: halfstep.sample(student, torch.zeros(2)), r"Pass noise of shape \[batch, 2\]"),
         (lambda: student.sample(3, sampler="ddim"), r"Pass halfstep\.DDIM\(\)"),
-        (lambda: student.sample(3, class_label=1), "Remove the class"),
+        (lambda: student.sample(3, class_label=1), "Remove it"),
         (
             lambda: halfstep.distill(halfstep.Model.of(denoiser(), (2,)), torch.zeros(8, 3), to=1),
             "Pass the data that it was trained on",

@@ -184,7 +184,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: Capt
     printed = capsys.readouterr().out
     network = load_parameters(printed)
     assert network > 1000
-    for name in ("00-denoise", "01-halve-0002", "02-halve-0001", "estimated training time"):
+    for name in ("00-denoise", "01-halve-0002", "02-finish-0002", "03-halve-0001", "estimated training time"):
         assert name in printed
     assert torch.accelerator.is_available() or "a device of" not in printed
     assert not (tmp_path / "x").exists()
@@ -299,7 +299,7 @@ def test_samples_are_written_under_their_own_name_or_not_at_all(
         (["--sampler", "dim"], "did you mean 'ddim'?"),
         (["--sampler", "ancestral", "--gamma", "1.5"], "--gamma must be at most 1, got 1.5"),
         (["--gamma", "0.5"], "--gamma 0.5 has no effect on the sampler ddim. Remove it, or add --sampler ancestral"),
-        (["--class-label", "12"], "classes 0 to 9"),
+        (["--class-label", "12"], "one of 0 to 9"),
         (["--device", "abacus"], "the device 'abacus' does not exist here"),
         (["--num-stesp", "4"], "did you mean '--num-steps'?"),
     ],
@@ -371,7 +371,7 @@ def test_distill_continues_from_a_stage_to_fewer_steps(toy_run: Path, tmp_path: 
     assert stages[0].model.read_bytes() == RunFolder(toy_run).stages()[0].model.read_bytes()
     assert load(tmp_path / "d").num_steps == 2
     student = str(toy_run / "stages" / "01-halve-0002")
-    assert "remove --start" in refused(["distill", student, "--to", "1", "--start", "4"], capsys)
+    assert "Remove --start" in refused(["distill", student, "--to", "1", "--start", "4"], capsys)
     assert "the end must be below the start" in refused(
         ["distill", student, "--to", "2", "--out", str(tmp_path / "e")], capsys
     )

@@ -419,7 +419,7 @@ def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_p
         (["evaluate", toy, "--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["evaluate", toy, "--num-steps", "0"], "--num-steps must be"),
         (["evaluate", toy, "--search-gamma", "1"], "--search-gamma must be at least 2, got 1"),
-        (["evaluate", toy, "--search-gamma", "3", "--gamma", "0.5"], "remove one"),
+        (["evaluate", toy, "--search-gamma", "3", "--gamma", "0.5"], "Remove one"),
         (["evaluate", toy, "--gamma", "0.5"], "have no effect without --against teacher-ancestral"),
         (["evaluate", toy, "--against", "teacher-hein"], "unknown sampler 'hein'; did you mean 'heun'?"),
         (["evaluate", toy, "--against", "heun"], "give teacher-SAMPLER or student-SAMPLER"),

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from halfstep.explore import page
-from halfstep.explore.page import Door
+from halfstep.explore import door as door_module
+from halfstep.explore.door import Door
 
 Message = MutableMapping[str, Any]
 
@@ -54,7 +54,7 @@ def test_a_prefix_is_cut_off_whether_the_proxy_did_so_or_not() -> None:
 
 
 def test_a_missing_request_body_does_not_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "PATIENCE", 0.05)
+    monkeypatch.setattr(door_module, "PATIENCE", 0.05)
     assert asked(Door(inner, None, {}), "/gradio_api/queue/join", is_slow=True)[0] == 408
 
 

@@ -362,8 +362,8 @@ def test_it_listens_at_127_0_0_1_only(url: str) -> None:
 SLOW = """
 import sys, threading
 from halfstep.cli import main
-from halfstep.explore import explorer, page
-page.PATIENCE = 1.0
+from halfstep.explore import door, explorer
+door.PATIENCE = 1.0
 def trajectory(*args, **kwargs):
     print("sampling", flush=True)
     threading.Event().wait()
@@ -434,7 +434,7 @@ def test_wrong_arguments_are_one_line(run: Path, tmp_path: Path, capsys: Capture
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         text = refused(["explore", str(run), "--port", str(taken.getsockname()[1])], capsys)
-        assert "choose another --port" in text
+        assert "Choose another --port" in text
     monkeypatch.setattr(explorer_module, "find_spec", lambda name: None)
     assert "pip install 'halfstep[explore]'" in refused(["explore", str(run)], capsys)
 

@@ -12,14 +12,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import final
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from halfstep.core.draw import between, step_noise
 from halfstep.core.warnings import HalfstepWarning
+from halfstep.explore.answer import Answer, Shown, StageChoice
 from halfstep.measure.samples import samples_array
 from halfstep.models.folder import find_stage, load, model_path
 from halfstep.models.model import Model
@@ -68,51 +68,6 @@ class Bounds:
     def frames(self, shape: Sequence[int]) -> int:
         """Return the maximum number of frames of this shape in a walk, at least 2."""
         return max(2, min(self.num_frames, self.num_values // math.prod(shape)))
-
-
-class StageChoice(NamedTuple):
-    """A stage that can be sampled, or that is missing for some reason."""
-
-    name: str
-    num_steps: int | None
-    """Steps that it was distilled for; None for any number."""
-    role: str | None
-    """teacher, matched or student; None if unknown."""
-    missing: str | None = None
-    """Reason why it cannot be sampled; None if it can."""
-
-    @property
-    def words(self) -> str:
-        """Description such as "4-step student", which may not be unique; the name if the role is unknown."""
-        if self.role is None:
-            return self.name
-        role = "matched teacher" if self.role == "matched" else self.role
-        return role if self.num_steps is None else f"{self.num_steps}-step {role}"
-
-
-class Shown(NamedTuple):
-    """Samples of a model."""
-
-    stage: str
-    is_start: bool
-    """Whether the model is the start of the chain."""
-    label: str
-    """Description of the model."""
-    num_steps: int
-    num_evals: int
-    """Network calls per sample."""
-    sampler: str
-    seconds: float
-    """Wall time of sampling alone."""
-    samples: np.ndarray
-    """uint8 `[n, h, w, c]` for images, float32 `[n, *dims]` otherwise."""
-
-
-class Answer(NamedTuple):
-    """The samples of a request, and notes about them."""
-
-    shown: Sequence[Shown]
-    notes: Sequence[str]
 
 
 @final

@@ -86,7 +86,7 @@ class Evaluation:
             check_whole("evaluation.batch_size", self.batch_size, most=MOST_SAMPLES)
         for name, steps in (("teacher_steps", self.teacher_steps), ("teacher_heun_steps", self.teacher_heun_steps)):
             if isinstance(steps, str) or not isinstance(steps, Sequence):
-                raise ValueError(f"evaluation.{name} must be a list of steps, got {steps!r}. Pass (32,)")
+                raise ValueError(f"evaluation.{name} must be a list of steps, got {steps!r}. Pass ({steps},)")
             for number in steps:
                 check_whole(f"each of evaluation.{name}", number, most=MOST_STEPS)
         if self.precision not in ("float32", "bf16"):

@@ -78,8 +78,8 @@ class Finishing(StepObjective):
 
     num_steps: int
     map_weight: float | None = None
-    """Weight of the squared distance from x0 before the finish; None is num_steps / 2. The more steps the student
-    takes, the less there is to gain, and the more the auxiliary denoiser's errors move it."""
+    """Weight of the squared distance from x0 before the finish; None is num_steps / 2. A student with more
+    steps has less to gain, and the auxiliary denoiser's errors move it more."""
     auxiliary_turns: int = 2
     """Turns of the auxiliary denoiser per turn of the student."""
     auxiliary_rate: float = 6.0

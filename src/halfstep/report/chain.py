@@ -187,7 +187,7 @@ def cost(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> tuple[li
 
 
 def _batch_size(recipe: Mapping[str, Any], sections: Sequence[str]) -> int | None:
-    """Return the batch size of training in these sections; None if it is unknown or not the same in all of them."""
+    """Return the common batch size of these sections; None if it is unknown or differs."""
     sizes = []
     for settings in map(recipe.get, sections):
         # A finish without steps trains nothing.

@@ -56,7 +56,7 @@ def best_of_table(table: EvaluationTable, result: EvaluationResult) -> Best | No
 
 
 def earlier_rows(table: EvaluationTable) -> list[bool]:
-    """Return for each row whether a later stage of its series has the same number of steps."""
+    """Return, for each row, whether a later stage of its series has the same number of steps."""
     return are_earlier([(row.series, row.num_steps, row.gamma) for row in table.rows])
 
 

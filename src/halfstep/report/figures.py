@@ -29,7 +29,7 @@ VARIABLES = {
     **{stand_in: f"var(--other-{index})" for index, stand_in in enumerate(OTHERS)},
 }
 MARKERS = "D^vP"
-"""Markers of further series, which must not differ only in colour."""
+"""Markers of further series, so that they differ not only in colour."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7F7F7F")
 SMALLEST_TILE, LARGEST_TILE = 64, 96
 """Approximate sizes in pixels to which small images are enlarged and large images reduced."""

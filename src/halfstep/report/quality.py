@@ -129,7 +129,7 @@ class Group:
 
 
 def are_earlier(keys: Sequence[Hashable]) -> list[bool]:
-    """Return for each key whether an equal key follows."""
+    """Return, for each key, whether an equal key follows it."""
     return [key in keys[place + 1 :] for place, key in enumerate(keys)]
 
 

@@ -211,7 +211,7 @@ class Bench:
         return best
 
     def noise_distance(self) -> float:
-        """Return the Frechet distance of clipped unit noise to the data. A model at this distance has diverged."""
+        """Return the Frechet distance between clipped unit noise and the data. A model beyond it has diverged."""
         reference = self.reference
         noise: Tensor = sample_noise(range(self.scale.recipe.evaluation.num_samples), reference.data.shape).clamp(-1, 1)
         return frechet_distance(reference.real.features, reference.extractor.features(noise))

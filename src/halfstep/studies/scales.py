@@ -47,7 +47,7 @@ class Scale:
     recipe: Recipe
     """Recipe for the shared teacher and chain, and for all measurements."""
     ablation: Recipe
-    """Recipe for the teachers of table 1, which sets their prediction, weighting and seed."""
+    """Recipe for the teachers in table 1. The study sets their prediction, weighting and seed."""
     seeds: int
     """Number of seeds for repeated training."""
     gamma_levels: int = 11
