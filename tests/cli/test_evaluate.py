@@ -438,7 +438,7 @@ def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_p
         (["evaluate", str(digits_run), "--data", f"{tmp_path}/other.npz"], "has samples of shape [1, 8, 8], but"),
         (["evaluate", f"{tmp_path}/other.npz"], "its data is unknown. Add --data"),
         (["evaluate", f"{tmp_path}/other.npz", "--data", "digits"], "Give a reference of the same size"),
-        (["evaluate", f"{tmp_path}/one.npz", "--data", "digits"], "needs at least 2"),
+        (["evaluate", f"{tmp_path}/one.npz", "--data", "digits"], "but 2 are needed"),
         (["evaluate", f"{tmp_path}/other.npz", "--data", f"{toy_run.parent}/toy.npy"], "of the same kind"),
         (["evaluate", f"{tmp_path}/other.npz", "--data", "digits", "--seeds", "2"], "no effect on samples in files"),
     ]
