@@ -50,7 +50,7 @@ def main() -> None:
             if stage.objective.outcome.role is Role.STUDENT and stage.num_steps == 1
         )
     )
-    finishes = recipe.finish.model_copy(update={"steps": (2, 1)}).plan((2, 1))
+    finishes = recipe.finish.model_copy(update={"steps": (2, 1)}).plan()
     at_best = drawn(teacher, count, sampler=AT_BEST[-1].sampler, num_steps=AT_BEST[-1].num_steps)
     best = {name: reference.figures(at_best).values["frechet"] for name, reference in references.items()}
 

@@ -216,7 +216,7 @@ def test_a_finish_is_added_to_a_run_and_further_ones_after_it(trained: Path, cap
     assert stages == ["00-denoise", "01-halve-0002", "02-halve-0001", "03-finish-0002", "04-finish-0001"]
     assert weights(trained).items() > before.items(), "no earlier stage may change"
     held = json.loads((trained / "recipe.json").read_text())
-    assert held["recipe"]["finish"]["added"] == [2, 1]
+    assert held["recipe"]["finish"]["steps"] == [2, 1]
     assert [row["stage"] for row in held["plan"]] == stages
     capsys.readouterr()
     main(["finish", str(trained), *BRIEF])
@@ -230,7 +230,7 @@ def test_the_command_of_a_run_accepts_the_folder_that_has_grown(trained: Path, c
     again = ["run", "arrays", "--data", held["recipe"]["data"]["source"], "--out", str(trained), *TINY_ARRAYS]
     capsys.readouterr()
     # A run without finishes, with the first of them, and with another evaluation.
-    for more in ([], ["--finish.added", "2", *BRIEF], ["--evaluation.num-samples", "25"]):
+    for more in ([], ["--finish.steps", "2", *BRIEF], ["--evaluation.num-samples", "25"]):
         main([*again, *more])
         said = capsys.readouterr()
         further = "04-finish-0001" if "2" in more else "03-finish-0002, 04-finish-0001"
@@ -242,8 +242,7 @@ def test_the_command_of_a_run_accepts_the_folder_that_has_grown(trained: Path, c
     assert now["recipe"]["evaluation"]["num_samples"] == 25
     assert read_status(trained).state == "finished"
     # Another order is another plan. A command trains missing stages of its own plan again, but no others.
-    assert "Different: finish.added" in refused([*again, "--finish.added", "1", *BRIEF], capsys)
-    assert "Different: finish." in refused([*again, "--finish.steps", "2", *BRIEF], capsys)
+    assert "Different: finish.steps" in refused([*again, "--finish.steps", "1", *BRIEF], capsys)
     for stage in ("02-halve-0001", "04-finish-0001"):
         shutil.rmtree(trained / "stages" / stage)
     main(again)
@@ -256,7 +255,7 @@ def test_the_command_of_a_run_accepts_the_folder_that_has_grown(trained: Path, c
 
 def test_unsupported_finishes_are_rejected_in_one_line(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     assert "refines a student of 3 steps" in refused(["finish", str(trained), "--steps", "3"], capsys)
-    assert "can be finished once, got 1, 1" in refused(["finish", str(trained), "--steps", "1", "1"], capsys)
+    assert "finished only once, got 1, 1" in refused(["finish", str(trained), "--steps", "1", "1"], capsys)
     assert "is not a run (no recipe.json)" in refused(["finish", str(tmp_path), "--steps", "1"], capsys)
     assert "the run is missing" in refused(["finish", "--steps", "1"], capsys)
     other = ["finish", str(trained), "--steps", "1", *BRIEF, "--chain.learning-rate", "0.5"]
@@ -298,15 +297,11 @@ def test_a_recipe_finishes_the_students_that_its_chain_has(tmp_path: Path, capsy
         main(["run", "digits", "--dry-run", "--json", "--out", str(tmp_path / "x"), "--engine.threads", "1", *words])
         return [row["stage"] for row in json.loads(capsys.readouterr().out)["stages"]]
 
-    assert planned()[-4:] == ["03-halve-0002", "04-finish-0002", "05-halve-0001", "06-finish-0001"]
+    assert planned()[-2:] == ["04-halve-0001", "05-finish-0001"]
     assert planned("--to", "4")[-1] == "02-halve-0004"
-    assert planned("--to", "2", "--finish.steps", "4", "2")[-3:] == [
-        "03-finish-0004",
-        "04-halve-0002",
-        "05-finish-0002",
-    ]
-    words = ["run", "digits", "--dry-run", "--to", "2", "--finish.steps", "1", "--out", str(tmp_path / "x")]
-    assert "refines a student of 1 steps, but the students before it take 8, 4, 2" in refused(words, capsys)
+    assert planned("--to", "2", "--finish.steps", "4", "2")[-2:] == ["04-finish-0004", "05-finish-0002"]
+    asked = ["run", "digits", "--dry-run", "--to", "2", "--finish.steps", "1", "--out", str(tmp_path / "x")]
+    assert "refines a student of 1 steps, but the students before it take 8, 4, 2" in refused(asked, capsys)
 
 
 def test_distill_finishes_in_memory_and_runs_its_teacher_with_another_sampler() -> None:
@@ -326,7 +321,7 @@ def test_distill_finishes_in_memory_and_runs_its_teacher_with_another_sampler() 
         finish=Plan.finishes([4, 2], training, lambda n: Finishing(n, lead_updates=1)),
         on_window=lambda name, _: names.append(name),
     )
-    assert list(dict.fromkeys(names)) == ["01-halve-0004", "02-finish-0004", "03-halve-0002", "04-finish-0002"]
+    assert list(dict.fromkeys(names)) == ["01-halve-0004", "02-halve-0002", "03-finish-0004", "04-finish-0002"]
     assert sample(finished, torch.randn(4, 2), 2).isfinite().all()
     with pytest.raises(ValueError, match="refines a student of 1 steps, but the students before it take 4, 2"):
         distill(teacher, points(), start=8, to=2, training=training, finish=[1])

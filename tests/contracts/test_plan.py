@@ -10,18 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfstep.core.prediction import SNRPlusOne, TruncatedSNR
-from halfstep.objectives import (
-    Denoising,
-    EarlyEnd,
-    Halving,
-    Objective,
-    Outcome,
-    Plan,
-    Role,
-    Stage,
-    Training,
-    parents_of,
-)
+from halfstep.objectives import Denoising, EarlyEnd, Halving, Objective, Plan, Stage, Training
 from halfstep.recipes import Recipe
 
 
@@ -287,23 +276,3 @@ def test_a_halving_stage_is_made_for_its_students_steps_and_a_teacher_for_any() 
 
     assert steps(Halving(4, num_teacher_steps=3)) == 4
     assert steps(Denoising()) is None
-
-
-@given(st.sets(st.sampled_from([16, 8, 4, 2, 1])))
-def test_each_finish_follows_its_halving_and_teaches_the_next_student(finished: set[int]) -> None:
-    plan = Plan.halvings(32).finished(Plan.finishes(sorted(finished)))
-    expected = [(kind, n) for n in (16, 8, 4, 2, 1) for kind in ("halve", "finish") if kind == "halve" or n in finished]
-    assert [(stage.objective.label, stage.num_steps) for stage in plan.stages] == expected
-    models = [Outcome(Role.TEACHER)]
-    for stage in plan.stages:
-        parents = parents_of(stage.objective, models)
-        assert parents is not None
-        assert parents.start == len(models) - 1, "the model of the previous stage"
-        assert parents.teacher == (0 if stage.objective.label == "finish" else len(models) - 1)
-        models.append(stage.objective.outcome)
-
-
-def test_a_finish_without_a_halving_comes_last() -> None:
-    assert Plan.halvings(4).finished(Plan.finishes([8, 2])).names() == [
-        *("00-halve-0002", "01-finish-0002", "02-halve-0001", "03-finish-0008")
-    ]

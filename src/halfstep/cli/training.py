@@ -40,7 +40,7 @@ from halfstep.samplers import Heun
 
 SHORT: Final = {"--data": "--data.source", "--to": "--chain.end-steps", "--start": "--chain.start-steps"}
 """Short names of recipe options."""
-SHORT_OF_FINISH: Final = {"--steps": "--finish.added"}
+SHORT_OF_FINISH: Final = {"--steps": "--finish.steps"}
 """Short names of the options of `finish`."""
 NO_DATA: Final = "required"
 """Data source in the help for a teacher outside a run."""
@@ -273,11 +273,11 @@ def finish(argv: Sequence[str]) -> None:
     recipe, held = recipe_from(name), folder.recipe()["recipe"]
     arguments = parse(FinishArguments, rest, f"halfstep finish {name}", FinishArguments(recipe), SHORT_OF_FINISH)
     asked = arguments.recipe.finish
-    if not asked.added:
+    if not asked.steps:
         raise UsageError("no student to finish. Add --steps, such as --steps 2 1")
     # Existing finishing stages keep their order; new ones come after them.
-    added = tuple(steps for steps in dict.fromkeys((*recipe.finish.added, *asked.added)) if steps not in asked.steps)
-    finishes = asked.model_copy(update={"added": added})
+    steps = tuple(dict.fromkeys((*recipe.finish.steps, *asked.steps)))
+    finishes = asked.model_copy(update={"steps": steps})
     arguments = replace(arguments, recipe=arguments.recipe.model_copy(update={"finish": finishes}))
     what, parent = held.get("what", "all"), held.get("parent")
     if what == "teacher":

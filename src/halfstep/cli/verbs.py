@@ -98,7 +98,7 @@ _TRAIN: Final = (
         ("halfstep finish runs/photos --steps 2", "halfstep finish runs/digits --steps 1 --dry-run"),
         (
             "The new stages are added to RUN. Each starts from RUN's student of the same steps and keeps its map.",
-            "--steps S is short for --finish.added S.",
+            "--steps S is short for --finish.steps S.",
             RECIPE_NOTES[2],
         ),
         TRAINS,

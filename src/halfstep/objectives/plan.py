@@ -144,17 +144,6 @@ class Plan:
     def __add__(self, other: "Plan") -> "Plan":
         return Plan(self.stages + other.stages)
 
-    def finished(self, finishes: "Plan") -> "Plan":
-        """Return the plan with each stage of `finishes` directly after the last stage whose result it refines.
-
-        A finish of a student that the plan does not train comes last.
-        """
-        stages = list(self.stages)
-        for finish in finishes.stages:
-            same = [place for place, one in enumerate(stages) if one.objective.outcome == finish.objective.outcome]
-            stages.insert(same[-1] + 1 if same else len(stages), finish)
-        return Plan(tuple(stages))
-
     def guided(self, guidance: Guidance | None) -> "Plan":
         """Return the plan for teachers that have learned `guidance`."""
         if guidance is None:

@@ -87,15 +87,8 @@ def build(
     plan = recipe.teacher_plan() if what in ("all", "teacher") else Plan()
     if what in ("all", "chain"):
         further = [Stage(objectives.rebuild(config.objective), config.training) for config in recipe.further]
-        finish = recipe.finish
-        chain = course(
-            start,
-            recipe.matching.match(),
-            recipe.chain_plan,
-            recipe.chain.lora_rank,
-            finishes=finish.plan(finish.steps),
-            after=Plan(tuple(further)) + finish.plan(finish.added),
-        )
+        after = Plan(tuple(further)) + recipe.finish.plan()
+        chain = course(start, recipe.matching.match(), recipe.chain_plan, recipe.chain.lora_rank, after)
         if teacher is not None:
             check_start(teacher, chain)
         plan = plan + chain

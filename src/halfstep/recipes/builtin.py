@@ -45,7 +45,7 @@ def digits() -> Recipe:
             }
         ),
         finish=FinishConfig(
-            steps=(2, 1),
+            steps=(1,),
             training=Training(
                 num_updates=260, batch_size=32, learning_rate=1e-4, adam_betas=(0.0, 0.99), ema_decay=0.98
             ),

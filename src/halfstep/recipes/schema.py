@@ -5,7 +5,7 @@ which `build` converts to objects.
 """
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Annotated, Any, Final, Literal
 
@@ -193,9 +193,7 @@ class FinishConfig(Config):
     """How to finish students: move their outputs towards the teacher's distribution."""
 
     steps: tuple[Steps, ...] = ()
-    """Step counts of the students to finish, such as 2 1. The next student then learns from the finished one."""
-    added: tuple[Steps, ...] = ()
-    """Step counts of the students that `halfstep finish` adds after all other stages."""
+    """Step counts of the students to finish, such as 2 1."""
     training: Flat = FINISHING
     """Training of each finished student."""
     updates_at: dict[int, Positive] | None = None
@@ -215,23 +213,19 @@ class FinishConfig(Config):
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> "FinishConfig":
-        students = (*self.steps, *self.added)
-        if len(set(students)) < len(students):
-            listed = ", ".join(map(str, students))
-            raise ValueError(f"a student can be finished once, got {listed}. Give each number once")
-        if self.critic_weight is not None and not students:
+        if self.critic_weight is not None and not self.steps:
             raise ValueError(f"critic_weight {self.critic_weight} has no effect without finish.steps. Add them")
         for name in ("updates_at", "learning_rate_at"):
-            foreign = sorted(set(getattr(self, name) or {}) - set(students))
+            foreign = sorted(set(getattr(self, name) or {}) - set(self.steps))
             if foreign:
                 raise ValueError(
                     f"{name} contains a student of {foreign[0]} steps, which is not finished. Add it to finish.steps"
                 )
-        self.plan(students)
+        self.plan()
         return self
 
-    def plan(self, students: Sequence[int]) -> Plan:
-        """Return the finishing stages of these students; raise ValueError if they contradict each other."""
+    def plan(self) -> Plan:
+        """Return the finishing stages; raise ValueError if they contradict each other."""
 
         def finishing(num_steps: int) -> Finishing:
             return Finishing(num_steps, self.map_weight, self.auxiliary_turns, self.auxiliary_rate, self.lead_updates)
@@ -244,7 +238,7 @@ class FinishConfig(Config):
                 self.training, num_updates=updates.get(steps, num_updates), learning_rate=rates.get(steps, rate)
             )
 
-        stages = zip(students, Plan.finishes(students, self.training, finishing).stages, strict=True)
+        stages = zip(self.steps, Plan.finishes(self.steps, self.training, finishing).stages, strict=True)
         plan = Plan(tuple(replace(stage, training=training(steps)) for steps, stage in stages))
         return _with_critic(plan, self.critic_weight)
 

@@ -154,18 +154,15 @@ def course(
     match: Match,
     halvings: Callable[[Guidance | None], Plan],
     lora_rank: int | None = None,
-    finishes: Plan | None = None,
     after: Plan | None = None,
 ) -> Plan:
-    """Return the stages from a teacher to the last student: matching if needed, halvings with finishes, then `after`.
+    """Return the stages from a teacher to the last student: matching if needed, halvings, then `after`.
 
     Warns if the chain's first step from t = 1 amplifies the network's error too much.
 
     Args:
         halvings: returns the halving stages, given the guidance that the chain's first teacher has learned.
-        finishes: finishing stages. Each directly follows the halving to its number of steps, so the next student learns
-            from the finished one.
-        after: stages that follow the chain. Like the finishes, they get the guidance of the chain's teacher.
+        after: stages that follow the halvings, such as finishes; they get the guidance of the chain's teacher.
 
     Raises:
         ValueError: as for `Match.objective`, or if the halvings are impossible, a stage needs a model that does not
@@ -178,8 +175,9 @@ def course(
         guidance = matching.guidance
     if prediction is not None:
         warn_of_gain(process, prediction, given=start.given)
-    plan = Plan() if matching is None else Plan.of(matching, match.training)
-    plan += halvings(guidance).finished((finishes or Plan()).guided(guidance)) + (after or Plan()).guided(guidance)
+    plan = (Plan() if matching is None else Plan.of(matching, match.training)) + halvings(guidance)
+    if after is not None:
+        plan += after.guided(guidance)
     models, learned = [start.outcome], [start.guidance]
     for stage in plan.stages:
         parents = parents_of(stage.objective, models)

@@ -198,8 +198,8 @@ def distill(
             of its network, the condition `guidance_scale` `[batch]`.
         null: null conditions of one sample, by name; needed for guidance.
         matching: training of the matching stage; `training` if None.
-        finish: step counts of the students to finish, or the stages of `Plan.finishes`. Each is finished right after
-            its halving, and the next student learns from the finished one.
+        finish: step counts of the students to finish after the chain, or the stages of `Plan.finishes`; the last of
+            these students is returned.
         teacher_sampler: deterministic sampler of the first teacher; DDIM if None. Students teach with DDIM steps.
         teacher_steps: steps of that sampler for each step of the first student; 2 if None.
         lora_rank: train LoRA weights of this rank instead of whole students (diffusers networks only). They are merged
@@ -254,9 +254,9 @@ def distill(
         )
     if plan is not None and not plan.stages:
         raise ValueError("the plan has no stages. Pass halfstep.Plan.halvings(64, 4)")
-    finishes = finish if isinstance(finish, Plan) else Plan.finishes(finish)
+    after = finish if isinstance(finish, Plan) else Plan.finishes(finish)
     with in_python():
-        chain = course(known, wanted, halvings, lora_rank, finishes=finishes)
+        chain = course(known, wanted, halvings, lora_rank, after)
     if null is not None and all(stage.objective.guidance is None for stage in chain.stages):
         raise ValueError("null, the null condition, has no effect without guidance. Pass guidance, or remove null")
     if matching is not None and chain.stages[0].objective.outcome.role is not Role.MATCHED:

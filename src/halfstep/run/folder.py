@@ -67,7 +67,7 @@ def identity(spec: RunSpec) -> str:
     """Return the digest of everything that determines what a run learns: recipe without free fields, and data."""
     fields = flatten(spec.defaults) | flatten(spec.recipe)
     ignored = set(spec.free)
-    if not fields.get("finish.steps") and not fields.get("finish.added"):
+    if not fields.get("finish.steps"):
         ignored |= {name for name in fields if name.startswith("finish.")}
     decided = {name: value for name, value in fields.items() if name not in ignored}
     return json_digest([decided, spec.data.fingerprint], 32)
@@ -186,16 +186,16 @@ def _form(spec: RunSpec) -> dict[str, Any]:
 def _growing(spec: RunSpec, held: Mapping[str, Any]) -> list[str]:
     """Return the fields that may differ because the recipe or the folder has more finishing stages at its end.
 
-    These are all finishing fields if one of the two has no such stage, otherwise only the list of added ones.
+    These are all finishing fields if one of the two has no such stage, otherwise only the list of steps.
     """
     new = flatten(spec.recipe)
     old = flatten(spec.defaults) | flatten(held["recipe"])
-    # One plan must be a prefix of the other.
-    if any(one != other for one, other in zip(held.get("plan") or [], _rows(spec), strict=False)):
+    lists = old.get("finish.steps") or [], new.get("finish.steps") or []
+    pairs = lists, (held.get("plan") or [], _rows(spec))
+    # In each pair, one list must be a prefix of the other.
+    if any(one != other for pair in pairs for one, other in zip(*pair, strict=False)):
         return []
-    if all(fields.get("finish.steps") or fields.get("finish.added") for fields in (old, new)):
-        return ["finish.added"]
-    return sorted(name for name in old | new if name.startswith("finish."))
+    return ["finish.steps"] if all(lists) else sorted(name for name in old | new if name.startswith("finish."))
 
 
 def _rows(spec: RunSpec) -> list[dict[str, Any]]:
