@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from halfstep.cli import main
+from halfstep.metrics import extractors
 from halfstep.objectives import Training
 from halfstep.recipes.schema import SECOND_ORDER, FinishConfig
 from halfstep.runtime.stop import Interrupted
@@ -52,6 +53,8 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     yield load
     torch.set_num_threads(threads)
+    # `independent.py` registers its own features.
+    extractors.pop("perceptron", None)
     for name, module in before.items():
         sys.modules.pop(name, None)
         if module is not None:
@@ -256,7 +259,8 @@ def test_both_orders_of_a_finish_are_compared_from_the_same_student(modules: Any
     rows = json.loads(file.read_text())["rows"]
     end, chain = ([row["model"] for row in rows if row["order"] == order] for order in ("at the end", "in the chain"))
     assert (end, chain) == (["halve 1", "finish 1"], ["finish 2", "halve 1", "finish 1"])
-    assert len({row["rmse"] for row in rows}) == len(rows)
+    halved, after_a_finish = (row | {"order": ""} for row in rows if row["model"] == "halve 1")
+    assert halved != after_a_finish
 
 
 def test_time_to_quality_trains_three_ways_and_takes_the_smallest_budget_that_is_enough(
