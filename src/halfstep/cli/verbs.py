@@ -95,7 +95,7 @@ _TRAIN: Final = (
     Verb(
         "finish RUN",
         "train a run's students towards the teacher's distribution",
-        ("halfstep finish runs/photos --steps 2", "halfstep finish runs/digits --steps 1 --dry-run"),
+        ("halfstep finish runs/digits --steps 2", "halfstep finish runs/digits --steps 4 --dry-run"),
         (
             "The new stages are added to RUN. Each starts from RUN's student of the same steps and keeps its map.",
             "--steps S is short for --finish.steps S.",
