@@ -39,6 +39,8 @@ ONLY_PARSED: Final = {
     "google/": "a name on the Hub",
     "resnet20": "its weights are downloaded",
     "web": "needs onnxruntime-web; tests/cli/test_web_page.py",
+    "my-wan": "a large pipeline; tests/anchors/test_autoencoders.py encodes its videos",
+    "my-audio": "a large pipeline; tests/anchors/test_autoencoders.py encodes its sounds",
     "NAME": "a placeholder",
     "RUN": "a placeholder",
     "RECIPE": "a placeholder",
