@@ -1,6 +1,6 @@
 """`halfstep completion`: shell completion scripts, which shtab generates from the verbs' parsers.
 
-tyro's own scripts would start Python at every key press.
+tyro's own scripts would start Python on every key press.
 """
 
 from argparse import ArgumentParser

@@ -40,9 +40,9 @@ class ReportArguments:
 def report(argv: Sequence[str]) -> None:
     arguments = parse(ReportArguments, argv, "halfstep report")
     if not arguments.run.is_dir():
-        raise UsageError(f"{arguments.run} is not a run. Give the folder of a run")
+        raise UsageError(f"{arguments.run} is not a run. Pass a run folder")
     if arguments.studies is not None and not any(arguments.studies.glob("*/study.json")):
-        raise UsageError(f"{arguments.studies} contains no studies. Give the folder that `halfstep study` wrote to")
+        raise UsageError(f"{arguments.studies} contains no studies. Pass the folder that `halfstep study` wrote to")
     Screen().say(str(make_report(arguments.run, studies=arguments.studies)))
 
 

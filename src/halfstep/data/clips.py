@@ -28,7 +28,7 @@ from halfstep.runtime.storage import GONE
 
 _RGB: Final = Preparation(channels=3)
 _GIF_SECONDS: Final = 0.1
-"""Duration of a frame of a .gif that states none, as in browsers."""
+"""Frame duration of .gif files that specify none, as in browsers."""
 _ROUNDING: Final = 1e-6
 """Error of sums of durations, in seconds."""
 
@@ -40,7 +40,7 @@ class _Unfit(ValueError):
 @final
 @dataclass(frozen=True)
 class VideoPreparation:
-    """The first frames of a video, cropped in the centre and resized, `[3, num_frames, height, width]`."""
+    """The first frames of a video, centre-cropped and resized: `[3, num_frames, height, width]`."""
 
     num_frames: int
     height: int

@@ -2,7 +2,7 @@
 
 The student takes N steps, so time has N segments, from j / N to (j + 1) / N. The teacher's grid has T times, a multiple
 of N. From a time t = b + n / T in the segment above the boundary b, the teacher takes one step to s = t - 1 / T, and
-the student itself takes the rest of the way to b, without gradient. The target is the x0 with which one DDIM step from
+the student covers the rest of the way to b, without gradients. The target is the x0 with which one DDIM step from
 t lands at the same point (`samplers/ddim.py`):
 
     target = w x0_teacher(x_t, t) + (1 - w) x0_student(x_s, s),   w = (r_s - r_t) / (r_b - r_t),   r = alpha / sigma

@@ -62,7 +62,7 @@ class Summary(NamedTuple):
     tiles: Sequence[tuple[str, str]] = ()
     """Numbers with their labels."""
     best: Rated | None = None
-    """The student in the sentence."""
+    """The student that `lead` describes."""
     choice: str = ""
     """How that student was chosen."""
 

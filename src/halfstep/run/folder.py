@@ -64,7 +64,7 @@ def differences(
 
 
 def identity(spec: RunSpec) -> str:
-    """Return the digest of everything that determines what a run learns: recipe without free fields, and data."""
+    """Return a digest of what determines the learned weights: the data, and the recipe without its free fields."""
     fields = flatten(spec.defaults) | flatten(spec.recipe)
     ignored = set(spec.free)
     if not fields.get("finish.steps"):

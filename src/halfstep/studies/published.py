@@ -60,4 +60,4 @@ COST: Final[dict[str, tuple[int, int, int]]] = {
     "ImageNet 64x64": (550_000, 400_000, 600_000),
     "LSUN 128x128": (400_000, 400_000, 600_000),
 }
-"""Updates of base training, distillation to 4 steps and distillation to 1 step, by data set."""
+"""Numbers of updates for base training, distillation to 4 steps and distillation to 1 step, by data set."""

@@ -50,7 +50,7 @@ class Leg:
     """Maps the stage's updates to its objective. The cost of an update must not depend on them."""
     training: Training
     passes: float
-    """Forward passes of all stages from the teacher to this one, included."""
+    """Forward passes of all stages, from the teacher up to and including this one."""
 
 
 def funded(legs: Sequence[Leg]) -> Plan:

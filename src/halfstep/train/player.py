@@ -267,7 +267,7 @@ class Player:
         return not settled and isinstance(self.wrapped, DistributedDataParallel) and count > 2
 
     def place_for_moments(self) -> list[Tensor]:
-        """Reserve the memory that the optimiser will allocate at its first step; none after that step."""
+        """Return tensors as large as the state that the first optimiser step allocates; none once it exists."""
         if self._optimizer.state_dict()["state"]:
             return []
         return [torch.empty_like(p) for p in self._parameters for _ in range(2)]
