@@ -13,7 +13,7 @@ Heun samples from the same noise. The file is written after each trial, and the 
 import argparse
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -22,7 +22,8 @@ import torch
 
 import halfstep
 from common import RESULTS, facts, parsed, show
-from halfstep.data import open_data
+from halfstep.data import Data, open_data
+from halfstep.measure.evaluate import Method
 from halfstep.objectives import Finishing, Outcome, Plan, Role, Training
 from halfstep.recipes import Recipe
 from halfstep.run.call import Chain, call_of
@@ -74,6 +75,31 @@ def trained(
         return chain.models[-len(plan.stages) :], time.perf_counter() - start
 
 
+def measure_of(
+    recipe: Recipe, data: Data, teacher: Any, methods: Sequence[Method], num_samples: int | None
+) -> tuple[Callable[[Any], dict[str, Any]], dict[str, float]]:
+    """Return a function that measures a model against the best of the teacher's `methods`, and the best distances."""
+    references = dict(zip(("own", "other"), references_of(data, recipe.evaluation), strict=True))
+    count, compared = num_samples or recipe.evaluation.num_samples, recipe.evaluation.num_compared
+    at_best = [drawn(teacher, count, sampler=one.sampler, num_steps=one.num_steps) for one in methods]
+    best = {
+        name: min(reference.figures(samples).values["frechet"] for samples in at_best)
+        for name, reference in references.items()
+    }
+
+    def measured(model: Any) -> dict[str, Any]:
+        samples = drawn(model, count)
+        row: dict[str, Any] = {}
+        for name, reference in references.items():
+            found = reference.figures(samples).values
+            row[f"{name} ratio"] = round(found["frechet"] / best[name], 4)
+            row |= {f"{name} {each}": round(found[each], 4) for each in KEPT[1:]}
+        apart = samples[:compared] - at_best[-1][:compared]
+        return row | {"rmse": round(apart.double().pow(2).mean().sqrt().item(), 4)}
+
+    return measured, best
+
+
 def varied(steps: int, training: Training, settings: Mapping[str, Any]) -> Plan:
     """Return the finish of a student with these settings, as in `VARIANTS`."""
     own = dict(settings)
@@ -102,8 +128,6 @@ def main() -> None:
     run = RunFolder(options.run)
     recipe = Recipe.model_validate(run.recipe()["recipe"])
     data = open_data(recipe.data)
-    references = dict(zip(("own", "other"), references_of(data, recipe.evaluation), strict=True))
-    count, compared = options.num_samples or recipe.evaluation.num_samples, recipe.evaluation.num_compared
     first, *others = run.stages()
     teacher = halfstep.load(first.path)
     halved: dict[int, StageFolder] = {}
@@ -115,22 +139,7 @@ def main() -> None:
     held = read_json(options.out) if options.out.is_file() else {"rows": []}
     rows: list[dict[str, Any]] = held["rows"]
     methods = AT_BEST[-1:] if options.heun_only else AT_BEST
-    at_best = [drawn(teacher, count, sampler=one.sampler, num_steps=one.num_steps) for one in methods]
-    best = {
-        name: min((reference.figures(samples).values for samples in at_best), key=lambda one: one["frechet"])
-        for name, reference in references.items()
-    }
-
-    def measured(model: Any) -> dict[str, Any]:
-        samples = drawn(model, count)
-        row: dict[str, Any] = {}
-        for name, reference in references.items():
-            found = reference.figures(samples).values
-            row[f"{name} ratio"] = round(found["frechet"] / best[name]["frechet"], 4)
-            row |= {f"{name} {each}": round(found[each], 4) for each in KEPT[1:]}
-        apart = samples[:compared] - at_best[-1][:compared]
-        return row | {"rmse": round(apart.double().pow(2).mean().sqrt().item(), 4)}
-
+    measured, best = measure_of(recipe, data, teacher, methods, options.num_samples)
     planned = recipe.finish.training
     own = {"map_weight": 1.0} | {name: getattr(recipe.finish, name) for name in OWN}
     for steps in options.steps:
@@ -158,7 +167,7 @@ def main() -> None:
                     "recipe": recipe.name,
                     "training": asdict(training),
                     "precision": options.precision,
-                    "teacher at its best": {name: values["frechet"] for name, values in best.items()},
+                    "teacher at its best": best,
                     "rows": rows,
                 },
             )

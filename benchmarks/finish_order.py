@@ -11,18 +11,17 @@ used for tuning, both on fresh noise seeds. `rmse` is the distance to the teache
 import argparse
 import warnings
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import halfstep
 from common import parsed, write
-from finish_ablation import trained
+from finish_ablation import measure_of, trained
 from halfstep.data import open_data
-from halfstep.objectives import Plan, Role
+from halfstep.objectives import Plan
 from halfstep.recipes import Recipe
 from halfstep.runs import RunFolder
 from halfstep.studies.roads import AT_BEST
 from halfstep.train.settings import Precision
-from independent import KEPT, drawn, references_of
 
 
 def main() -> None:
@@ -38,32 +37,12 @@ def main() -> None:
     run = RunFolder(options.run)
     recipe = Recipe.model_validate(run.recipe()["recipe"])
     data = open_data(recipe.data)
-    references = dict(zip(("own", "other"), references_of(data, recipe.evaluation), strict=True))
-    count, compared = options.num_samples or recipe.evaluation.num_samples, recipe.evaluation.num_compared
     first, *others = run.stages()
     teacher = halfstep.load(first.path)
     two = next(one for one in others if one.manifest().objective == "halve" and one.manifest().num_steps == 2)
-    halving = Plan(
-        tuple(
-            stage
-            for stage in recipe.chain_plan().stages
-            if stage.objective.outcome.role is Role.STUDENT and stage.num_steps == 1
-        )
-    )
+    halving = Plan(recipe.chain_plan().stages[-1:])
     finishes = recipe.finish.model_copy(update={"steps": (2, 1)}).plan()
-    at_best = drawn(teacher, count, sampler=AT_BEST[-1].sampler, num_steps=AT_BEST[-1].num_steps)
-    best = {name: reference.figures(at_best).values["frechet"] for name, reference in references.items()}
-
-    def measured(order: str, name: str, model: Any) -> dict[str, Any]:
-        samples = drawn(model, count)
-        row: dict[str, Any] = {"order": order, "model": name}
-        for features, reference in references.items():
-            found = reference.figures(samples).values
-            row[f"{features} ratio"] = round(found["frechet"] / best[features], 4)
-            row |= {f"{features} {each}": round(found[each], 4) for each in KEPT[1:]}
-        apart = samples[:compared] - at_best[:compared]
-        return row | {"rmse": round(apart.double().pow(2).mean().sqrt().item(), 4)}
-
+    measured, _ = measure_of(recipe, data, teacher, AT_BEST[-1:], options.num_samples)
     rows = []
     of_two, of_one = (Plan((stage,)) for stage in finishes.stages)
     for order, plan in {"at the end": halving + of_one, "in the chain": of_two + halving + of_one}.items():
@@ -71,7 +50,8 @@ def main() -> None:
             teacher, halfstep.load(two.path), data, plan, seed=options.seed, precision=options.precision
         )
         for stage, model in zip(plan.stages, models, strict=True):
-            rows.append(measured(order, f"{stage.objective.label} {stage.num_steps}", model))
+            name = f"{stage.objective.label} {stage.num_steps}"
+            rows.append({"order": order, "model": name} | measured(model))
             print(rows[-1], flush=True)
     write("finish_order", rows, options, precision=options.precision, seed=options.seed)
 
