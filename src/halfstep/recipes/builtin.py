@@ -197,6 +197,23 @@ def images_small() -> Recipe:
     )
 
 
+@recipes.register("images_tiny")
+def images_tiny() -> Recipe:
+    """A few hundred of your own images, 16x16 in colour, to four steps: about five minutes on two CPU cores."""
+    demo = digits()
+    return Recipe(
+        name="images_tiny",
+        data=DataConfig(source="images", image_size=16, channels=3, labels=False, flip=True),
+        network=demo.network,
+        teacher=replace(demo.teacher, num_updates=1200, batch_size=64),
+        chain=SECOND_ORDER.model_copy(
+            update={"end_steps": 4, "training": replace(demo.chain.training, num_updates=150, learning_rate=7e-4)}
+        ),
+        evaluation=Evaluation(num_samples=600),
+        engine=demo.engine,
+    )
+
+
 @recipes.register("arrays")
 def arrays() -> Recipe:
     """Data other than images: a .npy of shape [n, *dims] near unit scale, `halfstep run arrays --data x.npy`."""

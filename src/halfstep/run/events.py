@@ -63,6 +63,8 @@ class Measured(Event):
     """Further results of the stage."""
     seconds: float = 0.0
     """Wall time of sampling and measuring since the first result."""
+    too_few: bool = False
+    """Whether the samples are too few for a reliable Frechet distance."""
 
 
 @final

@@ -64,6 +64,8 @@ class StageStatus:
     """Protocol of the results."""
     measuring_seconds: float = 0.0
     """Wall time of sampling and measuring for the results."""
+    too_few: bool = False
+    """Whether its samples are too few for a reliable Frechet distance, so that KID is compared."""
     num_unmeasured: int = 1
     """Results still to come, if known."""
     measuring: str = ""
@@ -126,12 +128,13 @@ class RunStatus:
     @property
     def teacher_best(self) -> Best | None:
         """The best result of the chain's first model; None before it is measured."""
-        return teacher_best(map(Best.of, self.stages[0].results))
+        first = self.stages[0]
+        return teacher_best(map(Best.of, first.results), first.too_few)
 
     def ratio(self, stage: StageStatus, result: Result) -> float | None:
-        """Return the ratio of a later stage's distance to the teacher's best; None if they cannot be compared."""
+        """Return the ratio of a later stage's Frechet distance to the teacher's best; None if there is none."""
         best, first = self.teacher_best, self.stages[0]
-        if best is None or stage is first or stage.protocol != first.protocol:
+        if best is None or stage is first or stage.protocol != first.protocol or stage.too_few:
             return None
         return best.ratio(result.frechet)
 
@@ -271,6 +274,7 @@ def _update_stage(stage: StageStatus, folder: StageFolder) -> None:
         metrics = folder.metrics()
         if metrics is not None:
             stage.results, stage.protocol = metrics.results, metrics.protocol
+            stage.too_few = metrics.too_few
             stage.measuring_seconds = metrics.seconds or 0.0
 
 
