@@ -3,6 +3,7 @@
 import inspect
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,10 +18,14 @@ import support_pipelines
 from halfstep.cli import main
 from halfstep.data import open_latents
 from halfstep.hub import autoencoder_of, import_pipeline, text_conditions
+from halfstep.hub.recording import grid_of
+from halfstep.hub.schedulers import config_of, first_order, read_schedule
 from halfstep.hub.stock import stock
+from halfstep.hub.trace import trace
 from halfstep.models.folder import load
+from halfstep.samplers import sample
 from support_cli import Capture, refused
-from support_pipelines import noise
+from support_pipelines import assert_same, noise, quietly
 
 VIDEO: Final = {"height": 16, "width": 32, "num_frames": 9}
 FAMILIES: Final = {
@@ -145,19 +150,65 @@ def test_a_student_of_clips(name: str, call: list[str], tmp_path: Path) -> None:
     words = ["encode", str(folder), "--data", str(data), "--out", str(latents), "--batch-size", "2", "--call", *call]
     main(words + ["--frame-rate", "20"] * (name != "stable_audio"))
     batch = open_latents(latents).fetch(torch.arange(3))
-    main(["distill", str(folder), "--data", str(latents), "--to", "4", "--out", str(run), *BUDGET, "--call", *call])
+    guided = ["--matching.guidance-scale", "3"] if name == "stable_audio" else []
+    words = ["--data", str(latents), "--to", "4", "--out", str(run), *BUDGET, *guided]
+    main(["distill", str(folder), *words, "--call", *call])
     student = load(run)
     assert (student.num_steps, student.shape) == (4, batch.x0.shape[1:])
-    conditions = text_conditions(student.manifest, ["a cat", "b on a mat", ""])
+    ends = [9 / 8, 10 / 8, 11 / 8] if name == "stable_audio" else None
+    conditions = text_conditions(student.manifest, ["a cat", "b on a mat", ""], ends)
     for condition, value in conditions.items():
         torch.testing.assert_close(batch.cond[condition], value)
     if name == "stable_audio":
         # Its unguided branch gets zeros, an empty caption does not.
-        assert not open_latents(latents).null["encoder_hidden_states"].any()
+        null = open_latents(latents).null
+        assert set(null) == {"encoder_hidden_states"}
+        assert not null["encoder_hidden_states"].any()
         assert conditions["encoder_hidden_states"][2].any()
         return
     main(["export", str(run), "--out", str(tmp_path / "out")])
     assert (tmp_path / "out" / "model_index.json").is_file()
+
+
+def test_sounds_of_two_lengths_are_those_that_the_pipeline_starts_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each starts from its own latents and ends after its own seconds, with and without guidance."""
+    from diffusers.models.autoencoders.autoencoder_oobleck import OobleckDiagonalGaussianDistribution
+
+    pipe, folder = saved("stable_audio", tmp_path)
+    # From little noise, the latents matter.
+    pipe.scheduler = type(pipe.scheduler).from_config(dict(pipe.scheduler.config) | {"sigma_max": 2.0})
+    pipe.save_pretrained(folder)
+    lengths, rate = (9, 20), 8
+    data, latents = tmp_path / "sounds", tmp_path / "latents"
+    data.mkdir()
+    waves = [noise(2, length).clamp(-1, 1) for length in lengths]
+    for number, wave in enumerate(waves):
+        wavfile.write(data / f"{number}.wav", rate, wave.T.numpy())
+        (data / f"{number}.txt").write_text("a cat")
+    main(["encode", str(folder), "--data", str(data), "--out", str(latents)])
+    model, batch = import_pipeline(folder), open_latents(latents).fetch(torch.arange(2))
+    assert set(batch.cond) == set(model.manifest.conditions) == {"encoder_hidden_states", "global_hidden_states"}
+    assert all(not torch.equal(*value) for value in batch.cond.values())
+
+    monkeypatch.setattr(OobleckDiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
+    pipe.scheduler = first_order(quietly(pipe).scheduler)
+    schedule = replace(read_schedule(config_of(pipe.scheduler)), process=model.process)
+    unit, made = noise(2, *model.shape), list[Tensor]()
+    for scale in (1.0, 4.0):
+        call: dict[str, Any] = {"guidance_scale": scale, "initial_audio_sampling_rate": rate}
+        times = grid_of(schedule, trace(pipe, 4, prompt=["a cat"], guidance_scale=scale))
+        x_1 = unit + float(model.process.alpha_sigma(times[:1])[0]) * batch.x0
+        cond = model.cond(range(2), guidance_scale=scale, others=batch.cond)
+        ours = sample(model, x_1, 4, cond=cond, grid=lambda _, times=times: times)
+        for row, wave in enumerate(waves):
+            # The pipeline's 16 values last 2 seconds.
+            call |= {"audio_end_in_s": min(lengths[row], 16) / rate, "initial_audio_waveforms": wave[None]}
+            call |= {"num_inference_steps": 4, "output_type": "latent", "latents": unit[row : row + 1]}
+            assert_same(ours[row : row + 1], pipe("a cat", **call).audios)
+        made.append(ours)
+    assert float((made[0] - made[1]).abs().max()) > 1e-2
 
 
 def test_what_cannot_be_encoded_is_refused(tmp_path: Path, capsys: Capture) -> None:

@@ -231,9 +231,7 @@ def _data(
     refuse_idle(arguments, "on this pipeline", idle)
     if size is None:
         assert model.manifest.pipeline is not None
-        preparation = autoencoder.preparation(
-            arguments.frame_rate, model.manifest.pipeline.options.get("audio_end_in_s")
-        )
+        preparation = autoencoder.preparation(arguments.frame_rate, model.manifest.pipeline.options)
         clips = read_clips(source, preparation)
         clips.check()
         return clips, ()

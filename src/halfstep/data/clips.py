@@ -99,24 +99,37 @@ class SoundPreparation:
     sampling_rate: int
     num_audible: int
     """Samples after which all is silence."""
+    start: float = 0.0
+    """Earliest end of a sound, in seconds."""
     suffixes: ClassVar[tuple[str, ...]] = SOUND_SUFFIXES
 
     def __call__(self, path: Path) -> Tensor:
         """Return the waveform, float32 in [-1, 1]."""
         from scipy.signal import resample_poly
 
-        found, rate = self.check(path)
+        found, rate = self._read(path)
         common = math.gcd(rate, self.sampling_rate)
         x = torch.from_numpy(resample_poly(found, self.sampling_rate // common, rate // common, axis=1))
         x = (x.mean(0, keepdim=True) if self.channels == 1 else x)[:, : self.num_audible].expand(self.channels, -1)
         return torch.nn.functional.pad(x, (0, self.num_samples - x.shape[1]))
 
-    def check(self, path: Path) -> tuple[NDArray[np.float32], int]:
+    def check(self, path: Path) -> None:
+        """Read the audible part."""
+        self._read(path)
+
+    def end(self, path: Path) -> float:
+        """Return the end of the audible part, in seconds."""
+        found, rate = self._read(path)
+        return min(found.shape[1] / rate, self.num_audible / self.sampling_rate)
+
+    def _read(self, path: Path) -> tuple[NDArray[np.float32], int]:
         """Return the waveform `[channels, n]` until a second after the audible part, and its sampling rate."""
         seconds = self.num_audible / self.sampling_rate + 1
         found, rate = _streamed(path, seconds) if _is_foreign(path) else _wave(path)
         if found.size == 0:
             raise _Unfit("contains no sound: remove it")
+        if (length := found.shape[1] / rate) < self.start:
+            raise _Unfit(f"ends after {length:.3g} s, before audio_start_in_s {self.start:g}: remove it")
         if self.channels > 1 and len(found) not in (1, self.channels):
             raise _Unfit(f"has {len(found)} channels, but the pipeline takes {self.channels}: mix them down")
         return found[:, : math.ceil(seconds * rate)], rate
@@ -149,6 +162,10 @@ class CaptionedClips:
             ValueError: if a file cannot be read or is too short.
         """
         return torch.stack(self._each(self.preparation, indices))
+
+    def ends(self, indices: Sequence[int]) -> list[float] | None:
+        """Return the end of each sound at `indices` in seconds; None for videos."""
+        return self._each(self.preparation.end, indices) if isinstance(self.preparation, SoundPreparation) else None
 
     def check(self) -> None:
         """Check all files before hours of work; raise ValueError as `x0` does."""

@@ -50,7 +50,10 @@ class Encoder:
     key: str
     """Identifies weights and settings. Equal encoders have equal keys."""
     null: Mapping[str, Tensor] | None = None
-    """Conditions of one sample without a caption, by name; those of the empty caption if None."""
+    """Conditions of one sample without a caption, by name, except those that it keeps; those of the empty caption if
+    None."""
+    timed: Callable[[list[str], list[float]], dict[str, Tensor]] | None = None
+    """As `texts`, for sounds with these ends in seconds; None if the conditions do not depend on them."""
 
 
 def encode(
@@ -238,8 +241,12 @@ class _Encoding:
     def _encode(self, part: range) -> dict[str, Tensor]:
         """Return the latents and conditions of a batch of images or prompts, on the CPU."""
         captions = [self.images.captions[index] for index in part]
+        ends = self.images.ends(part) if isinstance(self.images, CaptionedClips) else None
         with torch.no_grad():
-            conditions = self.encoder.texts(captions)
+            if ends is not None and self.encoder.timed is not None:
+                conditions = self.encoder.timed(captions, ends)
+            else:
+                conditions = self.encoder.texts(captions)
         if isinstance(self.images, Prompts):
             return self._known({LATENTS: self.images.sampled(part, conditions), **conditions}, captions)
         x0 = self.images.x0(part)
@@ -256,7 +263,8 @@ class _Encoding:
     def _known(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
         """Apply `_checked`, and check that the conditions are those of the empty caption, if it has any."""
         conditions, known = tensors.keys() - {LATENTS}, self.index.tensors.keys() - {LATENTS}
-        if known and conditions != known:
+        keeps_some = self.encoder.null is not None and LATENTS not in self.index.tensors
+        if known and not (known <= conditions if keeps_some else known == conditions):
             raise ValueError(
                 f"the encoder returned the conditions {_listed(conditions)} for {names[0]}, but {_listed(known)} for "
                 f"the empty caption: return the same conditions for all captions"

@@ -15,7 +15,7 @@ from torch import Tensor
 from halfstep.data import SoundPreparation, VideoPreparation
 from halfstep.hub.calls import difference
 from halfstep.hub.disk import open_part
-from halfstep.hub.recording import TOLERANCE
+from halfstep.hub.recording import END, START, TOLERANCE
 from halfstep.hub.schedulers import first_order
 from halfstep.hub.stock import in_one_line, quiet
 from halfstep.hub.trace import STEPS, component_of, prompted
@@ -46,12 +46,16 @@ class Autoencoder:
         """Height and width; None for videos and sounds."""
         return None if len(self.decoded) == 2 or (len(self.decoded) == 4 and self.decoded[1] > 1) else self.decoded[-2:]
 
-    def preparation(self, frame_rate: float | None, seconds: float | None) -> VideoPreparation | SoundPreparation:
-        """Return the preparation of clips, with at most `seconds` of sound."""
+    def preparation(
+        self, frame_rate: float | None, options: Mapping[str, Any]
+    ) -> VideoPreparation | SoundPreparation:
+        """Return the preparation of clips for a pipeline with these call arguments."""
         if len(self.decoded) == 4:
             return VideoPreparation(*self.decoded[1:], frame_rate)
         (channels, number), rate = self.decoded, int(self.vae.config.sampling_rate)
-        return SoundPreparation(channels, number, rate, number if seconds is None else min(number, int(seconds * rate)))
+        end = options.get(END)
+        audible = number if end is None else min(number, int(end * rate))
+        return SoundPreparation(channels, number, rate, audible, options.get(START, 0.0))
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,10 @@ def encoder_of(
     parts = sorted(file for name in names for file in folder.glob(f"{name}/*.*"))
     key = " ".join(f"{file.relative_to(folder)}:{sha256_of(file)[:12]}" for file in parts)
     options = json.dumps(pipeline.options, sort_keys=True)
-    return Encoder(autoencoder.encode, texts, f"{pipeline.kind} {key} {options}", plain.null)
+    key = f"{pipeline.kind} {key} {options}"
+    if pipeline.end is None:
+        return Encoder(autoencoder.encode, texts, key, plain.null)
+    return Encoder(autoencoder.encode, texts, key, plain.null, partial(text_conditions, manifest, device=device))
 
 
 def prompts_of(model: Model, device: str | torch.device = "cpu") -> Encoder:
@@ -79,7 +82,7 @@ def prompts_of(model: Model, device: str | torch.device = "cpu") -> Encoder:
     """
 
     def texts(captions: list[str]) -> dict[str, Tensor]:
-        return text_conditions(model.manifest, captions, device)
+        return text_conditions(model.manifest, captions, device=device)
 
     def images(pixels: Tensor) -> Tensor:
         raise NotImplementedError("prompts have no images to encode")
@@ -106,17 +109,35 @@ def _vae(folder: Path, device: str | torch.device) -> tuple[Any, float, float]:
 
 @torch.no_grad()
 def text_conditions(
-    manifest: Manifest, captions: Sequence[str], device: str | torch.device = "cpu"
+    manifest: Manifest,
+    captions: Sequence[str],
+    ends: Sequence[float] | None = None,
+    device: str | torch.device = "cpu",
 ) -> dict[str, Tensor]:
     """Return the conditions of captions by name, each `[len(captions), ...]`, as the model's pipeline passes them.
 
+    Args:
+        ends: for sounds, the end of each in seconds; by default the pipeline's.
+
     Raises:
-        ValueError: if the package transformers or a text encoder is missing.
+        ValueError: if the package transformers or a text encoder is missing, or `ends` are given for a pipeline
+            whose samples cannot have their own.
     """
     pipeline = _pipeline_of(manifest)
     pipe = _text_pipeline(fetch(pipeline.folder), pipeline.kind, torch.device(device))
-    found = first_arguments(pipe, **prompted(pipe, captions), **_unguided(pipe, pipeline))
-    return conditions_in(call_in(manifest), found, len(captions))
+    call, unguided = call_in(manifest), _unguided(pipe, pipeline)
+    if ends is None:
+        return conditions_in(call, first_arguments(pipe, **prompted(pipe, captions), **unguided), len(captions))
+    if pipeline.end is None:
+        raise ValueError(f"the samples of a {pipeline.kind} cannot have their own ends in seconds. Remove ends")
+    rows: dict[int, dict[str, Tensor]] = {}
+    for end in dict.fromkeys(ends):
+        # The pipeline takes one end per call.
+        places = [place for place, other in enumerate(ends) if other == end]
+        given = prompted(pipe, [captions[place] for place in places]) | unguided | {pipeline.end: end}
+        found = conditions_in(call, first_arguments(pipe, **given), len(places))
+        rows |= {place: {name: value[row] for name, value in found.items()} for row, place in enumerate(places)}
+    return {name: torch.stack([rows[place][name] for place in range(len(captions))]) for name in rows[0]}
 
 
 def _unguided(pipe: Any, pipeline: Pipeline) -> dict[str, Any]:

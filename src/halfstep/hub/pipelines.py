@@ -152,6 +152,7 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, precision: B
     network = recording.network
     network.lower(precision)
     told = {"component": component, "guidance": recording.guidance, "off": recording.off, "scale": recording.scale}
+    told["end"] = recording.end
     return teacher_of(
         network, recording.schedule, recording.shape, num_classes=recording.num_classes,
         conditions={} if recording.num_classes else conditions_of(network.call), null=recording.null,

@@ -39,6 +39,8 @@ PROMPTS: Final = ("a", "a photograph of a small cat on a large mat, in the light
 """Prompts of different lengths, so that their masks differ."""
 GUIDANCES: Final = ("guidance_scale", "true_cfg_scale")
 """Names of the guidance scale among a pipeline's call arguments."""
+START, END = "audio_start_in_s", "audio_end_in_s"
+"""Names of the start and end of a sound in seconds among a pipeline's call arguments."""
 
 
 @final
@@ -54,11 +56,14 @@ class Recording:
     num_classes: int
     """Number of classes; 0 for none."""
     null: dict[str, Tensor]
-    """One sample's conditions in the unconditional branch; empty if the pipeline has none."""
+    """One sample's conditions in the unconditional branch, without those that it shares with the conditional branch;
+    empty if the pipeline has none."""
     guidance: str | None
     """The pipeline's call argument for the guidance scale; None if it has no effect."""
     off: float | None
     """The value of `guidance` that disables it; None for one branch."""
+    end: str | None
+    """The pipeline's call argument for the end in seconds, if each sample can have its own; else None."""
 
     @property
     def scale(self) -> float | None:
@@ -98,6 +103,11 @@ def record(pipe: Any, options: Mapping[str, Any]) -> Recording:
             raise ValueError(f"the denoiser is called {len(two.steps[0].calls)} times per step without guidance")
         schedule = replace(read_schedule(config_of(pipe.scheduler), two.mu), clip=clip)
         output = _output(two.steps[0])
+        end, shorter = None, dict[str, Any]()
+        if END in taken:
+            shorter = {END: options.get(START, taken[START].default if START in taken else 0.0)}
+            short = trace(pipe, 1, **prompted(pipe, prompts), **(plain | shorter)).steps[0].calls[0].arguments
+            end = END if _has_ends(call, two.steps[0].calls[0].arguments, short, reading.constants) else None
         alone = conditions_in(call, two.steps[0].calls[0].arguments, 2)
         guidance, off, null = None, None, dict[str, Tensor]()
         output["restores_norm"] = False
@@ -115,6 +125,11 @@ def record(pipe: Any, options: Mapping[str, Any]) -> Recording:
             if _is_guided(guided, 2):
                 guidance = name
                 off, output["restores_norm"], null = _guiding(call, alone, guided, output)
+                if end is not None:
+                    given = plain | {name: SCALE} | negative | shorter
+                    (guided,) = trace(pipe, 1, **prompted(pipe, prompts), **given).steps
+                    *_, other = _guiding(call, conditions_in(call, short, 2), guided, output)
+                    null = _unshared(null, other, alone)
                 break
             default = options.get(name, taken[name].default)
             if _embedded(call, guided.calls[0].arguments, float(default or 1.0), reading.constants):
@@ -132,7 +147,7 @@ def record(pipe: Any, options: Mapping[str, Any]) -> Recording:
     except ValueError as error:
         raise ValueError(f"{type(pipe).__name__} cannot be replayed: {error}") from None
     num_classes = _num_classes(null, module.config) if set(alone) == {"class_labels"} else 0
-    return Recording(network, schedule, tuple(two.steps[0].before.shape[1:]), num_classes, null, guidance, off)
+    return Recording(network, schedule, tuple(two.steps[0].before.shape[1:]), num_classes, null, guidance, off, end)
 
 
 def _num_classes(null: Mapping[str, Tensor], config: Mapping[str, Any]) -> int:
@@ -189,6 +204,50 @@ def _guiding(
         f"at a guidance scale of {SCALE:g} it uses neither u + s (c - u) nor c + s (c - u) of its conditional output c "
         "and unconditional output u, with or without rescaling to the norm of c"
     )
+
+
+def _has_ends(
+    call: Mapping[str, Any], arguments: Mapping[str, Any], shorter: Mapping[str, Any], constants: dict[str, Tensor]
+) -> bool:
+    """Return whether only arguments with a batch axis change with the end in seconds; mark these as conditions.
+
+    Args:
+        arguments: the arguments of the recorded call, for two prompts.
+        shorter: the arguments of a call with another end.
+    """
+    pairs = zip(reached(call, arguments), reached(call, shorter), strict=True)
+    changed = [node for (node, one), (_, other) in pairs if node["is"] != "time" and not _equal(node, one, other)]
+    if not all(node["is"] == "condition" or node.get("rows") for node in changed):
+        return False
+    for node in changed:
+        if node["is"] == "constant":
+            assert isinstance(node, dict)
+            node.update({"is": "condition", "shape": node["shape"][1:]})
+            del node["rows"], constants[node["name"]]
+    return bool(changed)
+
+
+def _equal(node: Mapping[str, Any], one: Any, other: Any) -> bool:
+    """Return whether two calls have the same value of a node; of samples, the same shape."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return type(one) is type(other) and (node["is"] == "sample" or bool(one == other))
+    return one.shape == other.shape if node["is"] == "sample" else torch.equal(one, other)
+
+
+def _unshared(null: dict[str, Tensor], other: Mapping[str, Tensor], alone: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the conditions of the unconditional branch that do not change with the end in seconds.
+
+    Args:
+        other: those of a call with another end.
+        alone: the conditions of two samples without guidance.
+
+    Raises:
+        ValueError: if a condition changes that is not that of the conditional branch.
+    """
+    changed = {name: value for name, value in null.items() if not torch.equal(value, other[name])}
+    if not _same(changed, {name: alone[name][0] for name in changed}):
+        raise ValueError(f"the unconditional branch's {', '.join(changed)} changes with {END}")
+    return {name: value for name, value in null.items() if name not in changed}
 
 
 def _embedded(call: dict[str, Any], arguments: Mapping[str, Any], scale: float, constants: dict[str, Tensor]) -> bool:

@@ -36,6 +36,8 @@ class Pipeline(Record):
     """Its value that disables guidance; None if the network itself takes the scale."""
     scale: float | None = None
     """For a network that takes the scale itself: the scale that it was trained at."""
+    end: str | None = None
+    """Name of its call argument for the end of a sound in seconds, if each sample can have its own."""
 
 
 class Outcome(Record):
