@@ -7,8 +7,9 @@ from typing import Any, Final
 import torch
 from rich.table import Column, Table
 
+from halfstep.cli.usage import UsageError
 from halfstep.cli.words import Screen, print_json
-from halfstep.data import Data
+from halfstep.data import LATENTS, Data, Forecast
 from halfstep.models.model import Model
 from halfstep.objectives import Role, guidances
 from halfstep.report.words import count, duration, number
@@ -16,6 +17,7 @@ from halfstep.run.cost import count_forward, helper_sizes, memory_of_update, tim
 from halfstep.run.measuring import calls_of_measuring
 from halfstep.run.spec import RunSpec
 from halfstep.runs.schema import shortened
+from halfstep.runtime.launch import world_size
 
 LONG_SECONDS: Final = 86400.0
 """Estimated training time above which a warning is printed."""
@@ -28,6 +30,26 @@ LITTLE: Final = 2**30
 FEW_SAMPLES: Final = 5000
 MANY_PASSES: Final = 500.0
 """Passes over fewer than FEW_SAMPLES above which a memorisation warning is printed."""
+
+
+def check_alone() -> None:
+    """Raise UsageError if there are several processes; a dry run times one."""
+    if world_size() > 1:
+        raise UsageError("a dry run uses one process. Start it without torchrun or accelerate launch")
+
+
+def show_encoding(found: Forecast, num_samples: int, source: str, verb: str) -> None:
+    """Print what `halfstep encode` would write; `verb` is "encoded" or "sampled"."""
+    screen, tensors = Screen(), dict(found.tensors)
+    shapes = {name: f"{list(entry.shape)} {entry.dtype}" for name, entry in tensors.items()}
+    screen.say(f"dry run of {source}: {found.pending:,} of {count(num_samples, 'sample')} would be {verb}")
+    screen.say(f"latent: {shapes.pop(LATENTS)}")
+    screen.say(f"conditions: {', '.join(f'{name} {shape}' for name, shape in shapes.items()) or 'none'}")
+    screen.say(f"size of the folder: {gibibytes(found.num_bytes)} ({found.num_bytes:,} bytes)")
+    if found.timed:
+        pace = f"{number(found.seconds / found.pending)} s per sample, timed on {count(found.timed, 'sample')}"
+        screen.say(f"estimated time on this machine: {duration(found.seconds)} ({pace})")
+    screen.say("nothing was written")
 
 
 def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str, Any]:

@@ -11,14 +11,17 @@ import tyro
 from pydantic.dataclasses import dataclass
 
 from halfstep.cli.arguments import device_of, processes_of
+from halfstep.cli.dry_run import check_alone, show_encoding
 from halfstep.cli.importing import imported
 from halfstep.cli.usage import Count, Rate, Side, Steps, Switch, UsageError, in_own_words, parse, refuse_idle
 from halfstep.cli.words import Screen
 from halfstep.data import (
     CaptionedClips,
     CaptionedImages,
+    Encoder,
     LatentData,
     Prompts,
+    forecast,
     read_captions,
     read_classes,
     read_clips,
@@ -49,6 +52,7 @@ from halfstep.run.own_samples import NUM_STEPS, prompted_by
 from halfstep.runs import RunFolder, StageFolder
 from halfstep.runtime.files import read_json, refuse_file, refuse_taken
 from halfstep.runtime.processes import Processes
+from halfstep.samplers import Heun
 
 
 @dataclass
@@ -143,8 +147,8 @@ class EncodeArguments:
 
     pipeline: tyro.conf.Positional[str]
     """Folder of the pipeline, or its name on the Hub."""
-    out: Path
-    """Folder of the latents."""
+    out: Path | None = None
+    """Folder of the latents; needed without --dry-run."""
     data: str | None = None
     """For a text-conditioned model, images, videos (files or folders of frames) or sounds with captions
     (metadata.jsonl, .csv or .parquet, or one .txt file per sample). For a class-conditional model, one folder of images
@@ -170,10 +174,16 @@ class EncodeArguments:
     """Samples or prompts processed at once."""
     device: str | None = None
     """Device of the encoders; cuda by default, if available."""
+    dry_run: Switch = False
+    """Print the number, shapes and size of the samples and the time; write nothing."""
 
 
 def encode(argv: Sequence[str]) -> None:
     arguments = parse(EncodeArguments, argv, "halfstep encode")
+    if arguments.dry_run:
+        check_alone()
+    elif arguments.out is None:
+        raise UsageError("--out is missing; see halfstep encode --help")
     processes = processes_of(arguments.device == "cpu")
     device = device_of(arguments.device, processes)
     if (arguments.data is None) == (arguments.prompts is None):
@@ -182,7 +192,8 @@ def encode(argv: Sequence[str]) -> None:
         refuse_idle(arguments, "with --prompts", ("image_size", "frame_rate"))
     else:
         refuse_idle(arguments, "with --data", ("num_steps", "guidance_scale", "seed", "base_precision"))
-    refuse_file(arguments.out)
+    if arguments.out is not None:
+        refuse_file(arguments.out)
     kind = read_kind(fetch(arguments.pipeline))
     if kind in PIXELS:
         raise UsageError(
@@ -191,6 +202,10 @@ def encode(argv: Sequence[str]) -> None:
     screen = Screen()
     if arguments.prompts is not None:
         model = imported(arguments.pipeline, arguments.call, screen, precision=arguments.base_precision)
+        if arguments.dry_run:
+            _show_prompts(model, arguments.prompts, arguments, device)
+            return
+        assert arguments.out is not None
         found = sample_prompts(
             model, arguments.prompts, arguments.out, arguments.guidance_scale, arguments.num_steps, arguments.seed,
             arguments.batch_size, device, processes, screen,
@@ -206,6 +221,11 @@ def encode(argv: Sequence[str]) -> None:
     encoder.texts([""])
     encoder.images(images.x0([0]))
     with in_own_words("image-size"):
+        if arguments.dry_run:
+            cost = forecast(images, encoder, arguments.out, arguments.batch_size, class_names=names)
+            show_encoding(cost, len(images), images.source, "encoded")
+            return
+        assert arguments.out is not None
         found = encode_images(
             images,
             encoder,
@@ -263,6 +283,39 @@ def progress_of(verb: str, screen: Screen) -> Callable[[int, int], None]:
     return progress
 
 
+def _prompts_for(model: Model, prompts: Path, guidance_scale: float | None, num_steps: int, seed: int) -> Prompts:
+    """Return the prompts in a file, sampled by the model.
+
+    Raises:
+        ValueError: if there are no prompts, or the model takes none.
+    """
+    if not model.manifest.conditions:
+        raise UsageError(f"{model.manifest.stage} takes no prompts. Give --data")
+    captions = read_prompts(prompts)
+    sampled = prompted_by(model, len(captions), num_steps=num_steps, guidance_scale=guidance_scale, seed=seed)
+    return Prompts(str(prompts), captions, sampled)
+
+
+def _encoder_of_prompts(
+    model: Model, guidance_scale: float | None, num_steps: int, seed: int, device: torch.device
+) -> Encoder:
+    """Return the encoder of prompts, with a key that identifies their samples."""
+    encoder = prompts_of(model, device)
+    lowered = precision_of(model.denoiser.network)
+    key = encoder.key if lowered == "float32" else f"{encoder.key} {lowered}"
+    return replace(encoder, key=f"{key} steps {num_steps} guidance {guidance_scale} seed {seed}")
+
+
+def _show_prompts(model: Model, prompts: Path, arguments: EncodeArguments, device: torch.device) -> None:
+    """Print the cost of sampling prompts, timed on samples in one step."""
+    scale, num_steps, seed = arguments.guidance_scale, arguments.num_steps, arguments.seed
+    texts = _prompts_for(model.to(device), prompts, scale, 1, seed)
+    encoder = _encoder_of_prompts(model, scale, num_steps, seed, device)
+    repeats = model.num_evals(Heun(), num_steps) / model.num_evals(Heun(), 1)
+    cost = forecast(texts, encoder, arguments.out, arguments.batch_size, repeats=repeats)
+    show_encoding(cost, len(texts), texts.source, "sampled")
+
+
 def sample_prompts(
     model: Model, prompts: Path, out: Path, guidance_scale: float | None, num_steps: int, seed: int, batch_size: int,
     device: torch.device, processes: Processes, screen: Screen,
@@ -272,20 +325,12 @@ def sample_prompts(
     Raises:
         ValueError: if there are no prompts, the model takes none, or the folder contains other data.
     """
-    if not model.manifest.conditions:
-        raise UsageError(f"{model.manifest.stage} takes no prompts. Give --data")
-    captions = read_prompts(prompts)
-    encoder = prompts_of(model, device)
-    lowered = precision_of(model.denoiser.network)
-    key = encoder.key if lowered == "float32" else f"{encoder.key} {lowered}"
-    told = f"{key} steps {num_steps} guidance {guidance_scale} seed {seed}"
-    sampled = prompted_by(
-        model.to(device), len(captions), num_steps=num_steps, guidance_scale=guidance_scale, seed=seed
-    )
+    encoder = _encoder_of_prompts(model, guidance_scale, num_steps, seed, device)
+    texts = _prompts_for(model.to(device), prompts, guidance_scale, num_steps, seed)
     try:
         return encode_images(
-            Prompts(str(prompts), captions, sampled),
-            replace(encoder, key=told),
+            texts,
+            encoder,
             out,
             batch_size,
             on_progress=progress_of("sampled", screen),

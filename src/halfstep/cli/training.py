@@ -13,7 +13,7 @@ import tyro
 
 from halfstep.cli.arguments import device_of, processes_of, recipe_from, recipe_of_stage
 from halfstep.cli.display import RunDisplay, show_results
-from halfstep.cli.dry_run import data_line, show_plan
+from halfstep.cli.dry_run import check_alone, data_line, show_plan
 from halfstep.cli.exporting import sample_prompts
 from halfstep.cli.help import HELP
 from halfstep.cli.importing import imported
@@ -307,9 +307,7 @@ def _carry_out(
     if not arguments.dry_run:
         _execute(recipe, make, out, arguments.json)
         return
-    if world_size() > 1:
-        # A dry run times an update on one process.
-        raise UsageError("a dry run uses one process. Start it without torchrun or accelerate launch")
+    check_alone()
     data, missing = stand_in or data_or_stand_in(recipe)
     show_plan(make(data=data), out, arguments.json, missing)
 

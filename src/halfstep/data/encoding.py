@@ -4,15 +4,19 @@
 The encoders are callables, independent of the libraries that provide them.
 """
 
+import json
+import math
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors.torch import save
 from torch import Tensor
 
 from halfstep.core.door import check_whole
@@ -54,6 +58,10 @@ class Encoder:
     None."""
     timed: Callable[[list[str], list[float]], dict[str, Tensor]] | None = None
     """As `texts`, for sounds with these ends in seconds; None if the conditions do not depend on them."""
+
+
+QUICK: Final = 5.0
+"""Seconds for one image above which `forecast` times no batch."""
 
 
 def encode(
@@ -105,6 +113,75 @@ def encode(
     return open_latents(folder)
 
 
+@final
+@dataclass(frozen=True)
+class Forecast:
+    """The cost of a call of `encode`."""
+
+    pending: int
+    """Number of images that are not encoded yet."""
+    tensors: Mapping[str, Entry]
+    """The latents and conditions of one sample, by name."""
+    num_bytes: int
+    """Size of the complete folder."""
+    seconds: float
+    """Estimated time to encode the pending images with one process."""
+    timed: int
+    """Number of images timed; 0 if none are pending."""
+
+
+def forecast(
+    images: CaptionedImages | CaptionedClips | Prompts,
+    encoder: Encoder,
+    folder: Path | None,
+    batch_size: int = 8,
+    shard_size: int = 256,
+    class_names: Sequence[str] = (),
+    repeats: float = 1.0,
+) -> Forecast:
+    """Return the cost of a call of `encode`, timed on its first batch, or on one image if that is slow; write nothing.
+
+    Args:
+        folder: None for a new folder.
+        repeats: time of `encode` for the latents of prompts, relative to that of `images.sampled`.
+
+    Raises:
+        ValueError: as `encode`, except for images after the first batch and other processes.
+    """
+    root = Path() if folder is None else user_path(folder)
+    if folder is not None:
+        _check_folder(root)
+    index, _ = _planned(images, encoder, None if folder is None else root, shard_size, tuple(class_names))
+    encoding = _Encoding(images, encoder, root, batch_size, lambda done, total: None, index, Processes())
+    null = encoding.null()
+    parts = [
+        index.places(number)
+        for number, shard in enumerate(index.shards)
+        if not is_intact(root / shard_name(number), shard)
+    ]
+    pending, seconds, timed = sum(map(len, parts)), 0.0, 0
+    for size in (1, batch_size) if pending else ():
+        part = parts[0][:size]
+        seconds, timed = encoding.time(part, repeats) / len(part) * pending, len(part)
+        if seconds > QUICK * pending:
+            break
+    return Forecast(pending, encoding.index.tensors, _size(encoding.index, null), seconds, timed)
+
+
+def _size(index: Index, null: Mapping[str, Tensor]) -> int:
+    """Return the bytes of a complete folder; headers are those of empty shards."""
+    empty = {name: torch.empty(0, *entry.shape, dtype=_dtype(entry)) for name, entry in index.tensors.items()}
+    row = sum(math.prod(entry.shape) * _dtype(entry).itemsize for entry in index.tensors.values())
+    files = len(save(empty)) * len(index.shards) + len(save(dict(null)))
+    written = index.model_copy(update={"null": _STORED, "shards": (_STORED,) * len(index.shards)})
+    return row * index.images.count + files + len(json.dumps(written.model_dump(mode="json"), indent=2))
+
+
+def _dtype(entry: Entry) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, entry.dtype)
+    return dtype
+
+
 def _check_folder(root: Path) -> None:
     """Raise ValueError if the folder contains files that `encode` did not write."""
     refuse_file(root, "Give another folder for the latents")
@@ -121,18 +198,35 @@ def _begin(
     shard_size: int,
     class_names: tuple[str, ...],
 ) -> Index:
-    """Return the folder's index; write a new one if it has none, or one of other images without shards."""
+    """Return the folder's index, which is written if it is new."""
+    index, is_new = _planned(images, encoder, root, shard_size, class_names)
+    if is_new:
+        _record(root, index)
+    return index
+
+
+def _planned(
+    images: CaptionedImages | CaptionedClips | Prompts,
+    encoder: Encoder,
+    root: Path | None,
+    shard_size: int,
+    class_names: tuple[str, ...],
+) -> tuple[Index, bool]:
+    """Return the folder's index, or a new one if it has none, or one of other images without shards; whether it is new.
+
+    Raises:
+        ValueError: if the folder contains shards of another encoder, other images or another shard size.
+    """
     shards = (None,) * -(-len(images) // shard_size)
     now = Index(
         encoder=encoder.key, images=_origin(images), shard_size=shard_size, class_names=class_names, shards=shards
     )
-    index = read_index(root) if (root / INDEX).exists() else None
+    index = None if root is None or not (root / INDEX).exists() else read_index(root)
     settings = {"encoder", "images", "shard_size", "class_names"}
     if index is None or (
         not any(index.shards) and index.model_dump(include=settings) != now.model_dump(include=settings)
     ):
-        _record(root, now)
-        return now
+        return now, True
     remedy = "give another folder, or delete this one to encode again"
     if index.encoder != encoder.key:
         raise ValueError(f"{root} contains latents of the encoder {index.encoder!r}, not of {encoder.key!r}: {remedy}")
@@ -145,7 +239,7 @@ def _begin(
             f"{root} contains latents of images other than {images.source}: {_differs(index.images, now.images)}; "
             f"{remedy}"
         )
-    return index
+    return index, False
 
 
 def _differs(then: Origin, now: Origin) -> str:
@@ -203,18 +297,31 @@ class _Encoding:
     def _begun(self) -> tuple[Index, list[bool]]:
         """Add the empty caption's conditions if necessary; return the index, and whether each shard is intact."""
         if not is_intact(self.root / NULL, self.index.null):
-            self._write_null()
+            self._record(null=_write(self.root / NULL, self.null()))
         shards = enumerate(self.index.shards)
         return self.index, [is_intact(self.root / shard_name(number), shard) for number, shard in shards]
 
-    def _write_null(self) -> None:
+    def null(self) -> dict[str, Tensor]:
+        """Return the conditions of the empty caption, without the batch axis."""
         with torch.no_grad():
             null = self.encoder.null
             conditions = self.encoder.texts([""]) if null is None else {name: null[name][None] for name in null}
         if LATENTS in conditions:
             raise ValueError(f"the encoder returned a condition called {LATENTS}: give it another name")
         checked = self._checked(conditions, ["the empty caption"])
-        self._record(null=_write(self.root / NULL, {name: value[0] for name, value in checked.items()}))
+        return {name: value[0] for name, value in checked.items()}
+
+    def time(self, part: range, repeats: float) -> float:
+        """Return the seconds to encode a batch, in which the latents of prompts take `repeats` times as long."""
+        start = time.perf_counter()
+        self._encode(part)
+        whole = time.perf_counter() - start
+        if repeats == 1:
+            return whole
+        with torch.no_grad():
+            self.encoder.texts([self.images.captions[index] for index in part])
+        texts = min(whole, time.perf_counter() - start - whole)
+        return texts + (whole - texts) * repeats
 
     def _write_shard(self, number: int, done: int) -> int:
         """Encode a shard after `done` images; return the new number of encoded images."""
@@ -302,6 +409,10 @@ class _Encoding:
         """Add written files to the index."""
         self.index = self.index.model_copy(update=files)
         _record(self.root, self.index)
+
+
+_STORED: Final = Stored(sha256="0" * 64, size=2**20)
+"""A file that is not written yet."""
 
 
 def _listed(names: Iterable[str]) -> str:

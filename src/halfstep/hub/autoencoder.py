@@ -46,9 +46,7 @@ class Autoencoder:
         """Height and width; None for videos and sounds."""
         return None if len(self.decoded) == 2 or (len(self.decoded) == 4 and self.decoded[1] > 1) else self.decoded[-2:]
 
-    def preparation(
-        self, frame_rate: float | None, options: Mapping[str, Any]
-    ) -> VideoPreparation | SoundPreparation:
+    def preparation(self, frame_rate: float | None, options: Mapping[str, Any]) -> VideoPreparation | SoundPreparation:
         """Return the preparation of clips for a pipeline with these call arguments."""
         if len(self.decoded) == 4:
             return VideoPreparation(*self.decoded[1:], frame_rate)
