@@ -554,6 +554,33 @@ def test_a_text_pipeline_with_a_pickled_part_is_refused_with_the_way_to_convert_
     main(words)
 
 
+def test_a_dry_run_of_encode_writes_nothing(here: Path, tmp_path: Path, capsys: Capture) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("a\nb\na b\n")
+    before, entry = sorted(here.rglob("*")), open_latents(here / "latents").index.tensors
+    for words, said in (
+        (["--data", str(here / "captioned")], "12 of 12 samples would be encoded"),
+        (["--prompts", str(prompts), "--out", str(out)], "3 of 3 samples would be sampled"),
+    ):
+        capsys.readouterr()
+        main(["encode", str(here / "sd"), *words, "--dry-run"])
+        told = capsys.readouterr().out
+        assert said in told
+        assert f"latent: {list(entry['latents'].shape)} float32" in told
+        assert f"encoder_hidden_states {list(entry['encoder_hidden_states'].shape)} float32" in told
+        assert re.search(r"size of the folder: .* \([\d,]+ bytes\)\nestimated time on this machine: .*timed on", told)
+        assert not out.exists()
+    assert sorted(here.rglob("*")) == before
+    sd, data, other = str(here / "sd"), str(here / "captioned"), str(here / "latents3")
+    for words in (
+        ["--data", data, "--out", str(out), "--image-size", "16"], ["--data", str(here / "wide.npz"), "--out", str(out)],
+        ["--data", data, "--out", other], ["--data", data, "--out", data],
+        ["--prompts", str(tmp_path / "none.txt"), "--out", str(out)],
+    ):  # fmt: skip
+        assert refused(["encode", sd, *words, "--dry-run"], capsys) == refused(["encode", sd, *words], capsys)
+    assert "--out is missing" in refused(["encode", sd, "--data", data], capsys)
+
+
 def test_unsupported_input_is_rejected_before_anything_is_written(here: Path, tmp_path: Path, capsys: Capture) -> None:
     def said(model: str, data: str, *words: str) -> str:
         argv = ["encode", str(here / model), "--data", str(here / data), "--out", str(tmp_path / "out"), *words]

@@ -96,6 +96,17 @@ def test_a_sound_is_resampled_to_the_same_tone(tmp_path: Path, rate: int) -> Non
     assert x.shape == (2, 16000)
 
 
+def test_a_sound_ends_with_its_file_or_with_the_audible_part(tmp_path: Path) -> None:
+    for number, seconds in enumerate((0.5, 3.0)):
+        wavfile.write(tmp_path / f"{number}.wav", 8000, sine(8000, seconds).astype(np.float32))
+        (tmp_path / f"{number}.txt").write_text("")
+    data = read_clips(tmp_path, SoundPreparation(2, 32000, 16000, 24000))
+    assert data.ends([1, 0]) == [1.5, 0.5]
+    read_clips(tmp_path, SoundPreparation(2, 32000, 16000, 24000, 0.5)).check()
+    late = read_clips(tmp_path, SoundPreparation(2, 32000, 16000, 24000, 0.75))
+    refused(late.check, "0.wav ends after 0.5 s, before audio_start_in_s 0.75: remove it")
+
+
 def test_every_kind_of_sample_is_the_same_sound(tmp_path: Path) -> None:
     x, prepare = sine(8000), SoundPreparation(2, 9000, 8000, 9000)
     for number, (scale, kind) in enumerate(((2**7, "u1"), (2**15, "i2"), (2**31, "i4"), (1, "f4"), (1, "f8"))):

@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import final
@@ -17,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from halfstep.core.draw import Draw
-from halfstep.data import training_batch
+from halfstep.data import encoding, training_batch
 from halfstep.data.captions import CaptionedImages, Prompts, read_captions
-from halfstep.data.encoding import Encoder, encode
+from halfstep.data.encoding import Encoder, encode, forecast
 from halfstep.data.images import Preparation
 from halfstep.data.latents import LatentData, open_latents
 from halfstep.runtime.files import DamagedFile
@@ -133,6 +134,64 @@ def test_neither_batches_nor_shards_matter(images, tmp_path, batch_size, shard_s
     cut = encode(images, ENCODER, tmp_path / "cut", batch_size, shard_size)
     assert same(everything(cut), everything(whole))
     assert len(list((tmp_path / "cut").glob("shard-*"))) == -(-COUNT // shard_size)
+
+
+def test_a_forecast_is_what_encode_writes_and_writes_nothing(images, tmp_path):
+    out = tmp_path / "latents"
+    cost = forecast(images, ENCODER, out, 2, 4)
+    assert (cost.pending, cost.timed, out.exists()) == (COUNT, 2, False)
+    made = encode(images, ENCODER, out, 2, 4)
+    assert cost.tensors == made.index.tensors
+    written = {path: path.read_bytes() for path in out.iterdir() if path.suffix in (".json", ".safetensors")}
+    # The headers contain offsets.
+    assert abs(cost.num_bytes - sum(map(len, written.values()))) < 200
+    (out / "shard-00001.safetensors").write_bytes(b"?")
+    again = forecast(images, ENCODER, out, 2, 4)
+    assert (again.pending, again.tensors, again.num_bytes) == (4, cost.tensors, cost.num_bytes)
+    assert (out / "shard-00001.safetensors").read_bytes() == b"?"
+    for path, content in written.items():
+        path.write_bytes(content)
+    assert forecast(images, ENCODER, out, 2, 4).pending == 0
+    other = dataclasses.replace(ENCODER, key="other")
+    refused(lambda: forecast(images, other, out, 2, 4), "contains latents of the encoder 'corners', not of 'other'")
+    refused(lambda: forecast(images, ENCODER, tmp_path / "images"), "contains other files")
+
+
+def test_a_forecast_is_timed_on_a_batch_or_on_one_slow_image(images, monkeypatch):
+    def slowly(x):
+        time.sleep(0.05 * len(x))
+        return to_latents(x)
+
+    def slow_texts(captions):
+        time.sleep(0.2)
+        return to_conditions(captions)
+
+    def slow_samples(part, cond):
+        time.sleep(0.05)
+        return torch.zeros(len(part), 1, 2)
+
+    slow = dataclasses.replace(ENCODER, images=slowly)
+    cost = forecast(images, slow, None, 4)
+    assert cost.timed == 4
+    assert 0.05 * COUNT <= cost.seconds < 4 * 0.05 * COUNT
+    monkeypatch.setattr(encoding, "QUICK", 0.01)
+    assert forecast(images, slow, None, 4).timed == 1
+    monkeypatch.undo()
+    # Only the latents of prompts are repeated.
+    prompts = Prompts("p", ("a", "b"), lambda part, cond: torch.zeros(len(part), 1, 2))
+    assert forecast(prompts, dataclasses.replace(ENCODER, texts=slow_texts), None, 2, repeats=1000).seconds < 50
+    prompts = Prompts("p", ("a", "b"), slow_samples)
+    assert 40 < forecast(prompts, ENCODER, None, 2, repeats=1000).seconds < 200
+
+
+def test_conditions_can_be_kept_without_a_caption(images, tmp_path):
+    """The unconditional branch shares them, so `null` lacks them."""
+    null = {name: value[0] for name, value in to_conditions([""]).items() if name != "mask"}
+    data = encode(images, dataclasses.replace(ENCODER, null=null), tmp_path / "latents", 4, 4)
+    assert set(data.null) == set(null)
+    assert "mask" in data.fetch(torch.tensor([0])).cond
+    odd = dataclasses.replace(ENCODER, null={**null, "odd": torch.zeros(1)})
+    refused(lambda: encode(images, odd, tmp_path / "odd"), "return the same conditions")
 
 
 def test_any_order_with_repeats_across_shards(images, tmp_path):
