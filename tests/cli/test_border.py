@@ -573,7 +573,8 @@ def test_a_dry_run_of_encode_writes_nothing(here: Path, tmp_path: Path, capsys: 
     assert sorted(here.rglob("*")) == before
     sd, data, other = str(here / "sd"), str(here / "captioned"), str(here / "latents3")
     for words in (
-        ["--data", data, "--out", str(out), "--image-size", "16"], ["--data", str(here / "wide.npz"), "--out", str(out)],
+        ["--data", data, "--out", str(out), "--image-size", "16"],
+        ["--data", str(here / "wide.npz"), "--out", str(out)],
         ["--data", data, "--out", other], ["--data", data, "--out", data],
         ["--prompts", str(tmp_path / "none.txt"), "--out", str(out)],
     ):  # fmt: skip

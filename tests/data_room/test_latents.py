@@ -5,7 +5,6 @@ import itertools
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import final
@@ -157,31 +156,36 @@ def test_a_forecast_is_what_encode_writes_and_writes_nothing(images, tmp_path):
     refused(lambda: forecast(images, ENCODER, tmp_path / "images"), "contains other files")
 
 
+class Clock:
+    """Replaces the module `time`: only the encoder's work takes time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def after(self, seconds, call):
+        """Return `call` as a function that takes this time for each sample."""
+
+        def slow(batch, *rest):
+            self.now += seconds * len(batch)
+            return call(batch, *rest)
+
+        return slow
+
+
 def test_a_forecast_is_timed_on_a_batch_or_on_one_slow_image(images, monkeypatch):
-    def slowly(x):
-        time.sleep(0.05 * len(x))
-        return to_latents(x)
-
-    def slow_texts(captions):
-        time.sleep(0.2)
-        return to_conditions(captions)
-
-    def slow_samples(part, cond):
-        time.sleep(0.05)
-        return torch.zeros(len(part), 1, 2)
-
-    slow = dataclasses.replace(ENCODER, images=slowly)
-    cost = forecast(images, slow, None, 4)
-    assert cost.timed == 4
-    assert 0.05 * COUNT <= cost.seconds < 4 * 0.05 * COUNT
-    monkeypatch.setattr(encoding, "QUICK", 0.01)
-    assert forecast(images, slow, None, 4).timed == 1
-    monkeypatch.undo()
+    clock = Clock()
+    monkeypatch.setattr(encoding, "time", clock)
+    for seconds, timed in ((4.0, 3), (6.0, 1)):
+        slow = dataclasses.replace(ENCODER, images=clock.after(seconds, to_latents))
+        cost = forecast(images, slow, None, 3)
+        assert (cost.seconds, cost.timed) == (seconds * COUNT, timed)
     # Only the latents of prompts are repeated.
-    prompts = Prompts("p", ("a", "b"), lambda part, cond: torch.zeros(len(part), 1, 2))
-    assert forecast(prompts, dataclasses.replace(ENCODER, texts=slow_texts), None, 2, repeats=1000).seconds < 50
-    prompts = Prompts("p", ("a", "b"), slow_samples)
-    assert 40 < forecast(prompts, ENCODER, None, 2, repeats=1000).seconds < 200
+    slow = dataclasses.replace(ENCODER, texts=clock.after(2.0, to_conditions))
+    prompts = Prompts("p", ("a", "b"), clock.after(1.0, lambda part, cond: torch.zeros(len(part), 1, 2)))
+    assert forecast(prompts, slow, None, 2, repeats=10).seconds == 2 * (2.0 + 1.0 * 10)
 
 
 def test_conditions_can_be_kept_without_a_caption(images, tmp_path):
