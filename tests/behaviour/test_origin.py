@@ -139,7 +139,7 @@ def test_a_lost_recipe_is_written_again_and_a_foreign_one_refused(path: Path, ma
         k: v for k, v in before.items() if k != "environment"
     }
     file.unlink()
-    with pytest.raises(ValueError, match="is not empty and not a run folder"):
+    with pytest.raises(ValueError, match="is not empty, but it is not a run folder"):
         finish(OTHER, path)
     shutil.copy(RunFolder(made / "other").recipe_path, file)
     with pytest.raises(ValueError, match="different recipe"):

@@ -145,7 +145,7 @@ class Match:
             clock = cosine_within(own)
         if lora_rank is not None and (clock != own or (self.guidance is not None and self.guidance.is_shown)):
             raise ValueError(
-                "LoRA needs unchanged network inputs, but a guidance range or another process changes them. Use a single "
+                "LoRA needs unchanged network inputs, but a guidance range or another process changes them. Use one "
                 "--matching.guidance-scale and --matching.process own, or remove --chain.lora-rank"
             )
         # A teacher with a discrete noise schedule was trained only at the levels of its table.
