@@ -47,7 +47,7 @@ class Start:
 
     process: NoiseProcess
     prediction: Prediction | None
-    """What the teacher predicts, or None for a custom denoiser, which can only be halved as it is."""
+    """The teacher's prediction, or None for a custom denoiser, which can only be halved as it is."""
     name: str = "the teacher"
     role: Role = Role.TEACHER
     num_steps: int | None = None
@@ -101,7 +101,7 @@ class Match:
 
     training: Training
     prediction: Prediction | None = None
-    """What the student predicts. None selects the teacher's prediction, or v if that is unsuitable for few steps."""
+    """The student's prediction. None selects the teacher's prediction, or v if that is unsuitable for few steps."""
     process: Callable[[NoiseProcess], NoiseProcess] | None = None
     """A function that returns the student's process for the teacher's process."""
     guidance: Guidance | None = None

@@ -53,7 +53,7 @@ class Measuring:
         """The finest samples of the chain's first model, with which the samples of all other models are compared."""
 
     def measured(self, folder: StageFolder, model: Model, updates_before: int) -> Iterator[Event]:
-        """Measure a stage, unless its metrics exist. Trackers log the metrics at update `updates_before` of the plan."""
+        """Measure a stage unless its metrics exist. Trackers log the metrics at update `updates_before` of the plan."""
         methods = self._methods(model) if self.evaluation.enabled else []
         if not methods:
             return
