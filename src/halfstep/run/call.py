@@ -1,4 +1,4 @@
-"""Runs the stages of a call of `halfstep.fit` or `halfstep.distill`, in memory or in a run folder."""
+"""Runs the stages of a `halfstep.fit` or `halfstep.distill` call, either in memory or in a run folder."""
 
 import contextlib
 import copy

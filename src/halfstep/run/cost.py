@@ -27,7 +27,7 @@ from halfstep.train.player import network_of
 from halfstep.train.settings import Engine
 
 FLOPS_OF_A_TRIAL = 1e11
-"""The FLOPs of a timed update. They take seconds on a CPU and a fraction of a second on a GPU."""
+"""The number of FLOPs in a timed update, which takes seconds on a CPU and a fraction of a second on a GPU."""
 
 SECONDS_OF_A_TRIAL = 10.0
 """Once an update takes longer than this, no larger batch is timed."""
@@ -237,7 +237,7 @@ class Rate(NamedTuple):
 
 
 def time_updates(spec: RunSpec, forward: Forward) -> Rate:
-    """Return how long an update in the plan's first stage takes; estimate it if measuring would take minutes."""
+    """Return how long an update in the plan's first stage takes, or an estimate if measuring it would take minutes."""
     stage = spec.plan.stages[0]
     batch_size = stage.training.batch_size
     per_sample = stage.update_cost / batch_size * max(1, forward.flops)

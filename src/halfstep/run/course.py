@@ -90,24 +90,24 @@ class Start:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the teacher cannot be matched, because it is a student or has learned its guidance."""
+        """Whether the teacher can only be halved without matching, because it is a student or has learned guidance."""
         return self.role is Role.STUDENT or self.guidance is not None
 
 
 @final
 @dataclass(frozen=True)
 class Match:
-    """How to convert a teacher before halving. The builder chooses settings that are None."""
+    """How to convert a teacher before halving. Settings that are None are chosen by the builder."""
 
     training: Training
     prediction: Prediction | None = None
     """The student's prediction. None selects the teacher's prediction, or v if that is unsuitable for few steps."""
     process: Callable[[NoiseProcess], NoiseProcess] | None = None
-    """A function that returns the student's process for the teacher's process."""
+    """A function that maps the teacher's process to the student's process."""
     guidance: Guidance | None = None
     num_times: int = 1024
-    """The number of times at which student and teacher are compared. A teacher with a discrete noise schedule is called
-    at the times of its schedule instead."""
+    """The number of time points at which the student and the teacher are compared. A teacher with a discrete noise
+    schedule is called at the time points of its schedule instead."""
 
     def objective(self, start: Start, lora_rank: int | None = None) -> Matching | None:
         """Return the matching objective that `start` needs, or None if it needs no matching.

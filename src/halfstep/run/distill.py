@@ -201,7 +201,7 @@ def distill(
             U-Net.
         guidance: the guidance that the student learns: `FixedGuidance` or `GuidanceRange`. With a `GuidanceRange`, the
             scale becomes an input of the student's network, the condition `guidance_scale` `[batch]`.
-        null: the null conditions of one sample, by name, which guidance needs.
+        null: the null conditions of one sample by name. They are required for guidance.
         matching: the training settings of the matching stage. None selects `training`.
         finish: the step counts of the students to finish after the chain, or the stages from `Plan.finishes`. The last
             of these students is returned.

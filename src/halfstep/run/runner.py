@@ -111,7 +111,7 @@ def _of_starving(progress: Progress, data: Data) -> Notice:
 
 
 def _is_before(row: Mapping[str, Any], resumed: int) -> bool:
-    """Return whether a log row is from update `resumed` or an earlier update, which is false for a damaged row."""
+    """Return whether a log row is intact and belongs to update `resumed` or an earlier update."""
     update = row.get("update")
     return isinstance(update, int) and update <= resumed
 
@@ -135,7 +135,7 @@ class _Runner:
     ) -> None:
         self.spec, self.folder, self.stop = spec, folder, stop
         self.own = own
-        """The `Manifest.run` that all stages of this run have."""
+        """The `Manifest.run` that all stages of this run share."""
         self.accelerator, self.processes = accelerator, processes
         self.log = RunLog(folder.log_path if processes.is_main else None)
         name = str(spec.recipe.get("name", folder.path.name))

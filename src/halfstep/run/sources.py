@@ -31,8 +31,8 @@ MOST_CLASSES: Final = 10**6
 class StreamedBatches:
     """Regroups batches of any size from an iterable to the training batch size, and restarts the iterable at its end.
 
-    Unlike with other data, samples arrive in order, whatever the number of the update. Each process must get the same
-    batches, of which it takes its own share.
+    Unlike with other data, samples arrive in order, whatever the number of the update. Every process must get the same
+    batches, and uses only its share of each batch.
 
     Raises:
         ValueError: if an item is neither x0 nor (x0, cond), the parts of an item differ in length, or the iterable is

@@ -30,7 +30,7 @@ class RunSpec:
     """Everything that a run needs, as objects that are built from a recipe or a Python call."""
 
     recipe: Mapping[str, Any]
-    """The recipe as data, which is stored in recipe.json and shows whether a folder belongs to this run."""
+    """The recipe as plain data. It is stored in recipe.json, which shows whether a folder belongs to this run."""
     plan: Plan
     data: Data
     process: NoiseProcess
@@ -38,7 +38,7 @@ class RunSpec:
     network: Callable[[], nn.Module] | None = None
     """A function that builds an untrained network for the first stage. It is not called if `teacher` is given."""
     teacher: Model | None = None
-    """The model that the chain starts from, if no first stage trains one."""
+    """The model that the chain starts from, instead of training a teacher in a first stage."""
     own_network: nn.Module | None = None
     """A network of the user's own class. Each model gets a copy, because no manifest can rebuild such a network."""
     own_conditions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class RunSpec:
     clip: bool = False
     seed: int = 0
     lora_rank: int | None = None
-    """The LoRA rank of the students. If it is None, all weights of the students are trained."""
+    """The LoRA rank of the students, or None to train all weights of the students."""
     engine: Engine = Engine()
     """How the run uses the machine."""
     keep: tuple[int, ...] | None = None

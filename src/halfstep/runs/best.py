@@ -31,7 +31,7 @@ class Best(NamedTuple):
     def ratio(self, frechet: float) -> float | None:
         """Return the ratio of a Frechet distance to the teacher's, or None if the ratio is undefined.
 
-        Both distances must have the same protocol.
+        Both distances must be measured with the same protocol.
         """
         return frechet / self.frechet if math.isfinite(frechet) and self.frechet > 0 else None
 

@@ -39,7 +39,7 @@ class MetricInfo(Record):
 
 
 class Series(Record):
-    """One line of the plot: models with a sampler and with several numbers of steps."""
+    """One line of the plot: models with the same sampler and different numbers of steps."""
 
     name: str
     """`student`, `teacher-ddim`, `teacher-ancestral`, `teacher-heun`, ...; `samples` for a folder of images."""
@@ -133,7 +133,7 @@ class EvaluationResult(Record):
     """The subject of the evaluation, as the user typed it."""
     kind: Literal["run", "stage", "pipeline", "images"]
     complete: bool
-    """Whether every requested cell was measured. It is False while the evaluation runs, or if it was interrupted."""
+    """Whether every requested cell was measured. False while the evaluation is running, or if it was interrupted."""
     metrics: dict[str, MetricInfo]
     """All metrics that a row may contain, in the order in which they are shown."""
     series: list[Series]

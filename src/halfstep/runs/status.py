@@ -219,7 +219,7 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
     """Read the progress of the run in the folder `path`, without writing, locking or hashing anything.
 
     Args:
-        now: the current time in seconds since 1970, which only tests pass.
+        now: the current time in seconds since 1970. Only tests need to set it.
 
     Raises:
         ValueError: if the folder is not a run.
