@@ -114,9 +114,9 @@ class RunStatus:
     stages: list[StageStatus]
     state: RunState = "running"
     message: str | None = None
-    """Why the run is not running, if the reason is known."""
+    """Why the run has stopped, if the reason is known."""
     process: Mapping[str, Any] | None = None
-    """{"pid", "host", "started", "updated"} of the process that wrote last. Times are in seconds since 1970."""
+    """{"pid", "host", "started", "updated"} of the last process that wrote a heartbeat, in seconds since 1970."""
 
     @property
     def current(self) -> StageStatus | None:

@@ -8,8 +8,7 @@ TRIM_THRESHOLD: Final = -1
 """M_TRIM_THRESHOLD of mallopt(3): the number of free bytes at the top of the heap above which memory is returned to the
 system."""
 MMAP_THRESHOLD: Final = -3
-"""M_MMAP_THRESHOLD: the size above which a block gets its own mapping, which is returned as soon as the block is freed.
-"""
+"""M_MMAP_THRESHOLD: the size above which a block gets its own mapping, which is returned once the block is freed."""
 
 
 def keep_freed_memory() -> bool:

@@ -99,7 +99,7 @@ def make_accelerator(
 ) -> Accelerator:
     """Return an accelerator for this process.
 
-    The precision is "float32", or "bf16" for bfloat16 autocast over float32 weights. The first call connects the
+    `precision` must be "float32", or "bf16" for bfloat16 autocast over float32 weights. The first call connects the
     processes of `torchrun` or `accelerate launch`.
 
     Raises:
