@@ -131,7 +131,7 @@ def write_cached(file: Path | None, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _digest(file: Path, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return 32 bytes, the sha256 of the file's name and of the tensors with their names."""
+    """Return the sha256 of the file's name and of the named tensors, as a tensor of 32 bytes."""
     digest = hashlib.sha256(file.name.encode())
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
