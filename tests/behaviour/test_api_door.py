@@ -139,7 +139,7 @@ DATA: dict[str, tuple[Callable[[], Any], str]] = {
     "a label outside": (lambda: _fit(Labelled(), _labelled(ONE_OUTSIDE)), "two samples.*index out of range"),
     "a label outside a model": (
         lambda: _distill(CLASS_TEACHER, _labelled(ONE_OUTSIDE)),
-        "classes 0 to 4, but the teacher has 0 to 3",
+        "classes 0 to 4, but the teacher has the classes 0 to 3",
     ),
     "float labels": (lambda: _fit(Labelled(), _labelled(CLASSES.float())), r"must be classes, got torch\.float32"),
     "labels of flags": (lambda: _fit(Labelled(), _labelled(CLASSES > 1)), r"must be classes, got torch\.bool"),
@@ -154,7 +154,7 @@ DATA: dict[str, tuple[Callable[[], Any], str]] = {
             halfstep.Model.of(denoiser(Net()), (2,), conditions={"text": (3,)}),
             as_source((X0, {"text": torch.zeros(64, 4)})),
         ),
-        r"takes text of shape \[3\] per sample, but the data contain \[4\]",
+        r"takes text of shape \[3\] per sample, but the data contain text of shape \[4\]",
     ),
     "a condition with NaN": (lambda: _fit(Labelled(), (X0, {"angle": torch.full((64,), math.nan)})), "angle.*finite"),
     "NaN": (lambda: _fit(data=X0.index_fill(0, torch.tensor([3]), math.nan)), r"not finite.*first at index \[3, 0\]"),

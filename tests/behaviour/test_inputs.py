@@ -132,11 +132,11 @@ def test_changed_data_are_listed_and_can_be_accepted(tmp_path):
     finish(spec(points(), where=tmp_path / "y.npy"), tmp_path / "run")
     time.sleep(0.02)
     np.save(source, points(199).numpy())
-    with pytest.raises(DifferentRecipe, match=r"x\.npy.*num samples 200 then, 199 now.*--data\.accept-changed"):
+    with pytest.raises(DifferentRecipe, match=r"x\.npy.*num samples changed from 200 to 199.*--data\.accept-changed"):
         finish(spec(points(199)), tmp_path / "run")
     with pytest.raises(DifferentRecipe, match=r"1 changed file: .*x\.npy"):
         finish(spec(points(199)), tmp_path / "run")
-    with pytest.warns(HalfstepWarning, match="resumes on changed data"):
+    with pytest.warns(HalfstepWarning, match="resumes with changed data"):
         finish(spec(points(199), accept=True), tmp_path / "run")
     finish(spec(points(199)), tmp_path / "run")
     with pytest.raises(DifferentRecipe, match="shape") as refused:

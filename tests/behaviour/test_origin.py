@@ -139,7 +139,7 @@ def test_a_lost_recipe_is_written_again_and_a_foreign_one_refused(path: Path, ma
         k: v for k, v in before.items() if k != "environment"
     }
     file.unlink()
-    with pytest.raises(ValueError, match="is not empty and not a run folder"):
+    with pytest.raises(ValueError, match="is not empty, but it is not a run folder"):
         finish(OTHER, path)
     shutil.copy(RunFolder(made / "other").recipe_path, file)
     with pytest.raises(ValueError, match="different recipe"):
@@ -154,7 +154,7 @@ def test_a_damaged_recipe_is_reported_with_a_remedy(path: Path, content: str) ->
     file.write_text(content)
     for said in refusals(path):
         assert str(file) in said
-        assert "restore a copy of it, or remove it and rerun the command of its run" in said
+        assert "restore a copy of it, or remove it and rerun the command of the run" in said
 
 
 @pytest.mark.parametrize("damage", ["cut", "altered", "other stage", "samples"])

@@ -348,7 +348,7 @@ def test_a_file_without_a_model_is_reported(damage: str, toy_run: Path, tmp_path
     elif damage == "later format":
         manifest["format"], said = 99, "update halfstep"
     elif damage == "earlier format":
-        manifest["format"], said = 1, "it was written by an earlier one, so train the run again"
+        manifest["format"], said = 1, "it was written by an earlier version, so train the run again"
     elif damage == "foreign tensors":
         manifest["network"]["width"], said = 32, "does not match its manifest"
     write_sealed(folder / "manifest.json", manifest)
