@@ -500,7 +500,7 @@ SOLVED_FLOW: Final = {
         (edit("unet/config.json", sample_size=[8]), "has sample_size [8]: set it to the height and width"),
         (
             variant,
-            "only has weights of the variant non_ema (diffusion_pytorch_model.non_ema.safetensors): save them",
+            "has only weights of the variant non_ema (diffusion_pytorch_model.non_ema.safetensors): save them",
         ),
         (lambda f: save_ddpm(f, in_channels=3, out_channels=1), "takes 3 channels and returns 1: the numbers must"),
         (lambda f: save_ddpm(f, in_channels=1, out_channels=2), "variance_type does not declare a learned variance"),
@@ -741,7 +741,7 @@ def test_impossible_exports_are_rejected(
     assert "diffusers has no pipeline for a network of the type mlp. Use --format onnx" in said(toy)
     sixteen = distil(here / "dit", here / "latents-dit", tmp_path / "sixteen", "--chain.start-steps", "32", to=16)
     message = said(sixteen)
-    assert "cannot represent 16 steps exactly on 1000 timesteps, only 1, 2, 4, 5, 8, 10, 20, 25" in message
+    assert "cannot represent 16 steps exactly; it can only represent 1, 2, 4, 5, 8, 10, 20, 25" in message
     assert not (tmp_path / "out").exists()
 
 
