@@ -19,8 +19,7 @@ _PIXELS: Final = {
 
 
 def call_of(manifest: Manifest, num_steps: int) -> dict[str, Any]:
-    """Return the call arguments, other than prompts, with which a model's stock pipeline takes the same steps as
-    ours."""
+    """Return the call arguments, except prompts, with which a model's stock pipeline takes the same steps as ours."""
     pipeline = manifest.pipeline
     assert pipeline is not None
     taken = inspect.signature(stock(pipeline.kind).__call__).parameters
