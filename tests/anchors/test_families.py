@@ -282,16 +282,18 @@ def test_a_false_recording_is_rejected_with_the_fact(
             verify(network, schedule, made)
         return str(error.value)
 
-    assert "its denoiser got the time" in refused(process=FlowMatching(5.0))
+    assert "its denoiser received the time" in refused(process=FlowMatching(5.0))
     assert "gives a different sample" in refused(prediction=X0())
     first = made.steps[0]
-    with pytest.raises(ValueError, match=r"step 1 from t = 1 .* gives a different sample .* \(by nan"):
+    with pytest.raises(
+        ValueError, match=r"step 1 from t = 1 .* gives a different sample .* \(relative difference: nan"
+    ):
         verify(network, recording.schedule, Trace([first._replace(after=first.after * torch.nan), *made.steps[1:]]))
     with monkeypatch.context() as lie:
         lie.setattr(network, "output", network.output | {"sign": 1})
         assert "sign or the slice" in refused()
     monkeypatch.setattr(network, "clock", network.clock | {"offset": network.clock["offset"] + 0.01})
-    assert "its denoiser got the time" in refused()
+    assert "its denoiser received the time" in refused()
 
 
 @pytest.mark.parametrize("part", ["first", "last"])
@@ -403,7 +405,7 @@ def test_an_export_that_samples_otherwise_is_refused(saved: Callable[[str], Path
     other = FlowMatching(5.0)
     manifest = model.manifest.model_copy(update={"process": processes.describe(other)})
     bent = Model(NetworkDenoiser(model.denoiser.network, other, model.denoiser.prediction), manifest)
-    with pytest.raises(ValueError, match="exported FluxPipeline in 2 steps differ from the model's"):
+    with pytest.raises(ValueError, match="with 2 steps, samples of the exported FluxPipeline differ from the model's"):
         export_pipeline(bent, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

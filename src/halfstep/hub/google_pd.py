@@ -236,8 +236,7 @@ def _place(name: str, shape: tuple[int, ...], levels: int) -> _Place:
 
 
 def _regroups(got: tuple[int, ...], needed: tuple[int, ...]) -> bool:
-    """Return whether two shapes differ only as between flax versions: in joined neighbouring axes and axes of length
-    1."""
+    """Return whether two shapes differ only in joined adjacent axes and axes of length 1, as between flax versions."""
 
     def marks(shape: tuple[int, ...]) -> set[int]:
         return {math.prod(shape[: index + 1]) for index, length in enumerate(shape) if length != 1}

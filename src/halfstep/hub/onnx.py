@@ -152,7 +152,7 @@ def export_onnx(
 
     Raises:
         ValueError: if a package is missing, if the number of steps is unknown, or if the graph's samples differ from
-                torch's. In each case, nothing is written.
+            torch's. In each case, nothing is written.
     """
     for name in ("onnx", "onnxruntime", "onnxscript"):
         if find_spec(name) is None:
