@@ -162,7 +162,7 @@ def test_twelve_steps_on_a_table_of_a_thousand_levels(name: str, saved: Callable
         model.denoiser, model.manifest.model_copy(update={"outcome": Outcome(role="student", num_steps=12)})
     )
     with pytest.raises(
-        ValueError, match="with 1000 .* cannot represent 12 steps exactly; it can only represent 1, 2, 4, 5"
+        ValueError, match=r"with 1000 .* cannot represent 12 steps exactly; it can only represent 1, 2, 4, 5"
     ):
         export_pipeline(student, tmp_path / "out")
 

@@ -452,7 +452,7 @@ def test_figures_of_different_protocols_share_no_row(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", students=(128,), planned=(128, 64))
     write_stage(run, "02-halve-0064", 64, [result(64, True)], {}, protocol={**PROTOCOL, "device": "cuda"})
     page = reported(run)
-    assert "Not all stages were measured with the same protocol (different: device)." in page.text
+    assert "Not all stages were measured with the same protocol (they differ in: device)." in page.text
     first, second = (table[2:] for table in page.tables if table[0] and table[0][0] == "Steps")
     assert [row[0] for row in first] == ["256", "128", "64", "Heun 32", "8", "4", "2", "1"]
     (row,) = second
@@ -501,14 +501,16 @@ def test_samples_without_a_picture_are_described_as_such(tmp_path: Path) -> None
         return np.zeros((4, 1, 160), np.float32)
 
     page = reported(write_fake_run(tmp_path / "run", students=(128,), planned=(128,), samples=audio))
-    assert "Samples of this kind cannot be shown as images: shape 1 × 160, float32." in page.text
+    assert "Samples of shape 1 × 160 and type float32 cannot be shown as images." in page.text
 
 
 def test_without_a_stage_and_without_a_log_there_is_one_clear_line(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", students=(), planned=(128,))
     (run / "stages/00-denoise/manifest.json").unlink()
     (run / "log.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"has nothing to report on \(no stages/\*/manifest.json, no log.jsonl\)"):
+    with pytest.raises(
+        ValueError, match=r"contains nothing to report on \(it has no stages/\*/manifest.json and no log.jsonl\)"
+    ):
         write_report(run)
     assert not RunFolder(run).report_path.exists()
     with pytest.raises(ValueError, match="is not a run folder"):
