@@ -242,7 +242,7 @@ def test_an_evaluation_is_reliable_if_its_samples_outnumber_the_dimensions(tmp_p
         row["figures"]["kid"] = figure(row["figures"]["frechet"]["mean"] / 10)
     told["tables"][0]["protocol"]["extractor_facts"]["dimension"] = size
     write_sealed(RunFolder(run).evaluation_path, told)
-    lead = reported(run).text.partition("No figures")[0]
+    lead = reported(run).text.partition("There are no figures")[0]
     assert ("KID" in lead, "Fréchet distance" in lead) == (size == 1797, size == 1796)
 
 
@@ -360,7 +360,7 @@ def test_a_run_in_progress_shows_existing_parts_and_lists_missing_ones(tmp_path:
     with open(run / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"stage": "04-halve-0016", "update": 120, "loss": 0.5}) + '\n{"stage": "04-ha')
     page = reported(run)
-    assert "This run is not finished: 4 of 9 stages complete." in page.text
+    assert "This run is not finished: it has completed 4 of 9 stages." in page.text
     assert "04-halve-0016 (120 of 400 updates done), 05-halve-0008" in page.text
     states = {row[0]: row[-1] for row in page.table("Stage")[1:]}
     assert states["03-halve-0032"] == "complete"
@@ -392,7 +392,10 @@ def test_a_damaged_teacher_leaves_no_comparison(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run")
     (run / "stages/00-denoise/manifest.json").write_text("[]", encoding="utf-8")
     page = reported(run)
-    assert "8 students, from 128 steps to 1. There are no comparable results of teacher and students." in page.text
+    assert (
+        "8 students, from 128 steps to 1. There are no comparable results for the teacher and the students."
+        in page.text
+    )
     assert "instead of" not in page.text
 
 
@@ -419,7 +422,7 @@ def test_unreadable_samples_are_reported(tmp_path: Path, spoil: Callable[[Path],
     spoil(run / "stages/02-halve-0064/samples/steps-0064.npz")
     page = reported(run)
     assert "stages/02-halve-0064/samples/steps-0064.npz is truncated or altered" in page.text
-    assert "No samples for stage 02-halve-0064." in page.text
+    assert "There are no samples for stage 02-halve-0064." in page.text
 
 
 def test_missing_figures_recipe_log_and_samples_are_listed(tmp_path: Path) -> None:
@@ -433,8 +436,8 @@ def test_missing_figures_recipe_log_and_samples_are_listed(tmp_path: Path) -> No
     for text in (
         "The recipe cannot be shown: recipe.json does not exist; restore a copy of it",
         "stages/00-denoise/metrics.json has no sha256 of its content",
-        "No figures (metrics.json) for stages 00-denoise, 01-halve-0128.",
-        "No samples for stages 00-denoise, 01-halve-0128.",
+        "There are no figures (metrics.json) for stages 00-denoise, 01-halve-0128.",
+        "There are no samples for stages 00-denoise, 01-halve-0128.",
         "No losses were logged.",
         "The command of this run was not recorded.",
     ):

@@ -41,7 +41,7 @@ class Shown(NamedTuple):
     seconds: float
     """Wall time in seconds of the sampling alone."""
     samples: np.ndarray
-    """uint8 `[n, h, w, c]` for images, float32 `[n, *dims]` otherwise."""
+    """The samples: uint8 `[n, h, w, c]` for images, and float32 `[n, *dims]` otherwise."""
 
 
 class Answer(NamedTuple):

@@ -51,7 +51,7 @@ class Bounds:
     num_steps: int = 1024
     num_frames: int = 32
     num_values: int = 4_000_000
-    """Number of values in all samples together."""
+    """Maximum number of values in all samples together."""
     seconds: float = 60.0
     """Maximum sampling time in seconds."""
     guidance_scale: float = 50.0
@@ -163,7 +163,7 @@ class Explorer:
             elif not folder.model.is_file():
                 why = "its model.safetensors does not exist"
             elif self._manifests and manifest.shape != next(iter(self._manifests.values())).shape:
-                why = "its samples have a different shape than the first stage's"
+                why = "its samples have a different shape from those of the first stage"
             else:
                 self._folders[folder.name], self._manifests[folder.name] = folder, manifest
             choices[folder.name] = StageChoice(folder.name, manifest.num_steps, manifest.outcome.role, why)

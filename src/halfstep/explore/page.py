@@ -163,7 +163,7 @@ CSS: Final = """
 
 
 def _blocks(gr: Any, explorer: Explorer) -> Any:
-    """Return the page: the settings, and below them a tab for each view."""
+    """Return the page, which contains the settings and, below the settings, a tab for each view."""
     last = explorer.present[-1]
     most_samples, most_frames = explorer.bounds.samples(explorer.shape), explorer.bounds.frames(explorer.shape)
 

@@ -33,7 +33,7 @@ from halfstep.samplers import sample
 TOLERANCE: Final = 1e-4
 """Largest accepted relative difference between replayed and recorded values."""
 EXPORT_TOLERANCE: Final = 1e-3
-"""Largest accepted relative difference between samples after all steps of a sampler."""
+"""Largest accepted relative difference between an exported pipeline's samples and the model's samples."""
 SCALE: Final = 3.0
 """Guidance scale that is used for the guided recording."""
 PROMPTS: Final = ("a", "a photograph of a small cat on a large mat, in the light of the morning")
@@ -59,7 +59,7 @@ class Recording:
     guidance: str | None
     """The name of the pipeline's call argument for the guidance scale, or None if no guidance scale has an effect."""
     off: float | None
-    """The value of the argument `guidance` that disables guidance, or None if calls have a single branch."""
+    """The value of the argument `guidance` that disables guidance, or None if the pipeline runs only one branch."""
 
     @property
     def scale(self) -> float | None:
@@ -175,8 +175,8 @@ def _guiding(
     others = [branch for branch in branches if not _same(branch[0], alone)]
     if len(branches) != 2 or len(others) != 1:
         raise ValueError(
-            f"a guided step has {len(branches)} branches, {len(others)} of which have other conditions than a step "
-            "without guidance"
+            f"a guided step has {len(branches)} branches, {len(others)} of which have conditions that differ from "
+            "those of a step without guidance"
         )
     ((null, unconditional),) = others
     (conditional,) = (made for cond, made in branches if _same(cond, alone))
@@ -237,7 +237,7 @@ def fit_clock(schedule: Schedule, call: Mapping[str, Any], two: Trace) -> dict[s
 
 
 def _snapped(number: float, allowed: float) -> float:
-    """Remove float32 rounding errors: return the nearest round number if it differs by at most `allowed`."""
+    """Return the nearest round number if it differs by at most `allowed`, to remove float32 rounding errors."""
     near = round(number, 3)
     return near + 0.0 if abs(near - number) <= allowed else number
 
@@ -312,8 +312,8 @@ def verify(network: Replay, schedule: Schedule, made: Trace) -> None:
         )  # fmt: skip
         check(
             ddim_step(denoiser(x_t, t.expand(batch), cond), schedule.process, float(s)), step.after,
-            f"step {number} from t = {float(t):.4g} to {float(s):.4g} on {schedule.process}, with the output read as "
-            f"{type(schedule.prediction).__name__}, gives a different sample than the scheduler's step",
+            f"step {number} from t = {float(t):.4g} to {float(s):.4g} on {schedule.process}, with the output "
+            f"interpreted as {type(schedule.prediction).__name__}, gives a different sample from the scheduler's step",
         )  # fmt: skip
 
 

@@ -242,7 +242,7 @@ class StockSchedule(NamedTuple):
 def write_schedule(
     process: NoiseProcess, prediction: Prediction, num_train_timesteps: int, clip: bool
 ) -> StockSchedule:
-    """Return the stock scheduler that takes DDIM steps on our grids, with trailing spacing and an end at clean data.
+    """Return the stock scheduler that takes DDIM steps on our grids, which use trailing spacing and end at clean data.
 
     Raises:
         ValueError: if diffusers has no scheduler for this process or prediction.
@@ -304,8 +304,8 @@ def multistep(schedule: StockSchedule, solver: Mapping[str, Any], clip: bool) ->
     the same posterior as ancestral sampling with gamma = 0.
 
     Raises:
-        ValueError: if the scheduler is not DDIM, or if its table ends at zero signal, because this solver would divide
-            by it.
+        ValueError: if the scheduler is not DDIM, or if its table ends at zero signal, because this solver would then
+            divide by zero.
     """
     if schedule.kind != "DDIMScheduler":
         # With use_flow_sigmas, DPM-Solver++ starts at sigma = 1 - 1 / T and truncates timesteps to integers.

@@ -1,4 +1,4 @@
-"""Import and call diffusers' classes without warnings and progress bars."""
+"""Import and call diffusers' classes without warnings or progress bars."""
 
 import inspect
 import warnings

@@ -14,7 +14,7 @@ from halfstep.hub.schedulers import COSINE
 from halfstep.hub.stock import in_one_line, quiet
 
 STEPS: Final = 4
-"""Number of steps in a recording: two more than an affine clock has unknowns."""
+"""Number of steps in a recording, which is two more than the number of unknowns of an affine clock."""
 
 
 class Call(NamedTuple):

@@ -1,4 +1,4 @@
-"""The chain stage by stage, with the training, the time, and each student's distance from its teacher."""
+"""Rows and figures about the stages of the chain: training, time, and each student's distance from its teacher."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class StageRow:
 
     name: str
     label: str
-    """A student's number of steps, otherwise the stage's role, or "?" if neither is known."""
+    """The label: a student's number of steps, the role of another stage, or "?" if neither is known."""
     status: str
     """The status: complete, damaged, not started, or the number of updates done."""
     stage: StageFacts | None
@@ -84,7 +84,7 @@ def _distances(
     measured = stage.metrics.results if stage.metrics is not None else ()
     to_first = next((finite(one.teacher_rmse) for one in measured if one.num_steps == steps), None)
     teacher = stages.get(stage.manifest.teacher or "")
-    # An undistilled teacher may have no samples from the sampler that it taught with.
+    # An undistilled teacher may have no samples from the sampler with which it taught its student.
     if teacher is None or teacher.manifest.num_steps is None:
         return to_first, to_first, 0
     own = stage.samples.get(steps)
@@ -106,7 +106,7 @@ def progress(rows: Sequence[StageRow]) -> str | None:
         return None
     done = sum(row.status == "complete" for row in rows)
     names = ", ".join(row.name if row.status == "not started" else f"{row.name} ({row.status})" for row in missing)
-    return f"This run is not finished: {done} of {count(len(rows), 'stage')} complete. Missing: {names}."
+    return f"This run is not finished: it has completed {done} of {count(len(rows), 'stage')}. Missing: {names}."
 
 
 def loss_figure(rows: Sequence[StageRow]) -> Markup | None:
@@ -147,7 +147,7 @@ SECTIONS: Final = (
     ("Matching", "matched", ("matching",)),
     ("Students", "student", ("chain", "finish")),
 )
-"""The heading, the role, and the sections of the recipe that contain the hyperparameters."""
+"""For each kind of stage, the heading, the role, and the recipe sections that contain the hyperparameters."""
 
 
 def cost(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> tuple[list[tuple[str, str]], str | None]:
@@ -187,7 +187,7 @@ def cost(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> tuple[li
 
 
 def _batch_size(recipe: Mapping[str, Any], sections: Sequence[str]) -> int | None:
-    """Return the batch size of these sections, or None if it is unknown or differs between them."""
+    """Return the batch size that these sections share, or None if it is unknown or if the sections differ."""
     sizes = []
     for settings in map(recipe.get, sections):
         # A finish without steps trains nothing.

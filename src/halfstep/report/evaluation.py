@@ -1,7 +1,7 @@
 """Present an `EvaluationResult` as evaluation.md, .csv, .svg and .png, and as a section of the report.
 
-Each protocol has its own table, with the protocol below the table, because results from different protocols are not
-comparable.
+Each protocol has its own table, followed by a description of the protocol, because results from different protocols are
+not comparable.
 """
 
 import csv
@@ -51,7 +51,7 @@ def cells_of(table: EvaluationTable, series: Iterable[Series]) -> list[Best]:
 
 
 def best_of_table(table: EvaluationTable, result: EvaluationResult) -> Best | None:
-    """Return the teacher at its best in a table, or None if the table has no Frechet distance of the teacher."""
+    """Return the teacher's best cell in a table, or None if the table contains no Frechet distance for the teacher."""
     teachers = [series for series in result.series if series.role == "teacher"]
     return teacher_best(cells_of(table, teachers), is_too_few(table))
 
@@ -69,7 +69,7 @@ def title_of(table: EvaluationTable) -> str:
 
 
 Cell = tuple[str, float | None]
-"""The text of a cell, and the cell's value, or None if it was not measured."""
+"""The text of a cell, and either the cell's value or None if the value was not measured."""
 
 
 def rows_of(table: EvaluationTable, result: EvaluationResult) -> list[list[Cell]]:
@@ -96,16 +96,11 @@ def rows_of(table: EvaluationTable, result: EvaluationResult) -> list[list[Cell]
 
 
 def text_table(table: EvaluationTable, result: EvaluationResult) -> Table:
-    """Return the table as text."""
-    best = best_of_table(table, result)
-    rows = [[text for text, _ in row] for row in rows_of(table, result)]
-    headings = ["series", "steps", "network calls", *([] if best is None else ["ratio"])]
-    headings += [*(result.metrics[name].label for name in metrics_of(table, result)), "s per 1,000"]
-    if best is None:
-        return Table(headings, rows)
-    return Table(
-        headings, rows, [f"Ratio: Frechet distance relative to the teacher's best, {method_words(*best[:3])}."]
-    )
+    """Return the table as text.""" best = best_of_table(table, result) rows = [[text for text, _ in row] for row in
+    rows_of(table, result)] headings = ["series", "steps", "network calls", *([] if best is None else ["ratio"])]
+    headings += [*(result.metrics[name].label for name in metrics_of(table, result)), "s per 1,000"] if best is None:
+    return Table(headings, rows) return Table( headings, rows, [f"The ratio is the Frechet distance relative to the
+    teacher's best, {method_words(*best[:3])}."] )
 
 
 def protocol_words(protocol: Protocol) -> str:

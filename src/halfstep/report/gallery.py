@@ -15,7 +15,7 @@ from halfstep.runs import Best
 
 WALKED_COLUMNS = 5
 MODELS = {"student": "the student", "matched": "the matched teacher", "teacher": "the undistilled teacher"}
-"""Names of the models in alternative texts."""
+"""Names of the models in the alternative texts of images."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Sizes:
     """Maximum number of pixels of one image in the slider."""
 
     def smaller(self) -> "Sizes | None":
-        """Return limits that are about half as large, or None for a single seed."""
+        """Return limits that are about half as large, or None if there is only one seed."""
         if self.num_seeds == 1:
             return None
         return Sizes(self.num_seeds // 2, max(1, self.num_walked // 2), self.most_pixels // 2)
@@ -72,7 +72,7 @@ class Gallery(NamedTuple):
     """Samples of every model from the same noise."""
 
     kind: str
-    """What is shown: "images", "points", or the reason why nothing is shown."""
+    """The kind of samples shown, "images" or "points", or the reason why nothing is shown."""
     columns: Sequence[Column] = ()
     students: Sequence[Picture | None] = ()
     """`Walked.student` for each column, or empty if there are no students."""

@@ -33,7 +33,7 @@ class Nearest(NamedTuple):
 
     sentence: str
     rows: Sequence[tuple[Markup, Sequence[tuple[Markup, str]]]]
-    """For each seed, the sample and its nearest training samples with distances. Empty unless samples are images."""
+    """For each seed, the sample and its nearest training samples with distances; empty if they are not images."""
 
 
 def shown_nearest(facts: NearestFacts | None) -> Nearest | None:
@@ -43,8 +43,8 @@ def shown_nearest(facts: NearestFacts | None) -> Nearest | None:
     closest = facts.distances[:, 0]
     text = (
         f"The distance from {count(len(closest), 'sample')} to the nearest of {facts.num_searched:,} training samples "
-        f"has a median of {number(float(np.median(closest)))} and a minimum of {number(float(closest.min()))} (root "
-        "mean square difference; 0 for a copy). "
+        f"has a median of {number(float(np.median(closest)))} and a minimum of {number(float(closest.min()))} (the "
+        "root mean square difference, which is 0 for a copy). "
     )
     if len(facts.real):
         text += (

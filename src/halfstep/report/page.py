@@ -41,7 +41,10 @@ def write_report(run: Path, studies: Path | None = None, without_nearest: str | 
 
 
 def headline(facts: RunFacts) -> tuple[str, int] | None:
-    """Return the stage and steps that represent the run: the best student's, or else the last stage's with samples."""
+    """Return the stage and the number of steps that represent the run.
+
+    They are those of the best student or, if no student is rated, of the last stage with samples.
+    """
     best = summarise(facts, quality_groups(facts.stages, facts.start)).best
     if best is not None:
         for stage in reversed(facts.students):

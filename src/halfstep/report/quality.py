@@ -1,6 +1,6 @@
 """The results of a run's own measurements (metrics.json), with a table and figures for each protocol.
 
-Ratios are relative to the teacher at its best (`teacher_best`) in the same protocol.
+Ratios are relative to the teacher at its best (`teacher_best`) with the same protocol.
 """
 
 import json
@@ -226,10 +226,12 @@ def text_table(group: Group) -> Table:
     if group.best is not None:
         notes.append(f"Ratio and speed-up are relative to the teacher at its best, {group.best_words}.")
     if group.base is not None:
-        notes.append(f"RMSE compares samples of student and teacher ({group.base_words}) from the same noise.")
+        notes.append(
+            f"RMSE is the difference between student and teacher ({group.base_words}) samples from the same noise."
+        )
     sizes = [group.protocol.get(name, "?") for name in ("num_samples", "num_reference")]
-    bias = "are biased upwards, more so with fewer samples. Compare them only within this table"
-    notes.append(group.note or f"Distances between {sizes[0]} samples and {sizes[1]} real ones {bias}.")
+    bias = "are biased upwards, more so with fewer samples. Compare distances only within this table"
+    notes.append(group.note or f"Distances between {sizes[0]} samples and {sizes[1]} real samples {bias}.")
     return Table(headings, rows, notes)
 
 

@@ -10,7 +10,7 @@ from halfstep.report.figures import COLOURS, STYLE, Curve, log_axis, powers_of_t
 MARKERS: Final = "osD^vPX*"
 """Markers of curves, one for each colour."""
 MOST_INSIDE: Final = 5
-"""Maximum number of curves for which each panel has a legend inside."""
+"""Maximum number of curves for which legends are drawn inside the panels."""
 
 
 @final

@@ -1,4 +1,4 @@
-"""The first sentence of a report, which states how many network calls a student saves and how good it is."""
+"""The first sentence of a report, which states how many network calls a student saves and how good the student is."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from halfstep.runs import Best, finite
 KEPT = 1.5
 """A student keeps the teacher's quality if its Frechet distance or KID is at most this multiple of the teacher's."""
 NO_GAIN = 1.05
-"""A student gains nothing if the undistilled teacher with as many network calls is at most this many times worse."""
+"""A student gains nothing if the undistilled teacher with as many network calls is worse by at most this factor."""
 LEARNED = 0.25
 """Minimum coverage of the real data by the samples of a teacher that has learned the data. Coverage is near 1 if the
 samples and the data have the same distribution."""
@@ -27,11 +27,11 @@ class Rated(NamedTuple):
     """Ratio of the student's Frechet distance to that of the teacher at its best, or the student's KID if the Frechet
     distance is unreliable."""
     alone: float | None
-    """The quality of the undistilled teacher with as many network calls, or None if it was not measured."""
+    """The quality of the undistilled teacher with the same number of network calls, or None if it was not measured."""
 
     @property
     def gains(self) -> bool:
-        """Whether the student is closer to the data than the undistilled teacher with as many network calls."""
+        """Whether the student is closer to the data than the undistilled teacher with the same number of calls."""
         return self.alone is None or self.alone > NO_GAIN * self.quality
 
 
@@ -177,4 +177,4 @@ def _unrated(facts: RunFacts) -> str:
     what = count(len(facts.students), "student")
     if steps:
         what += f", from {steps[0]:,} steps to {steps[-1]:,}" if steps[1:] else f" with {count(steps[0], 'step')}"
-    return f"{what}. There are no comparable results of teacher and students."
+    return f"{what}. There are no comparable results for the teacher and the students."

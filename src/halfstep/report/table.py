@@ -25,7 +25,7 @@ class Table(NamedTuple):
 
     @classmethod
     def from_json(cls, data: Any) -> "Table":
-        """Return a table from JSON data, as created from its `_asdict`.
+        """Restore a table from the JSON data of its `_asdict`.
 
         Raises:
             ValueError: if the data is not a table.

@@ -70,7 +70,7 @@ def inside(folder: Path, error: Exception) -> str:
 
 
 def flatten(data: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten nested data to a dict from dotted names to strings."""
+    """Flatten nested data into a mapping from dotted names to strings."""
     flat: dict[str, str] = {}
     for key, value in data.items():
         if isinstance(value, Mapping) and value:

@@ -1,4 +1,4 @@
-"""Write a model as a web page with its graphs, onnxruntime-web, and scripts that draw the same noise as torch."""
+"""Write a model as a web page that contains graphs, onnxruntime-web, and scripts that draw the same noise as torch."""
 
 import base64
 import gzip
@@ -25,7 +25,7 @@ from halfstep.runtime.files import refuse_taken, replacing, replacing_folder
 MOST_BYTES: Final = 256 * 2**20
 """Maximum size in bytes of a model's weights, because browsers fail to load larger pages."""
 NEAR: Final = 5e-4
-"""Largest difference from torch's samples that 16-bit weights may cause."""
+"""Maximum difference from torch's samples for which 16-bit weights are accepted."""
 SMALLEST: Final = 256
 """Minimum number of values in a tensor that is stored with 16 bits per value."""
 LICENCES: Final = "onnxruntime-licences.txt"

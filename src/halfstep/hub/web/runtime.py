@@ -1,4 +1,4 @@
-"""Download onnxruntime-web, which runs graphs in browsers, once from npm, and verify its sha256."""
+"""Download onnxruntime-web, which runs graphs in browsers, from npm once, and verify its sha256 digests."""
 
 import hashlib
 import io
@@ -20,7 +20,7 @@ SHA256: Final[Mapping[str, str]] = {
     MODULE: "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90",
     BINARY: "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
 }
-"""The sha256 of the files that a page needs from the package's dist folder."""
+"""The sha256 digests of the files that a page needs from the package's dist folder."""
 REMEDY: Final = f"download {URL} and pass that file with --runtime."
 TIMEOUT: Final = 60.0
 """Number of seconds without data after which the registry is considered unreachable."""
