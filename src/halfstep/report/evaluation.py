@@ -96,11 +96,18 @@ def rows_of(table: EvaluationTable, result: EvaluationResult) -> list[list[Cell]
 
 
 def text_table(table: EvaluationTable, result: EvaluationResult) -> Table:
-    """Return the table as text.""" best = best_of_table(table, result) rows = [[text for text, _ in row] for row in
-    rows_of(table, result)] headings = ["series", "steps", "network calls", *([] if best is None else ["ratio"])]
-    headings += [*(result.metrics[name].label for name in metrics_of(table, result)), "s per 1,000"] if best is None:
-    return Table(headings, rows) return Table( headings, rows, [f"The ratio is the Frechet distance relative to the
-    teacher's best, {method_words(*best[:3])}."] )
+    """Return the table as text."""
+    best = best_of_table(table, result)
+    rows = [[text for text, _ in row] for row in rows_of(table, result)]
+    headings = ["series", "steps", "network calls", *([] if best is None else ["ratio"])]
+    headings += [*(result.metrics[name].label for name in metrics_of(table, result)), "s per 1,000"]
+    if best is None:
+        return Table(headings, rows)
+    return Table(
+        headings,
+        rows,
+        [f"The ratio is the Frechet distance relative to the teacher's best, {method_words(*best[:3])}."],
+    )
 
 
 def protocol_words(protocol: Protocol) -> str:

@@ -127,24 +127,60 @@ def read_run(path: Path, studies: Path | None = None) -> RunFacts:
 
     Raises:
         ValueError: if the folder contains neither a readable stage nor the log of a stage in training.
-    """ folder = RunFolder(path) if not path.is_dir(): raise ValueError(f"{path} is not a run folder. Pass the folder
-    that `halfstep run` wrote") notices: list[str] = [] recipe: dict[str, Any] = {} with _noting(notices, "The recipe
-    cannot be shown: ", path): recipe = folder.recipe() stages, damaged = [], {} for stage_folder in folder.stages():
-    try: stages.append(_stage(stage_folder, notices)) except (DamagedFile, OSError) as error: damaged[stage_folder.name]
-    = inside(path, error) log = _log(folder) if not stages and not log: why = "; ".join(damaged.values()) or "it has no
-    stages/*/manifest.json and no log.jsonl" raise ValueError( f"{path} contains nothing to report on ({why}). Pass the
-    folder of a run that `halfstep run` started" ) notices += [f"Stage {name} is damaged and was skipped: {why}." for
-    name, why in damaged.items()] for what, without in ( ("figures (metrics.json)", [s.name for s in stages if s.metrics
-    is None]), ("samples", [s.name for s in stages if not s.samples]), ): if without: notices.append(f"There are no
-    {what} for {'stage' if len(without) == 1 else 'stages'} {', '.join(without)}.") evaluation = None with
-    _noting(notices, "The evaluation is not shown: ", path): evaluation = folder.evaluation() nearest =
-    _nearest(folder.nearest_path, notices) shown_studies = [] studies = path / "studies" if studies is None else studies
-    for study in sorted(studies.glob("*/study.json")): with _noting(notices, f"The study {study.parent.name} is not
-    shown: ", studies): shown_studies.append(_study(study.parent)) environment = recipe.get("environment") content =
-    recipe.get("recipe") return RunFacts( name=path.resolve().name, recipe=content if isinstance(content, dict) else {},
-    environment=environment if isinstance(environment, dict) else {}, plan=folder.plan, stages=stages,
-    damaged=frozenset(damaged), log=log, notices=notices, start_name=None if folder.start is None else
-    folder.start.name, evaluation=evaluation, nearest=nearest, studies=shown_studies, )
+    """
+    folder = RunFolder(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a run folder. Pass the folder that `halfstep run` wrote")
+    notices: list[str] = []
+    recipe: dict[str, Any] = {}
+    with _noting(notices, "The recipe cannot be shown: ", path):
+        recipe = folder.recipe()
+    stages, damaged = [], {}
+    for stage_folder in folder.stages():
+        try:
+            stages.append(_stage(stage_folder, notices))
+        except (DamagedFile, OSError) as error:
+            damaged[stage_folder.name] = inside(path, error)
+    log = _log(folder)
+    if not stages and not log:
+        why = "; ".join(damaged.values()) or "it has no stages/*/manifest.json and no log.jsonl"
+        raise ValueError(
+            f"{path} contains nothing to report on ({why}). Pass the folder of a run that `halfstep run` started"
+        )
+    notices += [f"Stage {name} is damaged and was skipped: {why}." for name, why in damaged.items()]
+    for what, without in (
+        ("figures (metrics.json)", [s.name for s in stages if s.metrics is None]),
+        ("samples", [s.name for s in stages if not s.samples]),
+    ):
+        if without:
+            notices.append(
+                f"There are no {what} for {'stage' if len(without) == 1 else 'stages'} {', '.join(without)}."
+            )
+    evaluation = None
+    with _noting(notices, "The evaluation is not shown: ", path):
+        evaluation = folder.evaluation()
+    nearest = _nearest(folder.nearest_path, notices)
+    shown_studies = []
+    studies = path / "studies" if studies is None else studies
+    for study in sorted(studies.glob("*/study.json")):
+        with _noting(notices, f"The study {study.parent.name} is not shown: ", studies):
+            shown_studies.append(_study(study.parent))
+    environment = recipe.get("environment")
+    content = recipe.get("recipe")
+    return RunFacts(
+        name=path.resolve().name,
+        recipe=content if isinstance(content, dict) else {},
+        environment=environment if isinstance(environment, dict) else {},
+        plan=folder.plan,
+        stages=stages,
+        damaged=frozenset(damaged),
+        log=log,
+        notices=notices,
+        start_name=None if folder.start is None else folder.start.name,
+        evaluation=evaluation,
+        nearest=nearest,
+        studies=shown_studies,
+    )
 
 
 @contextlib.contextmanager
