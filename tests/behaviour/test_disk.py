@@ -470,6 +470,8 @@ def test_a_chain_whose_student_cannot_be_exported_says_so_before_training(num_st
 def test_oblong_images_of_classes_are_not_exported_to_a_pipeline_of_squares(tmp_path: Path) -> None:
     scheduler = diffusers.DDIMScheduler(clip_sample=False)
     model = import_pipeline(save_ddpm(tmp_path / "rect", scheduler, sample_size=(8, 16), num_class_embeds=5))
-    with pytest.raises(ValueError, match=r"square images, but this model generates \[8, 16\]\. Use --format onnx"):
+    with pytest.raises(
+        ValueError, match=r"square images, but this model generates images of size \[8, 16\]\. Use --format onnx"
+    ):
         export_pipeline(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
