@@ -186,8 +186,8 @@ class Explorer:
         """Sample a stage and the start of the chain from the same noise.
 
         Args:
-            num_steps: number of steps of the stage, or None for the number that it was distilled for, if any, and
-                otherwise `start_steps`.
+            num_steps: number of steps of the stage, or None for the number that it was distilled for (`start_steps` if
+                it was distilled for any number).
             teacher_steps: number of steps of the start of the chain, or None for `start_steps`.
             seed: seed of the first sample. The other samples use the seeds that follow.
 

@@ -40,7 +40,7 @@ def serve(
     allowed: Sequence[str] = (),
     root_path: str = "",
 ) -> None:
-    """Serve the page until Ctrl-C.
+    """Serve the page until Ctrl-C is pressed.
 
     Args:
         port: the port, or 0 for any free port.

@@ -61,7 +61,7 @@ class Curve:
 
 
 def _figure(name: str, height: float, draw: Any, panels: Sequence[float] = (1.0,)) -> Markup:
-    """Draw an SVG with `draw`, with ids that start with `name`. The same data always give the same SVG.
+    """Return the SVG that `draw` produces, with ids that start with `name`. The same data always give the same SVG.
 
     Args:
         draw: function that is called with the axes, which are stacked and share the x-axis.
