@@ -223,7 +223,7 @@ def test_bad_arguments_get_one_line(checkpoint: Path, config: Path, tmp_path: Pa
     (tmp_path / "bad.json").write_text('{"ch": 0}')
     assert "bad.json: image_size" in refused(["import", "google-pd", file, "--config", "bad.json"], capsys)
     (tmp_path / "uneven.json").write_text(json.dumps(json.loads(TINY.model_dump_json()) | {"attention": [True]}))
-    assert "an entry for each level, got 2 and 1" in refused(
+    assert "one entry for each level, but have 2 and 1 entries" in refused(
         ["import", "google-pd", file, "--config", "uneven.json"], capsys
     )
     (tmp_path / "s").mkdir()

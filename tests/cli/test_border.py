@@ -491,18 +491,18 @@ SOLVED_FLOW: Final = {
         (edit(SCHEDULER, trained_betas=[0.1, 0.2]), "has 2 trained_betas, but num_train_timesteps is 1000"),
         (edit(SCHEDULER, prediction_type="flow_prediction"), "its use_flow_sigmas must be true"),
         (edit(SCHEDULER, **CONTINUOUS), "has timestep_type 'continuous', but only 'discrete' is supported"),
-        (edit(SCHEDULER, **FLOWING), "contains a UNet2DModel, but its timesteps are unknown for the process"),
+        (edit(SCHEDULER, **FLOWING), "contains a UNet2DModel, but the timesteps of this network are unknown"),
         (
             edit(SCHEDULER, **SOLVED_FLOW),
-            "but its timesteps are unknown for the process of its scheduler",
+            "but the timesteps of this network are unknown for its scheduler's process",
         ),
         (edit("unet/config.json", class_embed_type="timestep"), "with class_embed_type 'timestep', an input that"),
         (edit("unet/config.json", sample_size=[8]), "has sample_size [8]: set it to the height and width"),
         (
             variant,
-            "only has weights of the variant non_ema (diffusion_pytorch_model.non_ema.safetensors): save them",
+            "has only weights of the variant non_ema (diffusion_pytorch_model.non_ema.safetensors): save them",
         ),
-        (lambda f: save_ddpm(f, in_channels=3, out_channels=1), "takes 3 channels and returns 1: the numbers must"),
+        (lambda f: save_ddpm(f, in_channels=3, out_channels=1), "takes 3 channels and returns 1: the two numbers must"),
         (lambda f: save_ddpm(f, in_channels=1, out_channels=2), "variance_type does not declare a learned variance"),
         (lambda f: (f / "model_index.json").write_text('{"_class_name": '), "model_index.json is not readable JSON"),
     ],
@@ -572,7 +572,7 @@ def test_unsupported_input_is_rejected_before_anything_is_written(here: Path, tm
     assert "--batch-size must be at least 1, got 0" in said("dit", "classes", "--batch-size", "0")
     assert "the device 'banana' does not exist here" in said("sd", "captioned", "--device", "banana")
     assert "does not use latents. Pass its images" in said("ddpm", "captioned")
-    assert "is not a pipeline (no model_index.json)" in said("captioned", "captioned")
+    assert "has no model_index.json, so it is not a pipeline" in said("captioned", "captioned")
     assert "has no classes: put the images of each class into a separate sub-folder" in said("dit", "captioned")
     folder = shutil.copytree(here / "sd", here / "foreign-vae")
     edit("model_index.json", vae=["mine", "VAE"])(folder)
@@ -646,13 +646,13 @@ def test_a_text_encoder_of_another_width_is_refused(here: Path, tmp_path: Path, 
 def test_a_network_without_a_pipeline_needs_its_scheduler(tmp_path: Path, capsys: Capture) -> None:
     tiny_unet().save_pretrained(tmp_path / "net")
     words = ["import", "diffusers", str(tmp_path / "net"), "--out", str(tmp_path / "out")]
-    assert "has no scheduler_config.json, which gives the process and prediction" in refused(words, capsys)
+    assert "has no scheduler_config.json, which defines the process and prediction" in refused(words, capsys)
     diffusers.DDPMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "net" / "scheduler")
     main(words)
     assert load(tmp_path / "out").manifest.prediction == {"type": "v"}
     tiny_vae().save_pretrained(tmp_path / "vae")
     words = ["import", "diffusers", str(tmp_path / "vae")]
-    assert "contains a AutoencoderKL, not a UNet2DModel. Give its whole pipeline" in refused(words, capsys)
+    assert "contains a AutoencoderKL, not a UNet2DModel. Pass the whole pipeline" in refused(words, capsys)
 
 
 @pytest.mark.parametrize(
@@ -664,7 +664,7 @@ def test_a_network_without_a_pipeline_needs_its_scheduler(tmp_path: Path, capsys
         ("owner/name", "could not be downloaded from the Hub"),
         ("../x/y", "does not exist"),
         ("nowhere", "does not exist"),
-        (__file__, "is a file: give a folder"),
+        (__file__, "is a file: pass a folder"),
     ],
 )
 def test_folders_without_a_pipeline_are_rejected(source: str, said: str, tmp_path: Path, capsys: Capture) -> None:
@@ -741,7 +741,8 @@ def test_impossible_exports_are_rejected(
     assert "diffusers has no pipeline for a network of the type mlp. Use --format onnx" in said(toy)
     sixteen = distil(here / "dit", here / "latents-dit", tmp_path / "sixteen", "--chain.start-steps", "32", to=16)
     message = said(sixteen)
-    assert "cannot represent 16 steps exactly on 1000 timesteps, only 1, 2, 4, 5, 8, 10, 20, 25" in message
+    assert "with 1000 timesteps, the exported grid" in message
+    assert "cannot represent 16 steps exactly; it can only represent 1, 2, 4, 5, 8, 10, 20, 25" in message
     assert not (tmp_path / "out").exists()
 
 

@@ -352,7 +352,7 @@ def test_an_interrupted_run_has_consistent_files(
         main(["evaluate", str(toy_run), "--num-steps", "3", "2", "--num-samples", "20", "--out", str(tmp_path)])
     assert not _result(tmp_path).complete
     said = (tmp_path / "evaluation.md").read_text()
-    assert "Interrupted or still running" in said
+    assert "The evaluation was interrupted or is still running" in said
     assert "20 samples" in said
     with (tmp_path / "evaluation.csv").open() as file:
         rows = list(csv.DictReader(file))

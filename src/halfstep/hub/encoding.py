@@ -1,4 +1,4 @@
-"""A pipeline's own encoders and decoder as callables: images to latents and back, texts to conditions."""
+"""A pipeline's own encoders and decoder as callables that map images to latents and back, and texts to conditions."""
 
 import inspect
 import json
@@ -24,10 +24,10 @@ from halfstep.runtime.files import sha256_of
 
 
 def autoencoder_of(model: Model, device: str | torch.device = "cpu") -> Autoencoder:
-    """Return the VAE of an imported model's pipeline, with the pipeline's map to the samples of the network.
+    """Return the VAE of an imported model's pipeline, along with the map from its latents to the network's samples.
 
     Raises:
-        ValueError: if there is none, or it does not encode to such samples.
+        ValueError: if the pipeline has no VAE, or if its VAE does not encode to the network's samples.
     """
     pipeline = _pipeline_of(model.manifest)
     folder, device = fetch(pipeline.folder), torch.device(device)
@@ -44,11 +44,11 @@ def encoder_of(
     """Return the encoder of an imported model's pipeline.
 
     Args:
-        class_names: for a class-conditional model, the captions, which are encoded as `class_labels`; the empty caption
-            is encoded as the null class, which comes after the network's last class.
+        class_names: the captions of a class-conditional model, which are encoded as `class_labels`. The empty caption
+            is encoded as the null class, which follows the network's last class.
 
     Raises:
-        ValueError: if a part is missing, or the network has fewer classes.
+        ValueError: if a part is missing, or if the network has fewer classes than `class_names`.
     """
     manifest, pipeline = model.manifest, _pipeline_of(model.manifest)
     folder = fetch(pipeline.folder)
@@ -75,14 +75,14 @@ def prompts_of(model: Model, device: str | torch.device = "cpu") -> Encoder:
     """Return the text-only encoder of an imported model's pipeline.
 
     Raises:
-        ValueError: when called, if a text encoder is missing.
+        ValueError: when the encoder is called, if a text encoder is missing.
     """
 
     def texts(captions: list[str]) -> dict[str, Tensor]:
         return text_conditions(model.manifest, captions, device)
 
     def images(pixels: Tensor) -> Tensor:
-        raise NotImplementedError("prompts have no images to encode")
+        raise NotImplementedError("a text-only encoder cannot encode images")
 
     options = json.dumps(_pipeline_of(model.manifest).options, sort_keys=True)
     key = f"{_pipeline_of(model.manifest).kind} {model.manifest.source} {options}"
@@ -96,10 +96,12 @@ def _pipeline_of(manifest: Manifest) -> Pipeline:
 
 
 def _vae(folder: Path, device: str | torch.device) -> tuple[Any, float, float]:
-    """Return a pipeline's VAE, and the shift and the scale of its latents."""
+    """Return a pipeline's VAE, along with the shift and the scale of the VAE's latents."""
     place, kind = folder / "vae", "AutoencoderKL"
     if not place.is_dir():
-        raise ValueError(f"{folder} has no vae, which is needed to encode and decode images: save the pipeline with it")
+        raise ValueError(
+            f"{folder} has no vae, which is needed to encode and decode images: save the pipeline with its VAE"
+        )
     vae = open_part(place, f"diffusers.{kind}").eval().to(device)
     return vae, float(vae.config.get("shift_factor") or 0.0), float(vae.config.scaling_factor)
 
@@ -108,7 +110,7 @@ def _vae(folder: Path, device: str | torch.device) -> tuple[Any, float, float]:
 def text_conditions(
     manifest: Manifest, captions: Sequence[str], device: str | torch.device = "cpu"
 ) -> dict[str, Tensor]:
-    """Return the conditions of captions by name, each `[len(captions), ...]`, as the model's pipeline passes them.
+    """Return the conditions for captions by name, each `[len(captions), ...]`, as the model's pipeline computes them.
 
     Raises:
         ValueError: if the package transformers or a text encoder is missing.
@@ -120,7 +122,7 @@ def text_conditions(
 
 
 def _unguided(pipe: Any, pipeline: Pipeline) -> dict[str, Any]:
-    """Return the arguments of a call without guidance, besides the prompts."""
+    """Return the arguments, other than the prompts, of a pipeline call without guidance."""
     taken = inspect.signature(type(pipe).__call__).parameters
     call = {name: 1.0 for name in GUIDANCES if name in taken} | pipeline.options
     return call | ({} if pipeline.guidance is None or pipeline.off is None else {pipeline.guidance: pipeline.off})
@@ -143,7 +145,7 @@ def decoder_of(manifest: Manifest, device: str | torch.device = "cpu") -> Callab
     """Return a function that decodes latents `[n, c, h, w]` to images `[n, 3, H, W]` in [-1, 1] with the model's VAE.
 
     Raises:
-        ValueError: if there is no VAE, or the latents do not have the shape of images.
+        ValueError: if the pipeline has no VAE, or if the latents do not have the shape of images.
     """
     vae, shift, scale = _vae(fetch(_pipeline_of(manifest).folder), device)
 

@@ -1,7 +1,7 @@
 """Published networks without weights, for dry runs on the meta device.
 
-Configs are copied from the `config.json` of the released weights. Calls are those that the pipeline makes at the
-released size.
+The configs are copied from the `config.json` files of the released weights. The calls are those that the pipeline makes
+when it generates samples of the released size.
 """
 
 import math
@@ -30,9 +30,9 @@ class Published(NamedTuple):
     """The recorded call."""
     scheduler: dict[str, Any]
     options: dict[str, Any]
-    """Pipeline call arguments that set the shape."""
+    """Pipeline call arguments that set the shape of the samples."""
     off: float | None = 1.0
-    """The guidance scale that disables guidance; None if the scale is an input of the network."""
+    """The guidance scale that disables guidance, or None if the scale is an input of the network."""
 
 
 def _call(**items: Any) -> dict[str, Any]:
@@ -52,7 +52,7 @@ _TIME: Final = {"is": "time", "dims": []}
 
 
 def _wan(title: str, heads: int, ffn: int, layers: int, height: int, width: int, shift: float) -> Published:
-    """Wan 2.1 at 81 frames."""
+    """Return a Wan 2.1 network for videos of 81 frames."""
     return Published(
         title, "WanPipeline", "WanTransformer3DModel",
         {
