@@ -52,16 +52,14 @@ class PlanArguments:
 
     recipe: tyro.conf.AvoidSubcommands[Annotated[Recipe, tyro.conf.arg(name="", help="")]]
     dry_run: Switch = False
-    """Print the plan, the memory and the time it needs, and write nothing."""
+    """Print the plan, memory and time; write nothing."""
     json: Switch = False
-    """Print the final status or, with --dry-run, the plan as one JSON document."""
+    """Print one JSON document. With --dry-run, it contains the plan, otherwise the final status."""
 
 
 @dataclass
 class RunArguments(PlanArguments):
-    """Run the whole plan of a recipe: train a teacher, halve the number of steps repeatedly, measure the models, and
-    write a report. To resume, run the same command again.
-    """
+    """Run the whole plan of a recipe: train a teacher, halve its steps, measure the models and write a report."""
 
     out: Path | None = None
     """Folder of the run; runs/NAME by default."""
@@ -69,7 +67,7 @@ class RunArguments(PlanArguments):
 
 @dataclass
 class TrainArguments(RunArguments):
-    """Train only the teacher of a recipe, measure it, and write a report. To resume, run the same command again."""
+    """Train only the teacher of a recipe, measure it and write a report."""
 
     out: Path | None = None
     """Folder of the run; runs/NAME-teacher by default."""
@@ -77,9 +75,7 @@ class TrainArguments(RunArguments):
 
 @dataclass
 class DemoArguments(RunArguments):
-    """Run the recipe digits: train a teacher, halve the number of steps repeatedly, measure the models, and write a
-    report. To resume, run the same command again.
-    """
+    """Run the recipe digits: train a teacher, halve its steps, measure the models and write a report."""
 
 
 @dataclass
@@ -92,11 +88,11 @@ class DistillArguments(PlanArguments):
     out: Path | None = None
     """Folder of the new run; runs/NAME-STAGE-to-STEPS by default."""
     prompts: Path | None = None
-    """For a pipeline: file with one prompt per line, to use instead of --data. The teacher writes a sample for each
+    """File with one prompt per line, instead of --data. The teacher, which must be a pipeline, writes a sample for each
     prompt to OUT-data, and is distilled on these samples.
     """
     call: tuple[str, ...] = ()
-    """Arguments for calling the pipeline that are the same for all samples, such as height=512 width=512."""
+    """Arguments for calling the pipeline, such as height=512 width=512. They are the same for all samples."""
     base_precision: BasePrecision = "float32"
     """Precision of a pipeline's frozen weights with --chain.lora-rank: bf16, int8 or nf4 (both from bitsandbytes), or
     int8wo (from torchao)."""
