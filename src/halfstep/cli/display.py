@@ -111,7 +111,7 @@ class RunDisplay:
     def _progress(self, stage: StageStatus) -> str:
         seconds = self.status.seconds_left
         left = "..." if math.isnan(seconds) else duration(seconds)
-        # If the student was not updated in the window, the student has no loss.
+        # If no update in the window trained the student, there is no student loss.
         loss = "" if stage.loss is None else f"loss {number(stage.loss)}  "
         measuring = "" if self.status.measuring_seconds_left else "training "
         return (

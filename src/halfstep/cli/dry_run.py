@@ -21,7 +21,7 @@ LONG_SECONDS: Final = 86400.0
 DEVICES: Final = (24, 48, 80)
 """The memory sizes of common devices, in GiB."""
 SHARE: Final = 0.9
-"""The share of a device's memory that the estimate may fill. The allocator and workspaces need the rest."""
+"""The share of a device's memory that an update may use. The allocator and workspaces need the rest."""
 LITTLE: Final = 2**30
 """The memory, in bytes, that any machine has. If a plan for the CPU needs less, the output does not mention devices."""
 FEW_SAMPLES: Final = 5000
@@ -125,7 +125,7 @@ def _lines(facts: dict[str, Any], spec: RunSpec) -> Iterator[str]:
     parameters, trainable = facts["parameters"], facts["trainable_parameters"]
     yield f"parameters: {parameters:,}    one forward pass of one sample: {quantity(facts['forward_flops'], 'FLOP')}"
     updates = sum(stage["num_updates"] for stage in stages)
-    yield f"updates: {updates:,}    samples seen: {seen:,} ({seen / data['num_samples']:,.0f} passes over the data)"
+    yield f"updates: {updates:,}    samples seen: {seen:,} (passes over the data: {seen / data['num_samples']:,.0f})"
     if trainable != parameters:
         share = f"{trainable / parameters:.1%}"
         yield f"trained parameters: {trainable:,} ({share}); teacher and student share the rest"
@@ -146,7 +146,7 @@ def _lines(facts: dict[str, Any], spec: RunSpec) -> Iterator[str]:
         how = "timed here" if timed == batch else f"extrapolated from updates of {timed // 2} and {timed} samples"
         seconds = f"{number(facts['seconds_an_update'])} s per update of {batch} samples in the first stage, {how}"
         time = duration(facts["estimated_seconds"])
-        yield f"estimated training time on this machine, not including measurements: {time} ({seconds})"
+        yield f"estimated training time on this machine, without the time for measuring the models: {time} ({seconds})"
     if (facts["estimated_seconds"] or 0) > LONG_SECONDS:
         advice = shorter([stage["role"] for stage in stages], spec.teacher)
         yield f"warning: the training will take more than a day. Use a GPU, or {advice}"

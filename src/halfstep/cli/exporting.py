@@ -56,7 +56,7 @@ class ExportArguments:
     """Export a model for use in other tools: halfstep export runs/digits --format diffusers --out digits-4."""
 
     model: tyro.conf.Positional[Path]
-    """Folder of a stage, or of a run, whose last stage is used."""
+    """Folder of a stage or run. For a run, the last stage is used."""
     out: Path
     """Folder to write to; for onnx, a .onnx file; for web with --single-file, a .html file."""
     format: Literal["diffusers", "lora", "onnx", "web"] = "diffusers"

@@ -27,8 +27,8 @@ class ImportArguments:
 
     format: tyro.conf.Positional[Literal["diffusers", "google-pd"]]
     """diffusers: a text- or class-conditional pipeline with one denoiser, a DDPM or DDIM pipeline, or a UNet2DModel
-    with a scheduler. google-pd: a checkpoint from gs://gresearch/diffusion-distillation/, where the names are
-    {cifar,imagenet,bedroom,church}_{original,64,...,1}."""
+    with a scheduler. google-pd: one of the checkpoints
+    gs://gresearch/diffusion-distillation/{cifar,imagenet,bedroom,church}_{original,64,...,1}."""
     source: tyro.conf.Positional[str]
     """diffusers: a folder, or a name on the Hub. google-pd: a .msgpack file."""
     config: str | None = None

@@ -1,4 +1,4 @@
-"""`halfstep report`: writes a page about a run, which also shows the training samples nearest to its samples."""
+"""`halfstep report`: writes the report page of a run, with the training samples nearest to the run's samples."""
 
 import hashlib
 from collections.abc import Sequence

@@ -38,7 +38,7 @@ class SampleArguments:
     """
 
     model: tyro.conf.Positional[Path]
-    """Folder of a stage, or of a run, whose last stage is used."""
+    """Folder of a stage or run. For a run, the last stage is used."""
     num_steps: Steps | None = None
     """Number of sampler steps; by default, the number of steps that the student was distilled for."""
     num_samples: Count = 64

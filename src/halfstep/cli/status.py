@@ -67,7 +67,9 @@ def view(status: RunStatus) -> Group:
     lines: list[Text | PlanView] = [head, PlanView(status, reserved=6)]
     if (best := status.teacher_best) is not None:
         where = method_words(best.sampler, best.num_steps, best.num_evals)
-        lines.append(Text(f"teacher's best: {where}, distance {number(best.frechet)}; 2x is twice this", style="dim"))
+        lines.append(
+            Text(f"teacher's best: {where}, distance {number(best.frechet)}; 2x means twice this distance", style="dim")
+        )
     if status.state != "finished" and (stage := status.current) is not None:
         if stage.checkpoint is not None:
             lines.append(Text(f"last checkpoint: update {stage.checkpoint:,} of {stage.name}"))

@@ -44,7 +44,7 @@ class StudyArguments:
     data: str | None = None
     """Data source, such as a folder; by default, the data of the scale."""
     seeds: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """Number of seeds, with each of which the training is repeated; by default, the number that the scale sets."""
+    """Number of seeds with which the training is repeated; by default, the number that the scale sets."""
     threads: Annotated[int, Field(ge=1, le=512)] | None = None
     """Number of CPU threads for torch; by default, torch chooses the number."""
     out: Path | None = None

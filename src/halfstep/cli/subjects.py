@@ -41,8 +41,8 @@ class EvaluateArguments:
     subject: tyro.conf.Positional[str]
     """Model, run or samples to evaluate."""
     num_steps: tuple[Steps, ...] = ()
-    """Numbers of steps for the --against series or for a stage; by default, the number of steps at which the chain
-    starts, and its halves down to 1."""
+    """Numbers of steps for the --against series or for a stage; by default, the first number of steps in the chain,
+    halved repeatedly down to 1."""
     against: tuple[str, ...] | None = None
     """Series to compare with the students: teacher-SAMPLER or student-SAMPLER (see `halfstep ls samplers`). The default
     is teacher-ddim and, without --num-steps, also teacher-heun."""
@@ -275,7 +275,9 @@ class Rows:
             raise UsageError("no model is left to measure. Choose another series with --against")
         has_gamma = any(e.gamma is not None for e in self.entries) or any(s.gamma is not None for s in self.series)
         if (asked.gamma is not None or asked.search_gamma is not None) and not has_gamma:
-            raise UsageError("--gamma and --search-gamma have no effect without --against teacher-ancestral. Add this")
+            raise UsageError(
+                "--gamma and --search-gamma have no effect without --against teacher-ancestral. Add this series"
+            )
 
     def teacher(self) -> Entry | None:
         """Return the teacher with its own number of steps or, if it takes any number, with the run's finest method."""

@@ -54,7 +54,7 @@ class PlanArguments:
     dry_run: Switch = False
     """Print the plan, memory and time; write nothing."""
     json: Switch = False
-    """Print one JSON document. With --dry-run, it contains the plan, otherwise the final status."""
+    """Print one JSON document. It contains the plan with --dry-run, and the final status otherwise."""
 
 
 @dataclass
@@ -80,9 +80,9 @@ class DemoArguments(RunArguments):
 
 @dataclass
 class DistillArguments(PlanArguments):
-    """Distil a model to fewer steps. MODEL is a run, whose last stage is used, a stage, a diffusers folder or a name on
-    the Hub. A teacher that predicts eps is first converted to v-prediction. The defaults come from the recipe of the
-    run that contains MODEL; imported models have their own defaults.
+    """Distil a model to fewer steps. MODEL is a diffusers folder, a name on the Hub, a stage, or a run, whose last
+    stage is used. A teacher that predicts eps is first converted to v-prediction. The defaults come from the recipe of
+    the run that contains MODEL; imported models have their own defaults.
     """
 
     out: Path | None = None
@@ -149,7 +149,7 @@ def distill(argv: Sequence[str]) -> None:
     is_published = name in PUBLISHED and arguments.dry_run and not Path(name).is_dir()
     if stage is not None:
         if arguments.base_precision != "float32":
-            raise UsageError("--base-precision only applies to a pipeline. For a stage, use it in halfstep import")
+            raise UsageError("--base-precision only applies to a pipeline. For a stage, pass it to halfstep import")
         model, label = load(stage.path), stage.name
     elif is_published:
         model, label = published(name, arguments.base_precision), name
@@ -209,7 +209,7 @@ def _imported_recipe() -> Recipe:
 
 
 def _chain_of(recipe: Recipe, model: Manifest | None = None) -> Recipe:
-    """Return the recipe with a chain that starts from a model; if it is None, from a pipeline not imported yet."""
+    """Return the recipe with a chain that starts from a model. None stands for a pipeline that is not imported yet."""
     # The settings per student of the old chain may not fit the new chain.
     chain: dict[str, object] = {
         "start_steps": START_STEPS,
@@ -245,7 +245,10 @@ def _not_sampled(prompts: Path | None, model: Model, folder: Path) -> tuple[Data
     if prompts is not None:
         number = len(read_prompts(prompts))
         calls = model.num_evals(Heun(), NUM_STEPS)
-        why = f"{count(number, 'sample')} for {prompts} would be drawn first, with {calls} network calls each"
+        why = (
+            f"{count(number, 'sample')} for the prompts in {prompts} would be drawn first, with {calls} network calls "
+            "each"
+        )
     return StandIn(str(folder), model.shape, number, conditions=model.manifest.conditions), why
 
 
@@ -274,7 +277,7 @@ def finish(argv: Sequence[str]) -> None:
     arguments = parse(FinishArguments, rest, f"halfstep finish {name}", FinishArguments(recipe), SHORT_OF_FINISH)
     asked = arguments.recipe.finish
     if not asked.steps:
-        raise UsageError("there is no student to finish. Choose some by their steps, such as --steps 2 1")
+        raise UsageError("there is no student to finish. Add --steps, such as --steps 2 1")
     # Existing finishing stages keep their order, and new finishing stages follow them.
     steps = tuple(dict.fromkeys((*recipe.finish.steps, *asked.steps)))
     finishes = asked.model_copy(update={"steps": steps})
@@ -321,7 +324,7 @@ def _execute(recipe: Recipe, make: Callable[[], RunSpec], out: Path, json: bool)
     started = time.monotonic()
     try:
         with StopSignal() as stop:
-            # Several processes stop together, as soon as they have agreed on it.
+            # Several processes stop together, as soon as all of them have agreed to stop.
             alone = stop if world_size() == 1 else None
             with at_once(alone):
                 spec = make()

@@ -1,4 +1,4 @@
-"""Parses a command line with tyro. For an error, prints one line, which suggests the most similar option or value."""
+"""Parses a command line with tyro, and turns errors into one-line messages that suggest the nearest option or value."""
 
 import re
 import sys
@@ -30,7 +30,7 @@ PLAIN: Final = ConstructorRegistry()
 
 METAVARS: Final = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 BOUNDS: Final = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-"""The words with which messages describe pydantic's bounds."""
+"""The words that messages use for pydantic's bounds."""
 NEEDED: Final = {int: "a whole number", float: "a number"}
 
 

@@ -254,7 +254,7 @@ def overview() -> str:
     for group, verbs in _GROUPS.items():
         lines += [f"{group}:", *(f"  {verb.usage:<{width}}  {verb.summary}" for verb in verbs), ""]
     lines += [
-        "MODEL is the folder of a stage, or of a run, whose last stage is used.",
+        "MODEL is the folder of a stage or run. For a run, the last stage is used.",
         "`halfstep VERB --help` shows common options and examples, and `halfstep VERB --help-all` shows every option.",
         "With --json, stdout contains one JSON document, and all other output goes to stderr.",
         "",
