@@ -417,13 +417,13 @@ def test_unsupported_uses_of_prompts_are_rejected_in_one_line(
     prompts.write_text("a\n")
     call = ["--call", "height=8", "width=8"]
     out = ["--out", str(tmp_path / "out")]
-    assert "give either --data (images) or --prompts (texts)" in refused(["encode", str(folder), *out], capsys)
+    assert "use either --data (images) or --prompts (texts)" in refused(["encode", str(folder), *out], capsys)
     asked = ["distill", str(folder), "--prompts", str(prompts), *out, *call, *BUDGET]
     main([*asked, "--dry-run"])
     told = " ".join(capsys.readouterr().out.split())
     assert "1 sample of" in told
     assert "would be drawn first, with 63 network calls each" in told
-    assert "--call height: give NAME=VALUE" in refused([*asked[:4], *out, "--call", "height"], capsys)
+    assert "--call height is not of the form NAME=VALUE" in refused([*asked[:4], *out, "--call", "height"], capsys)
     prompts.write_text("\n \n")
     assert "contains no prompts: write one per line" in refused(asked, capsys)
     assert "FluxPipeline failed" in refused(

@@ -256,7 +256,7 @@ def test_the_command_of_a_run_accepts_the_folder_that_has_grown(trained: Path, c
 def test_unsupported_finishes_are_rejected_in_one_line(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     assert "refines a student of 3 steps" in refused(["finish", str(trained), "--steps", "3"], capsys)
     assert "finished only once, got 1, 1" in refused(["finish", str(trained), "--steps", "1", "1"], capsys)
-    assert "is not a run (no recipe.json)" in refused(["finish", str(tmp_path), "--steps", "1"], capsys)
+    assert "is not a run (it has no recipe.json)" in refused(["finish", str(tmp_path), "--steps", "1"], capsys)
     assert "the run is missing" in refused(["finish", "--steps", "1"], capsys)
     other = ["finish", str(trained), "--steps", "1", *BRIEF, "--chain.learning-rate", "0.5"]
     assert "Differences: chain.training.learning_rate" in refused(other, capsys)

@@ -215,7 +215,7 @@ def test_a_transposed_array_is_not_taken_for_the_other(tmp_path: Path) -> None:
 def test_bad_arguments_get_one_line(checkpoint: Path, config: Path, tmp_path: Path, capsys: Capture) -> None:
     os.chdir(tmp_path)
     file, out = str(checkpoint), str(tmp_path / "s")
-    assert "--config is missing: cifar10, imagenet64" in refused(["import", "google-pd", file], capsys)
+    assert "--config is missing. Use cifar10, imagenet64" in refused(["import", "google-pd", file], capsys)
     assert "did you mean 'cifar10'?" in refused(["import", "google-pd", file, "--config", "cifar"], capsys)
     assert "does not exist" in refused(["import", "google-pd", "nowhere", "--config", "cifar10"], capsys)
     assert "is a folder" in refused(["import", "google-pd", str(tmp_path), "--config", "cifar10"], capsys)

@@ -571,7 +571,7 @@ def test_unsupported_input_is_rejected_before_anything_is_written(here: Path, tm
         assert f"{option} has no effect with --prompts" in refused([*prompts, option, "8"], capsys)
     assert "--batch-size must be at least 1, got 0" in said("dit", "classes", "--batch-size", "0")
     assert "the device 'banana' does not exist here" in said("sd", "captioned", "--device", "banana")
-    assert "does not use latents. Pass its images" in said("ddpm", "captioned")
+    assert "does not use latents. Pass the images" in said("ddpm", "captioned")
     assert "has no model_index.json, so it is not a pipeline" in said("captioned", "captioned")
     assert "has no classes: put the images of each class into a separate sub-folder" in said("dit", "captioned")
     folder = shutil.copytree(here / "sd", here / "foreign-vae")
@@ -725,11 +725,11 @@ def test_impossible_exports_are_rejected(
     def said(run: Path, *words: str, out: str = "out") -> str:
         return refused(["export", str(run), "--out", str(tmp_path / out), *words], capsys)
 
-    assert "has no effect on --format diffusers" in said(ddpm_run, "--num-steps", "4")
-    assert "--push-to-hub has no effect on --format" in said(
+    assert "has no effect with --format diffusers" in said(ddpm_run, "--num-steps", "4")
+    assert "--push-to-hub has no effect with --format" in said(
         ddpm_run, "--format", "onnx", "--push-to-hub", "a/b", out="o.onnx"
     )
-    assert "give a file that ends in .onnx" in said(ddpm_run, "--format", "onnx")
+    assert "is not an ONNX file. Choose a name that ends in .onnx" in said(ddpm_run, "--format", "onnx")
     assert "was not trained with LoRA and has no LoRA weights" in said(ddpm_run, "--format", "lora")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")

@@ -292,7 +292,7 @@ def test_samples_are_written_under_their_own_name_or_not_at_all(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--out", "x.jpg"], "is not a supported format. Choose a .png"),
+        (["--out", "x.jpg"], "is not in a supported format. Choose a .png file"),
         (["--num-samples", "0"], "--num-samples must be at least 1, got 0"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--num-steps", "0"], "--num-steps must be at least 1, got 0"),

@@ -422,8 +422,8 @@ def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_p
         (["evaluate", toy, "--search-gamma", "3", "--gamma", "0.5"], "Remove one"),
         (["evaluate", toy, "--gamma", "0.5"], "have no effect without --against teacher-ancestral"),
         (["evaluate", toy, "--against", "teacher-hein"], "unknown sampler 'hein'; did you mean 'heun'?"),
-        (["evaluate", toy, "--against", "heun"], "give teacher-SAMPLER or student-SAMPLER"),
-        (["evaluate", student, "--against", "teacher-ddim"], "needs a teacher, and this stage has none"),
+        (["evaluate", toy, "--against", "heun"], "Use teacher-SAMPLER or student-SAMPLER"),
+        (["evaluate", student, "--against", "teacher-ddim"], "needs a teacher, but this stage has none"),
         (["evaluate", toy, "--extractors", "pixel"], "unknown feature extractor 'pixel'; did you mean 'pixels'?"),
         (["evaluate", toy, "--extractors", "pixels=x"], "take no file"),
         (["evaluate", toy, "--extractors", "classifier"], "need labels"),
@@ -437,10 +437,13 @@ def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_p
         (["evaluate", str(digits_run), "--data", f"{toy_run.parent}/toy.npy"], "generates images in [-1, 1], but"),
         (["evaluate", str(digits_run), "--data", f"{tmp_path}/other.npz"], "has samples of shape [1, 8, 8], but"),
         (["evaluate", f"{tmp_path}/other.npz"], "its data is unknown. Add --data"),
-        (["evaluate", f"{tmp_path}/other.npz", "--data", "digits"], "Give a reference of the same size"),
+        (["evaluate", f"{tmp_path}/other.npz", "--data", "digits"], "Use a reference of the same size"),
         (["evaluate", f"{tmp_path}/one.npz", "--data", "digits"], "but 2 are needed"),
         (["evaluate", f"{tmp_path}/other.npz", "--data", f"{toy_run.parent}/toy.npy"], "of the same kind"),
-        (["evaluate", f"{tmp_path}/other.npz", "--data", "digits", "--seeds", "2"], "no effect on samples in files"),
+        (
+            ["evaluate", f"{tmp_path}/other.npz", "--data", "digits", "--seeds", "2"],
+            "no effect when the samples are read from files",
+        ),
     ]
     for argv, said in cases:
         assert said in refused([*argv, *out], capsys), argv
