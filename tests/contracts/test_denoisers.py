@@ -585,7 +585,7 @@ def test_guidance_without_its_condition_is_rejected(
 
 
 def test_guidance_without_a_null_is_rejected() -> None:
-    with pytest.raises(ValueError, match=r"guidance needs values that mean no condition\. Pass null"):
+    with pytest.raises(ValueError, match=r"guidance needs a value that replaces each dropped condition\. Pass null"):
         Guided(mixture(VPCosine()), {}, 2.0)
 
 
