@@ -1,1 +1,1 @@
-"""The mathematics, written in torch alone, without files or third-party networks."""
+"""The mathematical core, written in torch alone, without files or third-party networks."""

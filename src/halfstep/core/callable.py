@@ -39,7 +39,7 @@ def _closed_over(function: FunctionType) -> dict[str, Any]:
 
 
 def _twin(value: Any, memo: dict[int, Any]) -> Any:
-    """Return a copy of a callable, which calls copies of the original modules."""
+    """Copy a callable together with its modules, so that the copy calls the copied modules."""
     if not isinstance(value, FunctionType):
         return copy.deepcopy(value, memo)
     held = {name: _twin(part, memo) for name, part in _closed_over(value).items()}

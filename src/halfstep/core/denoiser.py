@@ -266,7 +266,7 @@ class Guided(Denoiser):
 def output_gain(process: NoiseProcess, prediction: Prediction, t: float = 1.0) -> float:
     """Return the factor by which an error in the network's output at t grows in x0: sigma / alpha for eps, 1 for x0.
 
-    For "both", the two heads are assumed to have the same error, whose effects on x0 partly cancel.
+    For "both", the two heads are assumed to have the same error, whose effects on x0 partly cancel out.
     """
     alpha, sigma = process.alpha_sigma(torch.tensor([t], dtype=torch.float64))
     output = torch.ones(1, prediction.channels, dtype=torch.float64)

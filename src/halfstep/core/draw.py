@@ -5,8 +5,8 @@ of a generated sample is a function of that sample's seed. No number depends on 
 same when a run is resumed and when the micro batch or the world size changes. Each *shard* of 32 places has one
 generator, so seeding takes only microseconds per update.
 
-Numbers are drawn on the CPU, so they do not depend on the device. They can be drawn in advance and then moved to the
-device.
+All numbers are drawn on the CPU, so they do not depend on the device. Numbers can be drawn in advance and then moved to
+the device.
 """
 
 import functools
@@ -88,7 +88,7 @@ class Draw:
     def made_ahead(self, asked: Sequence[Asked], place: Callable[[Tensor], Tensor]) -> "Draw":
         """Return a copy of this draw with the results of the calls in `asked`, drawn in advance and moved with `place`.
 
-        The copy returns each of these results once. It draws all other numbers on the CPU when they are requested.
+        The copy returns each of these results once. All other numbers are drawn on the CPU when they are requested.
         """
         return replace(self, _ahead={call: place(getattr(self, call.method)(*call.arguments)) for call in asked})
 

@@ -6,9 +6,9 @@ decreasing. The rest of the library uses only the functions alpha, sigma and log
 
 Times and amplitudes are *clock* tensors, which are float64 and contain one number per sample. Data may have any
 floating-point dtype and any shape `[batch, *dims]`. With 8192 steps, amplitudes at neighbouring times near 0 and 1 can
-differ by only parts in 10^8, so the clock is never computed in the precision of the data. Clock tensors are cast only
-once, in `per_sample`, when they multiply data. During sampling, all samples share one time. This time stays a plain
-number, because a hundred small tensor operations take as long as one step of a small network.
+differ by only a few parts in 10^8, so the clock is never computed in the precision of the data. Clock tensors are cast
+only once, in `per_sample`, when they multiply data. During sampling, all samples share one time. This time stays a
+plain number, because a hundred small tensor operations take as long as one step of a small network.
 """
 
 import math
@@ -82,7 +82,7 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def time_at(self, log_snr: Tensor) -> Tensor:
-        """Return the time at which `log_snr` is reached. This is the inverse of `log_snr()`."""
+        """Return the time at which `log_snr` is reached. This method inverts `log_snr()`."""
 
     @final
     def amplitudes(self, t: Tensor | float) -> tuple[Tensor, Tensor] | tuple[float, float]:
@@ -231,7 +231,7 @@ class VPTable(NoiseProcess):
         return {levels.device: torch.cat([2 * levels[:1] - levels[1:2], levels])}
 
     def _nodes_on(self, device: torch.device) -> Tensor:
-        """Return the tensor of `_nodes` for a device, copied there only once because the host waits for each copy."""
+        """Return the tensor of `_nodes` for a device. It is copied there once, because the host waits for each copy."""
         if device not in self._nodes:
             self._nodes[device] = self._nodes[torch.device("cpu")].to(device)
         return self._nodes[device]
@@ -352,9 +352,9 @@ class VE(NoiseProcess):
 class FlowMatching(NoiseProcess):
     """The straight path from data to noise: alpha = 1 - sigma, with sigma = shift t / (1 + (shift - 1) t).
 
-    A shift above 1, as used by high-resolution models, spends more time near pure noise. With a shift of 1, sigma is t.
+    A shift above 1, as used by high-resolution models, spends more time near pure noise. A shift of 1 gives sigma = t.
 
-    Source: Lipman et al. 2023 (arXiv:2210.02747); for the shift, Esser et al. 2024 (arXiv:2403.03206), equation 23.
+    Source: Lipman et al. 2023 (arXiv:2210.02747) and, for the shift, Esser et al. 2024 (arXiv:2403.03206), equation 23.
 
     Raises:
         ValueError: if the shift is not a finite number above 0.

@@ -1,4 +1,4 @@
-"""Predictions define the meaning of a network's output, and weightings the weight of the x0 error per noise level.
+"""Predictions define what a network's output means, and weightings how much the x0 error counts at each noise level.
 
 Every common parameterisation is linear, p = a x0 + b eps, with amplitudes a and b that depend on the noise level.
 Together with x_t = alpha x0 + sigma eps, this is a 2x2 system with determinant d = b alpha - a sigma and the solution
@@ -6,10 +6,10 @@ Together with x_t = alpha x0 + sigma eps, this is a 2x2 system with determinant 
     x0  = ( b x_t - sigma p) / d
     eps = (-a x_t + alpha p) / d
 
-Therefore, no pair of parameterisations needs a converter of its own. The four quotients in the solution are computed in
-float64 and cast only when they multiply data. For x0 prediction, the factors of x_t and p in x0 are exactly 0 and 1, so
-x0 is the network's output itself. The only nonlinear prediction is "both", which blends two outputs for the two
-unknowns.
+This solution applies to all parameterisations, so no pair of them needs a converter of its own. The four quotients in
+the solution are computed in float64 and cast only when they multiply data. For x0 prediction, the factors of x_t and p
+in x0 are exactly 0 and 1, so x0 is the network's output itself. The only nonlinear prediction is "both", which blends
+separate outputs for the two unknowns.
 
 A weighting maps the log-SNR to the weight of the squared error in x0. The same loss has a different weight when it is
 measured in eps or v: |eps error|^2 = SNR |x0 error|^2 and, for a variance-preserving process,
@@ -90,7 +90,7 @@ class LinearPrediction(Prediction):
 
 @lru_cache(maxsize=4096)
 def _solved_once(prediction: LinearPrediction, alpha: float, sigma: float) -> tuple[float, ...]:
-    """Return `LinearPrediction._solved` for two numbers, which is cached because sampling uses only a few pairs."""
+    """Return `LinearPrediction._solved` for two numbers. It is cached, because sampling uses only a few pairs."""
     alphas, sigmas = (torch.tensor([number], dtype=torch.float64) for number in (alpha, sigma))
     return tuple(float(number) for number in prediction._solved(alphas, sigmas))
 
@@ -99,8 +99,8 @@ def _solved_once(prediction: LinearPrediction, alpha: float, sigma: float) -> tu
 @predictions.register("eps")
 @dataclass(frozen=True)
 class Eps(LinearPrediction):
-    """The network predicts the noise. This is unsuitable for few steps, because x0 = (x_t - sigma eps) / alpha grows
-    without bound as alpha approaches 0."""
+    """The network predicts the noise. Noise prediction is unsuitable for few steps, because x0 = (x_t - sigma eps) /
+    alpha grows without bound as alpha approaches 0."""
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(alpha), torch.ones_like(sigma)

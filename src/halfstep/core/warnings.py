@@ -1,4 +1,4 @@
-"""The warning about choices that are allowed but unwise."""
+"""The warning class for choices that are allowed but unwise."""
 
 
 class HalfstepWarning(UserWarning):

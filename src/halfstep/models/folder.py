@@ -60,7 +60,7 @@ def save_stage(
 def drop_weights(folder: StageFolder) -> None:
     """Record in the manifest of a complete stage that its weights are dropped, and then delete the weights.
 
-    It is safe to repeat this.
+    It is safe to repeat this call.
     """
     manifest = folder.manifest(verify=False)
     if manifest.weights_kept:
@@ -73,7 +73,7 @@ def find_stage(path: Path) -> StageFolder:
     """Return the stage in `path`, the last complete stage of the run in `path`, or the packaged student of that name.
 
     Raises:
-        ValueError: if `path` is none of these.
+        ValueError: if `path` is neither a stage, nor a run with a complete stage, nor a packaged student.
     """
     path = model_path(path)
     if not path.exists():

@@ -95,7 +95,7 @@ class LoRA(Network):
 
 
 def _plain(name: str) -> str:
-    """Return the name of a LoRA's tensor in the state of the base network, before peft moved it into `base_layer`."""
+    """Return the name that a LoRA's tensor had in the base network before peft moved it into `base_layer`."""
     return name.replace(".base_layer.", ".").removeprefix("base.")
 
 
@@ -227,7 +227,7 @@ def copy_network(network: nn.Module) -> nn.Module:
 
 
 def copy_denoiser(denoiser: Denoiser) -> Denoiser:
-    """Return a copy of a denoiser from which a student or helper starts, with its own trainable weights."""
+    """Return a copy of a denoiser with trainable weights of its own, from which a student or helper can start."""
     check_denoiser("the model to copy", denoiser, Denoiser)
     if isinstance(denoiser, NetworkDenoiser):
         return NetworkDenoiser(copy_network(denoiser.network), denoiser.process, denoiser.prediction)

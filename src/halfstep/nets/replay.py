@@ -35,7 +35,7 @@ LENGTH: Final = ".length"
 
 
 def nodes_of(call: Node, *kinds: str) -> Iterator[Node]:
-    """Yield all nodes of these kinds in a recorded call."""
+    """Yield all nodes of the given kinds in a recorded call."""
     if call["is"] in kinds:
         yield call
     items = call.get("items", ())
@@ -152,7 +152,7 @@ class Replay(StockNetwork):
     def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
         """Return the prediction, shaped like `x_t` `[batch, *dims]`, at times `[batch]` in [0, 1].
 
-        The errors are those of `raw`.
+        This method raises the same errors as `raw`.
         """
         if self.precision == "float32":
             output = self.raw(x_t, time, **cond)
@@ -161,7 +161,7 @@ class Replay(StockNetwork):
         return read_output(output, x_t, self.output)
 
     def raw(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
-        """Return the stock module's own output.
+        """Return the unmodified output of the stock module.
 
         Raises:
             ValueError: if a condition of the call is missing or an unexpected condition is passed.
@@ -178,7 +178,7 @@ class Replay(StockNetwork):
         return torch.stack(list(found)) if isinstance(found, list | tuple) else found
 
     def _filled(self, node: Node, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Any:
-        """Return the value of a node for this batch."""
+        """Return the value of a node for the current batch."""
         fill = functools.partial(self._filled, x_t=x_t, timestep=timestep, cond=cond)
         match node["is"]:
             case "sample":

@@ -1,4 +1,4 @@
-"""diffusers' networks as halfstep networks: the base class, and the U-Net for images.
+"""The networks of diffusers as halfstep networks: the base class, and the U-Net for images.
 
 The stock module is stored as `model`, so exporting a network only copies weights. With a table of T noise levels, the
 time t becomes the scheduler's timestep T t - 1. New networks use a power of two for T, so that the times i / N of every
@@ -71,7 +71,7 @@ class StockNetwork(Network):
 @final
 @networks.register("unet2d")
 class UNet2D(StockNetwork):
-    """The `UNet2DModel` of diffusers, for images. It takes class labels if the config has `num_class_embeds`.
+    """The `UNet2DModel` of diffusers for images, which takes class labels if the config has `num_class_embeds`.
 
     The timestep of the network is T u - 1, where u goes from one end of `clock_range` to the other.
 
@@ -106,7 +106,7 @@ class UNet2D(StockNetwork):
         return self.raw(x_t, time, class_labels=class_labels)
 
     def raw(self, x_t: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Return the stock module's own output."""
+        """Return the unmodified output of the stock module."""
         return self.model(x_t, self.timestep(time), class_labels=class_labels, return_dict=False)[0]
 
 

@@ -49,11 +49,11 @@ class Sampler(ABC):
 
         This solves x_s = alpha_s x0 + sigma_s eps for
 
-            x0 = (x_s - q x_t) / (alpha_s - q alpha_t),   q = sigma_s / sigma_t.
+            x0 = (x_s - q x_t) / (alpha_s - q alpha_t),   q = sigma_s / sigma_t
 
         At s = 0, this x0 is x_s itself. The step and the quotient are computed in float64, although the denoiser
-        computes its own x0 in its own dtype. An error in the denoiser's x0 moves x_s in proportion to the width of the
-        step. The quotient divides by that width, so the returned x0 is as precise as the denoiser's.
+        computes x0 in its own dtype. An error in the denoiser's x0 moves x_s in proportion to the width of the step.
+        The quotient divides by the width, so the returned x0 is as precise as the denoiser's x0.
         """
         start = x_t.to(t)
         x_s, memory = self.step(_InFloat64(denoiser, x_t), start, t, s, cond, memory)
@@ -74,8 +74,8 @@ class Sampler(ABC):
 class _InFloat64(Denoiser):
     """A denoiser for float64 samples that calls another denoiser with samples of the dtype and device of `like`.
 
-    The eps is computed from x0 in float64. The float64 samples are on the device of the clock tensors, which is the CPU
-    if the device of `like` has no float64.
+    This denoiser computes eps from x0 in float64. The float64 samples are on the device of the clock tensors, which is
+    the CPU if the device of `like` has no float64.
     """
 
     def __init__(self, denoiser: Denoiser, like: Tensor) -> None:
@@ -96,7 +96,7 @@ class DataPredictionSampler(Sampler):
     def effective(
         self, denoiser: Denoiser, x_t: Tensor, t: Time, s: Time, cond: Cond | None, memory: Memory
     ) -> tuple[Denoised, Memory]:
-        """Return the (x0, eps) that make a DDIM step equal a step of this method, and the memory for the next step.
+        """Return the (x0, eps) with which a DDIM step equals a step of this method, and the memory for the next step.
 
         Like the denoiser's estimates, this x0 and eps satisfy x_t = alpha x0 + sigma eps. The arguments are the same as
         those of `step`.

@@ -37,7 +37,7 @@ class Coordinate(ABC):
 
     @abstractmethod
     def log_snr(self, tau: Tensor) -> Tensor:
-        """Return the log-SNR at tau. This is the inverse of `place`."""
+        """Return the log-SNR at tau. This method inverts `place`."""
 
     @abstractmethod
     def slope(self, denoised: Denoised, alpha: Tensor, sigma: Tensor) -> Tensor:

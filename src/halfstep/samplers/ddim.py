@@ -1,8 +1,8 @@
 """DDIM, and the target of halving and consistency: the x0 with which one DDIM step lands where a chain of steps lands.
 
 A DDIM step keeps the predicted x0 and eps, and lowers the noise level: x_s = alpha_s x0 + sigma_s eps. For the cosine
-process, this is a rotation of the pair (x, v). DDIM is deterministic, so progressive distillation can replace two DDIM
-steps with one.
+process, the step is a rotation of the pair (x, v). DDIM is deterministic, so progressive distillation can replace two
+DDIM steps with one.
 
 For the sample divided by its noise amplitude, x / sigma, a DDIM step is linear in x0. With r = alpha / sigma, it reads
 
@@ -11,11 +11,11 @@ For the sample divided by its noise amplitude, x / sigma, a DDIM step is linear 
 Therefore, the steps through the times t = t_0 > t_1 > ... > t_K = s add up, even if they use different denoisers. The
 x0 with which a single step lands on the same point is the mean of the x0 of these steps, with the weights
 
-    w_k = (r_{k+1} - r_k) / (r_s - r_t),   sum w_k = 1, every w_k >= 0.
+    w_k = (r_{k+1} - r_k) / (r_s - r_t),   sum w_k = 1, every w_k >= 0
 
 At s = 0, the step lands on clean data, r_s is infinite, and the last x0 has all the weight without a special case.
 Because the target is a mean, it is as precise as the denoisers. Solving x_s for x0 would instead subtract nearly equal
-numbers. With 8192 steps in float32, this would give an error of 2e-3 instead of less than 1e-6.
+numbers: with 8192 steps in float32, the error would be 2e-3 instead of less than 1e-6.
 
 The steps may be those of any deterministic sampler, because `Sampler.effective` turns each of them into a DDIM step.
 
@@ -61,7 +61,7 @@ Step = Callable[[Tensor, Tensor, Tensor], Denoised]
 
 
 def steps_of(denoiser: Denoiser, sampler: Sampler, cond: Cond | None) -> Step:
-    """Return a function that takes a deterministic sampler's steps with the denoiser, one per call.
+    """Return a function that, at each call, takes one step of a deterministic sampler with the denoiser.
 
     Each step passes the sampler's memory to the next step.
     """

@@ -1,4 +1,4 @@
-"""The sampling loop, which is a generator, so that the caller can watch, stop or record the sampling."""
+"""The sampling loop, a generator that the caller can watch, stop or record."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -38,8 +38,8 @@ def _times(times: Tensor, num_steps: int) -> list[float]:
 
     Raises:
         ValueError: if the grid does not consist of `num_steps + 1` decreasing times in [0, 1]. Times that lie outside
-            by at most `ROUNDING` are accepted. Steps of length 0 are also accepted, because some schedulers end with
-            such a step.
+            [0, 1] by at most `ROUNDING` are accepted. Steps of length 0 are also accepted, because some schedulers end
+            with such a step.
     """
     found = torch.as_tensor(times, dtype=torch.float64).flatten().tolist()
     within = [min(max(t, 0.0), 1.0) for t in found]
@@ -140,7 +140,7 @@ def sample(
 ) -> Tensor:
     """Return the clean samples x0 `[batch, *dims]` at the end of `trajectory`, which has the same arguments and errors.
 
-    Sampling clips x0 only if the denoiser does (see `Clipped`), as do models from `load` that generate images.
+    Sampling clips x0 only if the denoiser does (see `Clipped`), as models returned by `load` do for images.
     """
     x_s = x_t
     for step in trajectory(denoiser, x_t, num_steps, sampler, cond, grid, noise):
