@@ -97,7 +97,7 @@ def on_clock(network: nn.Module, times: Callable[[Tensor], Tensor], num_train_ti
 class OnProcess(nn.Module):
     """A custom network that is used with another process and called at the time with the same log-SNR.
 
-    The network's input is scaled to the amplitudes of the process on which the network was trained, as in `Reprocessed`.
+    The input of the network is scaled to the amplitudes of its original process, as in `Reprocessed`.
     """
 
     def __init__(self, network: Callable[..., Tensor], own: NoiseProcess, process: NoiseProcess) -> None:
