@@ -542,7 +542,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "a model to load": (lambda: halfstep.load(denoiser()), "Pass the folder of a run"),  # type: ignore[arg-type]
     "whole noise": (lambda: _sample(noise=torch.zeros(3, 2, dtype=torch.int64)), "Pass torch.randn"),
     "an array as noise": (lambda: _sample(noise=np.zeros((3, 2))), "Pass torch.randn"),
-    "one condition for all": (lambda: _sample(cond={"angle": torch.zeros(1)}), "Repeat it for each sample"),
+    "one condition for all": (lambda: _sample(cond={"angle": torch.zeros(1)}), "Repeat the condition for each sample"),
     "a fraction as seeds": (lambda: halfstep.sample_noise(1.5, (2,)), "Pass seeds=0"),  # type: ignore[arg-type]
     "a word as seeds": (lambda: halfstep.sample_noise("12", (2,)), "Pass seeds=0"),  # type: ignore[arg-type]
     "a fraction among seeds": (lambda: halfstep.sample_noise([1, 2.5], (2,)), r"Pass seeds=range\(64\)"),  # type: ignore[list-item]

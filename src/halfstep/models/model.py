@@ -207,7 +207,7 @@ class Model(Denoiser):
         cond = {name: value.to(self.device) for name, value in (others or {}).items()}
         for name, shape in self.manifest.conditions.items():
             if name not in cond:
-                raise ValueError(f"this model needs a condition {name} of shape {[len(seeds), *shape]}. Pass it")
+                raise ValueError(f"this model needs the condition {name} of shape {[len(seeds), *shape]}. Pass it")
             if tuple(cond[name].shape) != (len(seeds), *shape):
                 raise ValueError(
                     f"the condition {name} has shape {list(cond[name].shape)}, but the model needs shape "
