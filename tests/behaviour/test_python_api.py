@@ -572,7 +572,7 @@ def test_unsupported_requests_to_a_model_are_rejected(student: halfstep.Model) -
         with pytest.raises(ValueError, match=remedy):
             call()
     model = halfstep.Model.of(denoiser(Labelled()), (2,), num_classes=4)
-    for labels, words in (([0, 1], "one class for each of the 3 samples"), ([0, 1, 4], "class 4"), (0.5, "torch.float32")):
+    for labels, words in (([0, 1], "class for each of the 3 samples"), ([0, 1, 4], "class 4"), (0.5, "torch.float32")):
         with pytest.raises(ValueError, match=words):
             model.sample(range(3), 4, class_label=labels)  # type: ignore[arg-type]
 
