@@ -420,7 +420,7 @@ def test_eps_at_zero_terminal_snr_is_matched_to_v_and_no_option_of_a_new_teacher
     matching = Match(Training(1, 1e-4)).objective(Start(process, Eps(), may_move=True))
     assert matching is not None
     assert matching.prediction == V()
-    with pytest.warns(HalfstepWarning, match=r"it does not determine x0.*--matching\.prediction v") as said:
+    with pytest.warns(HalfstepWarning, match=r"its output does not determine x0.*--matching\.prediction v") as said:
         warn_of_gain(process, Eps(), given=True)
     assert "--model." not in str(said[0].message)
 

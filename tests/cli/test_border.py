@@ -756,5 +756,5 @@ def test_samples_that_cannot_be_drawn_are_refused(
     assert "has no guidance. Remove it" in said(ddpm_run, "--guidance-scale", "2")
     assert "Add --prompt TEXT" in said(sd_run)
     assert "--prompt has no effect: this model is not text-conditioned" in said(ddpm_run, "--prompt", "a")
-    assert "Choose one of 0 to 999" in said(dit_run, "--class-label", "1000")
+    assert "Choose a class from 0 to 999" in said(dit_run, "--class-label", "1000")
     assert "is not class-conditional" in said(sd_run, "--class-label", "1", "--prompt", "a")

@@ -314,12 +314,12 @@ def test_bad_sampling_options_get_one_line(
 
 def test_a_teacher_needs_a_number_of_steps(digits_run: Path, tmp_path: Path, capsys: Capture) -> None:
     teacher = digits_run / "stages" / "00-denoise"
-    assert "Give the number" in refused(["sample", str(teacher), "--out", str(tmp_path / "x.png")], capsys)
+    assert "Pass num_steps" in refused(["sample", str(teacher), "--out", str(tmp_path / "x.png")], capsys)
 
 
 def test_more_steps_than_the_model_was_distilled_for_warn(digits_run: Path, tmp_path: Path, capsys: Capture) -> None:
     main(["sample", str(digits_run), "--num-steps", "4", "--num-samples", "2", "--out", str(tmp_path / "x.png")])
-    assert "halfstep: warning: the model was distilled for num_steps 1, not 4" in capsys.readouterr().err
+    assert "halfstep: warning: the model was distilled for num_steps=1, not 4" in capsys.readouterr().err
     assert (tmp_path / "x.png").is_file()
 
 

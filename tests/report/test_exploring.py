@@ -160,7 +160,7 @@ def test_sampling_is_stopped_when_its_time_is_up(run: Path) -> None:
 
 def test_steps_other_than_a_students_own_get_a_notice(explorer: Explorer) -> None:
     (note,) = explorer.compare("02-halve-0002", 1).notes
-    assert note == "The model was distilled for num_steps 2, not 1. Use a later stage of the chain."
+    assert note == "The model was distilled for num_steps=2, not 1. Use a later stage of the chain."
 
 
 def test_stages_without_weights_and_damaged_ones_are_reported_and_the_others_work(tmp_path: Path) -> None:
