@@ -248,6 +248,6 @@ def test_latents_of_other_clips_are_refused(tmp_path: Path) -> None:
 
     torch.testing.assert_close(made(), VIDEO(tmp_path / "data/a").mean((2, 3))[None])
     made()
-    refused(lambda: made(VideoPreparation(2, 8, 8, 5.0)), "frame_rate None then and 5.0 now")
+    refused(lambda: made(VideoPreparation(2, 8, 8, 5.0)), "frame_rate was None and is now 5.0")
     pictures(1)[0].save(tmp_path / "data/a/frame_2.png")
-    refused(made, "other contents of the files")
+    refused(made, "other file contents")
