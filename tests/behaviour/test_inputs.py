@@ -59,7 +59,7 @@ def test_few_labelled_samples_are_measured_in_pixels():
     labels = torch.arange(12) % 2
     data = replace(arrays(12, 2), labels=labels, class_names=("a", "b"))
     build(recipe(), data=data)
-    with pytest.raises(ValueError, match="20 samples and 2 classes, got 12 and 2"):
+    with pytest.raises(ValueError, match="20 samples and 2 classes, but the data has 12 and 2"):
         build(recipe(features="classifier"), data=data)
 
 
