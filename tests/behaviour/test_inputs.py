@@ -102,7 +102,7 @@ def test_measuring_may_change_on_a_finished_run_and_models_are_measured_again(tm
     free = {"free": FREE_FIELDS, "evaluation": measured()}
     spec = toy_spec(recipe={"name": "toy", "evaluation": {"num_samples": 20}}, **free)
     notes = finish(spec, tmp_path / "run")
-    assert [note for note in notes if "20 samples to 200 real ones" in note]
+    assert [note for note in notes if "20 samples to 200 real samples" in note]
     folder = RunFolder(tmp_path / "run")
     before = [stage.manifest().files for stage in folder.stages()]
     again = replace(

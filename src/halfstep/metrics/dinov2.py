@@ -21,7 +21,7 @@ DEFAULT: Final = "facebook/dinov2-large"
 @final
 @extractors.register("dinov2")
 class DINOv2(NetworkFeatures):
-    """The class token of DINOv2, computed with transformers; in dinov2=NAME, NAME is a folder or a model name on the Hub.
+    """The class token of DINOv2, computed with transformers; in dinov2=NAME, NAME is a folder or a model on the Hub.
 
     Args:
         path: a folder saved with transformers, or a model name on the Hub. Only safetensors files are read.
