@@ -433,7 +433,10 @@ def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_p
             ["evaluate", str(digits_run), "--extractors", f"{resnet}={tmp_path}/weights.safetensors"],
             "not a complete safetensors file",
         ),
-        (["evaluate", str(digits_run), "--extractors", f"dinov2={tmp_path}"], "no DINOv2 model could be loaded from there"),
+        (
+            ["evaluate", str(digits_run), "--extractors", f"dinov2={tmp_path}"],
+            "no DINOv2 model could be loaded from there",
+        ),
         (["evaluate", str(digits_run), "--data", f"{toy_run.parent}/toy.npy"], "generates images in [-1, 1], but"),
         (["evaluate", str(digits_run), "--data", f"{tmp_path}/other.npz"], "has samples of shape [1, 8, 8], but"),
         (["evaluate", f"{tmp_path}/other.npz"], "its data is unknown. Add --data"),

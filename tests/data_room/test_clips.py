@@ -64,7 +64,9 @@ def test_a_frame_rate_takes_what_is_shown_at_that_time(tmp_path: Path, rate: flo
     assert shown(prepare(path)) == wanted
     longer = VideoPreparation(len(wanted) + 1, 8, 8, rate)
     for refuse in (longer, longer.check):
-        refused(lambda refuse=refuse: refuse(path), f"has {len(wanted)} frames at {rate:g} frames per second", "num_frames")
+        refused(
+            lambda refuse=refuse: refuse(path), f"has {len(wanted)} frames at {rate:g} frames per second", "num_frames"
+        )
 
 
 def test_without_a_frame_rate_the_first_frames_are_taken(tmp_path: Path) -> None:
