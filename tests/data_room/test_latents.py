@@ -399,7 +399,7 @@ with FileLock(sys.argv[1]):
     ("change", "words"),
     [
         (lambda text: text[:50], ["not readable JSON"]),
-        (lambda text: text.replace('"format": 1', '"format": 2'), ["format 2", "reads 1"]),
+        (lambda text: text.replace('"format": 1', '"format": 2'), ["format 2", "reads format 1"]),
         (lambda text: text.replace('"shard_size": 256', '"shard_size": null'), ["shard_size: "]),
         (lambda text: "[]", ["not an index"]),
     ],

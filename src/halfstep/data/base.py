@@ -1,4 +1,4 @@
-"""Training data, which returns samples by index. The same index always returns the same sample.
+"""Training data, whose samples are fetched by index. The same index always returns the same sample.
 
 Images consist of uint8 pixels p, and x0 = p / 127.5 - 1, so 0 becomes exactly -1 and 255 becomes exactly 1. All other
 arrays are float32 and are used unchanged.
@@ -25,7 +25,7 @@ from halfstep.objectives.base import Batch, Turn
 
 
 class Data(ABC):
-    """A read-only sequence of samples `[*shape]`. If two fingerprints are equal, so is the content."""
+    """A read-only sequence of samples `[*shape]`. Data with equal fingerprints has equal content."""
 
     source: str
     """The source of the data, as given by the user."""
@@ -141,7 +141,7 @@ def sent(value: Tensor, device: torch.device) -> Tensor:
 
 
 def held_on(device: torch.device, data: Data) -> Data:
-    """Return the data. If the device is a GPU and the data fits into an eighth of its memory, move it there."""
+    """Return the data, moved to the device if that is a GPU with at least eight times as much memory as the data."""
     if device.type != "cuda" or not isinstance(data, MemoryData):
         return data
     largest = torch.cuda.get_device_properties(device).total_memory / 8
@@ -191,7 +191,7 @@ UNIT: Final = (0.1, 5.0)
 
 
 def warn_of_scale(data: Data) -> None:
-    """Warn if arrays (not images) are far from the unit scale of the noise, because networks learn little from them."""
+    """Warn if arrays (not images) are far from the unit scale of the noise, because networks learn little from such data."""
     if data.is_image:
         return
     some = generator_for("scale of the data")

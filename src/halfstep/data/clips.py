@@ -152,7 +152,7 @@ class CaptionedClips:
         return torch.stack(self._each(self.preparation, indices))
 
     def check(self) -> None:
-        """Check all clips before hours of encoding start; raise the same errors as `x0`."""
+        """Check all clips before the encoding starts, which can take hours; raise the same errors as `x0`."""
         self._each(self.preparation.check, range(len(self)))
 
     def _each(self, read: Callable[[Path], Any], indices: Sequence[int]) -> list[Any]:
@@ -162,7 +162,7 @@ class CaptionedClips:
 
 
 def _read(read: Callable[[Path], Any], path: Path) -> Any:
-    """Return `read(path)`, and raise any error with a message of one line."""
+    """Return `read(path)`, converting any error into one with a one-line message."""
     try:
         if not path.is_dir():
             check_regular(path)

@@ -34,7 +34,7 @@ class DataConfig(BaseModel):
     image_size: int | None = None
     """Height and width to resize images to; by default, all images must have the same size, which is kept."""
     resize: Resize = "crop"
-    """crop scales the shorter side to this size and keeps the centre; stretch scales both sides."""
+    """crop resizes the central square of an image; stretch resizes the whole image."""
     resample: Resample = "bicubic"
     """Filter for resizing; all filters are antialiased."""
     channels: Channels | None = None

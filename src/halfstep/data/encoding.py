@@ -76,8 +76,8 @@ def encode(
             encodes all batches.
 
     Raises:
-        ValueError: if `folder` contains other files, or latents with another encoder, other images or another shard
-            size; if another process is writing to `folder`; if an image cannot be decoded or is not RGB; or if the
+        ValueError: if `folder` contains other files, or latents from another encoder, from other images or in shards
+            of another size; if another process is writing to `folder`; if an image cannot be decoded or is not RGB; or if the
             encoder returns wrong shapes or non-finite values.
         OSError: if the disk is full. The call can be repeated later.
     """
@@ -163,7 +163,7 @@ def _differs(then: Origin, now: Origin) -> str:
 
 
 def _origin(images: CaptionedImages | CaptionedClips | Prompts) -> Origin:
-    """Return hashes that identify the images, for which all files are read."""
+    """Return hashes that identify the images. All files are read to compute the hashes."""
     if isinstance(images, Prompts):
         return Origin(
             count=len(images), names="", contents="", captions=digest_of(images.captions), preparation={"sampled": True}
@@ -298,7 +298,7 @@ class _Encoding:
         return found
 
     def _record(self, **files: Any) -> None:
-        """Record files that have been written in the index."""
+        """Record the written files in the index."""
         self.index = self.index.model_copy(update=files)
         _record(self.root, self.index)
 

@@ -139,11 +139,11 @@ class EncodedImages(ABC):
 
     @abstractmethod
     def read(self, indices: Sequence[int]) -> Sequence[Path | bytes]:
-        """Return each image as the path of a file, or as the bytes of one."""
+        """Return each image either as the path of a file or as bytes."""
 
     @abstractmethod
     def subset(self, indices: Sequence[int]) -> "EncodedImages":
-        """Return a sequence of only the images at `indices`."""
+        """Return a sequence that contains only the images at `indices`."""
 
     @abstractmethod
     def sizes(self) -> Iterator[tuple[str, int]]:
@@ -161,7 +161,7 @@ class Labelled(NamedTuple):
 @final
 @dataclass(frozen=True, eq=False)
 class ImageFiles(Data):
-    """Images that do not fit into memory. Each fetch decodes its images, using a few threads.
+    """Images that do not fit into memory. Each fetch decodes the requested images in a few threads.
 
     The fingerprint covers the names of the images, their sizes in bytes, the labels and the preparation, but not the
     pixels.
@@ -259,7 +259,7 @@ def decoded(source: str, found: Labelled, prepare: Preparation, max_bytes: int, 
 
 
 def _whole(source: str, found: Labelled, broken: dict[int, ValueError], skip: bool) -> Labelled:
-    """Remove the broken images, and the classes that have no other images.
+    """Return the images without the broken ones, and without classes whose images are all broken.
 
     Raises:
         ValueError: if there are broken images and `skip` is not set, or if no image remains.

@@ -80,7 +80,7 @@ class Index(_Record):
     images: Origin
     shard_size: int
     class_names: tuple[str, ...] = ()
-    """Empty for images without classes. Otherwise, these names are the captions; the condition is `class_labels`."""
+    """The names of the classes, if any. The captions are then these names, and the condition is `class_labels`."""
     tensors: dict[str, Entry] = {}
     """Latents and conditions by name; empty until the first batch is encoded."""
     null: Stored | None = None

@@ -1,1 +1,1 @@
-"""Samples of models, and metrics of these samples. Each is computed once and then stored."""
+"""Samples of models, and metrics of these samples. Both are computed once and then stored."""

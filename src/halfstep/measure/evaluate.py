@@ -63,8 +63,8 @@ class Evaluation:
     num_reference: int = 10_000
     """Maximum number of real samples to compare with."""
     features: str = "auto"
-    """Features for distances, as NAME or NAME=WEIGHTS (see `halfstep ls extractors`); auto trains a classifier if the
-    data has labels and at least 20 samples, and otherwise uses the pixels."""
+    """Features for computing distances, as NAME or NAME=WEIGHTS (see `halfstep ls extractors`); auto trains a
+    classifier if the data has labels and at least 20 samples, and otherwise uses the pixels."""
     num_compared: int = 256
     """Number of samples for comparing student and teacher from the same noise."""
     num_shown: int = 64
@@ -72,7 +72,7 @@ class Evaluation:
     batch_size: int | None = None
     """Samples per batch; by default, a large number, which is halved until a batch fits into memory."""
     precision: Literal["float32", "bf16"] = "float32"
-    """bf16 samples in bfloat16, which is faster, but its metrics form a separate protocol."""
+    """bf16 draws samples in bfloat16, which is faster but makes the evaluation a separate protocol."""
     teacher_steps: tuple[int, ...] = ()
     """Additional step counts for the undistilled teacher, besides those of the chain's start and the students."""
     teacher_heun_steps: tuple[int, ...] = (32,)

@@ -33,7 +33,7 @@ class Neighbours:
     distances: Tensor
     """The distances to the training samples, float64 `[n, k]`, in ascending order."""
     real: Tensor
-    """Distances, float64 `[m]`, from some training samples to the nearest other one; empty if no other one exists."""
+    """Distances, float64 `[m]`, from some training samples to their nearest neighbours; empty for a single sample."""
     num_searched: int
     """The number of training samples that were searched."""
 

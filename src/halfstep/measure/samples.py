@@ -16,7 +16,7 @@ WIDTH: Final = 800
 
 
 def samples_array(x0: Tensor, is_image: bool) -> np.ndarray:
-    """Return samples in the form for .npz files: images `[n, c, h, w]` as uint8 `[n, h, w, c]`, others as float32."""
+    """Convert samples for an .npz file: images `[n, c, h, w]` to uint8 `[n, h, w, c]`, and other samples to float32."""
     if is_image:
         return to_uint8(x0).permute(0, 2, 3, 1).contiguous().numpy()
     return x0.float().numpy()
@@ -44,7 +44,7 @@ def write_png(path: Path, image: Image.Image) -> None:
 
 
 def keep_samples(folder: Path, name: str, x0: Tensor, is_image: bool) -> str:
-    """Write samples/NAME.npz to `folder`, and for images also a .png file; return the relative path of the former."""
+    """Write samples/NAME.npz to `folder`, plus a .png file for images; return the relative path of the .npz file."""
     name = f"samples/{name}.npz"
     array = samples_array(x0, is_image)
     write_arrays(folder / name, arr_0=array)

@@ -133,7 +133,7 @@ class ModelSource(Source):
         return {name: cond[name] for name in model.manifest.conditions}
 
     def _ready(self, seeds: range) -> Model:
-        """Load and return the model. Warm the model up, so that the slower first call is not timed."""
+        """Load the model, warm it up so that the slower first call is not timed, and return it."""
         if self._model is None:
             self._model = self._load()
             self._model.warm_up(self._cond(self._model, seeds), self._precision)

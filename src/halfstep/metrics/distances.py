@@ -2,15 +2,15 @@
 
 * The Frechet distance (Heusel et al. 2017, arXiv:1706.08500) between Gaussians fitted to the features,
   |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). It is biased upwards if there are few samples, so only compare
-  distances between equally many samples.
+  distances that are based on equal numbers of samples.
 * The kernel distance, KID (Binkowski et al. 2018, arXiv:1801.01401): the squared maximum mean discrepancy for the
   kernel (x . y / d + 1)^3. It is unbiased, so it may be slightly negative.
 * The sliced Wasserstein distance (Bonneel et al. 2015): the mean Wasserstein-1 distance between the features, projected
   on random directions. It compares all moments and does not assume Gaussians.
 
 torchmetrics computes the KID, and scipy computes the one-dimensional distances, in float64 and with fixed random
-numbers. The Frechet distance is computed here. It is usually computed from moments, because the moments of the real
-data are cached (see `reference.py`). If there are fewer samples than dimensions, it is computed from the samples.
+numbers. This module computes the Frechet distance, usually from moments, because the moments of the real data are
+cached (see `reference.py`). If there are fewer samples than dimensions, it uses the samples directly.
 """
 
 import contextlib

@@ -59,7 +59,7 @@ def real_features(
 
 
 def halves(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the rows into two halves of equal size; return them. The split is random, but always the same."""
+    """Split the rows into two halves of equal size. The split is random, but always the same."""
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
     middle = len(features) // 2
     return features[order[:middle]], features[order[middle : 2 * middle]]
