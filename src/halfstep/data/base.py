@@ -191,7 +191,7 @@ UNIT: Final = (0.1, 5.0)
 
 
 def warn_of_scale(data: Data) -> None:
-    """Warn if arrays (not images) are far from the unit scale of the noise, because networks learn little from such data."""
+    """Warn if arrays (not images) are far from the unit scale of the noise, as networks learn little from such data."""
     if data.is_image:
         return
     some = generator_for("scale of the data")

@@ -77,8 +77,8 @@ def encode(
 
     Raises:
         ValueError: if `folder` contains other files, or latents from another encoder, from other images or in shards
-            of another size; if another process is writing to `folder`; if an image cannot be decoded or is not RGB; or if the
-            encoder returns wrong shapes or non-finite values.
+            of another size; if another process is writing to `folder`; if an image cannot be decoded or is not RGB; or
+            if the encoder returns wrong shapes or non-finite values.
         OSError: if the disk is full. The call can be repeated later.
     """
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
