@@ -43,7 +43,7 @@ def recipe(**evaluation: object) -> Recipe:
     ("data", "features", "words"),
     [
         (arrays(20, 5000), "auto", "5000.*4096.*--evaluation.no-enabled"),
-        (arrays(1, 2), "auto", "mine.npy contains 1 sample.*--evaluation.no-enabled"),
+        (arrays(1, 2), "auto", "mine.npy contains only 1 sample.*--evaluation.no-enabled"),
         (arrays(30, 2), "classifier", "need labels.*--evaluation.features pixels"),
         (arrays(30, 2), "resnet20-cifar10=/no/such/file", "no such file"),
         (arrays(30, 2), "dinov2=/no/such/folder", "no DINOv2 model"),
