@@ -425,7 +425,7 @@ def test_unsupported_uses_of_prompts_are_rejected_in_one_line(
     assert "would be drawn first, with 63 network calls each" in told
     assert "--call height is not of the form NAME=VALUE" in refused([*asked[:4], *out, "--call", "height"], capsys)
     prompts.write_text("\n \n")
-    assert "contains no prompts: write one per line" in refused(asked, capsys)
+    assert "contains no prompts: write one prompt per line" in refused(asked, capsys)
     assert "FluxPipeline failed" in refused(
         ["encode", str(folder), "--prompts", str(prompts), *out, "--call", "size=8"], capsys
     )

@@ -165,7 +165,7 @@ def test_figures_of_different_protocols_are_in_different_tables(digits_run: Path
     assert "inception_score" not in pixels.rows[0].figures
     assert 1 <= classifier.rows[0].figures["inception_score"].mean <= 10
     assert set(same_noise.rows[0].figures) == {"rmse", "psnr"}
-    assert any("SSIM is omitted, because it needs images of at least 11 x 11" in notice for notice in result.notices)
+    assert any("SSIM is omitted because it needs images of at least 11 x 11" in notice for notice in result.notices)
     assert any("is unreliable: 64 dimensions" in notice for notice in result.notices)
     # There are 24 samples and 64 dimensions, so the real data's halves are measured with the same count.
     assert pixels.halves is not None
@@ -425,7 +425,7 @@ def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_p
         (["evaluate", toy, "--against", "heun"], "Use teacher-SAMPLER or student-SAMPLER"),
         (["evaluate", student, "--against", "teacher-ddim"], "needs a teacher, but this stage has none"),
         (["evaluate", toy, "--extractors", "pixel"], "unknown feature extractor 'pixel'; did you mean 'pixels'?"),
-        (["evaluate", toy, "--extractors", "pixels=x"], "take no file"),
+        (["evaluate", toy, "--extractors", "pixels=x"], "do not take a file"),
         (["evaluate", toy, "--extractors", "classifier"], "need labels"),
         (["evaluate", str(digits_run), "--extractors", resnet], f"Give {resnet}=PATH"),
         (["evaluate", str(digits_run), "--extractors", f"{resnet}={tmp_path}/no"], "no such file"),
@@ -433,7 +433,10 @@ def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_p
             ["evaluate", str(digits_run), "--extractors", f"{resnet}={tmp_path}/weights.safetensors"],
             "not a complete safetensors file",
         ),
-        (["evaluate", str(digits_run), "--extractors", f"dinov2={tmp_path}"], "no DINOv2 model could be read there"),
+        (
+            ["evaluate", str(digits_run), "--extractors", f"dinov2={tmp_path}"],
+            "no DINOv2 model could be loaded from there",
+        ),
         (["evaluate", str(digits_run), "--data", f"{toy_run.parent}/toy.npy"], "generates images in [-1, 1], but"),
         (["evaluate", str(digits_run), "--data", f"{tmp_path}/other.npz"], "has samples of shape [1, 8, 8], but"),
         (["evaluate", f"{tmp_path}/other.npz"], "its data is unknown. Add --data"),

@@ -1,7 +1,7 @@
-"""Encode captioned images or clips, or prompts, into a folder of latents and text conditions (`latents.py`).
+"""Encode captioned images, captioned clips or prompts into a folder of latents and text conditions (see `latents.py`).
 
-"Images" includes clips below: videos and sounds.
-The encoders are callables, independent of the libraries that provide them.
+In this module, the word "images" also stands for clips, which are videos or sounds. The encoders are callables,
+independent of the libraries that provide them.
 """
 
 import os
@@ -44,13 +44,13 @@ class Encoder:
     """Encodes images as latents and captions as conditions, on any device."""
 
     images: Callable[[Tensor], Tensor]
-    """float32 images `[n, 3, h, w]`, or clips, in [-1, 1] -> latents `[n, *dims]`, scaled as the network expects."""
+    """Maps float32 images `[n, 3, h, w]` or clips in [-1, 1] to latents `[n, *dims]` at the scale of the network."""
     texts: Callable[[list[str]], dict[str, Tensor]]
-    """n captions -> conditions by name, each `[n, ...]` with the same shape for all captions."""
+    """Maps n captions to conditions by name, each `[n, ...]`. All captions must result in the same shape."""
     key: str
-    """Identifies weights and settings. Equal encoders have equal keys."""
+    """Identifies the weights and settings of the encoder. Equal encoders have equal keys."""
     null: Mapping[str, Tensor] | None = None
-    """Conditions of one sample without a caption, by name; those of the empty caption if None."""
+    """The conditions, by name, of one sample without a caption. If None, those of the empty caption are used."""
 
 
 def encode(
@@ -63,22 +63,23 @@ def encode(
     class_names: Sequence[str] = (),
     processes: Processes | None = None,
 ) -> LatentData:
-    """Encode all images that are not yet encoded in `folder`, and return the latents and conditions of all images.
+    """Encode all images that `folder` does not contain yet, and return the latents and conditions of all images.
 
-    Files are written atomically, and a recorded shard is encoded again only if it has changed. To resume an interrupted
-    call, repeat it. With deterministic encoders, the resulting bytes equal those of an uninterrupted call. No batch
-    crosses a shard boundary.
+    Files are written atomically, and a recorded shard is encoded again only if its file has changed. To resume an
+    interrupted call, repeat it. If the encoders are deterministic, the resulting files are identical to those of an
+    uninterrupted call. No batch crosses a shard boundary.
 
     Args:
-        on_progress: called with the number of encoded images and the total, at the start and after each batch.
-        class_names: class names (`read_classes`), in the order of the encoder's `class_labels`.
-        processes: processes that share the batches of each shard, of which rank 0 writes; by default only this one.
+        on_progress: called with the number of encoded images and the total number, at the start and after each batch.
+        class_names: the names of the classes (see `read_classes`), in the order of the encoder's `class_labels`.
+        processes: the processes that share the batches of each shard; rank 0 writes the files. By default, this process
+            encodes all batches.
 
     Raises:
-        ValueError: if `folder` contains other files, or latents of another encoder, other images or another shard size;
-            if another process is writing to it; if an image cannot be decoded or is not RGB; or if the encoder returns
-            wrong shapes or non-finite values.
-        OSError: if the disk is full. The call can then be repeated.
+        ValueError: if `folder` contains other files, or latents from another encoder, from other images or in shards
+            of another size; if another process is writing to `folder`; if an image cannot be decoded or is not RGB; or
+            if the encoder returns wrong shapes or non-finite values.
+        OSError: if the disk is full. The call can be repeated later.
     """
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
         check_whole(name, value)
@@ -90,7 +91,7 @@ def encode(
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise InUse(f"another process is writing to {folder}: wait for it, or give another folder") from None
+            raise InUse(f"another process is writing to {folder}: wait until it ends, or give another folder") from None
         sweep(root)
         return _begin(images, encoder, root, shard_size, tuple(class_names))
 
@@ -108,7 +109,9 @@ def _check_folder(root: Path) -> None:
     if root.is_dir() and not (root / INDEX).exists():
         found = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
         if found:
-            raise ValueError(f"{root} contains other files, such as {found[0]}: give a new or empty folder for latents")
+            raise ValueError(
+                f"{root} contains other files, such as {found[0]}: give a new or empty folder for the latents"
+            )
 
 
 def _begin(
@@ -118,7 +121,7 @@ def _begin(
     shard_size: int,
     class_names: tuple[str, ...],
 ) -> Index:
-    """Return the folder's index; write a new one if it has none, or one of other images without shards."""
+    """Return the folder's index. Write a new index if none exists, or if no shard exists and the settings differ."""
     shards = (None,) * -(-len(images) // shard_size)
     now = Index(
         encoder=encoder.key, images=_origin(images), shard_size=shard_size, class_names=class_names, shards=shards
@@ -132,15 +135,17 @@ def _begin(
         return now
     remedy = "give another folder, or delete this one to encode again"
     if index.encoder != encoder.key:
-        raise ValueError(f"{root} contains latents of the encoder {index.encoder!r}, not of {encoder.key!r}: {remedy}")
+        raise ValueError(
+            f"{root} contains latents from the encoder {index.encoder!r}, not from {encoder.key!r}: {remedy}"
+        )
     if index.shard_size != shard_size:
         raise ValueError(
-            f"{root} contains shards of {index.shard_size} samples, not of {shard_size}: keep that size, or {remedy}"
+            f"{root} contains shards of {index.shard_size} samples, not {shard_size}: keep that size, or {remedy}"
         )
     if index.images != now.images:
         raise ValueError(
-            f"{root} contains latents of images other than {images.source}: {_differs(index.images, now.images)}; "
-            f"{remedy}"
+            f"{root} contains latents of images other than those in {images.source}: "
+            f"{_differs(index.images, now.images)}; {remedy}"
         )
     return index
 
@@ -148,16 +153,17 @@ def _begin(
 def _differs(then: Origin, now: Origin) -> str:
     """Describe how two sets of images differ."""
     if then.count != now.count:
-        return f"{then.count} then and {now.count} now"
+        return f"their number was {then.count} and is now {now.count}"
     if then.preparation != now.preparation:
         names = [name for name, value in now.preparation.items() if then.preparation.get(name) != value]
-        return ", ".join(f"{name} {then.preparation.get(name)} then and {now.preparation[name]} now" for name in names)
-    kinds = {"names": "file names", "contents": "contents of the files", "captions": "captions"}
+        old = then.preparation
+        return ", ".join(f"{name} was {old.get(name)} and is now {now.preparation[name]}" for name in names)
+    kinds = {"names": "file names", "contents": "file contents", "captions": "captions"}
     return "other " + " and ".join(word for name, word in kinds.items() if getattr(then, name) != getattr(now, name))
 
 
 def _origin(images: CaptionedImages | CaptionedClips | Prompts) -> Origin:
-    """Identify the images; reads all files."""
+    """Return hashes that identify the images. All files are read to compute the hashes."""
     if isinstance(images, Prompts):
         return Origin(
             count=len(images), names="", contents="", captions=digest_of(images.captions), preparation={"sampled": True}
@@ -166,7 +172,7 @@ def _origin(images: CaptionedImages | CaptionedClips | Prompts) -> Origin:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             contents = list(pool.map(lambda path: [path.stat().st_size, sha256_of(path)], images.contents))
     except OSError as error:
-        raise ValueError(f"{error.filename} cannot be read ({error.strerror}): repeat the command") from error
+        raise ValueError(f"{error.filename} cannot be read ({error.strerror}): run the command again") from error
     return Origin(
         count=len(images),
         names=digest_of(path.as_posix() for path in images.files),
@@ -179,7 +185,7 @@ def _origin(images: CaptionedImages | CaptionedClips | Prompts) -> Origin:
 @final
 @dataclass
 class _Encoding:
-    """Fills a folder, and records each file that is complete."""
+    """Fills a folder, and records each file once it is complete."""
 
     images: CaptionedImages | CaptionedClips | Prompts
     encoder: Encoder
@@ -198,7 +204,7 @@ class _Encoding:
                 done = self._write_shard(number, done)
 
     def _begun(self) -> tuple[Index, list[bool]]:
-        """Add the empty caption's conditions if necessary; return the index, and whether each shard is intact."""
+        """Add the conditions of the empty caption if necessary; return the index, and whether each shard is intact."""
         if not is_intact(self.root / NULL, self.index.null):
             self._write_null()
         shards = enumerate(self.index.shards)
@@ -214,7 +220,7 @@ class _Encoding:
         self._record(null=_write(self.root / NULL, {name: value[0] for name, value in checked.items()}))
 
     def _write_shard(self, number: int, done: int) -> int:
-        """Encode a shard after `done` images; return the new number of encoded images."""
+        """Encode a shard after `done` images have been encoded; return the new number of encoded images."""
         places = self.index.places(number)
         size = self.batch_size
         batches = [range(first, min(first + size, places.stop)) for first in range(places.start, places.stop, size)]
@@ -248,13 +254,13 @@ class _Encoding:
             latents = self.encoder.images(x0)
         if latents.ndim < 3 or not latents.is_floating_point():
             raise ValueError(
-                f"the encoder returned {latents.dtype} latents of shape {tuple(latents.shape)} for {names[0]}: floats "
-                f"with two or more axes after the batch are needed"
+                f"the encoder returned {latents.dtype} latents of shape {tuple(latents.shape)} for {names[0]}: latents "
+                f"must be floats with two or more axes after the batch axis"
             )
         return self._known({LATENTS: latents, **conditions}, names)
 
     def _known(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """Apply `_checked`, and check that the conditions are those of the empty caption, if it has any."""
+        """Apply `_checked`, and check that the names of the conditions are those of the empty caption, if any."""
         conditions, known = tensors.keys() - {LATENTS}, self.index.tensors.keys() - {LATENTS}
         if known and conditions != known:
             raise ValueError(
@@ -264,21 +270,22 @@ class _Encoding:
         return self._checked(tensors, names)
 
     def _checked(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """Check that each name has a finite sample of the known shape and dtype; return all tensors on the CPU."""
+        """Check that each tensor has a finite sample of the known shape and dtype for each name; return CPU tensors."""
         found = {}
         for name, value in tensors.items():
             if value.ndim == 0 or len(value) != len(names):
                 raise ValueError(
                     f"the encoder returned {name} of shape {tuple(value.shape)} for a batch of {len(names)} that "
-                    f"starts with {names[0]}: the first axis must be the batch"
+                    f"starts with {names[0]}: the first axis must be the batch axis"
                 )
             entry = Entry(shape=tuple(value.shape[1:]), dtype=str(value.dtype).removeprefix("torch."))
             known = self.index.tensors.get(name, entry)
             if entry != known:
-                remedy = "resize the images to one size" if name == LATENTS else "pad captions to one length"
+                remedy = "resize all images to one size" if name == LATENTS else "pad all captions to one length"
                 raise ValueError(
-                    f"the encoder returned {entry.dtype} {name} of shape {entry.shape} for {names[0]}, but "
-                    f"{known.dtype} of shape {known.shape} before: {remedy}, or use the encoder that started the folder"
+                    f"the encoder returned {entry.dtype} {name} of shape {entry.shape} for {names[0]}, but it returned "
+                    f"{known.dtype} of shape {known.shape} before: {remedy}, or use the encoder that the folder was "
+                    f"started with"
                 )
             value = value.detach().cpu()
             if value.is_floating_point() and not (finite := value.isfinite().reshape(len(value), -1).all(1)).all():
@@ -291,7 +298,7 @@ class _Encoding:
         return found
 
     def _record(self, **files: Any) -> None:
-        """Add written files to the index."""
+        """Record the written files in the index."""
         self.index = self.index.model_copy(update=files)
         _record(self.root, self.index)
 
@@ -305,5 +312,5 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> Stored:
 
 
 def _record(root: Path, index: Index) -> None:
-    """Write the index, which reveals files lost in a power cut."""
+    """Write the index, by which files that were lost in a power cut can be detected."""
     write_json(root / INDEX, index.model_dump(mode="json"))
