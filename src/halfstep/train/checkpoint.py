@@ -1,5 +1,4 @@
-"""Checkpoints of an unfinished stage, which are complete or absent, verified before use, and stored as safetensors
-only.
+"""Checkpoints of an unfinished stage, which are complete or absent, verified before use, and stored as safetensors.
 
 A checkpoint is written to a temporary folder, synced to the disk, read back, compared with the state in memory, and
 then renamed. Older checkpoints are removed only after that, so a good checkpoint always exists. All this happens in a
@@ -43,8 +42,7 @@ class CheckpointWriter:
     def __init__(self, folder: StageFolder, run: str, processes: Processes) -> None:
         self.folder, self.run, self._processes = folder, run, processes
         self.last: Path | None = None
-        # The thread is not a daemon, so a process that ends with an error still completes the checkpoint that it
-        # started.
+        # The thread is not a daemon, so a process that ends with an error still completes the checkpoint it started.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="halfstep-checkpoint")
         self._begun: Future[Path] | None = None
 
@@ -72,8 +70,7 @@ class CheckpointWriter:
         return time.perf_counter() - begun
 
     def check(self) -> None:
-        """Raise the error of a finished write, without waiting. With several processes, `save` or `wait` raises this
-        error."""
+        """Raise the error of a finished write, without waiting. With several processes, `save` or `wait` raises it."""
         if self._processes.count == 1 and self._begun is not None and self._begun.done():
             self.wait()
 
@@ -100,8 +97,7 @@ class CheckpointWriter:
 
 
 def write_checkpoint(state: State, about: dict[str, Any], folder: StageFolder) -> Path:
-    """Write and verify a checkpoint of the state, remove all but the latest `KEPT` checkpoints, and return the new
-    folder.
+    """Write and verify a checkpoint of the state, remove checkpoints beyond `KEPT`, and return the new folder.
 
     Args:
         about: the fields of the manifest except the files; "update" determines the checkpoint's name.
@@ -128,8 +124,7 @@ def _name(update: int) -> str:
 
 
 def resume(trainer: StageTrainer, folder: StageFolder, run: str, notice: Callable[[str], None]) -> Path | None:
-    """Restore the trainer from the latest good checkpoint and return the checkpoint, or None if no good checkpoint
-    exists.
+    """Restore the trainer from the latest good checkpoint and return the checkpoint, or None if there is no good one.
 
     If a checkpoint is corrupt or unreadable, or belongs to another run, stage or update, this function reports it
     through `notice`, renames it to `damaged-...`, and falls back to the previous checkpoint.

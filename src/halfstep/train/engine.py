@@ -1,11 +1,11 @@
 """The engine, which trains the players of one stage, one update at a time.
 
 The engine does not depend on the objective. An update consists of the objective's turns, in order. Each turn trains one
-player. It splits the global batch over processes and micro batches by place, computes the losses, and runs one backward
-pass per micro batch. It then clips the gradient to a global norm, takes one AdamW step and updates the moving averages.
-The engine never waits for the device: statistics are fetched when `window` is called, and a thread can prepare batches
-and random numbers (see `Feed`). Networks are compiled once for the whole chain, because the networks of all stages have
-the same architecture.
+player. The turn splits the global batch over processes and micro batches by place, computes the losses, and runs one
+backward pass per micro batch. It then clips the gradient to a global norm, takes one AdamW step and updates the moving
+averages. The engine never waits for the device: statistics are fetched when `window` is called, and a thread can
+prepare batches and random numbers (see `Feed`). Networks are compiled once for the whole chain, because the networks of
+all stages have the same architecture.
 """
 
 import contextlib
@@ -186,8 +186,7 @@ class StageTrainer:
             yield self.update
 
     def places_of(self, update: int) -> Iterator[list[Place]]:
-        """Yield the places of this rank's micro batches in an update, turn by turn, together with the random
-        numbers."""
+        """Yield the places of this rank's micro batches in an update, turn by turn, with the random numbers."""
         for number, turn in enumerate(self.stage.objective.turns(update)):
             if turn.trains not in self.players:
                 raise ValueError(
@@ -258,8 +257,7 @@ class StageTrainer:
 
     @property
     def last_update(self) -> int:
-        """The number of updates after which the stage ends: the whole budget, or fewer once the loss has stopped
-        falling."""
+        """The number of updates after which the stage ends: its budget, or fewer once the loss has stopped falling."""
         training = self.stage.training
         if self._plateau_at is None:
             return training.num_updates
@@ -288,8 +286,7 @@ class StageTrainer:
         name = next(turn.trains for turn in self.stage.objective.turns(first) if turn.trains in broken)
         player = self.players[name]
         statistics = player.recent.statistics(first)
-        # All ranks have the bad gradient, but only some ranks have bad losses. One of these ranks reports its
-        # statistics.
+        # All ranks have the bad gradient, but only some have bad losses. One of these ranks reports its statistics.
         (seen,) = self.processes.agree(self.processes.index + 1 if statistics.get("not_finite") else 0)
         statistics = self.processes.told_by(max(0, seen - 1), statistics)
         share = ", on one rank" if self.processes.count > 1 else ""
@@ -391,8 +388,7 @@ class StageTrainer:
         self.update, self.seconds, self._window_start = update, seconds, update
 
     def finish(self) -> Denoiser:
-        """Return the stage's result, which is the unwrapped student in evaluation mode, with EMA weights if it has
-        any."""
+        """Return the stage's result: the unwrapped student in evaluation mode, with EMA weights if it has any."""
         result = self.student.finish()
         assert isinstance(result, Denoiser)
         return result

@@ -16,8 +16,7 @@ HELPER_NAME: Final = re.compile("[a-z][a-z0-9_]*")
 def make_helpers(
     stage: Stage, models: Models, seed: int, stream: str
 ) -> tuple[dict[str, tuple[torch.nn.Module, Training]], dict[str, Follower]]:
-    """Return the objective's auxiliary networks with their hyperparameters, and the objective's averages and frozen
-    copies.
+    """Return an objective's auxiliary networks with their hyperparameters, and its averages and frozen copies.
 
     Raises:
         ValueError: if a helper's name is invalid, or a helper's hyperparameters contradict those of the stage.

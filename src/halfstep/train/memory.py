@@ -17,16 +17,14 @@ def fit_micro_batch(trainer: "StageTrainer", largest: int | None = None) -> list
     """Split a rank's share into the largest micro batches that fit in memory, and return the sizes that did not fit.
 
     The search tries the whole share first, and then smaller powers of two. Each try runs the forward and backward
-    passes of an update, with the optimisers' moments in memory. Weights, buffers, moments and random numbers do not
-    change.
+    passes of an update, with the optimisers' moments in memory. No weights, buffers, moments or random numbers change.
 
     Args:
         largest: the first size to try, or None to start with the whole share.
 
     Raises:
         OutOfMemory: if not even a single sample fits.
-        ValueError: if the weights are sharded, because the other processes would wait for a process that is out of
-            memory.
+        ValueError: if the weights are sharded, because processes would wait for a process that is out of memory.
     """
     if is_sharded(trainer.student.network):
         raise ValueError("engine.micro_batch auto does not work with sharding full. Set engine.micro_batch to a number")
@@ -55,8 +53,7 @@ def fit_micro_batch(trainer: "StageTrainer", largest: int | None = None) -> list
 
 
 def _passes_fit(trainer: "StageTrainer") -> bool:
-    """Return whether two micro batches of each turn fit. During the second, the gradients of the first are in
-    memory."""
+    """Return whether two micro batches of each turn fit, with the first one's gradients in memory during the second."""
     try:
         held = [player.place_for_moments() for player in trainer.players.values()]
         first = trainer.update

@@ -1,7 +1,7 @@
 """A player: a trained network of a stage with its optimiser, its averages and the statistics of its turns.
 
 The student and each auxiliary network are players. The engine, checkpoints, DDP, FSDP2 and micro batches treat all
-players in the same way.
+players alike.
 """
 
 import contextlib
@@ -261,15 +261,13 @@ class Player:
         """Return whether DDP still has to order its messages. This is True at most once.
 
         DDP orders its messages after the first backward pass, and the rounding of a sum over more than two processes
-        depends on this order. Otherwise, the first update of a resumed run would differ from that of an uninterrupted
-        run.
+        depends on this order. Otherwise, the first update of a resumed run would differ from the uninterrupted run.
         """
         settled, self._settled = self._settled, True
         return not settled and isinstance(self.wrapped, DistributedDataParallel) and count > 2
 
     def place_for_moments(self) -> list[Tensor]:
-        """Return tensors as large as the state that the first optimiser step allocates, or none if that state
-        exists."""
+        """Return tensors as large as the state that the first optimiser step allocates, or none if it exists."""
         if self._optimizer.state_dict()["state"]:
             return []
         return [torch.empty_like(p) for p in self._parameters for _ in range(2)]

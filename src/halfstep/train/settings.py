@@ -71,7 +71,7 @@ class Engine:
             isinstance(self.trackers, tuple | list) and set(map(str, self.trackers)) <= set(get_args(Tracker))
         ):
             known = ", ".join(get_args(Tracker))
-            raise ValueError(f"engine.trackers must be chosen from {known}, got {self.trackers!r}. Pass ('tensorboard',)")
+            raise ValueError(f"engine.trackers must be among {known}, got {self.trackers!r}. Pass ('tensorboard',)")
         for name in ("timeout_minutes", "checkpoint_minutes"):
             check_number(f"engine.{name}", getattr(self, name), above=True)
             if getattr(self, name) > MOST_MINUTES:

@@ -30,7 +30,6 @@ class Window:
     seconds: float
     """The stage's training time in seconds so far, including all restarts."""
     data_share: float
-    """Fraction of the window's time that the slowest rank spent waiting for prepared inputs; 0 if no inputs are
-    prepared."""
+    """Fraction of the window's time that the slowest rank spent waiting for prepared inputs; 0 if none are prepared."""
     helpers: Mapping[str, PlayerWindow] = field(default_factory=dict)
     """Statistics of the auxiliary networks."""
