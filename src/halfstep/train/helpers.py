@@ -31,7 +31,9 @@ def make_helpers(
             for setting in ("num_updates", "batch_size"):
                 mine, own = getattr(stage.training, setting), getattr(training, setting)
                 if own != mine:
-                    raise ValueError(f"helper {name} has {setting} {own}, but its stage has {mine}. Use {mine}")
+                    raise ValueError(
+                        f"helper {name} has {setting} {own}, but its stage has {mine}. Use the stage's value"
+                    )
             if training.ema_decay or training.early_end.patience:
                 raise ValueError(f"ema_decay and early_end of helper {name} have no effect. Use an Average instead")
             with torch.random.fork_rng(devices=[]):
