@@ -317,7 +317,7 @@ def test_texts_with_a_range_of_scales(sd_run: Path, tmp_path: Path, capsys: Capt
     main([*words, "--guidance-scale", "3", "--out", str(tmp_path / "a.png")])
     capsys.readouterr()
     main([*words, "--guidance-scale", "9", "--out", str(tmp_path / "b.png")])
-    assert "only learned scales from 1 to 8. It extrapolates" in capsys.readouterr().err
+    assert "only learned scales from 1 to 8. The model extrapolates" in capsys.readouterr().err
     main(["export", str(sd_run), "--out", str(tmp_path / "out")])
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "out")
     assert pipe.unet.config.time_cond_proj_dim == 256
@@ -691,7 +691,7 @@ def test_folders_without_a_pipeline_are_rejected(source: str, said: str, tmp_pat
         ("dit", "latents-dit", ["--matching.process", "cosine"], "has no table of timesteps to replace"),
         (
             "dit", "latents-dit", ["--matching.guidance-scale", "2", "--matching.guidance-range", "1", "3"],
-            "cannot be combined. Remove one",
+            "cannot be combined. Remove one of them",
         ),
         ("sd", "latents-dit", [], "conditioned on encoder_hidden_states, which"),
         ("sd", "latents3", [], "takes encoder_hidden_states of shape [7, 16], but"),
