@@ -121,7 +121,7 @@ def growth() -> str:
     held = json.loads((RESULTS / "memory.json").read_text())["growth"]
     return (
         f"In a run of the {held['network']} network with {held['updates']:,} updates and a checkpoint every 20 "
-        f"updates, the live tensors grew by {held['growth, bytes of live tensors']:,} bytes after the first 50 updates. "
+        f"updates, live tensors grew by {held['growth, bytes of live tensors']:,} bytes after the first 50 updates. "
         f"The memory of the process grew from {held['MB at 50']:.1f} MB to {held['MB then']:.1f} MB at update "
         f"{held['settled at']}, because of the allocator and the first checkpoints, and to "
         f"{held['MB at the end']:.1f} MB at the end."

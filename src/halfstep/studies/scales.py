@@ -111,8 +111,7 @@ def _with_chain(recipe: Recipe, start_steps: int, training: Training, **changes:
 
 
 def smoke() -> Scale:
-    """Return a scale for the digits that takes minutes on two CPU cores and shows the effects visible at this size.
-    """
+    """Return a scale for the digits that takes minutes on two CPU cores and shows the effects visible at this size."""
     recipe = _with_chain(
         recipes["digits"](),
         64,
