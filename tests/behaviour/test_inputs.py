@@ -20,7 +20,7 @@ from halfstep.measure.evaluate import Evaluation, few_samples
 from halfstep.recipes import ChainConfig, MLPConfig, Recipe, build, recipes
 from halfstep.recipes.building import FREE_FIELDS, check_fit
 from halfstep.run.folder import DifferentRecipe
-from halfstep.runs import Manifest, RunFolder, RunStatus, StageStatus
+from halfstep.runs import Manifest, RunFolder, RunStatus, StageStatus, best
 from halfstep.runs.schema import Result
 from toys import finish, points, toy_spec
 
@@ -234,6 +234,15 @@ def test_the_recipe_for_few_images_fits_a_small_machine():
     # The teacher sees no sample more often than a few hundred times.
     assert max(seen) < 300
     assert sum(stage.training.num_updates for stage in spec.plan.stages) < large.teacher.num_updates / 10
+
+
+def test_the_tutorials_recipe_ends_at_four_steps_and_uses_kid():
+    """Its images are small, but they still have more dimensions than samples."""
+    recipe = recipes["images_tiny"]()
+    data = MemoryData("photos", torch.zeros(301, 3, 16, 16, dtype=torch.uint8))
+    spec = build(recipe, data=data)
+    assert [stage.num_steps for stage in spec.plan.stages] == [None, 8, 4]
+    assert best.too_few(recipe.evaluation.num_samples, len(data), 3 * 16 * 16)
 
 
 # Time left

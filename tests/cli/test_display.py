@@ -5,6 +5,7 @@ import io
 import pytest
 
 from halfstep.cli.display import RunDisplay
+from halfstep.cli.plan_view import PlanView
 from halfstep.cli.words import Screen
 from halfstep.objectives import Denoising, Plan, Training
 from halfstep.report.words import duration
@@ -63,6 +64,22 @@ def test_measuring_shows_where_it_is_and_counts_in_the_time_left() -> None:
     display.show([Measured("00-denoise", result, num_left=2, seconds=5.0)])
     # Two more results of the teacher and one of the student, each in 5 s.
     assert display.status.seconds_left == training + 15.0
+    assert "distance 1.00, 1.00 s per 1,000 samples" in out.getvalue()
+
+
+def test_too_few_samples_are_shown_with_their_kid() -> None:
+    plan = _plan(Training(10, 1e-3, batch_size=20), Training(6, 1e-3, batch_size=10))
+    out = io.StringIO()
+    display = RunDisplay(list(zip(plan.names(), plan.stages, strict=True)), Screen(file=out))
+    for name, kid, frechet in (("00-denoise", 0.125, 1.0), ("01-halve-0001", 0.25, 2.0)):
+        result = Result(sampler="ddim", num_steps=1, num_evals=1, frechet=frechet, kid=kid, seconds_per_1000=1.0)
+        display.show([Measured(name, result, too_few=True)])
+    assert "KID 0.125, 1.00 s per 1,000 samples" in out.getvalue()
+    display.screen.show(PlanView(display.status))
+    shown = out.getvalue()
+    assert "KID 0.250" in shown
+    assert "distance" not in shown
+    assert "x)" not in shown
 
 
 def test_a_terminal_gets_one_display_and_no_terminal_gets_lines() -> None:

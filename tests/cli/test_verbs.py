@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from argparse import ArgumentParser
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,10 @@ import pytest
 from halfstep.cli import main
 from halfstep.cli.completion import arguments_of, command_line
 from halfstep.cli.verbs import EXIT_CODES, VERBS
+from halfstep.models.folder import load
+from halfstep.recipes import Recipe, build
+from halfstep.run.measuring import calls_of_measuring
+from halfstep.runs import RunFolder
 from halfstep.runtime.files import read_sealed
 from support_cli import Capture, refused
 from toys import TINY_ARRAYS
@@ -186,7 +191,21 @@ def test_a_run_ends_with_its_status_as_json(run: Path, toy_npy: Path, tmp_path: 
         (s["stage"], s["num_updates"]) for s in status["stages"]
     ]
     assert sum(s["estimated_seconds"] for s in plan["stages"]) == pytest.approx(plan["estimated_seconds"])
+    assert plan["estimated_seconds_of_measuring"] > 0
     assert not (tmp_path / "x").exists()
+
+
+def test_a_plan_states_how_often_measuring_calls_the_network(run: Path) -> None:
+    """The number is that of a finished run, whether its teacher is trained or given."""
+    folder = RunFolder(run)
+    recipe = Recipe.model_validate(folder.recipe()["recipe"])
+    results = [result for stage in folder.stages() if (held := stage.metrics()) for result in held.results]
+    calls = sum(result.num_evals for result in results)
+    teacher = load(folder.stages()[0].path)
+    quiet = recipe.model_copy(update={"evaluation": replace(recipe.evaluation, enabled=False)})
+    assert calls_of_measuring(build(recipe)) == calls > 0
+    assert calls_of_measuring(build(recipe, what="chain", teacher=teacher)) == calls
+    assert calls_of_measuring(build(quiet)) == 0
 
 
 def test_samples_and_figures_as_json(run: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -18,9 +18,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from halfstep.cli.display import show_results
+from halfstep.cli.status import view
+from halfstep.cli.words import Screen
 from halfstep.report import write_report
 from halfstep.report.words import number, times
-from halfstep.runs import RunFolder
+from halfstep.runs import RunFolder, read_status
 from halfstep.runtime.files import json_digest, sha256_of, write_sealed
 from report.fake_run import (
     HEUN,
@@ -220,6 +223,32 @@ def test_an_unreliable_frechet_distance_is_not_in_the_headline(tmp_path: Path) -
     assert "It compares KID because there are too few samples" in page.text
     assert "Fréchet distance" not in page.text.partition("Number of sampler steps")[0]
     assert "Fréchet distance of the teacher at its best" not in page.text
+
+
+def test_a_terminal_shows_kid_where_the_frechet_distance_is_unreliable(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run")
+    best = result(256, False)
+
+    def printed() -> str:
+        out = io.StringIO()
+        screen = Screen(file=out)
+        show_results(run, screen)
+        screen.show(view(read_status(run)))
+        return out.getvalue()
+
+    picture = RunFolder(run).stages()[-1].samples / "steps-0001.png"
+    assert "samples of the last model" not in printed()
+    picture.touch()
+    assert f"samples of the last model: {picture}\n" in printed()
+    assert "Frechet distance in" in printed()
+    assert f"{result(32, True).frechet:.4g}" in printed()
+    # By its Frechet distance, Heun would be the teacher at its best.
+    rewritten(run, kid=0.5)
+    found = printed()
+    assert "KID in" in found
+    assert f"{result(32, True).kid:.3g}" in found
+    assert f"{result(32, True).frechet:.4g}" not in found
+    assert f"teacher's best: DDIM, 256 steps (256 calls), KID {number(best.kid)}\n" in re.sub(" +\n", "\n", found)
 
 
 def test_a_reliable_evaluation_comes_before_an_unreliable_measurement(tmp_path: Path) -> None:

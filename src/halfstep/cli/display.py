@@ -18,7 +18,7 @@ from halfstep.cli.words import Screen, print_table
 from halfstep.objectives import Stage
 from halfstep.report.quality import quality_groups, text_table
 from halfstep.report.reading import StageFacts
-from halfstep.report.words import count, duration, method_words, number
+from halfstep.report.words import count, distance_words, duration, method_words, number
 from halfstep.run.events import Event, Measured, Measuring, Notice, StageEnd, StageStart
 from halfstep.run.events import Progress as TrainingProgress
 from halfstep.runs import RunFolder, RunStatus, StageStatus
@@ -88,13 +88,16 @@ class RunDisplay:
             case Measuring(what=what, number=place, total=total):
                 stage.state, stage.num_unmeasured = "measuring", total - max(0, place - 1)
                 stage.measuring = f"measuring {place or 1}/{total}"
-                self._now_and_then(f"{stage.name}: measuring {f'{place}/{total}, ' if place else ''}{what}")
-            case Measured(result=result, num_left=num_left, seconds=seconds):
+                text = f"{stage.name}: measuring {f'{place}/{total}, ' if place else ''}{what}"
+                # The first measurement of the run trains a classifier or draws the finest samples: it takes long.
+                (self._now_and_then if place > 1 else self._line)(text)
+            case Measured(result=result, num_left=num_left, seconds=seconds, too_few=too_few):
                 stage.results.append(result)
+                stage.too_few = too_few
                 stage.measuring_seconds, stage.num_unmeasured = seconds, num_left
                 pace = f"{number(result.seconds_per_1000)} s per 1,000 samples"
                 where = method_words(result.sampler, result.num_steps, result.num_evals)
-                self._line(f"{stage.name}: {where}, distance {number(result.frechet)}, {pace}")
+                self._line(f"{stage.name}: {where}, {distance_words(result.frechet, result.kid, too_few)}, {pace}")
 
     def _line(self, text: str) -> None:
         if not self.is_live:
@@ -113,10 +116,10 @@ class RunDisplay:
         left = "..." if math.isnan(seconds) else duration(seconds)
         # If no update in the window trained the student, there is no student loss.
         loss = "" if stage.loss is None else f"loss {number(stage.loss)}  "
-        measuring = "" if self.status.measuring_seconds_left else "training "
+        what = "" if self.status.measuring_seconds_left else " of training"
         return (
             f"{stage.name}: update {stage.update}/{stage.num_updates}  {loss}"
-            f"{stage.samples_per_second:,.0f} samples/s  {measuring}left {left}"
+            f"{stage.samples_per_second:,.0f} samples/s  {left}{what} left in this run"
         )
 
 
@@ -126,5 +129,8 @@ def show_results(path: Path, screen: Screen) -> None:
     stages = [StageFacts(one.name, one.manifest(verify=False), one.metrics(), {}) for one in run.stages()]
     start = next((stage for stage in stages if run.start is not None and stage.name == run.start.name), None)
     for group in quality_groups(stages, start):
-        title = f"Frechet distance in {group.protocol.get('features', '?')} features"
+        metric = "KID" if group.too_few else "Frechet distance"
+        title = f"{metric} in {group.protocol.get('features', '?')} features"
         print_table(text_table(group), title, screen)
+    if pictures := sorted(run.stages()[-1].samples.glob("*.png")):
+        screen.say(f"samples of the last model: {pictures[-1]}")

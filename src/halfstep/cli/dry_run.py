@@ -13,6 +13,7 @@ from halfstep.models.model import Model
 from halfstep.objectives import Role, guidances
 from halfstep.report.words import count, duration, number
 from halfstep.run.cost import count_forward, helper_sizes, memory_of_update, time_updates, update_flops
+from halfstep.run.measuring import calls_of_measuring
 from halfstep.run.spec import RunSpec
 from halfstep.runs.schema import shortened
 
@@ -56,6 +57,8 @@ def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str
         }
         for (name, stage, _), flops_of_update in zip(stages, flops, strict=True)
     ]
+    # Sampling takes most of the time of a measurement.
+    measuring = spec.evaluation.num_samples * calls_of_measuring(spec) * forward.flops
     matched = [stage.objective for _, stage, _ in stages if stage.objective.outcome.role is Role.MATCHED]
     guidance = matched[0].guidance if matched else None
     return {
@@ -80,6 +83,7 @@ def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str
         "seconds_an_update": None if rate is None else rate.seconds,
         "timed_batch_size": None if rate is None else rate.batch_size,
         "estimated_seconds": None if rate is None else sum(row["estimated_seconds"] for row in rows),
+        "estimated_seconds_of_measuring": None if seconds_a_flop is None else measuring * seconds_a_flop,
     }
 
 
@@ -145,8 +149,10 @@ def _lines(facts: dict[str, Any], spec: RunSpec) -> Iterator[str]:
         batch = stages[0]["batch_size"]
         how = "timed here" if timed == batch else f"extrapolated from updates of {timed // 2} and {timed} samples"
         seconds = f"{number(facts['seconds_an_update'])} s per update of {batch} samples in the first stage, {how}"
-        time = duration(facts["estimated_seconds"])
-        yield f"estimated training time on this machine, without the time for measuring the models: {time} ({seconds})"
+        measuring = facts["estimated_seconds_of_measuring"]
+        time = duration(facts["estimated_seconds"] + measuring)
+        share = f"of which {duration(measuring)} to measure the models; " if measuring else ""
+        yield f"estimated time on this machine: {time} ({share}{seconds})"
     if (facts["estimated_seconds"] or 0) > LONG_SECONDS:
         advice = shorter([stage["role"] for stage in stages], spec.teacher)
         yield f"warning: the training will take more than a day. Use a GPU, or {advice}"

@@ -10,7 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from halfstep.report.words import count, duration, number
+from halfstep.report.words import count, distance_words, duration, number
 from halfstep.runs import RunStatus, StageStatus
 
 MARKS = {"done": "✓", "training": "▶", "measuring": "▶", "to come": "·", "damaged": "!"}
@@ -94,9 +94,10 @@ class PlanView:
             return stage.measuring or "measuring ..."
         if not stage.results:
             return ""
-        best = min(stage.results, key=lambda result: result.frechet)
+        best = min(stage.results, key=lambda result: result.kid if stage.too_few else result.frechet)
         ratio = self.status.ratio(stage, best)
-        return f"distance {number(best.frechet)}" + ("" if ratio is None else f" ({number(ratio)}x)")
+        words = distance_words(best.frechet, best.kid, stage.too_few)
+        return words + ("" if ratio is None else f" ({number(ratio)}x)")
 
     def _whole(self) -> Text:
         status = self.status

@@ -14,7 +14,7 @@ from rich.text import Text
 from halfstep.cli.plan_view import PlanView
 from halfstep.cli.usage import Switch, UsageError, parse
 from halfstep.cli.words import Screen, print_json
-from halfstep.report.words import duration, method_words, number
+from halfstep.report.words import distance_words, duration, method_words
 from halfstep.runs import RunStatus, read_status
 
 STYLES = {"running": "bold green", "finished": "green", "stopped": "yellow", "diverged": "red", "failed": "red"}
@@ -67,9 +67,9 @@ def view(status: RunStatus) -> Group:
     lines: list[Text | PlanView] = [head, PlanView(status, reserved=6)]
     if (best := status.teacher_best) is not None:
         where = method_words(best.sampler, best.num_steps, best.num_evals)
-        lines.append(
-            Text(f"teacher's best: {where}, distance {number(best.frechet)}; 2x means twice this distance", style="dim")
-        )
+        by_kid = status.stages[0].too_few
+        distance, ratio = distance_words(best.frechet, best.kid, by_kid), "; 2x means twice this distance"
+        lines.append(Text(f"teacher's best: {where}, {distance}{'' if by_kid else ratio}", style="dim"))
     if status.state != "finished" and (stage := status.current) is not None:
         if stage.checkpoint is not None:
             lines.append(Text(f"last checkpoint: update {stage.checkpoint:,} of {stage.name}"))

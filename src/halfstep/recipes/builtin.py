@@ -127,6 +127,40 @@ def cifar10() -> Recipe:
     )
 
 
+@recipes.register("cifar10_small")
+def cifar10_small() -> Recipe:
+    """CIFAR-10 with a network of 3 million parameters: rough images, about an hour and a half on two CPU cores."""
+    return Recipe(
+        name="cifar10_small",
+        data=DataConfig(source="uoft-cs/cifar10", flip=True),
+        network=UNetConfig(
+            block_out_channels=(32, 64, 128),
+            layers_per_block=1,
+            attention=(False, False, True),
+            norm_num_groups=8,
+            time_embedding_dim=192,
+        ),
+        teacher=Training(
+            num_updates=3300,
+            batch_size=64,
+            learning_rate=1e-3,
+            warmup_updates=200,
+            adam_betas=(0.9, 0.99),
+            ema_decay=0.999,
+        ),
+        chain=SECOND_ORDER.model_copy(
+            update={
+                "training": Training(
+                    num_updates=320, batch_size=64, learning_rate=4e-4, warmup_updates=30, adam_betas=(0.9, 0.99)
+                ),
+                "updates_at": {8: 350, 1: 400},
+            }
+        ),
+        finish=FinishConfig(steps=(1,), training=replace(FINISHING, num_updates=250)),
+        evaluation=Evaluation(num_samples=2000, batch_size=500),
+    )
+
+
 @recipes.register("images")
 def images() -> Recipe:
     """Train on your own images with one GPU: `halfstep run images --data FOLDER --data.image-size 32`."""
@@ -161,6 +195,23 @@ def images_small() -> Recipe:
             update={"training": Training(num_updates=300, batch_size=16, learning_rate=3e-4, warmup_updates=20)}
         ),
         evaluation=Evaluation(num_samples=300, teacher_steps=(8, 4, 2, 1), teacher_heun_steps=(8,)),
+    )
+
+
+@recipes.register("images_tiny")
+def images_tiny() -> Recipe:
+    """A few hundred of your own images, 16x16 in colour, to four steps: about five minutes on two CPU cores."""
+    demo = digits()
+    return Recipe(
+        name="images_tiny",
+        data=DataConfig(source="images", image_size=16, channels=3, labels=False, flip=True),
+        network=demo.network,
+        teacher=replace(demo.teacher, num_updates=1200, batch_size=64),
+        chain=SECOND_ORDER.model_copy(
+            update={"end_steps": 4, "training": replace(demo.chain.training, num_updates=150, learning_rate=7e-4)}
+        ),
+        evaluation=Evaluation(num_samples=600),
+        engine=demo.engine,
     )
 
 

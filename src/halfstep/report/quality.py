@@ -202,14 +202,15 @@ def _written(result: Result | None, name: str, form: str) -> str:
 
 
 def text_table(group: Group) -> Table:
-    """Return the group as text for a terminal."""
+    """Return the group as text for a terminal, with KID instead of unreliable Frechet distances."""
+    metric, form = ("kid", ".3g") if group.too_few else ("frechet", ".4g")
     rows = [
         [
             str(row.steps) + (f" ({note})" if (note := group.note_of(row)) else ""),
             str(row.measured.num_evals),
-            _written(row.teacher, "frechet", ".4g"),
-            _written(row.student, "frechet", ".4g"),
-            "–" if row.ratio is None else f"{row.ratio:.2f}",
+            _written(row.teacher, metric, form),
+            _written(row.student, metric, form),
+            "–" if row.ratio is None or group.too_few else f"{row.ratio:.2f}",
             _written(row.measured, "recall", ".3f"),
             _written(row.measured, "coverage", ".3f"),
             _written(row.student, "teacher_rmse", ".4f"),

@@ -21,6 +21,11 @@ def method_words(sampler: str, num_steps: int, num_evals: int) -> str:
     return f"{sampler_label(sampler)}, {count(num_steps, 'step')} ({count(num_evals, 'call')})"
 
 
+def distance_words(frechet: float, kid: float | None, too_few: bool) -> str:
+    """Return the metric that a run compares its models by, as in "distance 1.23"; KID if the samples are too few."""
+    return f"KID {number(kid)}" if too_few else f"distance {number(frechet)}"
+
+
 def number(value: float | None) -> str:
     """Format a number with three significant digits, an integer in full, and None as a dash."""
     if value is None:

@@ -63,6 +63,8 @@ class Measured(Event):
     """The number of results of the stage that are still to come."""
     seconds: float = 0.0
     """The wall time of sampling and measuring the results of the stage so far."""
+    too_few: bool = False
+    """Whether the samples are too few for a reliable Frechet distance."""
 
 
 @final

@@ -15,7 +15,7 @@ from halfstep.measure.store import Cell, Store
 from halfstep.metrics import rmse
 from halfstep.models.folder import load
 from halfstep.models.model import Model
-from halfstep.objectives import Role
+from halfstep.objectives import Outcome, Role
 from halfstep.run.events import Event, Measured, Notice
 from halfstep.run.events import Measuring as Started
 from halfstep.run.spec import RunSpec
@@ -27,6 +27,38 @@ from halfstep.runtime.files import DamagedFile, check_files, sha256_of, write_se
 from halfstep.runtime.processes import Processes
 from halfstep.runtime.stop import StopSignal
 from halfstep.samplers import samplers
+
+
+def methods_of(spec: RunSpec, outcome: Outcome, is_first: bool) -> list[Method]:
+    """Return the samplers and numbers of steps with which a run measures a stage's model.
+
+    Args:
+        outcome: of the stage.
+        is_first: whether its model is the first one of the run.
+    """
+    if not spec.evaluation.enabled:
+        return []
+    if outcome.num_steps is not None:
+        return [Method(outcome.sampler, outcome.num_steps)]
+    steps: list[int | None] = [spec.start_steps]
+    if outcome.role is not Role.MATCHED or is_first:
+        steps += [*spec.evaluation.teacher_steps, *(stage.num_steps for stage in spec.plan.stages)]
+    numbers = [number for number in steps if number]
+    if outcome.role is Role.STUDENT:
+        return [Method(outcome.sampler, number) for number in sorted(set(numbers), reverse=True)]
+    return teacher_methods(outcome.sampler, numbers, spec.evaluation)
+
+
+def calls_of_measuring(spec: RunSpec) -> int:
+    """Return the network calls per sample with which a run measures all its models."""
+    calls = 0
+    for place, (_, stage) in enumerate(spec.stages):
+        if stage is not None:
+            calls += sum(one.num_evals for one in methods_of(spec, stage.objective.outcome, is_first=place == 0))
+        elif (teacher := spec.teacher) is not None:
+            own = Outcome(teacher.role, teacher.num_steps, teacher.sampler)
+            calls += sum(teacher.num_evals(*one) for one in methods_of(spec, own, is_first=True))
+    return calls
 
 
 @final
@@ -54,7 +86,8 @@ class Measuring:
 
     def measured(self, folder: StageFolder, model: Model, updates_before: int) -> Iterator[Event]:
         """Measure a stage unless its metrics exist. Trackers log the metrics at update `updates_before` of the plan."""
-        methods = self._methods(model) if self.evaluation.enabled else []
+        own = Outcome(model.role, model.num_steps, model.sampler)
+        methods = methods_of(self.spec, own, is_first=self._base is None)
         if not methods:
             return
         if self._base is None:
@@ -94,7 +127,8 @@ class Measuring:
                 result = self._result(folder, self._cell(model, method), name)
             results.append(result)
             self._track(folder, name, result, updates_before)
-            yield Measured(folder.name, result, len(methods) - number, time.monotonic() - began)
+            seconds, too_few = time.monotonic() - began, self._reference.too_few
+            yield Measured(folder.name, result, len(methods) - number, seconds, too_few)
         spent = round(time.monotonic() - began, 3)
 
         def write() -> None:
@@ -113,19 +147,6 @@ class Measuring:
             write_sealed(folder.metrics_path, figures.model_dump(mode="json"))
 
         self.processes.on_main(write)
-
-    def _methods(self, model: Model) -> list[Method]:
-        """Return the samplers and step counts with which a model is measured."""
-        own, start = model.sampler, self.spec.start_steps
-        if model.num_steps is not None:
-            return [Method(own, model.num_steps)]
-        steps: list[int | None] = [start]
-        if model.role is not Role.MATCHED or self._base is None:
-            steps += [*self.evaluation.teacher_steps, *(stage.num_steps for stage in self.spec.plan.stages)]
-        numbers = [number for number in steps if number]
-        if model.role is Role.STUDENT:
-            return [Method(own, number) for number in sorted(set(numbers), reverse=True)]
-        return teacher_methods(own, numbers, self.evaluation)
 
     def _cell(self, model: Model, method: Method, path: Path | None = None) -> Cell:
         """Return the cell of a model. If `path` is given, the model is loaded from there on demand."""

@@ -64,6 +64,8 @@ class StageStatus:
     """The protocol of the results."""
     measuring_seconds: float = 0.0
     """The wall time of sampling and measuring the results."""
+    too_few: bool = False
+    """Whether there are too few samples for a reliable Frechet distance, so that models are compared by their KID."""
     num_unmeasured: int = 1
     """The number of results that are still to come, if it is known."""
     measuring: str = ""
@@ -126,12 +128,13 @@ class RunStatus:
     @property
     def teacher_best(self) -> Best | None:
         """The best result of the chain's first model, or None if it has not been measured yet."""
-        return teacher_best(map(Best.of, self.stages[0].results))
+        first = self.stages[0]
+        return teacher_best(map(Best.of, first.results), first.too_few)
 
     def ratio(self, stage: StageStatus, result: Result) -> float | None:
-        """Return the ratio of a later stage's distance to the teacher's best, or None if they cannot be compared."""
+        """Return the ratio of a later stage's Frechet distance to the teacher's best, or None if there is none."""
         best, first = self.teacher_best, self.stages[0]
-        if best is None or stage is first or stage.protocol != first.protocol:
+        if best is None or stage is first or stage.protocol != first.protocol or stage.too_few:
             return None
         return best.ratio(result.frechet)
 
@@ -271,6 +274,7 @@ def _update_stage(stage: StageStatus, folder: StageFolder) -> None:
         metrics = folder.metrics()
         if metrics is not None:
             stage.results, stage.protocol = metrics.results, metrics.protocol
+            stage.too_few = metrics.too_few
             stage.measuring_seconds = metrics.seconds or 0.0
 
 
