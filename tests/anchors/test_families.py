@@ -278,7 +278,7 @@ def test_a_false_recording_is_rejected_with_the_fact(
 
     def refused(**lie: Any) -> str:
         schedule = replace(recording.schedule, **lie)
-        with pytest.raises(ValueError, match=r"at step \d |step \d from") as error:
+        with pytest.raises(ValueError, match=r"at step \d, |step \d from") as error:
             verify(network, schedule, made)
         return str(error.value)
 

@@ -274,9 +274,9 @@ SETTINGS: dict[str, tuple[Callable[[], Any], str]] = {
     "a list among finishes": (lambda: halfstep.Plan.finishes([[2]]), "num_steps must be"),  # type: ignore[list-item]
     "samples at once": (lambda: TEACHER.sample(3, 2, batch_size=-1), "batch_size must be"),
     "half a batch": (lambda: TEACHER.sample(3, 2, batch_size=1.5), "batch_size must be"),  # type: ignore[arg-type]
-    "a shape below 0": (lambda: halfstep.sample_noise(3, (-1,)), r"Pass \(3, 32, 32\)"),
-    "a shape of text": (lambda: halfstep.step_noise(3, "2"), r"Pass \(3, 32, 32\)"),
-    "one number as shape": (lambda: halfstep.Model.of(denoiser(Net()), 2), r"Pass \(3, 32, 32\)"),  # type: ignore[arg-type]
+    "a shape below 0": (lambda: halfstep.sample_noise(3, (-1,)), r"Pass a shape such as \(3, 32, 32\)"),
+    "a shape of text": (lambda: halfstep.step_noise(3, "2"), r"Pass a shape such as \(3, 32, 32\)"),
+    "one number as shape": (lambda: halfstep.Model.of(denoiser(Net()), 2), r"Pass a shape such as \(3, 32, 32\)"),  # type: ignore[arg-type]
     "a negative number of classes": (lambda: halfstep.Model.of(denoiser(Net()), (2,), num_classes=-1), "num_classes"),
     "no classes to draw": (lambda: halfstep.sample_labels(3, 0), "num_classes"),
     "samples of another shape": (lambda: halfstep.samples_of(TEACHER, 4, (3,)), r"have the shape \[2\], got \[3\]"),

@@ -268,7 +268,7 @@ def test_settings_of_a_launcher_that_would_be_ignored_are_refused(
 
 
 def test_sharding_one_process_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"this is the only one\. Start several with torchrun"):
+    with pytest.raises(ValueError, match=r"this is the only process\. Start several processes with torchrun"):
         teams.trainer(halving(), "full")
 
 

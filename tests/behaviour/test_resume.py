@@ -157,7 +157,7 @@ def test_a_folder_of_another_recipe_is_refused_with_the_difference_and_left_alon
 def test_a_folder_of_other_data_is_refused(uncut: Path) -> None:
     spec = toy_spec()
     changed = type(spec.data)("toy", spec.data.fetch(torch.arange(100)).x0)  # type: ignore[call-arg]
-    with pytest.raises(DifferentRecipe, match="other data"):
+    with pytest.raises(DifferentRecipe, match="different data"):
         finish(toy_spec(data=changed), uncut)
 
 

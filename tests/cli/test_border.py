@@ -687,7 +687,7 @@ def test_folders_without_a_pipeline_are_rejected(source: str, said: str, tmp_pat
         ("ddpm", "digits", ["--matching.guidance-range", "3", "1"], "must satisfy 0 <= low < high"),
         ("ddpm", "digits", ["--matching.guidance-scale", "nan"], "guidance-scale"),
         ("ddpm", "digits", ["--chain.lora-rank", "2", "--matching.process", "cosine"], "remove --chain.lora-rank"),
-        ("dit", "latents-dit", ["--matching.guidance-range", "1", "3"], "DiTTransformer2DModel has none"),
+        ("dit", "latents-dit", ["--matching.guidance-range", "1", "3"], "DiTTransformer2DModel has no such input"),
         ("dit", "latents-dit", ["--matching.process", "cosine"], "has no table of timesteps to replace"),
         (
             "dit", "latents-dit", ["--matching.guidance-scale", "2", "--matching.guidance-range", "1", "3"],
@@ -695,7 +695,7 @@ def test_folders_without_a_pipeline_are_rejected(source: str, said: str, tmp_pat
         ),
         ("sd", "latents-dit", [], "conditioned on encoder_hidden_states, which"),
         ("sd", "latents3", [], "takes encoder_hidden_states of shape [7, 16], but"),
-        ("sd3", "latents3", ["--matching.guidance-range", "1", "3"], "SD3Transformer2DModel has none"),
+        ("sd3", "latents3", ["--matching.guidance-range", "1", "3"], "SD3Transformer2DModel has no such input"),
         (
             "sd", "latents", ["--matching.guidance-range", "1", "3", "--chain.lora-rank", "2"],
             "remove --chain.lora-rank",

@@ -299,7 +299,7 @@ def test_samples_are_written_under_their_own_name_or_not_at_all(
         (["--sampler", "dim"], "did you mean 'ddim'?"),
         (["--sampler", "ancestral", "--gamma", "1.5"], "--gamma must be at most 1, got 1.5"),
         (["--gamma", "0.5"], "--gamma 0.5 has no effect on the sampler ddim. Remove it, or add --sampler ancestral"),
-        (["--class-label", "12"], "one of 0 to 9"),
+        (["--class-label", "12"], "Choose a class from 0 to 9"),
         (["--device", "abacus"], "the device 'abacus' does not exist here"),
         (["--num-stesp", "4"], "did you mean '--num-steps'?"),
     ],

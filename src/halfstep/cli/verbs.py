@@ -48,7 +48,7 @@ TRAINS: Final = (0, 1, 2, 3, 75, 129, 130, 138, 143)
 RECIPE_NOTES: Final = (
     "RECIPE is a name (see `halfstep ls recipes`), a .json file or the folder of a run. The help shows its defaults.",
     "--data S is short for --data.source S, --start N for --chain.start-steps N, and --to N for --chain.end-steps N.",
-    "To resume a stopped or killed run from its last checkpoint, run the same command again.",
+    "To resume a stopped or killed run, run the same command again.",
 )
 _OFTEN: Final = (
     *("--data", "--data.image-size", "--data.skip-broken", "--start", "--to", "--teacher.num-updates"),

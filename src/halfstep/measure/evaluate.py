@@ -59,7 +59,7 @@ class Evaluation:
     enabled: bool = True
     """Measure the models."""
     num_samples: int = 2000
-    """Number of samples to draw from each model."""
+    """Number of samples per model."""
     num_reference: int = 10_000
     """Maximum number of real samples to compare with."""
     features: str = "auto"

@@ -44,7 +44,7 @@ class Training:
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
 
     num_updates: int
-    """Number of optimiser updates per stage."""
+    """Number of updates per stage."""
     learning_rate: float
     """Peak learning rate of AdamW."""
     batch_size: int = 128
