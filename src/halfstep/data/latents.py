@@ -148,7 +148,7 @@ def open_latents(folder: Path) -> LatentData:
     """Open a folder that `encode` has completed. The sizes of the shards are checked, but not their contents.
 
     Raises:
-        ValueError: if the folder is missing, is incomplete or has another format.
+        ValueError: if the folder is missing or incomplete, or has a different format.
         DamagedFile: if a file is missing or its size has changed.
     """
     root = user_path(folder)
@@ -198,7 +198,7 @@ def is_intact(path: Path, stored: Stored | None) -> bool:
 
 
 def read_index(root: Path) -> Index:
-    """Load a folder's index; raise ValueError if it is damaged or has another format."""
+    """Load a folder's index; raise ValueError if it is damaged or has a different format."""
     path = root / INDEX
     remedy = "delete the folder and encode again"
     try:

@@ -321,7 +321,7 @@ class Explorer:
         notes: list[str],
         needed: int | None = 0,
     ) -> Answer:
-        """Sample each stage in its number of steps. Warnings and unreadable stages become notes.
+        """Sample each stage with its own number of steps. Warnings and unreadable stages become notes.
 
         Args:
             needed: index of the stage that must be readable, or None if any stage may be unreadable.

@@ -1,4 +1,4 @@
-"""LoRA: low-rank additions to a network's frozen weights, which need less memory than a full student.
+"""LoRA: low-rank additions to a network's frozen weights. Training them needs less memory than a full student.
 
 A layer's weight W becomes W + B A, where A has `rank` rows, B has `rank` columns and B starts at 0. All models of a
 chain share W and differ only in A and B.

@@ -264,7 +264,7 @@ class StageFolder:
         )
 
     def is_complete(self) -> bool:
-        """Return whether the stage was trained to the end."""
+        """Return whether the stage was trained to completion."""
         return self.manifest_path.exists()
 
     def checkpoints(self) -> list[Path]:

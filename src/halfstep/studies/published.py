@@ -4,7 +4,7 @@ An FID is not comparable with a distance in other features, so compare rankings 
 verified are omitted: the integrators of appendix C, the fast schedules and figure 6.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), tables 1 and 2 and section 5.2. Figure 4 was digitised from the authors'
-    README with an accuracy of 0.5%. The values for CIFAR-10 with 1 to 8 steps are those of table 2.
+    README with an accuracy of 0.5%. The values for CIFAR-10 with 1 to 8 steps are taken from table 2.
 """
 
 from typing import Final
