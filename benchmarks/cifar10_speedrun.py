@@ -1,4 +1,4 @@
-"""Train a four-step CIFAR-10 student on one GPU within ten minutes in total, and write a table of its results.
+"""Train a four-step CIFAR-10 student on one GPU within ten minutes in total, and write a table of the results.
 
     python benchmarks/cifar10_speedrun.py RUN --data ../shared/data/cifar10 \
         --features ../shared/data/weights/resnet20-cifar10.safetensors
@@ -7,18 +7,18 @@
 Measurements on the machine determine these settings (RUN.plan.json):
 
 - the precision with the fastest update;
-- the largest network whose teacher can train on ENOUGH samples in its share of the budget, minus the time to evaluate
-  that network;
-- the smallest batch that reaches the share CLOSE of the highest samples per second;
-- compilation, if more updates then fit into the budget, including the time to compile.
+- the largest network whose teacher can train on ENOUGH samples in its share of the budget, after the time to evaluate
+  that network has been subtracted;
+- the smallest batch size that reaches the share CLOSE of the highest number of samples per second;
+- whether to compile, which is done if more updates then fit into the budget, including the time to compile.
 
-Learning rates and shares are fixed. Then the teacher and its students are trained, and evaluated with 10,000 samples
-against the test images in the features of --features. The teacher is also evaluated with DDIM at 1 to 256 steps.
+Learning rates and shares are fixed. The teacher and its students are then trained and evaluated: 10,000 samples are
+compared with the test images in the features of --features. The teacher is also evaluated with DDIM at 1 to 256 steps.
 
-A call stops cleanly after --seconds. Rerun the same command until the table is complete; finished trials, updates and
-rows are kept. The reported time is the sum over all calls, from the start of each process. An interrupted row of the
-table is repeated, so a single call is best. A row that does not fit into the rest of a call is left to the next call.
-The last row is the four-step student in float32, to show the effect of sampling in bfloat16.
+A call stops cleanly after --seconds. Rerun the same command until the table is complete. Finished trials, updates and
+rows are kept. The reported time is the sum over all calls, each measured from the start of its process. An interrupted
+row of the table is repeated, so a single call is best. A row that does not fit into the rest of a call is left to the
+next call. The last row is the four-step student in float32, which shows the effect of sampling in bfloat16.
 """
 
 import argparse
@@ -64,52 +64,54 @@ from halfstep.samplers import DDIM
 from halfstep.train.settings import Engine, Precision
 
 PEAK_BF16 = {"H100 80GB HBM3": 989e12, "H100 SXM": 989e12, "H200": 989e12, "A100": 312e12}
-"""Dense bfloat16 operations per second, by a part of the card's name, from the manufacturers' data sheets."""
+"""Dense bfloat16 operations per second from the manufacturers' data sheets, by a part of the name of the GPU."""
 
 SHARES = {"teacher": 0.55, "chain": 0.3}
-"""Shares of the budget after calibration and evaluation; the rest is a reserve for loading and checkpoints."""
+"""Shares of the budget that remains after calibration and evaluation. The rest is reserved for loading and checkpoints.
+"""
 
 CLOSE = 0.95
-"""Share of the highest samples per second that is enough. A larger batch with less gain only costs updates."""
+"""The share of the highest number of samples per second that is sufficient. Larger batches would only cost updates."""
 
 WORTH_COMPILING = 400.0
-"""Seconds that must be left to try compiled networks. Compilation takes a minute or two, which shorter training could
-not recover. The comparison includes the time to compile."""
+"""The seconds that must be left before compiled networks are tried. Compilation takes a minute or two, which a shorter
+training cannot recover. The comparison includes the time to compile.
+"""
 
 
 class Size(NamedTuple):
-    """The candidates and measurements of a run of one size."""
+    """The candidates and measurement settings for a run of one size."""
 
     networks: dict[str, UNetConfig]
-    """Candidate networks, smallest first."""
+    """The candidate networks, with the smallest first."""
     batches: tuple[int, ...]
-    """Candidate batch sizes. Trials of networks and precisions use the first."""
+    """The candidate batch sizes. Trials of networks and precisions use the first one."""
     enough: int
-    """Minimum number of training samples for a teacher."""
+    """The minimum number of samples with which a teacher must be trained."""
     students: tuple[int, ...]
     start: int
-    """Number of steps of the first student's teacher."""
+    """The number of steps that the teacher of the first student takes."""
     count: int
-    """Number of samples per row of the table, and of training images for its floor."""
+    """The number of samples per row of the table, and the number of training images for the floor of the table."""
     num_reference: int
     rounds: int
-    """Number of timed updates in a trial, after the warm-up."""
+    """The number of updates that are timed in a trial, after the warm-up."""
     at_once: int
     """Sampling batch size."""
 
     @property
     def evals(self) -> int:
-        """Network calls to draw one sample for every row of the table."""
+        """The number of network calls that are needed to draw one sample for every row of the table."""
         return sum(self.teacher_steps) + sum(self.students)
 
     @property
     def teacher_steps(self) -> list[int]:
-        """Numbers of steps at which the teacher is evaluated, in increasing order."""
+        """The numbers of steps with which the teacher is evaluated, in increasing order."""
         return [2**k for k in range(self.start.bit_length())]
 
 
 def unet(*widths: int) -> UNetConfig:
-    """Return a network with attention at 16 x 16."""
+    """Return a network with attention at a resolution of 16 x 16."""
     return UNetConfig(
         block_out_channels=widths, layers_per_block=2, attention=(False, True, False), attention_head_dim=64
     )
@@ -135,7 +137,7 @@ TINY = Size(
 
 
 class Setting(NamedTuple):
-    """The settings that are chosen by measurement."""
+    """The settings that are chosen by measuring candidates."""
 
     network: str
     precision: Precision
@@ -144,7 +146,7 @@ class Setting(NamedTuple):
 
 
 def recipe_of(data: str, size: Size, setting: Setting, updates: dict[str, int]) -> Recipe:
-    """Return the recipe of a setting, with these numbers of updates for the teacher and for all students together."""
+    """Return the recipe for a setting, with these numbers of updates for the teacher and for all students in total."""
     parts = len(size.students) + 1
     each = max(1, updates["chain"] // parts)
     return Recipe(
@@ -178,14 +180,15 @@ def untrained(spec: RunSpec) -> Model:
 
 
 def synchronise() -> None:
-    """Wait until the device has finished all its work."""
+    """Wait until the device has finished all work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def trial(options: argparse.Namespace, size: Size, setting: Setting, data: Data) -> dict[str, Any]:
-    """Return the measurements of a setting, in seconds: an update of the teacher, an average update of a student, a
-    network call per sample, the other sampling time per sample, and the first updates, which compile."""
+    """Return the measured times of a setting in seconds: an update of the teacher, an average update of a student, a
+    network call per sample, the other sampling time per sample, and the first updates, which compile.
+    """
     spec = build(recipe_of(options.data, size, setting, {"teacher": 1000, "chain": 1000}), what="all", data=data)
     found: dict[str, Any] = setting._asdict() | {"first": 0.0}
     for name, stage in (("teacher", spec.plan.stages[0]), ("chain", spec.plan.stages[1])):
@@ -205,7 +208,7 @@ def trial(options: argparse.Namespace, size: Size, setting: Setting, data: Data)
         found["first"] += first - begun
         trainer.check_finite()
         updates.close()
-    # The average over all students, because a larger factor between students means more teacher calls.
+    # Average over all students, because a larger factor between two students requires more teacher calls.
     costs = [stage.update_cost * stage.training.num_updates for stage in spec.plan.stages[1:]]
     updates_ = sum(stage.training.num_updates for stage in spec.plan.stages[1:])
     found["chain"] *= sum(costs) / updates_ / spec.plan.stages[1].update_cost
@@ -219,14 +222,14 @@ def trial(options: argparse.Namespace, size: Size, setting: Setting, data: Data)
 
 
 def drawn(model: Model, size: Size, steps: int, precision: str) -> float:
-    """Return the seconds in which the model draws one batch of samples."""
+    """Return the number of seconds in which the model draws one batch of samples."""
     begun = time.perf_counter()
     model.sample(range(size.at_once), steps, batch_size=size.at_once, precision=precision)
     return time.perf_counter() - begun
 
 
 FORMAT = 2
-"""Format of RUN.plan.json; a file in another format is replaced."""
+"""The format of RUN.plan.json. A file in another format is replaced."""
 
 
 class Plan:
@@ -239,7 +242,7 @@ class Plan:
         self.held: dict[str, Any] = held if held.get("format") == FORMAT else {"format": FORMAT, "tried": []}
 
     def tried(self, setting: Setting) -> dict[str, Any]:
-        """Return the trial of a setting, after running it if necessary."""
+        """Return the results of the trial of a setting, running the trial if necessary."""
         for row in self.held["tried"]:
             if all(row[name] == value for name, value in setting._asdict().items()):
                 return dict(row)
@@ -251,11 +254,13 @@ class Plan:
         return row
 
     def left(self, row: dict[str, Any]) -> float:
-        """Return the seconds left for training after subtracting the time to evaluate everything."""
+        """Return the number of seconds that are left for training after the time for the whole evaluation is
+        subtracted.
+        """
         return self.options.budget - self.clock.now() - self.measuring(row)
 
     def measuring(self, row: dict[str, Any]) -> float:
-        """Return the estimated seconds to draw all samples of the table."""
+        """Return the estimated number of seconds in which all samples of the table are drawn."""
         rows = len(self.size.teacher_steps) + len(self.size.students)
         return self.size.count * (self.size.evals * row["call"] + rows * row["sample"])
 
@@ -264,7 +269,7 @@ class Plan:
         return {name: int(share * self.left(row) / row[name]) for name, share in SHARES.items()}
 
     def made(self) -> tuple[Setting, dict[str, int]]:
-        """Return the chosen setting and its numbers of updates."""
+        """Return the chosen setting and the numbers of updates with this setting."""
         if "updates" not in self.held:
             self._choose()
         return Setting(*self.held["chosen"]), self.held["updates"]
@@ -288,7 +293,7 @@ class Plan:
         if min(updates := self.updates(row).values()) < len(size.students) + 1:
             raise SystemExit(
                 f"a budget of {self.options.budget:g} s leaves {max(0.0, self.left(row)):.0f} s for training, enough "
-                f"for {min(updates)} updates: {self.clock.now():.0f} s are used, and evaluation will take "
+                f"for {min(updates)} updates: {self.clock.now():.0f} s have been used, and evaluation will take "
                 f"{self.measuring(row):.0f} s. Increase --budget"
             )
         self.held |= {
@@ -302,7 +307,7 @@ class Plan:
 
 
 class Clock:
-    """The seconds of this and all earlier calls, from the start of each process."""
+    """A clock for the seconds of this call and all earlier calls, from the start of each process."""
 
     def __init__(self, run: Path, seconds: float) -> None:
         self.file, self.seconds = run.with_name(run.name + ".seconds.json"), seconds
@@ -310,19 +315,19 @@ class Clock:
         self._begun = psutil.Process().create_time()
 
     def call(self) -> float:
-        """Return the seconds of this call."""
+        """Return the number of seconds since this call started."""
         return time.time() - self._begun
 
     def left_of_call(self) -> float:
-        """Return the seconds until this call ends."""
+        """Return the number of seconds until this call must end."""
         return self.seconds - self.call()
 
     def now(self) -> float:
-        """Return the total seconds."""
+        """Return the total number of seconds of all calls."""
         return self._before + self.call()
 
     def keep(self) -> None:
-        """Write the seconds for the next call."""
+        """Store the total number of seconds for the next call."""
         write_json(self.file, round(self.now(), 1))
 
 
@@ -333,14 +338,14 @@ def trained(options: argparse.Namespace, spec: RunSpec, clock: Clock, stop: Stop
             print(f"{event.name}: {event.num_updates} updates, loss {event.window.loss:.4g}", flush=True)
         elif isinstance(event, StageEnd):
             clock.keep()
-            print(f"{event.name}: {event.seconds:.1f} s{', was there' if event.was_there else ''}", flush=True)
+            print(f"{event.name}: {event.seconds:.1f} s{', already existed' if event.was_there else ''}", flush=True)
 
 
 def measured(
     options: argparse.Namespace, size: Size, setting: Setting, plan: dict[str, Any], data: Data, clock: Clock,
     stop: StopSignal,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the rows of the table, students first, and its floor. Each is written to RUN.figures.json immediately."""
+    """Return the rows of the table, with students first, and the floor. RUN.figures.json is updated after each row."""
     file = options.run.with_name(options.run.name + ".figures.json")
     held: dict[str, Any] = read_json(file) if file.is_file() else {"rows": []}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -370,7 +375,7 @@ def measured(
     loaded: dict[str, Model] = {}
     shown_rows = []
     for stage, steps, precision in asked:
-        # Identifies the current weights and features, independently of the folder's earlier contents.
+        # This identifies the current weights and features, so rows that an earlier run left in the folder are not used.
         place = {
             "model": "teacher" if stage is teacher else "student", "steps": steps, "precision": precision,
             "weights": weights_of(stage.manifest(verify=False))[:12], "features": reference.extractor.name,
@@ -379,14 +384,14 @@ def measured(
         if there:
             shown_rows += there[:1]
             continue
-        # Start a row in this call if it is too long for any call.
+        # A row that is too long for any call is started in this call.
         if clock.left_of_call() < 1.2 * size.count * (steps * plan["call"] + plan["sample"]) < 0.8 * clock.seconds:
             raise Interrupted(signal.SIGTERM)
         with stop.at_once():
             if stage.name not in loaded:
                 loaded = {stage.name: load(stage.path, device)}
             model = loaded[stage.name]
-            # The first batch is slower than all others and must not be timed.
+            # The first batch is slower than all other batches and must not be timed.
             drawn(model, size, model.num_steps or 1, precision)
             source = ModelSource(
                 model.manifest,
@@ -411,7 +416,7 @@ def measured(
 
 
 def table(options: argparse.Namespace, size: Size, clock: Clock, stop: StopSignal) -> dict[str, Any]:
-    """Choose the settings, train and evaluate; return the result with the table."""
+    """Choose the settings, train, evaluate, and return the result with the table."""
     with stop.at_once():
         data = open_data(DataConfig(source=options.data, flip=True))
     plan = Plan(options, size, data, clock, stop)
@@ -428,8 +433,9 @@ def table(options: argparse.Namespace, size: Size, clock: Clock, stop: StopSigna
 
 
 def share_of_peak(spec: RunSpec, seconds: dict[str, float]) -> dict[str, Any]:
-    """Return the operations per second of teacher and student updates in the trials, and their share of the card's
-    peak. Only network calls count, with a backward pass as two forward passes."""
+    """Return the operations per second of teacher and student updates in the trials, as numbers and as shares of the
+    GPU's peak. Only network calls are counted, with a backward pass as two forward passes.
+    """
     each = count_forward(spec).flops
     teacher, *students = spec.plan.stages
     updates = sum(stage.training.num_updates for stage in students)
@@ -446,7 +452,7 @@ def share_of_peak(spec: RunSpec, seconds: dict[str, float]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Signal this process to stop cleanly if the block takes longer than `seconds`."""
+    """Send this process a signal to stop cleanly if the block takes longer than `seconds`."""
     timer = threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGTERM))
     timer.daemon = True
     timer.start()
@@ -459,11 +465,15 @@ def within(seconds: float) -> Iterator[None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--data", required=True, help="CIFAR-10: a folder with splits train and test, or a Hub name")
+    parser.add_argument(
+        "--data", required=True, help="CIFAR-10, as a folder with the splits train and test, or as a Hub name"
+    )
     parser.add_argument("--features", required=True, help="resnet20-cifar10.safetensors")
-    parser.add_argument("--budget", type=float, default=None, help="total seconds; default 600, or 200 with --tiny")
-    parser.add_argument("--seconds", type=float, default=580.0, help="seconds of this call")
-    parser.add_argument("--tiny", action="store_true", help="a size for a CPU that takes a few minutes")
+    parser.add_argument(
+        "--budget", type=float, default=None, help="total number of seconds; default: 600, or 200 with --tiny"
+    )
+    parser.add_argument("--seconds", type=float, default=580.0, help="maximum number of seconds for this call")
+    parser.add_argument("--tiny", action="store_true", help="use a small size that takes a few minutes on a CPU")
     parser.add_argument("--out", type=Path, default=None, help="file for the JSON; docs/results/benchmarks by default")
     options = parser.parse_args()
     options.budget = options.budget or (200.0 if options.tiny else 600.0)

@@ -1,4 +1,4 @@
-"""Shared code of the benchmarks: networks, results, and interleaved timing, which spreads noise over all parts."""
+"""Code that the benchmarks share: networks, results, and interleaved timing, which spreads noise over all parts."""
 
 import argparse
 import json
@@ -31,7 +31,7 @@ from halfstep.train.settings import Engine
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "benchmarks"
 
 SIZES = {"digits": (1, 8), "fashion_mnist": (1, 28), "cifar10": (3, 32), "tiny": (1, 8)}
-"""Number of channels and side of each network's images."""
+"""The number of channels and the side length of the images of each network."""
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
@@ -39,13 +39,15 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="run for a minute in total, with the smallest networks")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads of torch")
-    parser.add_argument("--out", type=Path, default=None, help="file for the JSON; docs/results/benchmarks by default")
+    parser.add_argument("--threads", type=int, default=None, help="number of CPU threads for torch")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="JSON file to write; by default in docs/results/benchmarks"
+    )
     return parser
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Return the parsed command line, after setting the number of threads."""
+    """Parse the command line, set the number of threads and return the options."""
     found = parser.parse_args()
     if found.threads:
         torch.set_num_threads(found.threads)
@@ -53,7 +55,7 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def network(name: str) -> UNet2D:
-    """Return the unconditional U-Net of a recipe, with fresh weights from a fixed seed."""
+    """Return the unconditional U-Net of a recipe with new random weights from a fixed seed."""
     channels, side = SIZES[name]
     if name == "tiny":
         shape: dict[str, Any] = {
@@ -67,7 +69,7 @@ def network(name: str) -> UNet2D:
     torch.manual_seed(0)
     made = UNet2D(unet2d_config(size=(side, side), in_channels=channels, out_channels=channels, **shape), 1024)
     with torch.no_grad():
-        # The last layer starts at zero in some networks, and an output of 0 is not a realistic load.
+        # In some networks, the weights of the last layer start at zero. An output of 0 would not be a realistic load.
         for parameter in made.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=1e-3)
     return made
@@ -91,12 +93,12 @@ def model_of(name: str) -> Model:
 
 
 def halving(batch: int, num_updates: int = 10**9, ema_decay: float = 0.999, num_steps: int = 8) -> Stage:
-    """Return a halving stage with a moving average; its updates cost the same for any number of steps."""
+    """Return a halving stage with a moving average. Its updates cost the same with any number of steps."""
     return Stage(Halving(num_steps), Training(num_updates, 1e-4, batch, anneal=False, ema_decay=ema_decay))
 
 
 def spec_of(name: str, stage: Stage, **changes: Any) -> RunSpec:
-    """Return a one-stage run on random images; `changes` sets its network or teacher and its engine."""
+    """Return a run with one stage on random images. `changes` sets the network or the teacher, and the engine."""
     changes.setdefault("data", images(name))
     engine = {each.name: changes.pop(each.name) for each in fields(Engine) if each.name in changes}
     return RunSpec(
@@ -106,7 +108,7 @@ def spec_of(name: str, stage: Stage, **changes: Any) -> RunSpec:
 
 
 def images(name: str, count: int = 2048) -> MemoryData:
-    """Return random images of the network's size. Timings do not depend on their content."""
+    """Return random images of the network's size. Timings do not depend on the content of images."""
     channels, side = SIZES[name]
     generator = torch.Generator().manual_seed(0)
     return MemoryData(
@@ -115,13 +117,13 @@ def images(name: str, count: int = 2048) -> MemoryData:
 
 
 def synchronise(device: str) -> None:
-    """Wait until the device has finished all its work."""
+    """Wait until the device has finished all work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
 def repeated(part: Callable[[], Any], times: int) -> Callable[[], Any]:
-    """Return a function that makes `times` consecutive calls of a part."""
+    """Return a function that calls a part `times` times in a row."""
 
     def call() -> None:
         for _ in range(times):
@@ -134,7 +136,9 @@ def timed(
     parts: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", warm_up: int = 2
 ) -> dict[str, list[float]]:
     """Return the seconds of each part in each round. The parts take turns, so that disturbances of the machine affect
-    them all. The order changes each round, because a part finds weights in the cache if the previous part used them."""
+    all parts. The order changes in each round, because a part is faster if the previous part left its weights in the
+    cache.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     for number in range(warm_up + rounds):
         order = list(parts)
@@ -155,12 +159,12 @@ def median(values: list[float]) -> float:
 
 
 def median_ratio(top: list[float], bottom: list[float]) -> float:
-    """Return the median over rounds of the ratio within a round."""
+    """Return the median over all rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(top, bottom, strict=True))
 
 
 def facts() -> dict[str, Any]:
-    """Return the machine, versions, commit and command."""
+    """Return a description of the machine, the versions, the commit and the command."""
     return environment() | {"command": " ".join(["python", *sys.orig_argv[1:]])}
 
 
@@ -175,7 +179,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def write(name: str, rows: list[dict[str, Any]], options: argparse.Namespace, **more: Any) -> None:
-    """Print the table and write it as JSON with the machine's data. With --short, write only if --out is given."""
+    """Print the table and write it as JSON with a description of the machine. With --short, only write it to --out."""
     show(name, rows)
     path = options.out or (None if options.short else RESULTS / f"{name}.json")
     if path is not None:

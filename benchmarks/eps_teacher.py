@@ -1,10 +1,10 @@
-"""Match an eps teacher with linear betas, trained outside halfstep, to v, and halve it to 4 steps.
+"""Match a teacher to v and halve it to 4 steps. The teacher predicts eps on linear betas, and diffusers trains it.
 
     python benchmarks/eps_teacher.py /tmp/eps-teacher
 
-This trains a `UNet2DModel` of diffusers on the digits with diffusers' own DDPM noise and the plain eps loss, saves it
-as a `DDPMPipeline`, and runs `halfstep distill TEACHER --data digits --to 4` with the demo's budgets. The table is
-written to docs/results/eps-teacher.json, next to that of the demo's native v teacher.
+This script trains a `UNet2DModel` of diffusers on the digits, with the DDPM noise of diffusers and the plain eps loss,
+and saves it as a `DDPMPipeline`. It then runs `halfstep distill TEACHER --data digits --to 4` with the budgets of the
+demo. The table is written to docs/results/eps-teacher.json, along with that of the demo's own v teacher.
 """
 
 import json
@@ -21,11 +21,11 @@ from halfstep.nets import unet2d_config
 from halfstep.recipes import UNetConfig, recipes
 
 UPDATES, BATCH, RATE, DECAY = 1500, 128, 2e-3, 0.995
-"""Hyperparameters of the demo's own teacher."""
+"""The hyperparameters of the demo's own teacher."""
 
 
 def train_teacher(folder: Path) -> None:
-    """Train a DDPM on the digits and save it with diffusers in the folder."""
+    """Train a DDPM on the digits and save it to the folder with diffusers."""
     torch.manual_seed(0)
     network = recipes["digits"]().network
     assert isinstance(network, UNetConfig)
@@ -55,7 +55,7 @@ def train_teacher(folder: Path) -> None:
 
 
 def distill(teacher: Path, run: Path) -> list[str]:
-    """Run the distillation command with the demo's budgets, and return its arguments."""
+    """Run the distillation command with the budgets of the demo, and return the arguments of the command."""
     training = recipes["digits"]().chain.training
     words = [
         *("distill", str(teacher), "--data", "digits", "--to", "4", "--start", "64", "--out", str(run)),

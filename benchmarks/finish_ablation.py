@@ -1,13 +1,14 @@
-"""Ablate the finish: vary each setting alone, starting from a run's students with several numbers of steps.
+"""Ablate the finish by varying each setting separately, for a run's students with several numbers of steps.
 
     python benchmarks/finish_ablation.py runs/digits                     # the students at 8, 4, 2 and 1 steps
     python benchmarks/finish_ablation.py runs/fashion_mnist --steps 8 4 --only "map weight 1" "map weight 4"
 
-Each trial starts from the run's halved student of N steps, trains one finish on the run's data against the undistilled
-teacher, and measures the finished student; the row "before" is the student without a finish. Distances are ratios to
-the teacher at its best (DDIM at 256 steps or Heun at 32), in the run's own classifier and in the perceptron of
-`independent.py`, which was never used for tuning, both on fresh noise seeds. `rmse` is the distance to the teacher's
-Heun samples from the same noise. The file is written after each trial, and the same command resumes.
+Each trial starts from the run's halved student with N steps, trains one finish on the run's data with the undistilled
+teacher, and measures the finished student. The row "before" is the student without a finish. Distances are relative to
+that of the teacher at its best (256 DDIM steps or 32 Heun steps). They are measured with new noise seeds in the
+features of the run's own classifier and of the perceptron in `independent.py`, which was never used for tuning. `rmse`
+is the distance from the teacher's Heun samples with the same noise. The file is written after each trial. To resume,
+rerun the same command.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from halfstep.train.settings import Engine, Precision
 from independent import KEPT, drawn, references_of
 
 OWN: Final = ("auxiliary_turns", "auxiliary_rate", "lead_updates")
-"""Settings of the finish that a recipe sets."""
+"""The settings of the finish that are taken from the recipe."""
 VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "map weight 1": {},
     "map weight 0": {"map_weight": 0.0},
@@ -54,14 +55,15 @@ VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "map weight 0.25": {"map_weight": 0.25},
     "map weight 2, 4 auxiliary turns": {"map_weight": 2.0, "auxiliary_turns": 4},
 }
-"""Settings of each variant that differ from the recipe's with map weight 1: fields of `Finishing`, and `rate` and
-`length`, which multiply the learning rate and the number of updates."""
+"""The settings in which each variant differs from the recipe with a map weight of 1. These are fields of `Finishing`,
+and `rate` and `length`, which multiply the learning rate and the number of updates.
+"""
 
 
 def trained(
     teacher: Any, student: Any, data: Any, plan: Plan, *, seed: int, precision: Precision
 ) -> tuple[Sequence[Any], float]:
-    """Return the models of a plan that starts from a student and its undistilled teacher, and the training seconds."""
+    """Train a plan from a student and its undistilled teacher, and return the models and the seconds of training."""
     x0, cond = data.fetch(torch.arange(len(data)))
     source = (x0, dict(cond)) if teacher.num_classes else x0
     call = call_of(seed, Engine(cpu=True, precision=precision), None, None, None, None, None, False)
@@ -78,7 +80,7 @@ def trained(
 def measure_of(
     recipe: Recipe, data: Data, teacher: Any, methods: Sequence[Method], num_samples: int | None
 ) -> tuple[Callable[[Any], dict[str, Any]], dict[str, float]]:
-    """Return a function that measures a model against the best of the teacher's `methods`, and the best distances."""
+    """Return a function that measures a model relative to the teacher's best method, and the best distances."""
     references = dict(zip(("own", "other"), references_of(data, recipe.evaluation), strict=True))
     count, compared = num_samples or recipe.evaluation.num_samples, recipe.evaluation.num_compared
     at_best = [drawn(teacher, count, sampler=one.sampler, num_steps=one.num_steps) for one in methods]
@@ -101,7 +103,7 @@ def measure_of(
 
 
 def varied(steps: int, training: Training, settings: Mapping[str, Any]) -> Plan:
-    """Return the finish of a student with these settings, as in `VARIANTS`."""
+    """Return the plan for a finish of a student with these settings, which are given as in `VARIANTS`."""
     own = dict(settings)
     rate, length = own.pop("rate", 1.0), own.pop("length", 1.0)
     changed = replace(
@@ -116,13 +118,21 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--steps", type=int, nargs="+", default=(8, 4, 2, 1), help="students to finish")
     parser.add_argument(
-        "--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="variants to train; default: all"
+        "--only",
+        nargs="+",
+        choices=list(VARIANTS),
+        default=list(VARIANTS),
+        help="variants to train; default: all variants",
     )
-    parser.add_argument("--num-samples", type=int, help="number of samples per model; default: from the run's recipe")
-    parser.add_argument("--heun-only", action="store_true", help="skip DDIM with 256 steps, which is 4 times as slow")
+    parser.add_argument(
+        "--num-samples", type=int, help="number of samples per model; default: that of the run's recipe"
+    )
+    parser.add_argument(
+        "--heun-only", action="store_true", help="skip DDIM with 256 steps, which takes 4 times as long"
+    )
     parser.add_argument("--precision", choices=get_args(Precision), default="float32", help="training precision")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the trainings")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--seed", type=int, default=0, help="seed for training")
+    parser.add_argument("--threads", type=int, help="number of CPU threads for torch")
     parser.add_argument("--out", type=Path, default=RESULTS / "finish_ablation.json")
     options = parsed(parser)
     run = RunFolder(options.run)

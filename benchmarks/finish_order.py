@@ -1,11 +1,12 @@
-"""Compare two orders of a chain's end: halve the halved 2-step student, or halve the finished one.
+"""Compare two orders at the end of a chain: halving the 2-step student before it is finished, or afterwards.
 
     python benchmarks/finish_order.py runs/digits                     # a run with halved students of 2 steps and 1 step
 
-Both start from the run's halved 2-step student. "At the end" halves it to 1 step and finishes the result. "In the
-chain" first finishes it, and then does the same. The settings are those of the run's recipe. Distances are ratios to
-the teacher with 32 Heun steps, in the run's own classifier and in the perceptron of `independent.py`, which was never
-used for tuning, both on fresh noise seeds. `rmse` is the distance to the teacher's samples from the same noise.
+Both orders start from the run's halved 2-step student. "At the end" halves this student to 1 step and finishes the
+result. "In the chain" first finishes the 2-step student, and then does the same. The settings are those of the run's
+recipe. Distances are relative to that of the teacher with 32 Heun steps. They are measured with new noise seeds in the
+features of the run's own classifier and of the perceptron in `independent.py`, which was never used for tuning. `rmse`
+is the distance from the teacher's samples with the same noise.
 """
 
 import argparse
@@ -28,11 +29,15 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run with a chain to 1 step")
-    parser.add_argument("--num-samples", type=int, help="number of samples per model; default: from the run's recipe")
+    parser.add_argument(
+        "--num-samples", type=int, help="number of samples per model; default: that of the run's recipe"
+    )
     parser.add_argument("--precision", choices=get_args(Precision), default="float32", help="training precision")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the trainings")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch")
-    parser.add_argument("--out", type=Path, help="JSON file; docs/results/benchmarks/finish_order.json by default")
+    parser.add_argument("--seed", type=int, default=0, help="seed for training")
+    parser.add_argument("--threads", type=int, help="number of CPU threads for torch")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to write; default: docs/results/benchmarks/finish_order.json"
+    )
     options = parsed(parser)
     run = RunFolder(options.run)
     recipe = Recipe.model_validate(run.recipe()["recipe"])

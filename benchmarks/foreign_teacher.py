@@ -1,10 +1,11 @@
-"""Measure a third-party teacher at 8, 50 and 1,000 steps, and the students of the example.
+"""Measure a third-party teacher with 8, 50 and 1,000 steps, and the students that are distilled from it.
 
     python benchmarks/foreign_teacher.py ddpm_fashion.safetensors fashion-mnist/
 
-This runs `examples/someone_elses_teacher.py` and evaluates each model from the same noise: the Frechet distance from
-the data, for training and test images, and the RMSE from the teacher's DDIM at 50 steps. The table is written to
-docs/results/foreign-teacher.json, and an image of the first samples to docs/pages/foreign-teacher.png.
+This script runs `examples/someone_elses_teacher.py` and evaluates each model with the same noise. It measures the
+Frechet distances from training and test images, and the RMSE relative to the teacher with 50 DDIM steps. The table is
+written to docs/results/foreign-teacher.json, and an image of the first samples is written to
+docs/pages/foreign-teacher.png.
 """
 
 import argparse
@@ -32,7 +33,7 @@ AT_ONCE = 50
 def drawn(
     model: halfstep.Denoiser, number: int, shape: tuple[int, ...], steps: int, method: halfstep.Sampler
 ) -> Tensor:
-    """Return samples for the seeds 0, 1, ..., which also determine the step noise of stochastic samplers."""
+    """Return samples for the seeds 0, 1, ... The seeds also determine the noise of the steps of stochastic samplers."""
     parts = []
     for first in range(0, number, AT_ONCE):
         seeds = range(first, min(first + AT_ONCE, number))
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=400)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--number", type=int, default=500, help="number of samples per model")
-    parser.add_argument("--number-slow", type=int, default=100, help="number of samples at 1,000 steps")
+    parser.add_argument("--number-slow", type=int, default=100, help="number of samples with 1,000 steps")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "foreign-teacher.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "pages" / "foreign-teacher.png")
     asked = parser.parse_args()

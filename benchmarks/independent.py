@@ -1,12 +1,13 @@
-"""Evaluate students in independent features and from fresh noise.
+"""Evaluate students with independent features and new noise.
 
     python benchmarks/independent.py runs/digits runs/digits-1 runs/digits-2 --out docs/results/digits-independent.json
 
-A run evaluates its models in the features of its own classifier with seeds from 0, and the plans were tuned with these
-values. This script trains a perceptron with hidden layers of 256 and 64 units on the run's labelled data with a fixed
-seed, and compares samples with seeds from 1,000,000 in its 64 features. The table also contains the metrics in the
-run's own features with these new seeds. Values of several runs (seeds) are averaged. Ratios are relative to the teacher
-at its best: DDIM at 256 steps or Heun at 32 steps, whichever is better in the same features.
+A run evaluates its models in the features of its own classifier, with noise seeds that start at 0. The plans were tuned
+with these values. This script trains a perceptron with hidden layers of 256 and 64 units on the run's labelled data
+with a fixed seed. It then evaluates samples whose seeds start at 1,000,000 in the 64 features of the perceptron. The
+table also contains the metrics in the run's own features with the new seeds. If several runs with different seeds are
+given, their values are averaged. Ratios are relative to the teacher at its best, which is the teacher with 256 DDIM
+steps or 32 Heun steps, whichever is better in the same features.
 """
 
 import argparse
@@ -38,14 +39,14 @@ from halfstep.studies.roads import AT_BEST
 
 FIRST_SEED: Final = 1_000_000
 NUM_UPDATES: Final = 3000
-"""Number of optimiser updates of the perceptron, with 128 samples each."""
+"""The number of updates with which the perceptron is trained. Each update uses 128 samples."""
 KEPT: Final = ("frechet", "recall", "coverage")
-"""Metrics in the table."""
+"""The metrics in the table."""
 
 
 @final
 class Perceptron(FeatureExtractor):
-    """The 64 features before a perceptron's last layer and nonlinearity."""
+    """The 64 features of a perceptron before its last nonlinearity and layer."""
 
     def __init__(self, x: Tensor, labels: Tensor, num_classes: int) -> None:
         with torch.random.fork_rng(devices=[]):
@@ -78,12 +79,12 @@ class Perceptron(FeatureExtractor):
 
 @extractors.register("perceptron")
 def perceptron(path: str | None, measured: RealData) -> FeatureExtractor:
-    """64 features of a perceptron that was not used to tune any plan."""
+    """Return 64 features of a perceptron that was not used to tune any plan."""
     return Perceptron(*measured.labelled(), measured.num_classes)
 
 
 def drawn(model: Model, count: int, **method: Any) -> Tensor:
-    """Return samples with the new seeds, rounded as in the run."""
+    """Return samples for the new seeds, rounded as in the run."""
     seeds = range(FIRST_SEED, FIRST_SEED + count)
     x0 = model.sample(seeds, batch_size=500, **method)
     return from_uint8(to_uint8(x0)) if model.manifest.is_image else x0
@@ -121,7 +122,7 @@ def rows_of(
 
 
 def averaged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the mean of each metric over the runs, by model."""
+    """Return the mean of each metric over the runs for each model."""
     found = []
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
@@ -134,7 +135,7 @@ def averaged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def references_of(data: Data, evaluation: Evaluation) -> list[Reference]:
-    """Return the references in the run's own features and in the perceptron's."""
+    """Return the references in the run's own features and in those of the perceptron."""
     own, other = (replace(evaluation, features=one) for one in (features_for(data, evaluation), "perceptron"))
     return [Reference(data, own, cache_folder()), Reference(data, other)]
 
@@ -143,11 +144,17 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs of one recipe with different seeds")
-    parser.add_argument("--num-samples", type=int, help="number of samples per model; default: from the runs' recipe")
-    parser.add_argument("--heun-only", action="store_true", help="skip DDIM with 256 steps, which is 4 times as slow")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch")
-    parser.add_argument("--short", action="store_true", help="write no file unless --out is given")
-    parser.add_argument("--out", type=Path, help="JSON file; docs/results/benchmarks/independent.json by default")
+    parser.add_argument(
+        "--num-samples", type=int, help="number of samples per model; default: that of the runs' recipe"
+    )
+    parser.add_argument(
+        "--heun-only", action="store_true", help="skip DDIM with 256 steps, which takes 4 times as long"
+    )
+    parser.add_argument("--threads", type=int, help="number of CPU threads for torch")
+    parser.add_argument("--short", action="store_true", help="write a file only if --out is given")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to write; default: docs/results/benchmarks/independent.json"
+    )
     options = parsed(parser)
     rows: list[dict[str, Any]] = []
     references: list[Reference] = []

@@ -1,4 +1,4 @@
-"""Time a checkpoint and a resume against a plain write and read of the same bytes, and measure their cost to a run.
+"""Time saving and resuming a checkpoint, compare this with plain writes and reads, and measure the cost for a run.
 
     python benchmarks/io.py                   # the digits and the CIFAR-10 network
     python benchmarks/io.py --short
@@ -6,16 +6,16 @@
 Four parts take turns:
 
 - `write` saves the same tensors with safetensors and syncs them;
-- `read` loads them (both files are in the page cache);
+- `read` loads the same tensors (the files of both parts are in the page cache);
 - `checkpoint` is the time from the call until the checkpoint is on the disk and verified;
-- `resume` verifies checksums, reads the files and loads the state.
+- `resume` verifies the checksums, reads the files and loads the state.
 
-`waits` is the part of `checkpoint` for which an update waits: the copy of the state. The rest runs in the background.
-`costs` is the additional time that a checkpoint adds to the updates after it. The share is for a run that saves every
-60 seconds.
+`waits` is the part of `checkpoint` for which training waits while the state is copied. The rest runs in the background.
+`costs` is the time that a checkpoint adds to the updates after it. The share of the time is that of a run that saves a
+checkpoint every 60 seconds.
 
-`reading` is the number of images per second that a run's feed opens, decodes and resizes for its batches from a folder
-that is too large for memory, on all cores without other load.
+`reading` is the number of images per second that a run opens, decodes and resizes for its batches. The images are in a
+folder that is too large for memory. All cores are used, and the machine has no other load.
 """
 
 import tempfile
@@ -42,7 +42,7 @@ BATCH = {"digits": 64, "cifar10": 16, "tiny": 8}
 
 
 def cost(trainer: StageTrainer, writer: CheckpointWriter, rounds: int, seconds: float) -> list[float]:
-    """Return the additional seconds of each checkpoint in a run that lasts longer than a checkpoint."""
+    """Return the seconds that each checkpoint adds to a run that lasts longer than a checkpoint."""
     updates = trainer.run()
     next(updates)
     start = time.perf_counter()
@@ -88,7 +88,7 @@ def measured(name: str, batch: int, device: str, rounds: int, where: Path | None
                     tensor.clone()
 
         def save() -> None:
-            # As in a run, where each checkpoint belongs to another update.
+            # As in a run, each checkpoint belongs to a different update.
             trainer.update += 1
             waits.append(writer.save(trainer))
             writer.wait()
@@ -99,7 +99,7 @@ def measured(name: str, batch: int, device: str, rounds: int, where: Path | None
             if trainer.update != last:
                 raise RuntimeError(f"the run did not resume from the checkpoint of update {last}")
 
-        # Parts run in any order, so their input files must exist from the start.
+        # The parts run in any order, so the input files of each part must exist from the start.
         write_plainly()
         save()
         waits.clear()
@@ -120,14 +120,14 @@ def measured(name: str, batch: int, device: str, rounds: int, where: Path | None
 
 
 IMAGES = {"PNG": (32, 32), "JPEG": (256, 64)}
-"""Image side and resized side, by kind of file."""
+"""The side length of the images and the length to which it is resized, by kind of file."""
 
 
 def reading(kind: str, rounds: int, where: Path | None, count: int = 256) -> dict[str, Any]:
-    """Return the images per second read from files of one kind in the page cache."""
+    """Return the number of images per second that are read from files of one kind in the page cache."""
     side, size = IMAGES[kind]
     generator = torch.Generator().manual_seed(0)
-    # Decoding time depends on the file size, so the noise is smooth enough to give files the size of photographs.
+    # The decoding time depends on the file size, so the noise is smoothed until the files are as large as photographs.
     small = torch.rand(count, 3, side // 4, side // 4, generator=generator)
     pixels = torch.nn.functional.interpolate(small, size=side, mode="bicubic").clamp(0, 1).mul(255).byte()
     with tempfile.TemporaryDirectory(dir=where, prefix="halfstep-io-") as folder:
@@ -146,9 +146,9 @@ def reading(kind: str, rounds: int, where: Path | None, count: int = 256) -> dic
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--networks", nargs="+", choices=BATCH, default=None)
-    parser.add_argument("--batch", type=int, default=None, help="batch size; each network's own by default")
+    parser.add_argument("--batch", type=int, default=None, help="batch size; default: that of each network's recipe")
     parser.add_argument("--rounds", type=int, default=None)
-    parser.add_argument("--folder", type=Path, default=None, help="where to write; default: a temporary folder")
+    parser.add_argument("--folder", type=Path, default=None, help="folder to write to; default: a temporary folder")
     options = parsed(parser)
     rows = [
         measured(name, options.batch or BATCH[name], options.device, options.rounds or (2 if options.short else 7),

@@ -1,23 +1,24 @@
-"""Measure the memory of an update part by part, and compare it with the estimate of a dry run.
+"""Measure how much memory each part of an update needs, and compare it with the estimate of a dry run.
 
     python benchmarks/memory.py                   # the CIFAR-10 network
     python benchmarks/memory.py --short
 
-Every setting runs in its own process, first with a tiny network, so that the libraries allocate their own memory, and
-then with the network:
+Every setting runs in a separate process, first with a tiny network, so that the libraries allocate their own memory,
+and then with the network. The parts are:
 
-- `weights` are those of student, moving average and teacher before the first update of the run's last stage;
+- `weights` are those of the student, the moving average and the teacher before the first update of the last stage;
 - `moments` is the additional memory that remains after updates;
-- `pass` is the temporary memory within an update (activations, gradients, workspaces);
-- `peak` is their total.
+- `pass` is the memory for activations, gradients and workspaces, which is freed within an update;
+- `peak` is the total of these parts.
 
-On the CPU this is the resident memory of the process, with an allocator that releases freed memory at once
-(MALLOC_MMAP_THRESHOLD_; without it a process keeps some of it). On a GPU it is the memory that torch has allocated.
+On a CPU, the script measures the resident memory of the process. MALLOC_MMAP_THRESHOLD_ is set so that the allocator
+releases freed memory at once, because a process would otherwise keep some of it. On a GPU, the script measures the
+memory that torch has allocated.
 
-`growth` is the difference in memory between the end and update 50 of a run of 2,050 updates with its log and a
-checkpoint every 20 updates. The data set is small: an epoch has 8 updates, so by update 50 the orders of several epochs
-are cached. The memory after a quarter of the run is reported too, because the allocator needs several checkpoints to
-reach its final size.
+`growth` is the increase in memory from update 50 to the end of a run with 2,050 updates, a log, and a checkpoint every
+20 updates. The data set is small: an epoch has 8 updates, so the orders of several epochs are cached by update 50. The
+memory after a quarter of the run is also reported, because the allocator only reaches its final size after several
+checkpoints.
 """
 
 import argparse
@@ -66,16 +67,16 @@ HALVE: dict[str, dict[str, Any]] = {
     "bf16 autocast": {"precision": "bf16"},
 }  # fmt: skip
 SETTINGS = {"denoise": DENOISE, "halve": HALVE}
-"""Settings to measure, by kind of stage."""
+"""The settings to measure for each kind of stage."""
 
 SHORT = [("halve", ""), ("halve", "gradient checkpointing")]
 
 NO_ATTENTION = ("digits", "tiny")
-"""Networks without layers for LoRA."""
+"""Networks that have no layers to which LoRA can be added."""
 
 
 def settings_of(name: str) -> list[tuple[str, str]]:
-    """Return the stages and settings that a network supports."""
+    """Return the pairs of a stage and a setting that a network supports."""
     return [
         (kind, setting)
         for kind, held in SETTINGS.items()
@@ -85,12 +86,12 @@ def settings_of(name: str) -> list[tuple[str, str]]:
 
 
 def one_update(stage: Stage) -> Stage:
-    """Return the stage with a single update."""
+    """Return the stage with its number of updates set to 1."""
     return dataclasses.replace(stage, training=dataclasses.replace(stage.training, num_updates=1))
 
 
 def chain_for(name: str, kind: str, setting: str, batch: int, updates: int, cpu: bool, data: MemoryData) -> RunSpec:
-    """Return a run that ends with the stage to measure: a teacher alone, or a teacher of one update and its student."""
+    """Return a run that ends with the stage to measure: only a teacher, or a teacher after one update and a student."""
     changes = dict(SETTINGS[kind][setting])
     last = halving(batch, num_updates=updates, ema_decay=changes.pop("ema_decay", 0.99))
     teacher = dataclasses.replace(last, objective=Denoising())
@@ -108,7 +109,7 @@ class Gauge:
         self._cuda = device.startswith("cuda")
 
     def now(self) -> int:
-        """Return the memory in use."""
+        """Return the number of bytes in use."""
         gc.collect()
         if self._cuda:
             torch.cuda.synchronize()
@@ -116,14 +117,14 @@ class Gauge:
         return int(psutil.Process().memory_info().rss)
 
     def reset_peak(self) -> None:
-        """Reset the peak. On the CPU, only Linux can reset the peak of a process."""
+        """Reset the peak. On a CPU, only Linux can reset the peak of a process."""
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
         elif sys.platform == "linux":
             Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
-        """Return the peak since the last reset."""
+        """Return the peak since the last reset, in bytes."""
         if self._cuda:
             return torch.cuda.max_memory_allocated()
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -131,11 +132,11 @@ class Gauge:
 
 
 UPDATES = 2
-"""Number of updates: the first allocates the moments, and the second is typical of all later ones."""
+"""The number of updates. The first update allocates the moments, and the second is typical of all later updates."""
 
 
 def stage_measured(spec: RunSpec, gauge: Gauge) -> tuple[int, int, int]:
-    """Return the bytes in use before the last stage and after a few of its updates, and the peak between."""
+    """Return the bytes in use before the last stage and after a few updates of it, and the peak in between."""
     first = after = peak = 0
     with tempfile.TemporaryDirectory() as folder:
         events = run(spec, Path(folder) / "run")
@@ -151,7 +152,7 @@ def stage_measured(spec: RunSpec, gauge: Gauge) -> tuple[int, int, int]:
 
 
 def measured_here(name: str, kind: str, setting: str, batch: int, device: str) -> dict[str, float]:
-    """Return the measured megabytes of each part in this process."""
+    """Return the megabytes of each part, as measured in this process."""
     cpu = device == "cpu"
     if "LoRA" in setting:
         import peft  # noqa: F401
@@ -169,14 +170,14 @@ def counted(name: str, kind: str, setting: str, batch: int) -> dict[str, float]:
     spec = chain_for(name, kind, setting, batch, UPDATES, True, images(name))
     stage = spec.plan.stages[-1]
     if kind == "halve":
-        # A dry run of a chain from this teacher does the same.
+        # A dry run of a chain from this teacher computes the estimate in the same way.
         spec = dataclasses.replace(spec, network=None, teacher=model_of(name))
     memory = memory_of_update(stage, count_forward(spec), spec.engine, {})
     return {part: size / MB for part, size in memory._asdict().items()} | {"peak": sum(memory) / MB}
 
 
 def in_a_process(*words: str) -> dict[str, float]:
-    """Run this script with these arguments in a new process, and return the JSON that it prints."""
+    """Run this script with these arguments in a new process, and return the JSON that the process prints."""
     done = subprocess.run(
         [sys.executable, __file__, *words],
         stdout=subprocess.PIPE, text=True, check=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
@@ -195,7 +196,7 @@ def row_of(name: str, kind: str, setting: str, batch: int, found: dict[str, floa
 
 
 def growth_here(name: str, device: str, updates: int) -> dict[str, Any]:
-    """Return the growth of a run's memory between update 50 and its end, in this process."""
+    """Return by how much the memory of a run in this process grows from update 50 to the end."""
     stage = halving(8, num_updates=updates + 50, ema_decay=0.99)
     spec = spec_of(
         name, stage, data=images(name, 64), cpu=device == "cpu", teacher=model_of(name), log_every=50,
@@ -216,14 +217,14 @@ def growth_here(name: str, device: str, updates: int) -> dict[str, Any]:
 
 
 def live_tensors() -> int:
-    """Return the bytes of all live tensors."""
+    """Return the total number of bytes of all live tensors."""
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         storages = {
             thing.untyped_storage().data_ptr(): thing.untyped_storage().nbytes()
             for thing in gc.get_objects()
-            # Ignore tensors without memory, which torch's compiler leaves behind.
+            # Tensors without memory, which torch's compiler leaves behind, are ignored.
             if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.layout == torch.strided
         }
     return sum(storages.values())
@@ -232,7 +233,7 @@ def live_tensors() -> int:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--networks", nargs="+", choices=BATCH, default=None)
-    parser.add_argument("--batch", type=int, default=None, help="batch size; each network's own by default")
+    parser.add_argument("--batch", type=int, default=None, help="batch size; default: that of each network's recipe")
     parser.add_argument("--worker", nargs=4, metavar=("NETWORK", "STAGE", "SETTING", "BATCH"), help=argparse.SUPPRESS)
     parser.add_argument("--growth-worker", nargs=2, metavar=("NETWORK", "UPDATES"), help=argparse.SUPPRESS)
     options = parsed(parser)

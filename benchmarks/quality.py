@@ -1,19 +1,19 @@
-"""Measure the time to quality: the seconds of distillation until the 4-step and 1-step students are good enough.
+"""Measure the time to quality, which is the time of distillation until the 4-step and 1-step students are good enough.
 
     python benchmarks/quality.py RUNS                          # the digits, minutes to an hour on two cores
     python benchmarks/quality.py RUNS --scale small --data ../shared/data/fashion-mnist
 
-A student is good enough if its Frechet distance is at most 1.1 times that of the teacher at its best (DDIM at 256 steps
-or Heun at 32). Three methods start from the same teacher:
+A student is good enough if its Frechet distance is at most 1.1 times that of the teacher at its best (with 256 DDIM
+steps or 32 Heun steps). Three methods start from the same teacher:
 
-- the paper's chain (DDIM, halved from many steps);
-- the new plan (a first student with a Heun teacher, halvings, and finishes at 4 steps and 1 step);
-- the paper's chain with the update of public re-implementations: float32, the subtractive target, and no warm-up,
-  learning rate decay, fused optimiser or batched noise.
+- the paper's chain, which uses DDIM and halves from many steps;
+- the new plan, with a first student that learns from Heun steps, halvings, and finishes at 4 steps and 1 step;
+- the paper's chain with updates as in public re-implementations, which use float32 and the subtractive target, and have
+  no warm-up, learning rate decay, fused optimiser or batched noise.
 
-Each method is run with several budgets, as shares of its full number of updates. Its time to quality is the time of the
-smallest budget with which a student is good enough. The seconds include the stages that lead to a student, but not its
-evaluation. Everything is stored in RUNS; rerun the same command to resume.
+Each method is run with several budgets, which are shares of the full number of updates of the method. The time to
+quality is the time of the smallest budget with which a student is good enough. The seconds include all stages that lead
+to a student, but not the evaluation of the student. Everything is stored in RUNS. To resume, rerun the same command.
 """
 
 import argparse
@@ -41,16 +41,16 @@ from halfstep.studies.roads import AT_BEST, way_to
 from halfstep.studies.scales import SCALES, Scale
 
 MARK: Final = 1.1
-"""A student is good enough below this multiple of the distance of its teacher at its best."""
+"""A student is good enough if its distance is at most this multiple of that of its teacher at its best."""
 PAPER: Final = "the paper's chain"
 STEPS: Final = (4, 1)
-"""Numbers of steps of the timed students."""
+"""The numbers of steps of the students that are timed."""
 SHARES: Final = (0.25, 0.5, 1.0, 2.0)
-"""Budgets, as shares of a plan's own updates."""
+"""The budgets, as shares of the updates of a plan."""
 
 
 def scaled(plan: Plan, share: float) -> Plan:
-    """Return the plan with a share of each stage's updates, warm-up included."""
+    """Return the plan with a share of the updates of each stage, including the warm-up."""
 
     def cut(stage: Stage) -> Stage:
         training = stage.training
@@ -65,7 +65,7 @@ def scaled(plan: Plan, share: float) -> Plan:
 
 
 def plans(scale: Scale, new: Recipe) -> dict[str, Plan]:
-    """Return the library's plans at full budget: the scale's chain, and a recipe's plan with finishes."""
+    """Return the library's plans with the full budget: the scale's chain, and the plan of a recipe with finishes."""
     training = new.finish.training
     lead = min(Finishing.lead_updates, training.num_updates // 4)
     steps = sorted(STEPS, reverse=True)
@@ -74,7 +74,9 @@ def plans(scale: Scale, new: Recipe) -> dict[str, Plan]:
 
 
 def naive_chain(bench: Bench, plan: Plan) -> Iterator[tuple[int, float, NetworkDenoiser]]:
-    """Train the plan's students as public re-implementations do; yield steps, seconds so far, and each student."""
+    """Train students as public re-implementations do. Yield the steps of each student, the seconds so far and the
+    student.
+    """
     model = bench.model(bench.teacher)
     denoiser = model.denoiser
     assert isinstance(denoiser, NetworkDenoiser)
@@ -86,7 +88,7 @@ def naive_chain(bench: Bench, plan: Plan) -> Iterator[tuple[int, float, NetworkD
         return per_sample(alpha.float(), like), per_sample(sigma.float(), like)
 
     def called(network: NetworkDenoiser, x_t: Tensor, t: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
-        """Return x0, and eps computed from it."""
+        """Return x0 and the eps that is computed from x0."""
         alpha, sigma = at(t, x_t)
         x0 = prediction.denoised(network.network(x_t, t, **cond), x_t, alpha, sigma).x0
         return x0, (x_t - alpha * x0) / sigma
@@ -142,7 +144,7 @@ def library_row(bench: Bench, name: str, plan: Plan, share: float, best: float) 
 
 
 def naive_row(bench: Bench, plan: Plan, share: float, best: float) -> dict[str, Any]:
-    """Train the paper's chain the naive way and measure its students."""
+    """Train the paper's chain with naive updates and measure its students."""
     file = bench.out / "naive" / f"{share:g}.json"
     if file.is_file():
         held: dict[str, Any] = read_json(file)
@@ -152,7 +154,7 @@ def naive_row(bench: Bench, plan: Plan, share: float, best: float) -> dict[str, 
     for steps, seconds, student in naive_chain(bench, scaled(plan, share)):
         if steps not in STEPS:
             continue
-        # Sampled like the library's own models, with the same seeds, classes and clipping.
+        # These students are sampled like the library's own models, with the same seeds, classes and clipping.
         manifest = model.manifest.model_copy(update={"outcome": Outcome(role="student", num_steps=steps)})
         made = Model(student, manifest)
         x0 = torch.cat([made.sample(range(at, min(at + 500, count))) for at in range(0, count, 500)])
@@ -163,7 +165,7 @@ def naive_row(bench: Bench, plan: Plan, share: float, best: float) -> dict[str, 
 
 
 def marks(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the seconds of each method's smallest budget that was good enough, or None."""
+    """Return the seconds of the smallest budget with which each method was good enough, or None if there is none."""
     found = []
     for way in dict.fromkeys(row["way"] for row in rows):
         own = sorted((row for row in rows if row["way"] == way), key=lambda row: row["share"])
@@ -180,11 +182,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder for the teacher and the students")
     parser.add_argument("--scale", choices=sorted(SCALES), default="smoke")
-    parser.add_argument("--data", help="data set; the recipe's by default")
-    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="budgets, as shares of all updates")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch")
-    parser.add_argument("--short", action="store_true", help="write no file unless --out is given")
-    parser.add_argument("--out", type=Path, help="file for the JSON; docs/results/benchmarks/quality.json by default")
+    parser.add_argument("--data", help="data set; default: that of the recipe")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=SHARES, help="budgets, as shares of the full number of updates"
+    )
+    parser.add_argument("--threads", type=int, help="number of CPU threads for torch")
+    parser.add_argument("--short", action="store_true", help="write a file only if --out is given")
+    parser.add_argument("--out", type=Path, help="JSON file to write; default: docs/results/benchmarks/quality.json")
     options = parsed(parser)
     scale = SCALES[options.scale]()
     if options.data:
@@ -194,7 +198,7 @@ def main() -> None:
 
 
 def measure(scale: Scale, new: Recipe, options: argparse.Namespace) -> None:
-    """Train and evaluate all methods at a scale, with the new plan of the recipe `new`, and write the table."""
+    """Train and evaluate all methods at a scale, and write the table. The recipe `new` contains the new plan."""
     bench = Bench(options.runs, scale, None, lambda event: None)
     best = min(bench.measured(bench.teacher, one.num_steps, one.sampler).frechet for one in AT_BEST)
     known = plans(scale, new)

@@ -1,12 +1,12 @@
-"""Check that a refactoring keeps the results: the sha256 of the final weights of six toy runs, and a run's metrics.
+"""Check that a refactoring does not change the final weights of six toy runs (sha256) and the metrics of one run.
 
     python benchmarks/same_results.py --out before.json            # before the change
     python benchmarks/same_results.py --against before.json        # after it: exit code 1 and a list of differences
 
 The runs are a teacher and halvings with a moving average, LoRA students, matching to a range of guidance scales, two
-processes, a run killed and resumed, and `halfstep.distill` in memory. They use only the command line and the public
-Python API, so the same script runs before and after a change. Weights depend on the machine and on the build of torch,
-so compare only files from the same machine.
+processes, a run that is killed and resumed, and `halfstep.distill` in memory. All runs only use the command line and
+the public Python API, so the same script works before and after a change. Weights depend on the machine and on the
+build of torch, so only compare files from the same machine.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Run the six runs; return the sha256 of each stage's weights and of the first run's metrics, by name."""
+    """Run the six runs, and return the sha256 of each stage's weights and of the metrics of the first run, by name."""
     chain = folder / "chain"
     teacher = str(chain / "stages" / "00-denoise")
     halfstep("run", "digits", *SMALL, *TEACHER, "--out", str(chain))
@@ -129,7 +129,7 @@ def sha256(content: bytes) -> str:
 
 
 def figures(run: Path) -> dict[str, Any]:
-    """Return the metrics in the report, without times: the run's own and those of `evaluate`."""
+    """Return the metrics in the report, without times: those that the run measured, and those of `evaluate`."""
     measured = {
         file.parent.name: [
             {name: row[name] for name in ("sampler", "num_steps", "num_evals", "frechet", "kid", "teacher_rmse")}
@@ -160,7 +160,7 @@ def environment() -> dict[str, str]:
 
 
 def cut_and_resume(words: list[str], run: Path) -> None:
-    """Kill the command in its second stage, after a checkpoint, and rerun it."""
+    """Kill the command during its second stage, after a checkpoint, and rerun it."""
     command = [sys.executable, "-m", "halfstep", *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
     while process.poll() is None and not list(run.glob("stages/01-*/checkpoint-0000001*")):

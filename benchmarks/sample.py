@@ -1,11 +1,11 @@
-"""Compare images per second at 1 to 256 steps: halfstep, bare network calls, and diffusers' DDIMPipeline.
+"""Compare the images per second of halfstep, bare network calls and diffusers' DDIMPipeline at 1 to 256 steps.
 
     python benchmarks/sample.py                   # the digits network at 1 to 256 steps, the CIFAR-10 network at 1 to 4
     python benchmarks/sample.py --short
 
-"Ours" is `Model.sample`, from seeds to samples on the CPU, in float32 and bfloat16. "Bare" is the same number of calls
-of the same network on existing noise, in float32. diffusers runs the exported model in float32, draws its own noise,
-shows no progress bar and returns arrays. All take turns in one process.
+"Ours" is `Model.sample`, from the seeds to samples on the CPU, in float32 and bfloat16. "Bare" makes the same number of
+calls to the same network in float32, with existing noise. diffusers runs the exported model in float32, draws its own
+noise, shows no progress bar and returns arrays. The three take turns in one process.
 """
 
 import tempfile
@@ -20,13 +20,13 @@ from common import arguments, median, median_ratio, model_of, parsed, repeated, 
 from halfstep.hub import export_pipeline
 
 TIMES = 8
-"""Number of consecutive draws in a turn with more than FEW steps, and of 4-step samples to compare with them."""
+"""The number of consecutive draws in a turn with more than FEW steps, and of the 4-step draws to compare with these."""
 
 FEW = 8
-"""Largest number of steps with a single draw per turn."""
+"""The largest number of steps with which only one batch is drawn per turn."""
 
 ROUNDS = {"digits": 240, "cifar10": 16, "tiny": 20}
-"""Number of rounds at one step; at n steps it is divided by n, but at least three."""
+"""The number of rounds with one step. With n steps, it is divided by n, but there are at least three rounds."""
 
 STEPS = {"digits": [1, 2, 4, 8, 16, 32, 64, 128, 256], "cifar10": [1, 2, 4], "tiny": [1, 4, 16]}
 
@@ -64,7 +64,7 @@ def measured(name: str, batch: int, steps: list[int], device: str, rounds: int |
     seconds: dict[int, dict[str, list[float]]] = {}
     over: dict[int, float] = {}
     for num in steps:
-        # The parts of a comparison run close together in time, under the same load of the machine.
+        # The parts of a comparison run close together in time, so the load of the machine is the same for all of them.
         parts = {"ours": ours(num), "half": ours(num, "bf16"), "bare": bare(num), "stock": stock(num)}
         times = 1 if num <= FEW else TIMES
         if num != 4:
@@ -94,7 +94,9 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=STEPS, default=None)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=None)
-    parser.add_argument("--steps", type=int, nargs="+", default=None, help="steps; default: each network's own")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=None, help="numbers of steps; default: those listed for each network"
+    )
     options = parsed(parser)
     rows: list[dict[str, Any]] = []
     for name in options.networks or (["tiny"] if options.short else ["digits", "cifar10"]):

@@ -1,13 +1,13 @@
-"""Time an update on 1 and 2 processes and with gradient accumulation, against the network calls alone.
+"""Time an update with 1 and 2 processes and with gradient accumulation, and compare it with only the network calls.
 
     python benchmarks/scale.py                   # the digits and the CIFAR-10 network
     python benchmarks/scale.py --short
 
-Each setting is a separate program started with `torchrun`, like a run on several processes. In every process, an update
-of halfstep takes turns with the bare network calls of its share of the batch and an optimiser step, without
-communication. The ratio therefore shows the cost of averaging gradients, data, noise, target and moving average.
-`against 1` is the time on one process with one thread, divided by the time of this setting. On a machine with two
-cores, two processes with one thread are compared with one process with two.
+Each setting is a separate program that `torchrun` starts, like a run with several processes. In every process, an
+update of halfstep takes turns with bare network calls on the process's share of the batch and an optimiser step,
+without communication. The ratio therefore shows the cost of averaging the gradients, the data, the noise, the target
+and the moving average. `against 1` is the time with one process and one thread, divided by the time of this setting. On
+a machine with two cores, two processes with one thread each are compared with one process with two threads.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from step import bare
 BATCH = {"digits": 64, "cifar10": 16, "tiny": 8}
 
 SETTINGS = [(1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 1, 2), (1, 1, 4)]
-"""Number of processes, threads per process and micro batches per process."""
+"""The number of processes, of threads per process, and of micro batches per process."""
 
 SHORT = [(1, 1, 1), (2, 1, 1), (1, 1, 2)]
 
 
 def worker(name: str, batch: int, number: int, rounds: int, device: str, out: Path) -> None:
-    """Time the updates in one process; the first process writes its seconds."""
+    """Time the updates in this process. The first process writes its seconds to a file."""
     accelerator = make_accelerator(cpu=device == "cpu")
     share = batch // accelerator.num_processes
     micro = share // number
@@ -53,14 +53,14 @@ def worker(name: str, batch: int, number: int, rounds: int, device: str, out: Pa
 def started(
     name: str, batch: int, processes: int, threads: int, number: int, rounds: int, device: str
 ) -> dict[str, list[float]]:
-    """Start a program for one setting, and return the seconds of its first process."""
+    """Start a program for one setting, and return the seconds that its first process measured."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "seconds.json"
         words = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
             *(__file__, "--worker", name, str(batch), str(number), str(rounds), "--device", device, "--out", str(out)),
         ]
-        # torchrun gives each process one thread by default.
+        # By default, torchrun gives each process one thread.
         subprocess.run(words, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
         found = json.loads(out.read_text())
     if found["processes"] != processes:
@@ -72,7 +72,7 @@ def started(
 def measured(
     name: str, batch: int, device: str, rounds: int, settings: list[tuple[int, int, int]]
 ) -> list[dict[str, Any]]:
-    """Return a row for each setting; all others are compared with the first."""
+    """Return a row for each setting. All later settings are compared with the first."""
     rows: list[dict[str, Any]] = []
     for processes, threads, number in settings:
         seconds = started(name, batch, processes, threads, number, rounds, device)
@@ -91,12 +91,12 @@ def measured(
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--networks", nargs="+", choices=BATCH, default=None)
-    parser.add_argument("--batch", type=int, default=None, help="batch size; each network's own by default")
+    parser.add_argument("--batch", type=int, default=None, help="batch size; default: that of each network's recipe")
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--worker", nargs=4, metavar=("NETWORK", "BATCH", "NUMBER", "ROUNDS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.threads is not None:
-        parser.error("--threads has no effect, because each setting has its own. Remove it")
+        parser.error("--threads has no effect, because each setting has its own number of threads. Remove it")
     if options.worker:
         name, *numbers = options.worker
         batch, number, rounds = (int(value) for value in numbers)

@@ -1,20 +1,21 @@
-"""Time an update of each objective against its bare network calls and optimiser steps.
+"""Time an update of each objective, and compare it with only its network calls and optimiser steps.
 
-A halving is also compared with a naive implementation of its step.
+A halving update is also compared with a naive implementation of the same update.
 
     python benchmarks/step.py                  # digits, Fashion-MNIST, CIFAR-10; float32 and bf16; eager and compiled
     python benchmarks/step.py --networks digits --short
 
-"Bare" is the number of network calls that the objective declares, with and without a backward pass, and an optimiser
-step for each backward pass. It uses existing tensors, the same precision and the same compilation, without data, noise,
-target, loss or clipping. (A halving has two teacher forward passes and one forward and backward pass of the student.)
+"Bare" makes the number of network calls that the objective declares, with and without a backward pass, and takes an
+optimiser step for each backward pass. It uses existing tensors, the same precision and the same compilation, and has no
+data, noise, target, loss or clipping. (A halving needs two forward passes of the teacher, and one forward and one
+backward pass of the student.)
 
-"Naive" is the update of public re-implementations, in float32: images decoded at every update, one conversion function
-for each pair of parameterisations, the subtractive target, an unfused optimiser, a loop over parameters for the moving
-average, and the loss fetched at every update.
+"Naive" is an update as in public re-implementations, in float32. It decodes images and fetches the loss at every
+update, and uses one conversion function for each pair of parameterisations, the subtractive target, an unfused
+optimiser and a loop over the parameters for the moving average.
 
-All take turns in one process. On a GPU, a turn consists of several updates, because a thread prepares the inputs of
-halfstep's updates ahead of time and would otherwise do so during the turns of the others.
+All of these take turns in one process. On a GPU, a turn consists of several updates, because a thread prepares the
+inputs for halfstep's updates in advance and would otherwise do this during the turns of the other parts.
 """
 
 import copy
@@ -62,7 +63,7 @@ def ours(name: str, data: MemoryData, stage: Stage, precision: str, compiled: bo
 def bare(
     name: str, data: MemoryData, stage: Stage, precision: str, compiled: bool, device: str, micro_batches: int = 1
 ) -> Callable[[], Any]:
-    """Return a function for the network calls and optimiser steps of an update; the stage's batch is a micro batch."""
+    """Return a function that only makes the network calls and optimiser steps of an update on one micro batch."""
     evals = stage.objective.evals
     networks = {each: denoiser(name, device).eval().requires_grad_(False) for each in evals}
     optimizers = {}
@@ -99,7 +100,7 @@ def bare(
 
 
 def naive(name: str, data: MemoryData, device: str, batch: int) -> Callable[[], Any]:
-    """Return a function that runs the same update naively."""
+    """Return a function that runs a naive implementation of the same update."""
     teacher = denoiser(name).network.to(memory_format=torch.contiguous_format).to(device).eval()
     student = copy.deepcopy(teacher).train()
     ema = copy.deepcopy(teacher)
@@ -157,13 +158,13 @@ def naive(name: str, data: MemoryData, device: str, batch: int) -> Callable[[], 
 
 
 def finishing(batch: int) -> Stage:
-    """Return a finishing stage with a turn of the student in every update."""
+    """Return a finishing stage in which every update contains a turn of the student."""
     stage = Plan.finishes([NUM_STEPS], FINISHING, lambda steps: Finishing(steps, lead_updates=0)).stages[0]
     return replace(stage, training=replace(stage.training, num_updates=10**9, batch_size=batch, anneal=False))
 
 
 def measured(name: str, device: str, batch: int, rounds: int, settings: list[tuple[str, bool]]) -> list[dict[str, Any]]:
-    """Return a row for each stage and setting; the rows of halving include the naive step."""
+    """Return a row for each stage and setting. The rows for halving also contain the naive update."""
     data = images(name)
     halved = halving(batch, num_steps=NUM_STEPS)
     stages = {
@@ -206,8 +207,8 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--networks", nargs="+", choices=BATCH, default=None)
     parser.add_argument("--rounds", type=int, default=None)
-    parser.add_argument("--batch", type=int, default=None, help="batch size; each network's own by default")
-    parser.add_argument("--eager", action="store_true", help="do not measure compiled networks")
+    parser.add_argument("--batch", type=int, default=None, help="batch size; default: that of each network's recipe")
+    parser.add_argument("--eager", action="store_true", help="skip compiled networks")
     options = parsed(parser)
     names = options.networks or (["digits"] if options.short else ["digits", "fashion_mnist", "cifar10"])
     settings = [("float32", False), ("bf16", False)]
@@ -215,11 +216,11 @@ def main() -> None:
         settings += [("float32", True), ("bf16", True)]
     rows: list[dict[str, Any]] = []
     for name in names:
-        # torch keeps eight graphs per network class and silently runs all later ones uncompiled.
+        # torch keeps eight graphs per network class, and silently runs all later graphs without compilation.
         torch._dynamo.reset()
         rounds = options.rounds or (60 if name in ("digits", "tiny") else 8)
         rows += measured(name, options.device, options.batch or BATCH[name], rounds, settings)
-        # Compilation can take an hour on a CPU, so the results are written after each network.
+        # On a CPU, compilation can take an hour, so the results are written after each network.
         write("step", rows, options, threads=torch.get_num_threads(), num_steps=NUM_STEPS)
 
 

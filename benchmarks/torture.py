@@ -1,15 +1,16 @@
-"""Stress a run with kills, signals, damaged files, full disks and killed ranks, until something is lost.
+"""Stress a run with kills, signals, damaged files, full disks and killed ranks, and check that nothing is lost.
 
 python benchmarks/torture.py            50 SIGKILLs, 10 SIGTERMs, 10 damaged checkpoints, 3 full disks, 5 killed ranks
 python benchmarks/torture.py --short    a fifth of them
 
---seed N repeats the same faults, up to timing.
+--seed N repeats the same faults, except for differences in timing.
 
-The chain and the faults are those of the tests (tests/torture.py): a teacher, two students and their finishes on points
-in the plane, a checkpoint every third update, metrics after each stage, and every fault at a random moment. A completed
-run must have the same weights and metrics as an uninterrupted run with the same number of processes, bit for bit. It
-must leave no checkpoint files behind, and each fault must have stopped it with the right exit code. The first failure
-ends the test with an error. Finally, the memory growth of a stage with 2,060 updates and 206 checkpoints is measured.
+The chain and the faults are those of the tests (tests/torture.py). The chain trains a teacher, two students and their
+finishes on points in the plane, saves a checkpoint at every third update, and measures each stage. Every fault occurs
+at a random moment. A completed run must have bit for bit the same weights and metrics as an uninterrupted run with the
+same number of processes. The run must not leave checkpoint files behind, and each fault must have stopped the run with
+the right exit code. The first failure ends the test with an error. Finally, the script measures by how much the memory
+grows in a stage with 2,060 updates and 206 checkpoints.
 """
 
 import argparse
@@ -26,13 +27,14 @@ BLOWS: Final = {"sigkill": 50, "sigterm": 10, "damage": 10, "full_disk": 3, "kil
 
 def main() -> None:
     """Run the faults, print the result and write it."""
-    # This file's directory would precede the standard library's, and some module names are the same.
+    # The folder of this file would precede the standard library on the path, and some of its modules have the same
+    # names.
     sys.path[0] = str(TESTS)
     import teams
     import torture
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="a fifth of the faults; writes no file")
+    parser.add_argument("--short", action="store_true", help="inject only a fifth of the faults, and write no file")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     options = parser.parse_args()
     counts = {kind: -(-count // 5) for kind, count in BLOWS.items()} if options.short else BLOWS

@@ -104,7 +104,7 @@ def speedrun() -> str:
     environment = held["environment"]
     return (
         f"{markdown([{column: row[column] for column in columns} for row in held['rows']])}\n\n"
-        f"*{held['seconds in all']:.0f} seconds in total, of a budget of {held['budget']:.0f}; the same number of "
+        f"*The run took {held['seconds in all']:.0f} seconds of its budget of {held['budget']:.0f}. The same number of "
         f"training images has a distance of {held['floor']:.3g}. {environment['cpu_count']} CPU cores "
         f"({environment['device']}), "
         f"commit {environment['git_commit']}, {environment['started'][:10]}: docs/results/benchmarks/{file.name}.*"
@@ -120,10 +120,11 @@ def growth() -> str:
     """Return a sentence on the memory growth of a long run."""
     held = json.loads((RESULTS / "memory.json").read_text())["growth"]
     return (
-        f"In a run of the {held['network']} network with {held['updates']:,} updates and a checkpoint every 20, live "
-        f"tensors grew by {held['growth, bytes of live tensors']:,} bytes after the first 50 updates. The process grew "
-        f"from {held['MB at 50']:.1f} MB to {held['MB then']:.1f} MB at update {held['settled at']}, because of the "
-        f"allocator and the first checkpoints, and to {held['MB at the end']:.1f} MB at the end."
+        f"In a run of the {held['network']} network with {held['updates']:,} updates and a checkpoint every 20 "
+        f"updates, live tensors grew by {held['growth, bytes of live tensors']:,} bytes after the first 50 updates. "
+        f"The memory of the process grew from {held['MB at 50']:.1f} MB to {held['MB then']:.1f} MB at update "
+        f"{held['settled at']}, because of the allocator and the first checkpoints, and to "
+        f"{held['MB at the end']:.1f} MB at the end."
     )
 
 

@@ -22,13 +22,13 @@ halfstep study table1 --scale smoke
 ```
 
 Each of the paper's tables and figures is a study: a resumable set of runs, summarised in a table and a figure. The
-larger scales are `small` and `paper`. `docs/reproductions.py` generates this page from the studies' JSON
+scales `small` and `paper` are larger. `docs/reproductions.py` generates this page from the studies' JSON
 (`docs/results/studies/`); only the comparisons with the paper are written by hand. The last study,
 `roads`, is not from the paper: it compares methods of distillation.
 
-The paper's figures are shown next to ours if they are known. They are FIDs with Inception features on CIFAR-10 or
-ImageNet; ours are distances in the features of a small classifier, on other data. Compare rankings and ratios, not
-absolute values. A figure is only shown as the paper's if a source confirms it.
+The paper's values are shown next to ours if they are known. The paper's values are FIDs with Inception features on
+CIFAR-10 or ImageNet. Ours are distances in the features of a small classifier, on other data. Compare rankings and
+ratios, not absolute values. A value is only attributed to the paper if a source confirms it.
 
 Run so far: {run}. Not run yet (`small` and `paper` need a GPU): {missing}.
 """
@@ -48,12 +48,12 @@ def section(name: str, held: dict[str, Any], figure: str) -> str:
     return "\n".join(
         [
             *head(name),
-            f"![{study.title}: ours, and the paper's where they are known]({figure})",
+            f"![{study.title}: our results, and the paper's where they are known]({figure})",
             "",
             Table.from_json(held["table"]).markdown(),
             f"Command: `halfstep study {name} --scale {held['scale']['name']}`, {spent(held['seconds'])} on "
-            f"{environment['cpu_count']} CPU cores ({environment['device']}), without results shared with other "
-            "studies of the scale; torch "
+            f"{environment['cpu_count']} CPU cores ({environment['device']}), not counting results that "
+            "other studies of the scale share; torch "
             f"{environment['versions']['torch']}, commit {environment['git_commit'] or 'unknown'}, "
             f"{environment['started'][:10]}.",
             "",

@@ -1,4 +1,4 @@
-"""A policy that plans 16 actions with 2 channels from an observation in 2 steps, fast enough for a control loop.
+"""A policy that plans 16 actions with 2 channels from an observation in 2 sampling steps, for use in a control loop.
 
 python examples/action_policy.py
 """
@@ -13,7 +13,7 @@ HORIZON = 16
 
 
 def demonstrations(number: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return paths `[number, 2, HORIZON]` from start to goal, bent left or right, and both ends as the observation."""
+    """Return paths `[number, 2, HORIZON]` that bend left or right, and their start and goal as the observation."""
     generator = torch.Generator().manual_seed(seed)
     ends = 0.4 * torch.randn(number, 2, 2, generator=generator).clamp(-2, 2)
     share = torch.linspace(0, 1, HORIZON)
@@ -26,13 +26,13 @@ def demonstrations(number: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def batches(number: int = 8192, size: int = 256) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """Return the demonstrations as batches; any iterable of (x0, cond) works."""
+    """Return the demonstrations in batches. Any iterable of (x0, cond) is supported."""
     x0, cond = demonstrations(number, seed=0)
     return [(x0[i : i + size], {k: v[i : i + size] for k, v in cond.items()}) for i in range(0, number, size)]
 
 
 def main(teacher_updates: int = 3000, student_updates: int = 1000) -> tuple[float, float]:
-    """Return the distances of student and undistilled teacher, both at 2 steps, from the teacher at 64."""
+    """Return the distances of the student and the undistilled teacher with 2 steps from the teacher with 64 steps."""
     torch.manual_seed(0)
     network = MLP((2, HORIZON), width=192, depth=3, cond_width=4)
     teacher = halfstep.NetworkDenoiser(network, halfstep.VPCosine(), halfstep.V())

@@ -1,4 +1,4 @@
-"""Class-conditional digits: a U-Net with a null class, guidance baked into the student, 4 steps with one call each.
+"""Class-conditional digits: guidance is baked into a student with 4 steps and one network call per step.
 
 python examples/class_conditional_guidance.py
 """
@@ -14,7 +14,7 @@ NONE, SCALE = 10, 3.0  # the null class, after the last class; the guidance scal
 
 
 def make_teacher() -> halfstep.NetworkDenoiser:
-    """Return an untrained denoiser for 8x8 images with 10 classes and the null class."""
+    """Return an untrained denoiser (a U-Net) for 8x8 images with 10 classes and a null class."""
     torch.manual_seed(0)
     shape = {"size": (8, 8), "in_channels": 1, "out_channels": 1, "num_classes": NONE + 1}
     levels = {"block_out_channels": (32, 64), "layers_per_block": 1, "attention": (False, False)}
@@ -23,7 +23,7 @@ def make_teacher() -> halfstep.NetworkDenoiser:
 
 
 class Digits:
-    """Batches of images and classes, some of them dropped; each iteration is a new epoch."""
+    """Batches of images and classes, with some of the classes dropped. Each iteration is a new epoch."""
 
     def __init__(self, drop: float, seed: int) -> None:
         self.data, self.drop = halfstep.open_data(halfstep.DataConfig(source="digits")), drop
@@ -37,7 +37,7 @@ class Digits:
 
 
 def main(teacher_updates: int = 1500, student_updates: int = 600, start: int = 32) -> tuple[float, float]:
-    """Return the distances of student and guided teacher, both at 4 steps, from the guided teacher at `start` steps."""
+    """Return the distances of the student and the guided teacher with 4 steps from this teacher with `start` steps."""
     teacher = make_teacher()
     training = halfstep.Training(teacher_updates, 2e-3, warmup_updates=teacher_updates // 20, ema_decay=0.995)
     halfstep.fit(teacher, Digits(drop=0.2, seed=0), training)

@@ -1,4 +1,4 @@
-"""A teacher that predicts the flow-matching velocity, distilled without changing the prediction or the clock.
+"""A teacher that predicts the flow-matching velocity is distilled without changing its prediction or clock.
 
 python examples/flow_matching_teacher.py
 """
@@ -18,10 +18,10 @@ def rings(number: int, seed: int) -> torch.Tensor:
 
 
 def main(teacher_updates: int = 3000, student_updates: int = 1000, shift: float = 2.0) -> tuple[float, float]:
-    """Return the distances of student and undistilled teacher, both at 4 steps, from the teacher at 64."""
+    """Return the distances of the student and the undistilled teacher with 4 steps from the teacher with 64 steps."""
     torch.manual_seed(0)
     points = rings(4096, seed=0)
-    # x_t = (1 - s) x0 + s eps with s = shift t / (1 + (shift - 1) t); the network predicts eps - x0.
+    # x_t = (1 - s) x0 + s eps, where s = shift t / (1 + (shift - 1) t). The network predicts eps - x0.
     process, velocity = halfstep.FlowMatching(shift), halfstep.FlowVelocity()
     teacher = halfstep.NetworkDenoiser(MLP((2,), width=96, depth=3), process, velocity)
     training = halfstep.Training(teacher_updates, 3e-3, 256, warmup_updates=teacher_updates // 20, ema_decay=0.995)

@@ -1,8 +1,9 @@
-"""Stable Diffusion in 4 steps with LoRA, from a folder of captioned images.
+"""Distil Stable Diffusion to 4 steps with LoRA, using a folder of captioned images.
 
     python examples/latent_text_to_image_lora.py PIPELINE IMAGES OUT
 
-PIPELINE is the folder of a StableDiffusionPipeline (or a name on the Hub). IMAGES has a .txt file for each image.
+PIPELINE is the folder of a StableDiffusionPipeline (or a name on the Hub). IMAGES is a folder with a .txt file for each
+image.
 """
 
 import sys
@@ -15,7 +16,7 @@ BUDGET = (
     *("--chain.start-steps", "32", "--chain.num-updates", "4000", "--chain.batch-size", "16"),
     *("--chain.lora-rank", "64", "--engine.gradient-checkpointing", "--engine.precision", "bf16"),
 )
-"""An untuned starting point for one GPU. `halfstep distill` with the same arguments and --dry-run prints the cost."""
+"""An untuned starting point for one GPU. To see the cost, run `halfstep distill` with these values and --dry-run."""
 
 
 def main(pipeline: str, images: str, out: Path, budget: tuple[str, ...] = BUDGET) -> tuple[Path, Path]:
@@ -33,7 +34,7 @@ def main(pipeline: str, images: str, out: Path, budget: tuple[str, ...] = BUDGET
 
 
 def use(pipeline: str, lora: Path, prompt: str) -> None:
-    """Sample with four network calls, using only diffusers."""
+    """Sample with four network calls, without using halfstep."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(pipeline)

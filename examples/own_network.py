@@ -1,4 +1,4 @@
-"""Your own network with its own clock and output: EDM's preconditioning on EDM's noise levels.
+"""Distil a network that has its own clock and output. The example uses EDM's preconditioning and noise levels.
 
 python examples/own_network.py
 """
@@ -15,7 +15,7 @@ SIGMA_DATA = 0.5
 
 
 class MyNetwork(nn.Module):
-    """Scales its input and uses log(sigma) / 4 as its time, as in EDM; halfstep passes only x_t and t."""
+    """A network that scales its input and computes log(sigma) / 4, as in EDM. halfstep only passes x_t and t."""
 
     def __init__(self, process: halfstep.VE, width: int = 128) -> None:
         super().__init__()
@@ -25,14 +25,14 @@ class MyNetwork(nn.Module):
         self(torch.zeros(1, 2), torch.ones(1))
 
     def forward(self, x_t: Tensor, time: Tensor) -> Tensor:
-        """The raw residual F `[batch, 2]`."""
+        """Return the raw residual F `[batch, 2]`."""
         sigma = self.process.alpha_sigma(time)[1][:, None]
         scaled, noise = x_t / torch.sqrt(sigma**2 + SIGMA_DATA**2), sigma.log() / 4
         return self.layers(torch.cat([scaled, noise, noise.sin()], dim=1))
 
 
 class Spiral:
-    """Batches of points; at the end of a pass, the library starts another."""
+    """Batches of points. At the end of a pass over the data, the library starts another pass."""
 
     def __iter__(self) -> Iterator[Tensor]:
         turn = torch.rand(4096, generator=torch.Generator().manual_seed(0)).sqrt() * 9
@@ -40,7 +40,7 @@ class Spiral:
 
 
 def main(teacher_updates: int = 4000, student_updates: int = 1000, out: str = "own.safetensors") -> tuple[float, float]:
-    """Return the distances of student and undistilled teacher, both at 4 steps, from the teacher at 64."""
+    """Return the distances of the student and the undistilled teacher with 4 steps from the teacher with 64 steps."""
     torch.manual_seed(0)
     process = halfstep.VE(sigma_min=0.01, sigma_max=20.0)
     teacher = halfstep.NetworkDenoiser(MyNetwork(process), process, halfstep.EDM(SIGMA_DATA))

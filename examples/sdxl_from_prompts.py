@@ -1,4 +1,4 @@
-"""SDXL in 4 steps from only a file of prompts, exported as a stock pipeline.
+"""Distil SDXL to 4 steps, using only a file of prompts, and export the student as a stock pipeline.
 
     python examples/sdxl_from_prompts.py PIPELINE PROMPTS OUT
 
@@ -17,7 +17,7 @@ BUDGET = (
     *("--chain.lora-rank", "64", "--base-precision", "bf16", "--engine.micro-batch", "auto"),
     *("--engine.gradient-checkpointing", "--evaluation.no-enabled", "--call", "height=1024", "width=1024"),
 )
-"""An untuned starting point for one GPU. `halfstep distill` with the same arguments and --dry-run prints the cost."""
+"""An untuned starting point for one GPU. To see the cost, run `halfstep distill` with these values and --dry-run."""
 
 
 def main(pipeline: str, prompts: str, out: Path, budget: tuple[str, ...] = BUDGET) -> tuple[Path, Path]:
@@ -34,7 +34,7 @@ def main(pipeline: str, prompts: str, out: Path, budget: tuple[str, ...] = BUDGE
 
 
 def use(exported: Path, prompt: str) -> None:
-    """Sample with four network calls, using only diffusers."""
+    """Sample with four network calls, without using halfstep."""
     from diffusers import StableDiffusionXLPipeline
 
     pipe = StableDiffusionXLPipeline.from_pretrained(exported)

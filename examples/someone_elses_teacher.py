@@ -1,4 +1,4 @@
-"""A Fashion-MNIST DDPM from another project, with its own network: its 1,000 steps become 8, 4 and 1.
+"""Distil a Fashion-MNIST DDPM from another project, with that project's network, from 1,000 steps to 8, 4 and 1.
 
 python examples/someone_elses_teacher.py ddpm_fashion.safetensors fashion-mnist/
 """
@@ -21,7 +21,7 @@ def block(a: int, b: int, side: int) -> nn.Module:
 
 
 class Theirs(nn.Module):
-    """Their eps-prediction network, with their names and their integer clock 0 ... 999."""
+    """The eps-prediction network of the other project, with the original names and the integer clock 0 ... 999."""
 
     def __init__(self, weights: str) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Theirs(nn.Module):
         for name, (side, *w) in (down | back | {"_out": (28, 20, 10, 10, 10)}).items():
             self.add_module("b" + name, nn.Sequential(*(block(a, b, side) for a, b in pairwise(w))))
             self.add_module("te" + name, nn.Sequential(nn.Linear(100, w[0]), nn.SiLU(), nn.Linear(w[0], w[0])))
-        self.b_out[2].ln = nn.Identity()  # its weights were never used
+        self.b_out[2].ln = nn.Identity()  # the weights of this layer were never used
         self.down1, self.down2 = conv(10, 10, 4, 2, 1), conv(20, 20, 4, 2, 1)
         self.down3 = nn.Sequential(conv(40, 40, 2), nn.SiLU(), conv(40, 40, 4, 2, 1))
         self.up1 = nn.Sequential(up(40, 40, 4, 2, 1), nn.SiLU(), up(40, 40, 2))
@@ -51,7 +51,7 @@ class Theirs(nn.Module):
 
 
 def students(teacher: halfstep.Denoiser, data: halfstep.Data, updates: int, batch: int) -> dict[str, halfstep.Denoiser]:
-    """Return students with 8, 4 and 1 steps, which predict v on the cosine clock within the table's noise levels."""
+    """Return students with 8, 4 and 1 steps that predict v on a cosine clock within the noise levels of the table."""
     training = halfstep.Training(updates, 5e-4, batch, warmup_updates=updates // 10, ema_decay=0.98)
     clock, heun = halfstep.VPCosine(log_snr_min=-10.0, log_snr_max=9.2), halfstep.Heun()
     eight = halfstep.distill(teacher, data, to=8, start=16, training=training, process=clock, teacher_sampler=heun)
@@ -61,7 +61,7 @@ def students(teacher: halfstep.Denoiser, data: halfstep.Data, updates: int, batc
 
 
 def main(weights: str, images: str, updates: int = 400, batch: int = 16, number: int = 500) -> dict[str, float]:
-    """Return distances from the data; print them with the RMSE from the teacher at 50 steps with the same noise."""
+    """Return the distances from the data. Also print the RMSE from the teacher with 50 steps and the same noise."""
     data, labelled = (halfstep.open_data(halfstep.DataConfig(source=images, labels=kept)) for kept in (False, True))
     teacher = halfstep.Clipped(halfstep.NetworkDenoiser(Theirs(weights), halfstep.VPTable(), halfstep.Eps()))
     models = {"teacher, 50": teacher, "teacher, 8": teacher} | students(teacher, data, updates, batch)

@@ -1,4 +1,4 @@
-"""Wan 2.1, a video model, in 4 steps from only a file of prompts.
+"""Distil the video model Wan 2.1 to 4 steps, using only a file of prompts.
 
     python examples/wan_video.py PIPELINE PROMPTS OUT
 
@@ -19,7 +19,7 @@ BUDGET = (
     *("--engine.gradient-checkpointing", "--evaluation.no-enabled"),
     *("--call", *(f"{name}={value}" for name, value in SIZE.items())),
 )
-"""An untuned starting point for one GPU. `halfstep distill` with the same arguments and --dry-run prints the cost."""
+"""An untuned starting point for one GPU. To see the cost, run `halfstep distill` with these values and --dry-run."""
 
 
 def main(pipeline: str, prompts: str, out: Path, budget: tuple[str, ...] = BUDGET) -> tuple[Path, Path]:
@@ -36,7 +36,7 @@ def main(pipeline: str, prompts: str, out: Path, budget: tuple[str, ...] = BUDGE
 
 
 def use(exported: Path, prompt: str) -> None:
-    """Sample with four network calls, using only diffusers. The pipeline takes no sigmas: set them in the scheduler."""
+    """Sample with four network calls, without using halfstep. The sigmas are set in the scheduler, not in the call."""
     from diffusers import WanPipeline
     from diffusers.utils import export_to_video
 

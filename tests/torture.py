@@ -260,7 +260,11 @@ class Ordeal:
             if "result" not in other:
                 said = other["error"]
                 assert said.startswith("LostProcess: another process of this run has ended"), said
-                known = ("the last good checkpoint is", "the last complete stage is", "no checkpoint was written yet")
+                known = (
+                    "the last good checkpoint is",
+                    "the last complete stage is",
+                    "no checkpoint has been written yet",
+                )
                 assert any(words in said for words in known), said
                 self._deal("killed rank")
         teams.together(2, rank, left, str(path))

@@ -12,14 +12,14 @@
 
 | to | use |
 |---|---|
-| train, distil | `fit`, `distill` with `Training`, `Plan`, `Engine`, `Evaluation`; they return a `Model` |
+| train, distil | `fit` and `distill`, which return a `Model`; options: `Training`, `Plan`, `Engine`, `Evaluation` |
 | sample | `Model.sample(seeds)`, `sample(model, noise)`, `trajectory`; samplers `DDIM`, `Heun`, `Ancestral`, ... |
 | save, load | `load`, `save`, `Model.of` |
 | describe a network | `NetworkDenoiser` with a process (`VPCosine`, `VPTable`) and a prediction (`V`, `Eps`) |
 | write a method | `Objective`, `Sampler`, `Denoiser`, `halving_target` |
 
 Each name is documented where it is defined. CONTRIBUTING.md describes the packages. The names are listed in
-__init__.pyi and imported on first use, so `halfstep status` does not wait for torch.
+__init__.pyi and imported on first use, so `halfstep status` does not have to import torch.
 """
 
 import lazy_loader

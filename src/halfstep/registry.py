@@ -1,4 +1,4 @@
-"""Registries of named objects, for the command line and for manifests."""
+"""Registries of objects that the command line and manifests refer to by name."""
 
 import dataclasses
 import difflib
@@ -18,7 +18,7 @@ _families: "dict[str, Registry[Any]]" = {}
 
 
 class Registry(dict[str, Member]):
-    """Named members of one family, in order of registration. An unknown name raises ValueError."""
+    """The named members of one family, in order of registration. Looking up an unknown name raises ValueError."""
 
     def __init__(self, family: str) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Registry(dict[str, Member]):
         _families[family] = self
 
     def register(self, name: str) -> Callable[[Member], Member]:
-        """Return a decorator that registers its object under `name`.
+        """Return a decorator that registers the decorated object under `name`.
 
         Raises:
             ValueError: if the name is already registered.
@@ -44,12 +44,13 @@ class Registry(dict[str, Member]):
         raise ValueError(f"unknown {self.family} {name!r}{nearest(name, self)} (known: {', '.join(self)})")
 
     def describe(self, member: object) -> dict[str, Any]:
-        """Return an instance of a registered dataclass as data for `rebuild`: {"type": name, **fields}.
+        """Describe an instance of a registered dataclass as data from which `rebuild` restores the instance.
 
-        An instance of a registered dataclass in a field becomes {"family": its family, **its description}.
+        The data is {"type": name, **fields}. If a field contains an instance of a registered dataclass, the instance
+        is described in the same way, as {"family": family, **description}.
 
         Raises:
-            ValueError: if it is not a dataclass, or its class is not registered.
+            ValueError: if `member` is not a dataclass, or its class is not registered.
         """
         if not dataclasses.is_dataclass(member):
             raise ValueError(f"{member!r} cannot be stored. Make its class a dataclass: @dataclass(frozen=True)")
@@ -57,10 +58,10 @@ class Registry(dict[str, Member]):
         return {"type": self.name_of(member), **fields}
 
     def rebuild(self, data: Mapping[str, Any]) -> Any:
-        """Return the instance that `describe` has described.
+        """Recreate an instance from the data that `describe` returned for it.
 
         Raises:
-            ValueError: if the type is unknown or does not have these fields.
+            ValueError: if the type is unknown, or if its fields do not match the data.
         """
         fields = {name: _rebuilt(value) for name, value in data.items()}
         kind: Any = self[str(fields.pop("type", "(none)"))]
@@ -73,14 +74,14 @@ class Registry(dict[str, Member]):
         """Return the name under which `member` or its class is registered.
 
         Raises:
-            ValueError: if neither is registered.
+            ValueError: if neither `member` nor its class is registered.
         """
         for name, known in self.items():
             if known is member or known is type(member):
                 return name
         raise ValueError(
-            f"{member!r} is not a registered {self.family}. Decorate its class with .register('my_name') of its "
-            "family's registry, as CONTRIBUTING.md shows"
+            f"{member!r} is not a registered {self.family}. Decorate its class with the .register('my_name') method "
+            "of the family's registry, as CONTRIBUTING.md shows"
         )
 
 

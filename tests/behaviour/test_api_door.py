@@ -139,7 +139,7 @@ DATA: dict[str, tuple[Callable[[], Any], str]] = {
     "a label outside": (lambda: _fit(Labelled(), _labelled(ONE_OUTSIDE)), "two samples.*index out of range"),
     "a label outside a model": (
         lambda: _distill(CLASS_TEACHER, _labelled(ONE_OUTSIDE)),
-        "classes 0 to 4, but the teacher has 0 to 3",
+        "classes 0 to 4, but the teacher has the classes 0 to 3",
     ),
     "float labels": (lambda: _fit(Labelled(), _labelled(CLASSES.float())), r"must be classes, got torch\.float32"),
     "labels of flags": (lambda: _fit(Labelled(), _labelled(CLASSES > 1)), r"must be classes, got torch\.bool"),
@@ -154,10 +154,10 @@ DATA: dict[str, tuple[Callable[[], Any], str]] = {
             halfstep.Model.of(denoiser(Net()), (2,), conditions={"text": (3,)}),
             as_source((X0, {"text": torch.zeros(64, 4)})),
         ),
-        r"takes text of shape \[3\] per sample, but the data contain \[4\]",
+        r"takes text of shape \[3\] per sample, but the data contain text of shape \[4\]",
     ),
     "a condition with NaN": (lambda: _fit(Labelled(), (X0, {"angle": torch.full((64,), math.nan)})), "angle.*finite"),
-    "NaN": (lambda: _fit(data=X0.index_fill(0, torch.tensor([3]), math.nan)), r"not finite.*first at index \[3, 0\]"),
+    "NaN": (lambda: _fit(data=X0.index_fill(0, torch.tensor([3]), math.nan)), r"not finite.*first.*index \[3, 0\]"),
     "infinite in float32": (lambda: _fit(data=X0.double() * 1e300), "not finite in float32"),
     "NaN in a batch": (lambda: _fit(data=[X0 * math.nan]), "not finite"),
     "complex": (lambda: _fit(data=X0.to(torch.complex64)), "dense real numbers.*complex"),
@@ -274,9 +274,9 @@ SETTINGS: dict[str, tuple[Callable[[], Any], str]] = {
     "a list among finishes": (lambda: halfstep.Plan.finishes([[2]]), "num_steps must be"),  # type: ignore[list-item]
     "samples at once": (lambda: TEACHER.sample(3, 2, batch_size=-1), "batch_size must be"),
     "half a batch": (lambda: TEACHER.sample(3, 2, batch_size=1.5), "batch_size must be"),  # type: ignore[arg-type]
-    "a shape below 0": (lambda: halfstep.sample_noise(3, (-1,)), r"Pass \(3, 32, 32\)"),
-    "a shape of text": (lambda: halfstep.step_noise(3, "2"), r"Pass \(3, 32, 32\)"),
-    "one number as shape": (lambda: halfstep.Model.of(denoiser(Net()), 2), r"Pass \(3, 32, 32\)"),  # type: ignore[arg-type]
+    "a shape below 0": (lambda: halfstep.sample_noise(3, (-1,)), r"Pass a shape such as \(3, 32, 32\)"),
+    "a shape of text": (lambda: halfstep.step_noise(3, "2"), r"Pass a shape such as \(3, 32, 32\)"),
+    "one number as shape": (lambda: halfstep.Model.of(denoiser(Net()), 2), r"Pass a shape such as \(3, 32, 32\)"),  # type: ignore[arg-type]
     "a negative number of classes": (lambda: halfstep.Model.of(denoiser(Net()), (2,), num_classes=-1), "num_classes"),
     "no classes to draw": (lambda: halfstep.sample_labels(3, 0), "num_classes"),
     "samples of another shape": (lambda: halfstep.samples_of(TEACHER, 4, (3,)), r"have the shape \[2\], got \[3\]"),

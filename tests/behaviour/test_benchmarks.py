@@ -203,7 +203,7 @@ def test_the_speedrun_resumes_where_it_was_interrupted(
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         speedrun.main()
     result = json.loads(out.read_text())
-    assert printed.getvalue().count("was there") == 3
+    assert printed.getvalue().count("already existed") == 3
     # Each precision, network and batch appears once; nothing was tried or measured again.
     assert result["plan"]["tried"] == tried
     places = [tuple(row[name] for name in ("network", "precision", "batch", "compiled")) for row in tried]

@@ -80,7 +80,7 @@ def test_grey_images_of_other_sizes_are_shown_to_the_resnet_as_large_rgb(tmp_pat
     # A constant image stays constant under any resizing.
     small, large = torch.full((2, 1, 8, 8), 0.25), torch.full((2, 3, 32, 32), 0.25)
     torch.testing.assert_close(extractor.features(small), extractor.features(large))
-    with pytest.raises(ValueError, match="are not images of 1 or 3 channels"):
+    with pytest.raises(ValueError, match="are not images with 1 or 3 channels"):
         extractor.features(torch.zeros(2, 5))
 
 
@@ -103,18 +103,18 @@ def test_dinov2_is_the_class_token_of_transformers_model(tmp_path: Path) -> None
         expected = model(shown).pooler_output
     torch.testing.assert_close(extractor.features(images), expected, rtol=1e-4, atol=1e-4)
     assert extractor.logits(expected) is None
-    with pytest.raises(ValueError, match="no DINOv2 model could be read there"):
+    with pytest.raises(ValueError, match="no DINOv2 model could be loaded from there"):
         extractor_for(f"dinov2={tmp_path}/none", _real_data())
     # If the network differs, transformers draws missing weights at random.
     other = transformers.Dinov2WithRegistersConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
     )
     transformers.Dinov2WithRegistersModel(other).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="its weights are of another network"):
+    with pytest.raises(ValueError, match="its weights belong to another network"):
         extractor_for(f"dinov2={tmp_path / 'other'}", _real_data())
     cut = tmp_path / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:100])
-    with pytest.raises(ValueError, match="no DINOv2 model could be read there"):
+    with pytest.raises(ValueError, match="no DINOv2 model could be loaded from there"):
         extractor_for(f"dinov2={tmp_path}", _real_data())
 
 
@@ -174,7 +174,7 @@ def test_pickled_weights_are_never_read(name: str, tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save({"fc.bias": Runs()}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="halfstep reads no pickles"):
+    with pytest.raises(ValueError, match="halfstep does not read pickles"):
         extractor_for(f"{name}={tmp_path}/w.pth", _real_data())
     (tmp_path / "w.pth").rename(tmp_path / "w.safetensors")
     with pytest.raises(DamagedFile, match="is not a complete safetensors file"):

@@ -281,7 +281,7 @@ def test_an_update_that_does_not_fit_names_the_micro_batch_that_was_tried(tmp_pa
 def test_the_largest_micro_batch_that_fits_is_found_and_the_result_is_that_of_the_batch(tmp_path: Path) -> None:
     hungry = one_stage(Hungry(5))
     told = finish(toy_spec(plan=hungry, micro_batch="auto"), tmp_path / "auto")
-    assert told == ["00-hungry: micro batch 4, because 16 and 8 did not fit into memory"]
+    assert told == ["00-hungry: the micro batch is 4 samples, because 16 and 8 did not fit into memory"]
     finish(toy_spec(plan=hungry, micro_batch=4), tmp_path / "four")
     assert weights(tmp_path / "auto") == weights(tmp_path / "four")
 
@@ -360,7 +360,7 @@ def test_only_the_micro_batch_that_is_found_is_compiled(tmp_path: Path, monkeypa
     counters.clear()
     # Torch gives up after eight sizes, but a resumed run has only one.
     told = finish(toy_spec(plan=one_stage(Hungry(1)), compile=True, micro_batch="auto"), tmp_path)
-    assert told == ["00-hungry: micro batch 1, because 16 and 8 and 4 and 2 did not fit into memory"]
+    assert told == ["00-hungry: the micro batch is 1 samples, because 16 and 8 and 4 and 2 did not fit into memory"]
     assert counters["stats"]["unique_graphs"] == 1
 
 
@@ -370,7 +370,7 @@ def test_a_micro_batch_that_was_given_is_no_bound_for_one_that_is_looked_for(tmp
     next(e for e in events if isinstance(e, Progress) and e.window.update == 10)
     events.close()  # type: ignore[attr-defined]
     told = finish(toy_spec(plan=spec.plan, micro_batch="auto", log_every=1), tmp_path)
-    assert told == ["00-hungry: micro batch 4, because 16 and 8 did not fit into memory"]
+    assert told == ["00-hungry: the micro batch is 4 samples, because 16 and 8 did not fit into memory"]
 
 
 # ---------------------------------------------------------------------------------------------------------- signals

@@ -209,7 +209,7 @@ def test_a_finish_is_added_to_a_run_and_further_ones_after_it(trained: Path, cap
     assert weights(trained).items() > before.items()
     assert "other settings" not in capsys.readouterr().err
     asked = refused(["finish", str(trained), "--steps", "2", *BRIEF, "--finish.map-weight", "3"], capsys)
-    assert "Different: finish.map_weight: 3.0 (the folder has None)" in asked
+    assert "Differences: finish.map_weight: 3.0 (the folder has None)" in asked
     # Only new options need to be passed.
     main(["finish", str(trained), "--steps", "1", *BRIEF])
     stages = [stage.name for stage in RunFolder(trained).stages()]
@@ -242,7 +242,7 @@ def test_the_command_of_a_run_accepts_the_folder_that_has_grown(trained: Path, c
     assert now["recipe"]["evaluation"]["num_samples"] == 25
     assert read_status(trained).state == "finished"
     # Another order is another plan. A command trains missing stages of its own plan again, but no others.
-    assert "Different: finish.steps" in refused([*again, "--finish.steps", "1", *BRIEF], capsys)
+    assert "Differences: finish.steps" in refused([*again, "--finish.steps", "1", *BRIEF], capsys)
     for stage in ("02-halve-0001", "04-finish-0001"):
         shutil.rmtree(trained / "stages" / stage)
     main(again)
@@ -256,10 +256,10 @@ def test_the_command_of_a_run_accepts_the_folder_that_has_grown(trained: Path, c
 def test_unsupported_finishes_are_rejected_in_one_line(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     assert "refines a student of 3 steps" in refused(["finish", str(trained), "--steps", "3"], capsys)
     assert "finished only once, got 1, 1" in refused(["finish", str(trained), "--steps", "1", "1"], capsys)
-    assert "is not a run (no recipe.json)" in refused(["finish", str(tmp_path), "--steps", "1"], capsys)
+    assert "is not a run (it has no recipe.json)" in refused(["finish", str(tmp_path), "--steps", "1"], capsys)
     assert "the run is missing" in refused(["finish", "--steps", "1"], capsys)
     other = ["finish", str(trained), "--steps", "1", *BRIEF, "--chain.learning-rate", "0.5"]
-    assert "Different: chain.training.learning_rate" in refused(other, capsys)
+    assert "Differences: chain.training.learning_rate" in refused(other, capsys)
     ahead = ["finish", str(trained), "--steps", "1", "--finish.updates-at", "2", "5"]
     assert "updates-at contains a student of 2 steps, which is not finished" in refused(ahead, capsys)
 

@@ -215,7 +215,7 @@ def test_a_transposed_array_is_not_taken_for_the_other(tmp_path: Path) -> None:
 def test_bad_arguments_get_one_line(checkpoint: Path, config: Path, tmp_path: Path, capsys: Capture) -> None:
     os.chdir(tmp_path)
     file, out = str(checkpoint), str(tmp_path / "s")
-    assert "--config is missing: cifar10, imagenet64" in refused(["import", "google-pd", file], capsys)
+    assert "--config is missing. Use cifar10, imagenet64" in refused(["import", "google-pd", file], capsys)
     assert "did you mean 'cifar10'?" in refused(["import", "google-pd", file, "--config", "cifar"], capsys)
     assert "does not exist" in refused(["import", "google-pd", "nowhere", "--config", "cifar10"], capsys)
     assert "is a folder" in refused(["import", "google-pd", str(tmp_path), "--config", "cifar10"], capsys)
@@ -223,7 +223,7 @@ def test_bad_arguments_get_one_line(checkpoint: Path, config: Path, tmp_path: Pa
     (tmp_path / "bad.json").write_text('{"ch": 0}')
     assert "bad.json: image_size" in refused(["import", "google-pd", file, "--config", "bad.json"], capsys)
     (tmp_path / "uneven.json").write_text(json.dumps(json.loads(TINY.model_dump_json()) | {"attention": [True]}))
-    assert "an entry for each level, got 2 and 1" in refused(
+    assert "one entry for each level, but have 2 and 1 entries" in refused(
         ["import", "google-pd", file, "--config", "uneven.json"], capsys
     )
     (tmp_path / "s").mkdir()

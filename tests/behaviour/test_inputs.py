@@ -43,7 +43,7 @@ def recipe(**evaluation: object) -> Recipe:
     ("data", "features", "words"),
     [
         (arrays(20, 5000), "auto", "5000.*4096.*--evaluation.no-enabled"),
-        (arrays(1, 2), "auto", "mine.npy contains 1 sample.*--evaluation.no-enabled"),
+        (arrays(1, 2), "auto", "mine.npy contains only 1 sample.*--evaluation.no-enabled"),
         (arrays(30, 2), "classifier", "need labels.*--evaluation.features pixels"),
         (arrays(30, 2), "resnet20-cifar10=/no/such/file", "no such file"),
         (arrays(30, 2), "dinov2=/no/such/folder", "no DINOv2 model"),
@@ -59,7 +59,7 @@ def test_few_labelled_samples_are_measured_in_pixels():
     labels = torch.arange(12) % 2
     data = replace(arrays(12, 2), labels=labels, class_names=("a", "b"))
     build(recipe(), data=data)
-    with pytest.raises(ValueError, match="20 samples and 2 classes, got 12 and 2"):
+    with pytest.raises(ValueError, match="20 samples and 2 classes, but the data has 12 and 2"):
         build(recipe(features="classifier"), data=data)
 
 
@@ -102,7 +102,7 @@ def test_measuring_may_change_on_a_finished_run_and_models_are_measured_again(tm
     free = {"free": FREE_FIELDS, "evaluation": measured()}
     spec = toy_spec(recipe={"name": "toy", "evaluation": {"num_samples": 20}}, **free)
     notes = finish(spec, tmp_path / "run")
-    assert [note for note in notes if "20 samples to 200 real ones" in note]
+    assert [note for note in notes if "20 samples to 200 real samples" in note]
     folder = RunFolder(tmp_path / "run")
     before = [stage.manifest().files for stage in folder.stages()]
     again = replace(
@@ -132,11 +132,11 @@ def test_changed_data_are_listed_and_can_be_accepted(tmp_path):
     finish(spec(points(), where=tmp_path / "y.npy"), tmp_path / "run")
     time.sleep(0.02)
     np.save(source, points(199).numpy())
-    with pytest.raises(DifferentRecipe, match=r"x\.npy.*num samples 200 then, 199 now.*--data\.accept-changed"):
+    with pytest.raises(DifferentRecipe, match=r"x\.npy.*num samples changed from 200 to 199.*--data\.accept-changed"):
         finish(spec(points(199)), tmp_path / "run")
     with pytest.raises(DifferentRecipe, match=r"1 changed file: .*x\.npy"):
         finish(spec(points(199)), tmp_path / "run")
-    with pytest.warns(HalfstepWarning, match="resumes on changed data"):
+    with pytest.warns(HalfstepWarning, match="resumes with changed data"):
         finish(spec(points(199), accept=True), tmp_path / "run")
     finish(spec(points(199)), tmp_path / "run")
     with pytest.raises(DifferentRecipe, match="shape") as refused:

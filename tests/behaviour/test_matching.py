@@ -262,7 +262,7 @@ def test_a_network_with_a_scale_input_starts_unchanged_for_any_scale() -> None:
 
 def test_networks_without_an_input_for_a_scale_and_heads_of_another_number_are_refused() -> None:
     teacher = NetworkDenoiser(small_unet(), VPTable(), Eps())
-    with pytest.raises(ValueError, match=r"UNet2DModel has none\. Distil one fixed scale"):
+    with pytest.raises(ValueError, match=r"UNet2DModel has no such input\. Distil with a single guidance scale"):
         Matching(prediction=V(), guidance=GuidanceRange(1, 2)).start(teacher)
     with pytest.raises(ValueError, match="has 1 outputs for each channel, but Both needs 2"):
         Matching(prediction=halfstep.Both()).start(teacher)
@@ -270,7 +270,7 @@ def test_networks_without_an_input_for_a_scale_and_heads_of_another_number_are_r
 
 def test_guidance_without_anything_for_no_condition_is_refused() -> None:
     teacher = NetworkDenoiser(MLP((2,), num_classes=2), VPCosine(), V())
-    with pytest.raises(ValueError, match="guidance needs values that mean no condition"):
+    with pytest.raises(ValueError, match="guidance needs a value that replaces each dropped condition"):
         Matching(guidance=FixedGuidance(2.0)).view(teacher, teacher, {})
 
 

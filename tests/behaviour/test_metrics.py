@@ -190,7 +190,7 @@ def test_the_distances_from_the_same_noise_have_their_closed_forms() -> None:
     figures = paired_figures(a, a, is_image=True)
     assert figures.values["rmse"] == 0
     assert "psnr" not in figures.values
-    assert any("PSNR is omitted, because it is infinite" in text for text in figures.missing)
+    assert any("PSNR is omitted because it is infinite" in text for text in figures.missing)
     assert set(paired_figures(a, a, is_image=False).values) == {"rmse"}
 
 
@@ -234,7 +234,7 @@ def test_all_figures_of_a_set_exist_and_those_without_enough_samples_are_listed(
     assert figures.missing == []
     few = figures_of(Pixels(), _features(5, 4, 1).float(), real)
     assert set(few.values) == {"frechet", "kid", "sliced_wasserstein"}
-    assert few.missing == ["Precision, recall, density and coverage need at least 7 samples, got 5."]
+    assert few.missing == ["Precision, recall, density and coverage need at least 7 samples, but there are only 5."]
 
 
 def test_a_references_statistics_are_kept_by_content_in_float64(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_a_graph_that_samples_otherwise_is_not_written(tmp_path: Path, monkeypat
     from halfstep.hub import onnx as room
 
     monkeypatch.setattr(room, "sample", lambda *args, **kwargs: sample(*args, **kwargs) + 1e-2)
-    with pytest.raises(ValueError, match=r"samples differ from torch's by up to 0\.01, so it was not written"):
+    with pytest.raises(ValueError, match=r"samples differ from torch's by up to 0\.01, so the graph was not written"):
         export_onnx(points(VPCosine(), V()), tmp_path / "sampler.onnx", 1)
     assert not list(tmp_path.iterdir())
 
@@ -192,7 +192,7 @@ def test_a_missing_package_and_a_missing_number_of_steps_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = points(VPCosine(), V())
-    with pytest.raises(ValueError, match=r"takes any number of steps\. Give the number"):
+    with pytest.raises(ValueError, match=r"works with any number of steps\. Pass num_steps"):
         export_onnx(made, tmp_path / "sampler.onnx")
     monkeypatch.setattr("halfstep.hub.onnx.find_spec", lambda name: None if name == "onnxscript" else sys)
     with pytest.raises(ValueError, match=r"needs the package onnxscript: pip install 'halfstep\[onnx\]'"):

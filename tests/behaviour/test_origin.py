@@ -105,7 +105,9 @@ def test_a_folder_next_to_the_plans_stages_is_no_model_of_the_run(path: Path) ->
 
 def test_an_unfinished_run_reports_the_stage_that_it_loads(path: Path) -> None:
     stage(path, THIRD).manifest_path.unlink()
-    with pytest.warns(HalfstepWarning, match=f"is not complete .stage {THIRD} is missing.*Using its stage {SECOND}"):
+    with pytest.warns(
+        HalfstepWarning, match=f"is not complete, because stage {THIRD} is missing.*Using its stage {SECOND}"
+    ):
         assert load(path).manifest.stage == SECOND
 
 
@@ -139,7 +141,7 @@ def test_a_lost_recipe_is_written_again_and_a_foreign_one_refused(path: Path, ma
         k: v for k, v in before.items() if k != "environment"
     }
     file.unlink()
-    with pytest.raises(ValueError, match="is not empty and not a run folder"):
+    with pytest.raises(ValueError, match="is not empty, but it is not a run folder"):
         finish(OTHER, path)
     shutil.copy(RunFolder(made / "other").recipe_path, file)
     with pytest.raises(ValueError, match="different recipe"):
@@ -154,7 +156,7 @@ def test_a_damaged_recipe_is_reported_with_a_remedy(path: Path, content: str) ->
     file.write_text(content)
     for said in refusals(path):
         assert str(file) in said
-        assert "restore a copy of it, or remove it and rerun the command of its run" in said
+        assert "restore a copy of it, or remove it and rerun the command of the run" in said
 
 
 @pytest.mark.parametrize("damage", ["cut", "altered", "other stage", "samples"])

@@ -203,14 +203,14 @@ def test_an_error_of_one_process_ends_all_with_its_code(tmp_path: Path) -> None:
     (tmp_path / "folder" / "letter.txt").write_text("dear")
     first, second = together(2, teams.refusals, tmp_path / "left", str(tmp_path / "folder"))
     assert first[0].startswith("ValueError 2:")
-    assert "is not empty and not a run folder" in first[0]
+    assert "is not empty, but it is not a run folder" in first[0]
     assert second[0] == first[0].replace("ValueError", "FailedElsewhere")
     assert first[1] == "FailedElsewhere 2: no such item (in process 1 of the run)"
     assert second[1] == "ValueError 2: no such item"
     assert first[2] == second[2] == "ValueError 2: a batch of 25 cannot be split evenly over 2 processes"
     assert "the optimizer adamw8bit cannot be sharded" in first[3]
     assert first[4] == second[4]
-    assert "process 1 of the run reads other data from toy than process 0" in first[4]
+    assert "process 1 of the run reads different data from toy than process 0" in first[4]
     # The broken samples were in the second process's share. Both report it, and the first records it.
     assert first[5].partition("; the last good")[0] == second[5].partition("; the last good")[0]
     assert "at update 7 (1 of 8 losses were not finite" in first[5]
@@ -268,7 +268,7 @@ def test_settings_of_a_launcher_that_would_be_ignored_are_refused(
 
 
 def test_sharding_one_process_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"this is the only one\. Start several with torchrun"):
+    with pytest.raises(ValueError, match=r"this is the only process\. Start several processes with torchrun"):
         teams.trainer(halving(), "full")
 
 

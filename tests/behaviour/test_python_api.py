@@ -160,7 +160,7 @@ def test_a_folder_of_another_call_is_refused_and_names_what_differs(tmp_path: Pa
     for changes, words in (
         ({"seed": 1}, "seed: 1"),
         ({"training": halfstep.Training(10, 1e-3, batch_size=8, ema_decay=0.9)}, "learning_rate"),
-        ({"data": points() + 1}, "other data.*choose another"),
+        ({"data": points() + 1}, "different data.*choose another"),
     ):
         arguments: dict[str, Any] = {"data": points(), "training": TRAINING, "engine": CPU} | changes
         with pytest.raises(ValueError, match=words):
@@ -439,7 +439,7 @@ def test_sample_uses_the_steps_and_the_sampler_of_a_student(student: halfstep.Mo
     assert torch.equal(halfstep.sample(student, noise), halfstep.sample(student, noise, 1, halfstep.DDIM()))
     for wrapper in (halfstep.Clipped(student), halfstep.Clipped(halfstep.Clipped(student))):
         assert len(list(halfstep.trajectory(wrapper, noise))) == 1
-    with pytest.raises(ValueError, match=r"takes any number of steps\. Pass num_steps"):
+    with pytest.raises(ValueError, match=r"works with any number of steps\. Pass num_steps"):
         halfstep.sample(denoiser(), noise)
 
 
@@ -490,7 +490,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "a class as teacher": (lambda: _distill(halfstep.NetworkDenoiser), r"Call it: NetworkDenoiser\(\.\.\.\)"),
     "a class as network": (lambda: denoiser(Net), "the class Net. Pass an instance"),
     "a path as network": (lambda: denoiser("net.pt"), "the str 'net.pt'. Pass an instance"),
-    "a denoiser as network": (lambda: denoiser(denoiser()), "already a denoiser, a NetworkDenoiser. Use it directly"),
+    "a denoiser as network": (
+        lambda: denoiser(denoiser()),
+        r"already a denoiser \(a NetworkDenoiser\)\. Use it directly",
+    ),
     "a class as process": (
         lambda: halfstep.NetworkDenoiser(Net(), halfstep.VPCosine, halfstep.V()),  # type: ignore[arg-type]
         r"Call it: VPCosine\(\.\.\.\)",
@@ -539,7 +542,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "a model to load": (lambda: halfstep.load(denoiser()), "Pass the folder of a run"),  # type: ignore[arg-type]
     "whole noise": (lambda: _sample(noise=torch.zeros(3, 2, dtype=torch.int64)), "Pass torch.randn"),
     "an array as noise": (lambda: _sample(noise=np.zeros((3, 2))), "Pass torch.randn"),
-    "one condition for all": (lambda: _sample(cond={"angle": torch.zeros(1)}), "Repeat it for each sample"),
+    "one condition for all": (lambda: _sample(cond={"angle": torch.zeros(1)}), "Repeat the condition for each sample"),
     "a fraction as seeds": (lambda: halfstep.sample_noise(1.5, (2,)), "Pass seeds=0"),  # type: ignore[arg-type]
     "a word as seeds": (lambda: halfstep.sample_noise("12", (2,)), "Pass seeds=0"),  # type: ignore[arg-type]
     "a fraction among seeds": (lambda: halfstep.sample_noise([1, 2.5], (2,)), r"Pass seeds=range\(64\)"),  # type: ignore[list-item]
@@ -564,12 +567,12 @@ def test_unsupported_requests_to_a_model_are_rejected(student: halfstep.Model) -
             lambda: halfstep.distill(halfstep.Model.of(denoiser(), (2,)), torch.zeros(8, 3), to=1),
             "Pass the data that it was trained on",
         ),
-        (lambda: halfstep.sample(student, torch.zeros(3, 2, device="meta")), "Move one: noise.to"),
+        (lambda: halfstep.sample(student, torch.zeros(3, 2, device="meta")), "Move one of them: noise.to"),
     ):
         with pytest.raises(ValueError, match=remedy):
             call()
     model = halfstep.Model.of(denoiser(Labelled()), (2,), num_classes=4)
-    for labels, words in (([0, 1], "one for each of 3 samples"), ([0, 1, 4], "class 4"), (0.5, "torch.float32")):
+    for labels, words in (([0, 1], "class for each of the 3 samples"), ([0, 1, 4], "class 4"), (0.5, "torch.float32")):
         with pytest.raises(ValueError, match=words):
             model.sample(range(3), 4, class_label=labels)  # type: ignore[arg-type]
 

@@ -157,13 +157,13 @@ def test_a_folder_of_another_recipe_is_refused_with_the_difference_and_left_alon
 def test_a_folder_of_other_data_is_refused(uncut: Path) -> None:
     spec = toy_spec()
     changed = type(spec.data)("toy", spec.data.fetch(torch.arange(100)).x0)  # type: ignore[call-arg]
-    with pytest.raises(DifferentRecipe, match="other data"):
+    with pytest.raises(DifferentRecipe, match="different data"):
         finish(toy_spec(data=changed), uncut)
 
 
 def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(ValueError, match="is not empty and not a run folder"):
+    with pytest.raises(ValueError, match="is not empty, but it is not a run folder"):
         finish(toy_spec(), tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["letter.txt"]
 

@@ -311,7 +311,7 @@ def test_the_memory_that_is_counted_is_that_of_the_tensors_that_are_there(teache
 def test_what_cannot_be_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"got the class MLP\. Train it without"):
         with_lora(MLP((2,)), 4)
-    with pytest.raises(ValueError, match="no layer name of UNet2DModel ends in nothing"):
+    with pytest.raises(ValueError, match="no layer of UNet2DModel has a name ending in nothing"):
         with_lora(network(), 4, ("nothing",))
     with pytest.raises(ValueError, match="MLP cannot recompute its activations"):
         checkpoint_gradients(MLP((2,)))

@@ -265,7 +265,7 @@ def test_resampled_cells_replace_those_in_memory(tmp_path: Path) -> None:
 
 def test_a_broken_cell_is_reported_and_leaves_nothing(tmp_path: Path, reference: Reference) -> None:
     store, bad = Store(tmp_path), cell(shift=float("nan"))
-    with pytest.raises(NonFinite, match="samples in 2 steps are not finite"):
+    with pytest.raises(NonFinite, match="samples drawn in 2 steps are not finite"):
         store.result(bad, reference)
     store.measure([bad, cell()], [reference, SameNoise(bad, (2,))])
     assert store.kept(bad, reference) is None

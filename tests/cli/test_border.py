@@ -317,7 +317,7 @@ def test_texts_with_a_range_of_scales(sd_run: Path, tmp_path: Path, capsys: Capt
     main([*words, "--guidance-scale", "3", "--out", str(tmp_path / "a.png")])
     capsys.readouterr()
     main([*words, "--guidance-scale", "9", "--out", str(tmp_path / "b.png")])
-    assert "only learned scales from 1 to 8. It extrapolates" in capsys.readouterr().err
+    assert "only learned scales from 1 to 8. The model extrapolates" in capsys.readouterr().err
     main(["export", str(sd_run), "--out", str(tmp_path / "out")])
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "out")
     assert pipe.unet.config.time_cond_proj_dim == 256
@@ -491,18 +491,18 @@ SOLVED_FLOW: Final = {
         (edit(SCHEDULER, trained_betas=[0.1, 0.2]), "has 2 trained_betas, but num_train_timesteps is 1000"),
         (edit(SCHEDULER, prediction_type="flow_prediction"), "its use_flow_sigmas must be true"),
         (edit(SCHEDULER, **CONTINUOUS), "has timestep_type 'continuous', but only 'discrete' is supported"),
-        (edit(SCHEDULER, **FLOWING), "contains a UNet2DModel, but its timesteps are unknown for the process"),
+        (edit(SCHEDULER, **FLOWING), "contains a UNet2DModel, but the timesteps of this network are unknown"),
         (
             edit(SCHEDULER, **SOLVED_FLOW),
-            "but its timesteps are unknown for the process of its scheduler",
+            "but the timesteps of this network are unknown for its scheduler's process",
         ),
         (edit("unet/config.json", class_embed_type="timestep"), "with class_embed_type 'timestep', an input that"),
         (edit("unet/config.json", sample_size=[8]), "has sample_size [8]: set it to the height and width"),
         (
             variant,
-            "only has weights of the variant non_ema (diffusion_pytorch_model.non_ema.safetensors): save them",
+            "has only weights of the variant non_ema (diffusion_pytorch_model.non_ema.safetensors): save them",
         ),
-        (lambda f: save_ddpm(f, in_channels=3, out_channels=1), "takes 3 channels and returns 1: the numbers must"),
+        (lambda f: save_ddpm(f, in_channels=3, out_channels=1), "takes 3 channels and returns 1: the two numbers must"),
         (lambda f: save_ddpm(f, in_channels=1, out_channels=2), "variance_type does not declare a learned variance"),
         (lambda f: (f / "model_index.json").write_text('{"_class_name": '), "model_index.json is not readable JSON"),
     ],
@@ -599,8 +599,8 @@ def test_unsupported_input_is_rejected_before_anything_is_written(here: Path, tm
         assert f"{option} has no effect with --prompts" in refused([*prompts, option, "8"], capsys)
     assert "--batch-size must be at least 1, got 0" in said("dit", "classes", "--batch-size", "0")
     assert "the device 'banana' does not exist here" in said("sd", "captioned", "--device", "banana")
-    assert "does not use latents. Pass its images" in said("ddpm", "captioned")
-    assert "is not a pipeline (no model_index.json)" in said("captioned", "captioned")
+    assert "does not use latents. Pass the images" in said("ddpm", "captioned")
+    assert "has no model_index.json, so it is not a pipeline" in said("captioned", "captioned")
     assert "has no classes: put the images of each class into a separate sub-folder" in said("dit", "captioned")
     folder = shutil.copytree(here / "sd", here / "foreign-vae")
     edit("model_index.json", vae=["mine", "VAE"])(folder)
@@ -674,13 +674,13 @@ def test_a_text_encoder_of_another_width_is_refused(here: Path, tmp_path: Path, 
 def test_a_network_without_a_pipeline_needs_its_scheduler(tmp_path: Path, capsys: Capture) -> None:
     tiny_unet().save_pretrained(tmp_path / "net")
     words = ["import", "diffusers", str(tmp_path / "net"), "--out", str(tmp_path / "out")]
-    assert "has no scheduler_config.json, which gives the process and prediction" in refused(words, capsys)
+    assert "has no scheduler_config.json, which defines the process and prediction" in refused(words, capsys)
     diffusers.DDPMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "net" / "scheduler")
     main(words)
     assert load(tmp_path / "out").manifest.prediction == {"type": "v"}
     tiny_vae().save_pretrained(tmp_path / "vae")
     words = ["import", "diffusers", str(tmp_path / "vae")]
-    assert "contains a AutoencoderKL, not a UNet2DModel. Give its whole pipeline" in refused(words, capsys)
+    assert "contains a AutoencoderKL, not a UNet2DModel. Pass the whole pipeline" in refused(words, capsys)
 
 
 @pytest.mark.parametrize(
@@ -692,7 +692,7 @@ def test_a_network_without_a_pipeline_needs_its_scheduler(tmp_path: Path, capsys
         ("owner/name", "could not be downloaded from the Hub"),
         ("../x/y", "does not exist"),
         ("nowhere", "does not exist"),
-        (__file__, "is a file: give a folder"),
+        (__file__, "is a file: pass a folder"),
     ],
 )
 def test_folders_without_a_pipeline_are_rejected(source: str, said: str, tmp_path: Path, capsys: Capture) -> None:
@@ -715,15 +715,15 @@ def test_folders_without_a_pipeline_are_rejected(source: str, said: str, tmp_pat
         ("ddpm", "digits", ["--matching.guidance-range", "3", "1"], "must satisfy 0 <= low < high"),
         ("ddpm", "digits", ["--matching.guidance-scale", "nan"], "guidance-scale"),
         ("ddpm", "digits", ["--chain.lora-rank", "2", "--matching.process", "cosine"], "remove --chain.lora-rank"),
-        ("dit", "latents-dit", ["--matching.guidance-range", "1", "3"], "DiTTransformer2DModel has none"),
+        ("dit", "latents-dit", ["--matching.guidance-range", "1", "3"], "DiTTransformer2DModel has no such input"),
         ("dit", "latents-dit", ["--matching.process", "cosine"], "has no table of timesteps to replace"),
         (
             "dit", "latents-dit", ["--matching.guidance-scale", "2", "--matching.guidance-range", "1", "3"],
-            "cannot be combined. Remove one",
+            "cannot be combined. Remove one of them",
         ),
         ("sd", "latents-dit", [], "conditioned on encoder_hidden_states, which"),
         ("sd", "latents3", [], "takes encoder_hidden_states of shape [7, 16], but"),
-        ("sd3", "latents3", ["--matching.guidance-range", "1", "3"], "SD3Transformer2DModel has none"),
+        ("sd3", "latents3", ["--matching.guidance-range", "1", "3"], "SD3Transformer2DModel has no such input"),
         (
             "sd", "latents", ["--matching.guidance-range", "1", "3", "--chain.lora-rank", "2"],
             "remove --chain.lora-rank",
@@ -753,11 +753,11 @@ def test_impossible_exports_are_rejected(
     def said(run: Path, *words: str, out: str = "out") -> str:
         return refused(["export", str(run), "--out", str(tmp_path / out), *words], capsys)
 
-    assert "has no effect on --format diffusers" in said(ddpm_run, "--num-steps", "4")
-    assert "--push-to-hub has no effect on --format" in said(
+    assert "has no effect with --format diffusers" in said(ddpm_run, "--num-steps", "4")
+    assert "--push-to-hub has no effect with --format" in said(
         ddpm_run, "--format", "onnx", "--push-to-hub", "a/b", out="o.onnx"
     )
-    assert "give a file that ends in .onnx" in said(ddpm_run, "--format", "onnx")
+    assert "is not an ONNX file. Choose a name that ends in .onnx" in said(ddpm_run, "--format", "onnx")
     assert "was not trained with LoRA and has no LoRA weights" in said(ddpm_run, "--format", "lora")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
@@ -769,7 +769,8 @@ def test_impossible_exports_are_rejected(
     assert "diffusers has no pipeline for a network of the type mlp. Use --format onnx" in said(toy)
     sixteen = distil(here / "dit", here / "latents-dit", tmp_path / "sixteen", "--chain.start-steps", "32", to=16)
     message = said(sixteen)
-    assert "cannot represent 16 steps exactly on 1000 timesteps, only 1, 2, 4, 5, 8, 10, 20, 25" in message
+    assert "with 1000 timesteps, the exported grid" in message
+    assert "cannot represent 16 steps exactly; it can only represent 1, 2, 4, 5, 8, 10, 20, 25" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -783,5 +784,5 @@ def test_samples_that_cannot_be_drawn_are_refused(
     assert "has no guidance. Remove it" in said(ddpm_run, "--guidance-scale", "2")
     assert "Add --prompt TEXT" in said(sd_run)
     assert "--prompt has no effect: this model is not text-conditioned" in said(ddpm_run, "--prompt", "a")
-    assert "Choose one of 0 to 999" in said(dit_run, "--class-label", "1000")
+    assert "Choose a class from 0 to 999" in said(dit_run, "--class-label", "1000")
     assert "is not class-conditional" in said(sd_run, "--class-label", "1", "--prompt", "a")

@@ -292,14 +292,14 @@ def test_samples_are_written_under_their_own_name_or_not_at_all(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--out", "x.jpg"], "is not a supported format. Choose a .png"),
+        (["--out", "x.jpg"], "is not in a supported format. Choose a .png file"),
         (["--num-samples", "0"], "--num-samples must be at least 1, got 0"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--num-steps", "0"], "--num-steps must be at least 1, got 0"),
         (["--sampler", "dim"], "did you mean 'ddim'?"),
         (["--sampler", "ancestral", "--gamma", "1.5"], "--gamma must be at most 1, got 1.5"),
         (["--gamma", "0.5"], "--gamma 0.5 has no effect on the sampler ddim. Remove it, or add --sampler ancestral"),
-        (["--class-label", "12"], "one of 0 to 9"),
+        (["--class-label", "12"], "Choose a class from 0 to 9"),
         (["--device", "abacus"], "the device 'abacus' does not exist here"),
         (["--num-stesp", "4"], "did you mean '--num-steps'?"),
     ],
@@ -314,12 +314,12 @@ def test_bad_sampling_options_get_one_line(
 
 def test_a_teacher_needs_a_number_of_steps(digits_run: Path, tmp_path: Path, capsys: Capture) -> None:
     teacher = digits_run / "stages" / "00-denoise"
-    assert "Give the number" in refused(["sample", str(teacher), "--out", str(tmp_path / "x.png")], capsys)
+    assert "Pass num_steps" in refused(["sample", str(teacher), "--out", str(tmp_path / "x.png")], capsys)
 
 
 def test_more_steps_than_the_model_was_distilled_for_warn(digits_run: Path, tmp_path: Path, capsys: Capture) -> None:
     main(["sample", str(digits_run), "--num-steps", "4", "--num-samples", "2", "--out", str(tmp_path / "x.png")])
-    assert "halfstep: warning: the model was distilled for num_steps 1, not 4" in capsys.readouterr().err
+    assert "halfstep: warning: the model was distilled for num_steps=1, not 4" in capsys.readouterr().err
     assert (tmp_path / "x.png").is_file()
 
 
@@ -348,7 +348,7 @@ def test_a_file_without_a_model_is_reported(damage: str, toy_run: Path, tmp_path
     elif damage == "later format":
         manifest["format"], said = 99, "update halfstep"
     elif damage == "earlier format":
-        manifest["format"], said = 1, "it was written by an earlier one, so train the run again"
+        manifest["format"], said = 1, "it was written by an earlier version, so train the run again"
     elif damage == "foreign tensors":
         manifest["network"]["width"], said = 32, "does not match its manifest"
     write_sealed(folder / "manifest.json", manifest)

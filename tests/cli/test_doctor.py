@@ -95,7 +95,7 @@ def test_a_driver_without_a_build_of_torch_for_it_leads_to_that_build(monkeypatc
     monkeypatch.setattr(torch, "version", SimpleNamespace(cuda=None, hip=None))
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
     (finding,) = (finding for finding in doctor._torch() if finding.what == "accelerator")
-    assert str(finding.advice).endswith("Install the build for your GPU")
+    assert str(finding.advice).endswith("Install the torch build for your GPU")
 
 
 def test_places_that_cannot_be_written_or_are_full_are_problems(
@@ -104,7 +104,7 @@ def test_places_that_cannot_be_written_or_are_full_are_problems(
     (tmp_path / "file").write_text("")
     assert doctor.place_finding("cache", tmp_path / "a" / "b", "").verdict == "ok"
     assert "is a file" in doctor.place_finding("cache", tmp_path / "file" / "b", "").found
-    assert "cannot be written" in doctor.place_finding("cache", Path("/proc/halfstep"), "elsewhere").found
+    assert "cannot be written to" in doctor.place_finding("cache", Path("/proc/halfstep"), "elsewhere").found
     monkeypatch.setattr(doctor, "LEAST_DISK", 2**80)
     assert doctor.place_finding("cache", tmp_path, "").verdict == "problem"
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
@@ -113,7 +113,7 @@ def test_places_that_cannot_be_written_or_are_full_are_problems(
 def test_missing_packages_are_listed_with_their_purpose() -> None:
     finding = doctor.extra_finding("lora", ("peft", "a-package-that-is-not"), "halfstep[lora]")
     assert finding.verdict == "missing"
-    assert "not installed: a-package-that-is-not; would add LoRA students" in finding.found
+    assert "not installed: a-package-that-is-not; needed for LoRA students" in finding.found
     assert finding.advice == "pip install 'halfstep[lora]'"
 
 

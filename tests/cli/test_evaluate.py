@@ -165,7 +165,7 @@ def test_figures_of_different_protocols_are_in_different_tables(digits_run: Path
     assert "inception_score" not in pixels.rows[0].figures
     assert 1 <= classifier.rows[0].figures["inception_score"].mean <= 10
     assert set(same_noise.rows[0].figures) == {"rmse", "psnr"}
-    assert any("SSIM is omitted, because it needs images of at least 11 x 11" in notice for notice in result.notices)
+    assert any("SSIM is omitted because it needs images of at least 11 x 11" in notice for notice in result.notices)
     assert any("is unreliable: 64 dimensions" in notice for notice in result.notices)
     # There are 24 samples and 64 dimensions, so the real data's halves are measured with the same count.
     assert pixels.halves is not None
@@ -352,7 +352,7 @@ def test_an_interrupted_run_has_consistent_files(
         main(["evaluate", str(toy_run), "--num-steps", "3", "2", "--num-samples", "20", "--out", str(tmp_path)])
     assert not _result(tmp_path).complete
     said = (tmp_path / "evaluation.md").read_text()
-    assert "Interrupted or still running" in said
+    assert "The evaluation was interrupted or is still running" in said
     assert "20 samples" in said
     with (tmp_path / "evaluation.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -422,10 +422,10 @@ def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_p
         (["evaluate", toy, "--search-gamma", "3", "--gamma", "0.5"], "Remove one"),
         (["evaluate", toy, "--gamma", "0.5"], "have no effect without --against teacher-ancestral"),
         (["evaluate", toy, "--against", "teacher-hein"], "unknown sampler 'hein'; did you mean 'heun'?"),
-        (["evaluate", toy, "--against", "heun"], "give teacher-SAMPLER or student-SAMPLER"),
-        (["evaluate", student, "--against", "teacher-ddim"], "needs a teacher, and this stage has none"),
+        (["evaluate", toy, "--against", "heun"], "Use teacher-SAMPLER or student-SAMPLER"),
+        (["evaluate", student, "--against", "teacher-ddim"], "needs a teacher, but this stage has none"),
         (["evaluate", toy, "--extractors", "pixel"], "unknown feature extractor 'pixel'; did you mean 'pixels'?"),
-        (["evaluate", toy, "--extractors", "pixels=x"], "take no file"),
+        (["evaluate", toy, "--extractors", "pixels=x"], "do not take a file"),
         (["evaluate", toy, "--extractors", "classifier"], "need labels"),
         (["evaluate", str(digits_run), "--extractors", resnet], f"Give {resnet}=PATH"),
         (["evaluate", str(digits_run), "--extractors", f"{resnet}={tmp_path}/no"], "no such file"),
@@ -433,14 +433,20 @@ def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_p
             ["evaluate", str(digits_run), "--extractors", f"{resnet}={tmp_path}/weights.safetensors"],
             "not a complete safetensors file",
         ),
-        (["evaluate", str(digits_run), "--extractors", f"dinov2={tmp_path}"], "no DINOv2 model could be read there"),
+        (
+            ["evaluate", str(digits_run), "--extractors", f"dinov2={tmp_path}"],
+            "no DINOv2 model could be loaded from there",
+        ),
         (["evaluate", str(digits_run), "--data", f"{toy_run.parent}/toy.npy"], "generates images in [-1, 1], but"),
         (["evaluate", str(digits_run), "--data", f"{tmp_path}/other.npz"], "has samples of shape [1, 8, 8], but"),
         (["evaluate", f"{tmp_path}/other.npz"], "its data is unknown. Add --data"),
-        (["evaluate", f"{tmp_path}/other.npz", "--data", "digits"], "Give a reference of the same size"),
+        (["evaluate", f"{tmp_path}/other.npz", "--data", "digits"], "Use a reference of the same size"),
         (["evaluate", f"{tmp_path}/one.npz", "--data", "digits"], "but 2 are needed"),
         (["evaluate", f"{tmp_path}/other.npz", "--data", f"{toy_run.parent}/toy.npy"], "of the same kind"),
-        (["evaluate", f"{tmp_path}/other.npz", "--data", "digits", "--seeds", "2"], "no effect on samples in files"),
+        (
+            ["evaluate", f"{tmp_path}/other.npz", "--data", "digits", "--seeds", "2"],
+            "no effect when the samples are read from files",
+        ),
     ]
     for argv, said in cases:
         assert said in refused([*argv, *out], capsys), argv

@@ -36,8 +36,8 @@ from support_pipelines import save_ddpm
 @pytest.mark.parametrize(
     ("line", "code", "said"),
     [
-        ("--help >&-", 2, "stdout cannot be written (Bad file descriptor)"),
-        ("--help > /dev/full", 2, "stdout cannot be written (No space left on device)"),
+        ("--help >&-", 2, "stdout cannot be written to (Bad file descriptor)"),
+        ("--help > /dev/full", 2, "stdout cannot be written to (No space left on device)"),
         ("--help 2>&- | true", 0, ""),
         ("--help | head -1", 0, ""),
         ("nonsense 2>&- >&-", 2, ""),

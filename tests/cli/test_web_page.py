@@ -74,13 +74,16 @@ def test_a_run_without_a_student_offers_its_teacher(tmp_path: Path, made: Record
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--format", "web", "--single-file", "--out", "page"], "--out page: give a file that ends in .html"),
+        (
+            ["--format", "web", "--single-file", "--out", "page"],
+            "--out page is not an HTML file. Choose a name that ends in .html",
+        ),
         (
             ["--format", "onnx", "--single-file", "--out", "a.onnx"],
-            "--single-file has no effect on --format onnx. Remove it",
+            "--single-file has no effect with --format onnx. Remove it",
         ),
-        (["--runtime", "ort.tgz", "--out", "page"], "--runtime has no effect on --format diffusers. Remove it"),
-        (["--format", "web", "--push-to-hub", "a/b", "--out", "page"], "--push-to-hub has no effect on --format web"),
+        (["--runtime", "ort.tgz", "--out", "page"], "--runtime has no effect with --format diffusers. Remove it"),
+        (["--format", "web", "--push-to-hub", "a/b", "--out", "page"], "--push-to-hub has no effect with --format web"),
         (["--format", "web", "--runtime", "none.tgz", "--out", "page"], "none.tgz is not the npm package"),
     ],
 )

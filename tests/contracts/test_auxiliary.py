@@ -221,5 +221,5 @@ def test_a_user_defined_denoiser_is_copied() -> None:
 
 
 def test_without_a_teacher_there_is_no_start() -> None:
-    with pytest.raises(ValueError, match="starts as a copy of the teacher, but no teacher exists"):
+    with pytest.raises(ValueError, match="starts as a copy of the teacher, but no teacher is given"):
         auxiliary_denoiser(Models(copy_denoiser(gaussian(VPCosine()))))

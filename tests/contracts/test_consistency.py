@@ -411,7 +411,7 @@ def test_a_description_holds_all_settings() -> None:
         ({"num_steps": 4, "grid_end": 1281}, "grid_end 1281 is not a multiple of num_steps 4. Choose 1284"),
         ({"num_steps": 4, "anneal_updates": 0}, "anneal_updates must be a whole number of at least 1"),
         ({"num_steps": 1, "grid_end": 64, "anneal_updates": 9}, "anneal_updates 9 has no effect .* Remove it"),
-        ({"num_steps": 4, "guide_teacher": True}, "guide_teacher has no effect without guidance. Add it"),
+        ({"num_steps": 4, "guide_teacher": True}, "guide_teacher has no effect without guidance. Add guidance"),
         ({"num_steps": 4, "teacher_sampler": Ancestral()}, "Ancestral draws noise"),
         ({"num_steps": 4, "self_teacher": 1.0}, r"self_teacher must be in \[0, 1\), got 1.0"),
     ],

@@ -189,7 +189,8 @@ def test_an_output_of_the_wrong_shape_is_refused_with_both_shapes(prediction: Pr
 
 
 def test_a_network_of_one_output_is_refused_where_both_are_needed() -> None:
-    with pytest.raises(ValueError, match=r"returned \(4, 3\) for an input of \(4, 3\); Both needs \(4, 6\)"):
+    message = r"returned the shape \(4, 3\) for an input of shape \(4, 3\), but Both needs the shape \(4, 6\)"
+    with pytest.raises(ValueError, match=message):
         NetworkDenoiser(lambda x_t, time: x_t, VPCosine(), Both())(numbers(4, 3), 0.5)
 
 
@@ -585,7 +586,7 @@ def test_guidance_without_its_condition_is_rejected(
 
 
 def test_guidance_without_a_null_is_rejected() -> None:
-    with pytest.raises(ValueError, match=r"guidance needs values that mean no condition\. Pass null"):
+    with pytest.raises(ValueError, match=r"guidance needs a value that replaces each dropped condition\. Pass null"):
         Guided(mixture(VPCosine()), {}, 2.0)
 
 

@@ -199,7 +199,7 @@ def test_both_kinds(tmp_path):
     image(tmp_path / "a.png")
     write_jsonl(tmp_path, {"a.png": "a cat"})
     write_texts(tmp_path, {"a.png": "a cat"})
-    refused(tmp_path, "metadata.jsonl", "a.txt", "keep one of them")
+    refused(tmp_path, "metadata.jsonl", "a.txt", "keep either the tables or the .txt files")
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,9 @@ def test_a_frame_rate_takes_what_is_shown_at_that_time(tmp_path: Path, rate: flo
     assert shown(prepare(path)) == wanted
     longer = VideoPreparation(len(wanted) + 1, 8, 8, rate)
     for refuse in (longer, longer.check):
-        refused(lambda refuse=refuse: refuse(path), f"has {len(wanted)} frames at {rate:g} per second", "num_frames")
+        refused(
+            lambda refuse=refuse: refuse(path), f"has {len(wanted)} frames at {rate:g} frames per second", "num_frames"
+        )
 
 
 def test_without_a_frame_rate_the_first_frames_are_taken(tmp_path: Path) -> None:
@@ -157,7 +159,7 @@ def test_other_files_hold_the_same_frames_and_sounds(tmp_path: Path) -> None:
     torch.testing.assert_close(half(tmp_path / "a.mov"), every(folder)[:, ::2])
     longer = VideoPreparation(5, 16, 24, 5.0)
     for call in (longer, longer.check):
-        refused(lambda call=call: read(tmp_path / "a.mov", call), "a.mov has 4 frames at 5 per second")
+        refused(lambda call=call: read(tmp_path / "a.mov", call), "a.mov has 4 frames at 5 frames per second")
     with av.open(str(tmp_path / "turned.mov"), "w") as file:
         stream = file.add_stream("png", rate=10)
         stream.width, stream.height, stream.pix_fmt = 24, 16, "rgb24"
@@ -237,7 +239,10 @@ def test_what_is_no_clip_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     said("b.gif cannot be read")
     (tmp_path / "b.gif").rename(tmp_path / "b.mp4")
     monkeypatch.setattr(clips, "find_spec", lambda name: None)
-    said("b.mp4 needs the package av: pip install 'halfstep[clips]', or convert it to .gif, .wav or a folder of frames")
+    said(
+        "b.mp4 needs the package av: run pip install 'halfstep[clips]', or convert the clip to .gif, .wav or a folder "
+        "of frames"
+    )
     (tmp_path / "b.mp4").rename(tmp_path / "b.wav")
     (tmp_path / "d.txt").unlink()
     said("b.wav cannot be read", prepare=SOUND)
@@ -256,6 +261,6 @@ def test_latents_of_other_clips_are_refused(tmp_path: Path) -> None:
 
     torch.testing.assert_close(made(), VIDEO(tmp_path / "data/a").mean((2, 3))[None])
     made()
-    refused(lambda: made(VideoPreparation(2, 8, 8, 5.0)), "frame_rate None then and 5.0 now")
+    refused(lambda: made(VideoPreparation(2, 8, 8, 5.0)), "frame_rate was None and is now 5.0")
     pictures(1)[0].save(tmp_path / "data/a/frame_2.png")
-    refused(made, "other contents of the files")
+    refused(made, "other file contents")

@@ -57,7 +57,7 @@ def test_files_that_numpy_takes_for_pickles_are_rejected_without_its_advice(tmp_
     (tmp_path / "d.npy").write_text("1, 2, 3")
     np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
     for name in ("d.npy", "objects.npy"):
-        with pytest.raises(ValueError, match="not a NumPy file, or one with Python objects") as caught:
+        with pytest.raises(ValueError, match="it is not a NumPy file, or it contains Python objects") as caught:
             open_data(DataConfig(source=str(tmp_path / name)))
         assert "pickle" not in str(caught.value)
 
@@ -65,7 +65,7 @@ def test_files_that_numpy_takes_for_pickles_are_rejected_without_its_advice(tmp_
 def test_the_folder_of_a_run_is_no_data(tmp_path):
     image(tmp_path / "stages" / "00-denoise" / "samples" / "steps-0004.png", 4, 4)
     (tmp_path / "recipe.json").touch()
-    refused(tmp_path, str(tmp_path), "is the folder of a run, not data")
+    refused(tmp_path, str(tmp_path), "is a run folder, not data")
 
 
 def test_an_empty_folder(tmp_path):
@@ -257,7 +257,7 @@ def test_an_archive_without_samples(tmp_path):
     [
         (np.zeros((5, 4), np.uint8), "(5, 4)"),
         (np.zeros((5, 3, 4, 4, 3), np.uint8), "(5, 3, 4, 4, 3)"),
-        (np.zeros((5, 3, 8, 8), np.uint8), "move the channels last"),
+        (np.zeros((5, 3, 8, 8), np.uint8), "move the channels to the last axis"),
         (np.zeros(5), "(5,)"),
         (np.float64(1.0), "a single number"),
         (np.zeros((5, 4), np.int64), "int64"),

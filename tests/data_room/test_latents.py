@@ -152,7 +152,7 @@ def test_a_forecast_is_what_encode_writes_and_writes_nothing(images, tmp_path):
         path.write_bytes(content)
     assert forecast(images, ENCODER, out, 2, 4).pending == 0
     other = dataclasses.replace(ENCODER, key="other")
-    refused(lambda: forecast(images, other, out, 2, 4), "contains latents of the encoder 'corners', not of 'other'")
+    refused(lambda: forecast(images, other, out, 2, 4), "contains latents from the encoder 'corners', not from 'other'")
     refused(lambda: forecast(images, ENCODER, tmp_path / "images"), "contains other files")
 
 
@@ -409,22 +409,22 @@ def test_other_images(images, tmp_path):
         refused(lambda: encode(read_captions(tmp_path / "images"), ENCODER, folder), *words, images.source, "delete")
 
     resized = read_captions(tmp_path / "images", Preparation(8, channels=3))
-    refused(lambda: encode(resized, ENCODER, folder), "image_size None then and 8 now")
+    refused(lambda: encode(resized, ENCODER, folder), "image_size was None and is now 8")
     (tmp_path / "images/03.txt").write_text("a dog")
     again("other captions;")
     Image.new("RGB", (24, 16)).save(tmp_path / "images/05.png")
-    again("other contents of the files and captions;")
+    again("other file contents and captions;")
     (tmp_path / "images/10.png").rename(tmp_path / "images/11.png")
     (tmp_path / "images/10.txt").rename(tmp_path / "images/11.txt")
     again("other file names and ")
     (tmp_path / "images/11.png").unlink()
     (tmp_path / "images/11.txt").unlink()
-    again("11 then and 10 now")
+    again("their number was 11 and is now 10")
 
 
 def test_images_that_are_gone(images, tmp_path):
     (tmp_path / "images/03.png").unlink()
-    refused(lambda: encode(images, ENCODER, tmp_path / "latents"), "03.png", "cannot be read", "repeat the command")
+    refused(lambda: encode(images, ENCODER, tmp_path / "latents"), "03.png", "cannot be read", "run the command again")
 
 
 @pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"shard_size": -1}])
@@ -462,7 +462,7 @@ with FileLock(sys.argv[1]):
     ("change", "words"),
     [
         (lambda text: text[:50], ["not readable JSON"]),
-        (lambda text: text.replace('"format": 1', '"format": 2'), ["format 2", "reads 1"]),
+        (lambda text: text.replace('"format": 1', '"format": 2'), ["format 2", "reads format 1"]),
         (lambda text: text.replace('"shard_size": 256', '"shard_size": null'), ["shard_size: "]),
         (lambda text: "[]", ["not an index"]),
     ],
@@ -501,7 +501,7 @@ def with_nan(x: Tensor) -> Tensor:
         ({"texts": lambda texts: {"latents": torch.zeros(len(texts))}}, ["called latents", "another name"]),
         ({"texts": lambda texts: {"a": torch.zeros(1, 2)}}, ["a of shape (1, 2)", "batch of 4", "first axis"]),
         ({"texts": lambda texts: {"a": torch.zeros(())}}, ["a of shape ()", "the empty caption"]),
-        ({"texts": lambda texts: {"a": torch.zeros(len(texts), len(texts))}}, ["(4,)", "(1,)", "pad captions"]),
+        ({"texts": lambda texts: {"a": torch.zeros(len(texts), len(texts))}}, ["(4,)", "(1,)", "pad all captions"]),
         ({"texts": lambda texts: {"ab"[len(texts) > 1]: torch.zeros(len(texts))}}, ["conditions b", "but a for"]),
         ({"texts": lambda texts: {} if len(texts) > 1 else {"a": torch.zeros(1)}}, ["conditions none", "but a for"]),
         (
@@ -544,5 +544,5 @@ def test_prompt_samples_resume_where_they_were_interrupted(tmp_path: Path) -> No
     assert cut.fingerprint == whole.fingerprint
     batch = cut.fetch(torch.arange(7))
     assert batch.x0[:, 0].tolist() == [index + index % 3 for index in range(7)]
-    with pytest.raises(ValueError, match=r"contains latents of images other than q\.txt: other captions"):
+    with pytest.raises(ValueError, match=r"contains latents of images other than those in q\.txt: other captions"):
         encode(Prompts("q.txt", captions[::-1], sampled), ENCODER, tmp_path / "cut", 2, 2)

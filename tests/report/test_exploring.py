@@ -160,7 +160,7 @@ def test_sampling_is_stopped_when_its_time_is_up(run: Path) -> None:
 
 def test_steps_other_than_a_students_own_get_a_notice(explorer: Explorer) -> None:
     (note,) = explorer.compare("02-halve-0002", 1).notes
-    assert note == "The model was distilled for num_steps 2, not 1. Use a later stage of the chain."
+    assert note == "The model was distilled for num_steps=2, not 1. Use a later stage of the chain."
 
 
 def test_stages_without_weights_and_damaged_ones_are_reported_and_the_others_work(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_time_is_up_for_a_request_not_for_each_of_its_models(run: Path, monkeypa
 def test_a_student_alone_is_not_called_the_teacher(run: Path) -> None:
     answer = Explorer(run / "stages" / "02-halve-0002").compare("02-halve-0002")
     assert [shown.is_start for shown in answer.shown] == [False]
-    assert answer.notes == ["No comparison with the teacher: it is not in this folder."]
+    assert answer.notes == ["Samples are not compared with the teacher: it is not in this folder."]
 
 
 def test_without_a_teacher_students_are_shown_alone(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_without_a_teacher_students_are_shown_alone(tmp_path: Path) -> None:
     (run / "stages/00-denoise/model.safetensors").unlink()
     answer = Explorer(run).compare("02-halve-0002")
     assert [shown.stage for shown in answer.shown] == ["02-halve-0002"]
-    assert answer.notes == ["No comparison with 00-denoise: its model.safetensors does not exist."]
+    assert answer.notes == ["Samples are not compared with 00-denoise: its model.safetensors does not exist."]
 
 
 def test_unsupported_models_are_reported_immediately(tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def test_an_evaluation_is_reliable_if_its_samples_outnumber_the_dimensions(tmp_p
         row["figures"]["kid"] = figure(row["figures"]["frechet"]["mean"] / 10)
     told["tables"][0]["protocol"]["extractor_facts"]["dimension"] = size
     write_sealed(RunFolder(run).evaluation_path, told)
-    lead = reported(run).text.partition("No figures")[0]
+    lead = reported(run).text.partition("There are no figures")[0]
     assert ("KID" in lead, "Fréchet distance" in lead) == (size == 1797, size == 1796)
 
 
@@ -389,7 +389,7 @@ def test_a_run_in_progress_shows_existing_parts_and_lists_missing_ones(tmp_path:
     with open(run / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"stage": "04-halve-0016", "update": 120, "loss": 0.5}) + '\n{"stage": "04-ha')
     page = reported(run)
-    assert "This run is not finished: 4 of 9 stages complete." in page.text
+    assert "This run is not finished: it has completed 4 of 9 stages." in page.text
     assert "04-halve-0016 (120 of 400 updates done), 05-halve-0008" in page.text
     states = {row[0]: row[-1] for row in page.table("Stage")[1:]}
     assert states["03-halve-0032"] == "complete"
@@ -421,7 +421,10 @@ def test_a_damaged_teacher_leaves_no_comparison(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run")
     (run / "stages/00-denoise/manifest.json").write_text("[]", encoding="utf-8")
     page = reported(run)
-    assert "8 students, from 128 steps to 1. There are no comparable results of teacher and students." in page.text
+    assert (
+        "8 students, from 128 steps to 1. There are no comparable results for the teacher and the students."
+        in page.text
+    )
     assert "instead of" not in page.text
 
 
@@ -448,7 +451,7 @@ def test_unreadable_samples_are_reported(tmp_path: Path, spoil: Callable[[Path],
     spoil(run / "stages/02-halve-0064/samples/steps-0064.npz")
     page = reported(run)
     assert "stages/02-halve-0064/samples/steps-0064.npz is truncated or altered" in page.text
-    assert "No samples for stage 02-halve-0064." in page.text
+    assert "There are no samples for stage 02-halve-0064." in page.text
 
 
 def test_missing_figures_recipe_log_and_samples_are_listed(tmp_path: Path) -> None:
@@ -462,8 +465,8 @@ def test_missing_figures_recipe_log_and_samples_are_listed(tmp_path: Path) -> No
     for text in (
         "The recipe cannot be shown: recipe.json does not exist; restore a copy of it",
         "stages/00-denoise/metrics.json has no sha256 of its content",
-        "No figures (metrics.json) for stages 00-denoise, 01-halve-0128.",
-        "No samples for stages 00-denoise, 01-halve-0128.",
+        "There are no figures (metrics.json) for stages 00-denoise, 01-halve-0128.",
+        "There are no samples for stages 00-denoise, 01-halve-0128.",
         "No losses were logged.",
         "The command of this run was not recorded.",
     ):
@@ -481,7 +484,7 @@ def test_figures_of_different_protocols_share_no_row(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", students=(128,), planned=(128, 64))
     write_stage(run, "02-halve-0064", 64, [result(64, True)], {}, protocol={**PROTOCOL, "device": "cuda"})
     page = reported(run)
-    assert "Not all stages were measured with the same protocol (different: device)." in page.text
+    assert "Not all stages were measured with the same protocol (they differ in: device)." in page.text
     first, second = (table[2:] for table in page.tables if table[0] and table[0][0] == "Steps")
     assert [row[0] for row in first] == ["256", "128", "64", "Heun 32", "8", "4", "2", "1"]
     (row,) = second
@@ -530,14 +533,16 @@ def test_samples_without_a_picture_are_described_as_such(tmp_path: Path) -> None
         return np.zeros((4, 1, 160), np.float32)
 
     page = reported(write_fake_run(tmp_path / "run", students=(128,), planned=(128,), samples=audio))
-    assert "Samples of this kind cannot be shown as images: shape 1 × 160, float32." in page.text
+    assert "Samples of shape 1 × 160 and type float32 cannot be shown as images." in page.text
 
 
 def test_without_a_stage_and_without_a_log_there_is_one_clear_line(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", students=(), planned=(128,))
     (run / "stages/00-denoise/manifest.json").unlink()
     (run / "log.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"has nothing to report on \(no stages/\*/manifest.json, no log.jsonl\)"):
+    with pytest.raises(
+        ValueError, match=r"contains nothing to report on \(it has no stages/\*/manifest.json and no log.jsonl\)"
+    ):
         write_report(run)
     assert not RunFolder(run).report_path.exists()
     with pytest.raises(ValueError, match="is not a run folder"):

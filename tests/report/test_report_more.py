@@ -100,7 +100,7 @@ def test_a_run_whose_teacher_is_still_in_training_is_reported(tmp_path: Path) ->
     run = write_fake_run(tmp_path / "run", students=())
     (run / "stages/00-denoise/manifest.json").unlink()
     page = reported(run)
-    assert "A run in progress; no stage is complete yet." in page.text
+    assert "The run is in progress; no stage is complete yet." in page.text
     assert "00-denoise (2,000 of 2,000 updates done)" in page.text
     assert any("training loss" in (div.get("aria-label") or "") for div in page.attributes("div"))
 
@@ -145,7 +145,7 @@ def test_series_for_which_the_chart_has_no_colour_are_counted(tmp_path: Path, fu
     write_sealed(RunFolder(run).evaluation_path, content)
     page = write_report(run).read_text(encoding="utf-8")
     charts = re.findall(r'aria-label="(Line chart[^"]*)"', page)
-    assert any(text.endswith(f"the table below has its values{said}.") for text in charts)
+    assert any(text.endswith(f"the table below contains its values{said}.") for text in charts)
     assert any("more series" in text for text in charts) == bool(said)
 
 

@@ -1,4 +1,4 @@
-"""The command line: verbs, their arguments, and one clear line for every error."""
+"""The command line: the verbs, their arguments, and a clear one-line message for every error."""
 
 from halfstep.cli.main import main
 

@@ -1,4 +1,4 @@
-"""Recipes, processes and devices for several verbs."""
+"""Functions that several verbs use to find a recipe, the processes or a device."""
 
 from pathlib import Path
 from shlex import quote
@@ -17,7 +17,11 @@ from halfstep.runtime.processes import Processes, make_accelerator
 
 
 def recipe_from(text: str) -> Recipe:
-    """Return the recipe given as a built-in name, a run's folder or a .json file; raise ValueError if there is none."""
+    """Return the recipe that `text` refers to: a built-in name, the folder of a run or a .json file.
+
+    Raises:
+        ValueError: if there is no such recipe.
+    """
     path = Path(text)
     if text in recipes or not (path.suffix == ".json" or path.is_dir()):
         return recipes[text]()
@@ -27,19 +31,19 @@ def recipe_from(text: str) -> Recipe:
     run = RunFolder(path)
     if not (run.recipe_path.exists() or run.log_path.exists() or run.stages()):
         raise UsageError(
-            f"{text} is neither a recipe ({', '.join(recipes)}) nor the folder of a run. To train on images in it: "
-            f"halfstep run images --data {quote(text)}"
+            f"{text} is neither a recipe ({', '.join(recipes)}) nor the folder of a run. To train on the images in "
+            f"this folder: halfstep run images --data {quote(text)}"
         )
     return recipe_of_run(run)
 
 
 def recipe_of_run(run: RunFolder) -> Recipe:
-    """Return the recipe of a run; raise ValueError if its file is damaged or not a recipe."""
+    """Return the recipe of a run; raise ValueError if its recipe.json is damaged or does not contain a recipe."""
     return _recipe_in(run.recipe(), run.recipe_path)
 
 
 def _recipe_in(data: Any, file: Path) -> Recipe:
-    """Return the recipe in the content of a run's recipe.json, or of a file with a bare recipe."""
+    """Return the recipe from the parsed recipe.json of a run, or from a parsed file that contains only a recipe."""
     if isinstance(data, dict) and isinstance(data.get("recipe"), dict):
         data = data["recipe"]
     if not isinstance(data, dict):
@@ -51,17 +55,17 @@ def _recipe_in(data: Any, file: Path) -> Recipe:
 
 
 def recipe_of_stage(stage: StageFolder) -> Recipe | None:
-    """Return the recipe of a stage's run; None for a stage outside a run."""
+    """Return the recipe of the run that contains a stage, or None if the stage is not part of a run."""
     return None if stage.run is None or not stage.run.recipe_path.exists() else recipe_of_run(stage.run)
 
 
 def processes_of(cpu: bool = False) -> Processes:
-    """Return the processes that run this verb together; usually one."""
+    """Return the group of processes that jointly run this command (usually a single process)."""
     return Processes(make_accelerator(cpu=cpu)) if world_size() > 1 else Processes()
 
 
 def device_of(name: str | None, processes: Processes | None = None) -> torch.device:
-    """Return the named device, or the fastest one; with several processes, each gets its own.
+    """Return the named device or, by default, the fastest available device. Several processes get one GPU each.
 
     Raises:
         ValueError: if this machine has no such device.

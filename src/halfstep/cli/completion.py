@@ -1,6 +1,6 @@
-"""`halfstep completion`: shell completion scripts, which shtab generates from the verbs' parsers.
+"""`halfstep completion`: prints shell completion scripts, which shtab generates from the parsers of the verbs.
 
-tyro's own scripts would start Python on every key press.
+tyro can also generate completion scripts, but they would start Python on every key press.
 """
 
 from argparse import ArgumentParser
@@ -18,10 +18,12 @@ from halfstep.cli.verbs import VERBS, Verb
 
 @dataclass
 class CompletionArguments:
-    """Print a shell completion script for verbs, options, choices and files. Regenerate it after updating halfstep."""
+    """Print a script that makes the shell complete verbs, options, choices and files. Regenerate the script after
+    updating halfstep.
+    """
 
     shell: tyro.conf.Positional[Literal["bash", "zsh", "fish", "tcsh"]]
-    """The shell."""
+    """The shell that will run the script."""
 
 
 def completion(argv: Sequence[str]) -> None:
@@ -30,12 +32,12 @@ def completion(argv: Sequence[str]) -> None:
 
 
 def arguments_of(verb: Verb) -> Any:
-    """Return the dataclass of a verb's arguments."""
+    """Return the dataclass that defines a verb's arguments."""
     return getattr(import_module(f"halfstep.cli.{verb.module}"), f"{verb.name.title()}Arguments")
 
 
 def command_line() -> ArgumentParser:
-    """Return one argparse parser for all verbs; a verb that takes a recipe has the options of every recipe."""
+    """Return one argparse parser for all verbs. A verb that takes a recipe gets the options of every recipe."""
     line = ArgumentParser("halfstep")
     line.add_argument("--version", "-V", action="store_true", help="print the version")
     verbs = line.add_subparsers()
@@ -44,12 +46,12 @@ def command_line() -> ArgumentParser:
         options = verbs.add_parser(name, help=verb.summary, add_help=False)
         known: set[str] = set()
         for parser in _parsers_of(name, arguments_of(verb)):
-            # argparse's `parents` rejects parsers that share an option in a group.
+            # The `parents` argument of argparse rejects parsers whose groups have an option in common.
             for action in parser._actions:
                 if known.isdisjoint(action.option_strings):
                     # Defaults differ between recipes.
                     action.help = (action.help or "").partition(" (default:")[0]
-                    # Users omit the option to select None.
+                    # To select None, users omit the option.
                     action.choices = None if action.choices is None else [c for c in action.choices if c != "None"]
                     options._add_action(action)
                     known.update(action.option_strings)
@@ -57,7 +59,7 @@ def command_line() -> ArgumentParser:
 
 
 def _parsers_of(verb: str, kind: Any) -> list[ArgumentParser]:
-    """Return the parser of a verb, or one parser per recipe if the verb takes a recipe."""
+    """Return a list with the parser of a verb, or with one parser per recipe if the verb takes a recipe."""
     from halfstep.cli.training import SHORT, SHORT_OF_FINISH, PlanArguments
     from halfstep.recipes import recipes
 

@@ -1,7 +1,7 @@
-"""The display of a run in progress, and the table at its end.
+"""Displays a run in progress, and prints its results at the end.
 
-A terminal shows the whole plan, updated in place. Other outputs get one line for each stage and result, and occasional
-progress lines.
+On a terminal, the whole plan is shown and updated in place. Any other output gets one line for each stage, one line for
+each result, and occasional progress lines.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ from halfstep.runs import RunFolder, RunStatus, StageStatus
 
 @final
 class RunDisplay:
-    """Shows the events of a run.
+    """Displays the events of a run as they occur.
 
     Args:
-        stages: as `RunSpec.stages`.
+        stages: the stages, in the format of `RunSpec.stages`.
     """
 
     def __init__(self, stages: Sequence[tuple[str, Stage | None]], screen: Screen) -> None:
@@ -45,7 +45,7 @@ class RunDisplay:
         self._last_line = 0.0
 
     def show(self, events: Iterable[Event]) -> None:
-        """Consume the events and show each."""
+        """Iterate over the events and display each of them."""
         if not self.is_live:
             for event in events:
                 self._take(event)
@@ -56,7 +56,7 @@ class RunDisplay:
             self._settle(None)
 
     def _settle(self, at_work: StageStatus | None) -> None:
-        """Mark all other stages that were being measured as done."""
+        """Change the state of every stage that was being measured to "done", except for `at_work`."""
         for stage in self.status.stages:
             if stage is not at_work and stage.state == "measuring":
                 stage.state = "done"
@@ -71,7 +71,7 @@ class RunDisplay:
         match event:
             case StageStart(resumed_at=resumed_at):
                 stage.state = "training"
-                # The pace excludes earlier updates.
+                # The pace must not include the updates from before the run was resumed.
                 stage.take({"update": resumed_at, "seconds": event.seconds})
                 at = f", resuming at update {resumed_at}" if resumed_at else ""
                 self._line(f"{stage.name}: {count(event.stage.training.num_updates, 'update')}{at}")
@@ -104,7 +104,7 @@ class RunDisplay:
             self.screen.say(text)
 
     def _now_and_then(self, text: str) -> None:
-        """Print a line if the last one is more than 10 seconds old."""
+        """Print a progress line, unless another one was printed in the last 10 seconds."""
         now = time.monotonic()
         if self.is_live or now - self._last_line <= 10.0:
             return
@@ -114,7 +114,7 @@ class RunDisplay:
     def _progress(self, stage: StageStatus) -> str:
         seconds = self.status.seconds_left
         left = "..." if math.isnan(seconds) else duration(seconds)
-        # A window without student updates has no student loss.
+        # If no update in the window trained the student, there is no student loss.
         loss = "" if stage.loss is None else f"loss {number(stage.loss)}  "
         what = "" if self.status.measuring_seconds_left else " of training"
         return (
@@ -124,7 +124,7 @@ class RunDisplay:
 
 
 def show_results(path: Path, screen: Screen) -> None:
-    """Print one table of results for each protocol of a run."""
+    """Print the results of a run, with one table for each evaluation protocol."""
     run = RunFolder(path)
     stages = [StageFacts(one.name, one.manifest(verify=False), one.metrics(), {}) for one in run.stages()]
     start = next((stage for stage in stages if run.start is not None and stage.name == run.start.name), None)

@@ -1,4 +1,4 @@
-"""`halfstep doctor`: check this machine and its packages."""
+"""`halfstep doctor`: checks this machine and the installed packages."""
 
 import contextlib
 import os
@@ -22,33 +22,33 @@ from halfstep.cli.words import Screen, print_json
 from halfstep.runtime.files import cache_folder, first_line
 
 GIVES: Final = {
-    "text": "text-conditioned models, such as Stable Diffusion: encode, distill and sample with --prompt",
-    "clips": "encode --data with videos and sounds other than .gif and .wav",
+    "text": "text-conditioned models such as Stable Diffusion, in encode, distill and sample --prompt",
+    "clips": "videos other than .gif files and sounds other than .wav files, in encode --data",
     "lora": "LoRA students (--chain.lora-rank) and export --format lora",
     "onnx": "export --format onnx (the whole sampler as one graph) and --format web",
-    "explore": "halfstep explore, a local page that samples a run's models",
-    "inception": "distances in Inception features, as in published FIDs",
-    "dinov2": "distances in DINOv2 features",
+    "explore": "halfstep explore, a local page for sampling from a run's models",
+    "inception": "distances between Inception features, as in published FIDs",
+    "dinov2": "distances between DINOv2 features",
     "tensorboard": "curves and samples in TensorBoard",
     "wandb": "curves and samples in Weights & Biases",
     "trackio": "curves and samples in Trackio",
-    "bitsandbytes": "--engine.optimizer adamw8bit, which quarters the memory of AdamW's moments",
+    "bitsandbytes": "--engine.optimizer adamw8bit, which stores AdamW's moments in a quarter of the memory",
 }
-"""Purpose of each extra and each optional package."""
+"""The purpose of each extra and of each optional package."""
 
 REQUIRED: Final = ("torch", "diffusers", "accelerate", "numpy", "safetensors", "datasets", "pydantic", "tyro", "rich")
 LEAST_DISK: Final = 2 * 2**30
-"""Minimum free bytes, for a small run's checkpoints and the data caches."""
+"""The minimum free disk space in bytes, which is enough for the checkpoints of a small run and the data caches."""
 
 
 @dataclass
 class DoctorArguments:
-    """Check this machine: versions, devices, threads, disk space, the cache, and missing packages with their purpose.
-    Changes nothing. The exit code is 0 even if problems are found.
+    """Check this machine: versions, devices, threads, disk space, the cache, and which packages are missing and what
+    they are needed for. Nothing is changed. The exit code is 0 even if problems are found.
     """
 
     json: Switch = False
-    """Print one JSON document."""
+    """Print the findings as one JSON document."""
 
 
 @final
@@ -58,7 +58,7 @@ class Finding:
 
     what: str
     verdict: Literal["ok", "missing", "problem"]
-    """missing: an optional package is not installed. problem: something would fail."""
+    """missing: something optional, such as a package, is not available. problem: something will not work."""
     found: str
     advice: str | None = None
 
@@ -90,7 +90,7 @@ def doctor(argv: Sequence[str]) -> None:
 
 
 def version_of(package: str) -> str | None:
-    """Return the installed version, or None."""
+    """Return the installed version of a package, or None if the package is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -119,7 +119,7 @@ def _torch() -> Iterator[Finding]:
         memory = f", {total / 2**30:.1f} GiB of memory"
     cpu, threads = platform.processor() or platform.machine(), torch.get_num_threads()
     shown = f"{cpu}, {cores} cores for this process, torch uses {threads} threads{memory}"
-    yield Finding("cpu", "ok", shown, "change the threads with --engine.threads N, or OMP_NUM_THREADS=N")
+    yield Finding("cpu", "ok", shown, "change the number of threads with --engine.threads N or OMP_NUM_THREADS=N")
     names = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     if torch.backends.mps.is_available():
         names.append("mps")
@@ -128,21 +128,25 @@ def _torch() -> Iterator[Finding]:
         advice = None
         if torch.version.cuda or torch.version.hip:
             built = "CUDA" if torch.version.cuda else "ROCm"
-            advice = f"this torch is built for {built}, but a driver or a device is missing"
+            advice = f"the installed torch is built for {built}, but the driver or the device is missing"
         elif shutil.which("nvidia-smi") or shutil.which("rocm-smi"):
-            advice = "a driver is installed, but this torch is built for CPUs only. Install the build for your GPU"
-        yield Finding("accelerator", "missing", "no CUDA, ROCm or Metal device, so everything runs on the CPU", advice)
+            advice = "a GPU driver is installed, but torch is built for CPUs only. Install the torch build for your GPU"
+        yield Finding(
+            "accelerator", "missing", "no CUDA, ROCm or Metal device was found, so everything runs on the CPU", advice
+        )
 
 
 def device_finding(name: str) -> Finding:
-    """Check whether a device works and supports float64, which clocks need and Metal lacks."""
+    """Check whether a device works and supports float64, which the clocks require and Metal lacks."""
     import torch
 
     try:
         device = torch.device(name)
         torch.ones(8, device=device).sum().item()
     except (RuntimeError, AssertionError) as error:
-        return Finding(name, "problem", f"it cannot compute ({first_line(error)})", "use the CPU with --engine.cpu")
+        return Finding(
+            name, "problem", f"the device cannot compute ({first_line(error)})", "use the CPU with --engine.cpu"
+        )
     shown = "Apple's GPU"
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -151,26 +155,27 @@ def device_finding(name: str) -> Finding:
     try:
         torch.zeros(1, dtype=torch.float64, device=device)
     except (RuntimeError, TypeError):
-        advice = "clocks and schedules are float64. Train and sample on the CPU (--engine.cpu, --device cpu)"
+        advice = "clocks and schedules require float64. Train and sample on the CPU (--engine.cpu, --device cpu)"
         return Finding(name, "problem", f"{shown}, no float64", advice)
     return Finding(name, "ok", shown)
 
 
 def _diffusers() -> list[Finding]:
-    # A failed import would break this process. A torchvision built for another torch fails when it registers its
-    # operators, deep inside the import of a pipeline.
+    # A failed import would leave this process in a broken state, so the import runs in another process. For example, a
+    # torchvision built for another version of torch fails while it registers its operators, deep inside the import of
+    # a pipeline.
     command = [sys.executable, "-c", "from diffusers import DDPMPipeline, UNet2DModel, DDIMScheduler"]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return [Finding("diffusers", "problem", f"it cannot be imported ({first_line(error)})")]
+        return [Finding("diffusers", "problem", f"diffusers cannot be imported ({first_line(error)})")]
     if ended.returncode == 0:
         return [Finding("diffusers", "ok", "pipelines, networks and schedulers can be imported")]
     return [diffusers_failure(ended.stderr, version_of("torch"), version_of("torchvision"))]
 
 
 def diffusers_failure(errors: str, torch: str | None, torchvision: str | None) -> Finding:
-    """Return the cause of a failed import of diffusers."""
+    """Return a finding that explains why diffusers cannot be imported."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     named = [line for line in lines if "torchvision" in line and not line.startswith("File ")]
     if torchvision is not None and named:
@@ -178,14 +183,14 @@ def diffusers_failure(errors: str, torch: str | None, torchvision: str | None) -
             "diffusers",
             "problem",
             f"torchvision {torchvision} is incompatible with torch {torch} and breaks diffusers ({named[-1]})",
-            "pip uninstall torchvision (halfstep does not need it), or install the build for this torch",
+            "pip uninstall torchvision (halfstep does not need it), or install the build for this version of torch",
         )
     last = lines[-1] if lines else "no error message"
-    return Finding("diffusers", "problem", f"it cannot be imported ({last})", "pip install --upgrade diffusers")
+    return Finding("diffusers", "problem", f"diffusers cannot be imported ({last})", "pip install --upgrade diffusers")
 
 
 def extras() -> dict[str, tuple[str, ...]]:
-    """Return the installed halfstep's extras and their packages."""
+    """Return the extras that the installed halfstep offers, each with its packages."""
     found: dict[str, tuple[str, ...]] = {}
     for line in requires("halfstep") or []:
         if matched := re.match(r"([\w.-]+).*;.*extra *== *['\"]([\w-]+)['\"]", line):
@@ -204,7 +209,7 @@ def extra_finding(name: str, packages: Sequence[str], install: str) -> Finding:
     absent = [package for package in packages if version_of(package) is None]
     if not absent:
         return Finding(name, "ok", ", ".join(f"{package} {version_of(package)}" for package in packages))
-    gives = f"; would add {GIVES[name]}" if name in GIVES else ""
+    gives = f"; needed for {GIVES[name]}" if name in GIVES else ""
     return Finding(name, "missing", f"not installed: {', '.join(absent)}{gives}", f"pip install '{install}'")
 
 
@@ -219,18 +224,18 @@ def _places() -> Iterator[Finding]:
 
 
 def place_finding(name: str, path: Path, advice: str) -> Finding:
-    """Check whether a folder can be written or created, and its free space."""
+    """Check whether a folder is writable or can be created, and how much space is free on its disk."""
     path = path.absolute()
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     if not there.is_dir():
-        return Finding(name, "problem", f"{path}: {there} is a file", advice)
+        return Finding(name, "problem", f"{path} is not a folder, because {there} is a file", advice)
     try:
         # Permission bits do not show that a file system is read-only.
         with tempfile.NamedTemporaryFile(dir=there):
             pass
         free = shutil.disk_usage(there).free
     except OSError as error:
-        return Finding(name, "problem", f"{path} cannot be written ({error.strerror})", advice)
+        return Finding(name, "problem", f"{path} cannot be written to ({error.strerror})", advice)
     shown = f"{path}, {free / 2**30:.1f} GiB free"
     if free < LEAST_DISK:
         return Finding(name, "problem", shown, "free some space for checkpoints and caches")

@@ -1,4 +1,4 @@
-"""The output of `--dry-run`: the plan and its cost in FLOPs, memory and time."""
+"""The output of `--dry-run`: the plan of a run, and what it costs in FLOPs, memory and time."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,26 +20,26 @@ from halfstep.runs.schema import shortened
 from halfstep.runtime.launch import world_size
 
 LONG_SECONDS: Final = 86400.0
-"""Estimated training time above which a warning is printed."""
+"""The estimated training time, in seconds, above which a warning is printed."""
 DEVICES: Final = (24, 48, 80)
-"""Memory of common devices, in GiB."""
+"""The memory sizes of common devices, in GiB."""
 SHARE: Final = 0.9
-"""Share of a device's memory for the counted bytes; the allocator and workspaces need the rest."""
+"""The share of a device's memory that an update may use. The allocator and workspaces need the rest."""
 LITTLE: Final = 2**30
-"""Memory of any machine, in bytes; a CPU plan that needs less does not list devices."""
+"""The memory, in bytes, that any machine has. If a plan for the CPU needs less, the output does not mention devices."""
 FEW_SAMPLES: Final = 5000
 MANY_PASSES: Final = 500.0
-"""Passes over fewer than FEW_SAMPLES above which a memorisation warning is printed."""
+"""If a stage makes more passes than this over fewer than FEW_SAMPLES samples, a memorisation warning is printed."""
 
 
 def check_alone() -> None:
-    """Raise UsageError if there are several processes; a dry run times one."""
+    """Raise UsageError if there are several processes, because a dry run measures the time in a single process."""
     if world_size() > 1:
-        raise UsageError("a dry run uses one process. Start it without torchrun or accelerate launch")
+        raise UsageError("a dry run needs only one process. Start it without torchrun or accelerate launch")
 
 
 def show_encoding(found: Forecast, num_samples: int, source: str, verb: str) -> None:
-    """Print what `halfstep encode` would write; `verb` is "encoded" or "sampled"."""
+    """Print what `halfstep encode` would write, and how long it would take; `verb` is "encoded" or "sampled"."""
     screen, tensors = Screen(), dict(found.tensors)
     shapes = {name: f"{list(entry.shape)} {entry.dtype}" for name, entry in tensors.items()}
     screen.say(f"dry run of {source}: {found.pending:,} of {count(num_samples, 'sample')} would be {verb}")
@@ -53,11 +53,11 @@ def show_encoding(found: Forecast, num_samples: int, source: str, verb: str) -> 
 
 
 def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str, Any]:
-    """Return the plan and cost of a run: bytes, seconds, and FLOPs (multiplications and additions)."""
+    """Return the plan of a run, and its cost in bytes, seconds and FLOPs (multiplications and additions)."""
     forward = count_forward(spec)
     stages = [(name, stage, helper_sizes(spec, stage)) for name, stage in spec.stages if stage is not None]
     memory = max((memory_of_update(stage, forward, spec.engine, helpers) for _, stage, helpers in stages), key=sum)
-    # A published model has no weights, so no update can be timed.
+    # The weights of a published model are not available, so no update can be timed.
     is_counted = spec.teacher is not None and spec.teacher.device.type == "meta"
     rate = None if is_counted else time_updates(spec, forward)
     flops = [update_flops(stage, forward, helpers) for _, stage, helpers in stages]
@@ -113,7 +113,7 @@ def show_plan(spec: RunSpec, out: Path, json: bool, missing: str | None = None) 
     """Print the plan and cost of a run, as one JSON document or as text.
 
     Args:
-        missing: why the data is not available; random numbers then replace it.
+        missing: the reason why the data is not available, in which case random numbers replace the data.
     """
     facts = plan_facts(spec, out, missing)
     if json:
@@ -151,18 +151,18 @@ def _lines(facts: dict[str, Any], spec: RunSpec) -> Iterator[str]:
     parameters, trainable = facts["parameters"], facts["trainable_parameters"]
     yield f"parameters: {parameters:,}    one forward pass of one sample: {quantity(facts['forward_flops'], 'FLOP')}"
     updates = sum(stage["num_updates"] for stage in stages)
-    yield f"updates: {updates:,}    samples seen: {seen:,} ({seen / data['num_samples']:,.0f} times the data)"
+    yield f"updates: {updates:,}    samples seen: {seen:,} (passes over the data: {seen / data['num_samples']:,.0f})"
     if trainable != parameters:
         share = f"{trainable / parameters:.1%}"
         yield f"trained parameters: {trainable:,} ({share}); teacher and student share the rest"
     memory = facts["memory_bytes"]
     parts = " + ".join(f"{gibibytes(size)} {name}" for name, size in memory.items() if size)
     total = gibibytes(sum(memory.values()))
-    yield f"counted memory of the largest update: {total} = {parts} (for a micro batch of {facts['micro_batch']:,})"
+    yield f"estimated memory of the largest update: {total} = {parts} (with a micro batch of {facts['micro_batch']:,})"
     on_cpu = spec.engine.cpu or not torch.accelerator.is_available()
     if not on_cpu or sum(memory.values()) >= LITTLE:
         fits = facts["fits_gib"]
-        yield f"fits a device of {fits[0]} GiB" if fits else f"does not fit a device of {DEVICES[-1]} GiB"
+        yield f"fits on a device of {fits[0]} GiB" if fits else f"does not fit on a device of {DEVICES[-1]} GiB"
     if (guidance := facts["guidance"]) is not None:
         is_fixed = guidance["type"] == "fixed"
         scales = f"the scale {guidance['scale']:g}" if is_fixed else f"{guidance['low']:g} to {guidance['high']:g}"
@@ -177,27 +177,27 @@ def _lines(facts: dict[str, Any], spec: RunSpec) -> Iterator[str]:
         yield f"estimated time on this machine: {time} ({share}{seconds})"
     if (facts["estimated_seconds"] or 0) > LONG_SECONDS:
         advice = shorter([stage["role"] for stage in stages], spec.teacher)
-        yield f"warning: this takes more than a day. Use a GPU, or {advice}"
+        yield f"warning: the training will take more than a day. Use a GPU, or {advice}"
     passes = max(stage["samples_seen"] for stage in stages) / data["num_samples"]
     if data["num_samples"] < FEW_SAMPLES and passes > MANY_PASSES:
         yield (
             f"warning: a stage sees each of the {data['num_samples']:,} samples {passes:,.0f} times, so models may "
-            "memorise them (see the nearest training samples in the report). Use more data or fewer updates"
+            "memorise them (to check, see the nearest training samples in the report). Use more data or fewer updates"
         )
 
 
 def shorter(roles: Sequence[str], teacher: Model | None) -> str:
-    """Return advice for a shorter run; a given teacher has its own network and image size."""
+    """Return advice on how to shorten a run. The network and the image size of a given teacher are fixed."""
     if teacher is None:
         return "fewer updates, a smaller network and smaller images, as in the recipe images_small"
     options = ["--matching.num-updates"] * (Role.MATCHED in roles) + ["--chain.num-updates"]
-    # A student's chain starts at its number of steps.
+    # If the given teacher is itself a student, the chain must start at its number of steps.
     options += ["--start"] * (teacher.num_steps is None)
     return f"lower {', '.join(options)}"
 
 
 def data_line(data: Data) -> str:
-    """Return one line about the training data: source, number and shape of the samples, and class names."""
+    """Return a one-line description of the training data: source, number of samples, their shape, and class names."""
     classes = (
         f"{count(data.num_classes, 'class')} ({shortened(data.class_names)})" if data.num_classes else "no classes"
     )
@@ -205,9 +205,9 @@ def data_line(data: Data) -> str:
 
 
 def quantity(amount: float, unit: str) -> str:
-    """Format an amount, as in "1.23 GFLOP"."""
+    """Format an amount with a prefixed unit, as in "1.23 GFLOP"."""
     for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        # A number that rounds to 1,000 is shown as 1 of the next unit.
+        # A number that would be rounded to 1,000 is shown as 1 of the next larger unit.
         if amount < 999.5:
             return f"{number(float(amount))} {prefix}{unit}"
         amount /= 1000
@@ -215,6 +215,6 @@ def quantity(amount: float, unit: str) -> str:
 
 
 def gibibytes(num_bytes: float) -> str:
-    """Format bytes as "1.20 GiB", or as "34.5 MiB" below 0.1 GiB."""
+    """Format a number of bytes in GiB, as in "1.20 GiB", or, below 0.1 GiB, in MiB, as in "34.5 MiB"."""
     size = num_bytes / 2**30
     return f"{number(size)} GiB" if size >= 0.1 else f"{number(num_bytes / 2**20)} MiB"

@@ -1,4 +1,4 @@
-"""`halfstep evaluate`: the quality curve of a run or pipeline, or the results for a folder of images."""
+"""`halfstep evaluate`: measures the quality curve of a run or pipeline, or the quality of a folder of images."""
 
 import re
 import sys
@@ -31,12 +31,12 @@ from halfstep.runtime.stop import StopSignal
 NEED_MODEL: Final = (
     *("num_steps", "against", "seeds", "gamma", "search_gamma", "guidance_scale", "precision", "batch_size"),
 )
-"""Options that only apply to models."""
+"""The options that apply only when models are measured."""
 
 
-@told_when_out_of_memory("out of memory while measuring. Free memory, or use fewer samples (--num-samples)")
+@told_when_out_of_memory("out of memory while measuring. Free some memory, or use fewer samples (--num-samples)")
 def evaluate(argv: Sequence[str]) -> None:
-    """Measure, print one table for each protocol, and write the files."""
+    """Measure the subject, print one table for each protocol, and write the result files."""
     processes = processes_of()
     device = device_of(None, processes)
     arguments = parse(EvaluateArguments, argv, "halfstep evaluate")
@@ -45,7 +45,7 @@ def evaluate(argv: Sequence[str]) -> None:
         raise UsageError("--search-gamma and --gamma cannot be combined. Remove one of them")
     subject = subject_of(arguments.subject)
     out = arguments.out or subject.out
-    # Computing the features of the real data can take long, so check this first.
+    # Check this first, because computing the features of the real data can take a long time.
     refuse_file(out)
     spec = _spec(subject, arguments, device, processes)
     with StopSignal() as stop:
@@ -56,7 +56,7 @@ def evaluate(argv: Sequence[str]) -> None:
             for cell in curve.run():
                 screen.say(_line(cell, len(curve.cells)))
         finally:
-            # Also after an interruption, so that all files agree.
+            # Write the files even after an interruption, so that all of them show the same results.
             written = [] if curve.result is None else write_evaluation(curve.result, out)
     if curve.result is None:
         return
@@ -72,7 +72,7 @@ def evaluate(argv: Sequence[str]) -> None:
 
 
 def _spec(subject: Subject, arguments: EvaluateArguments, device: torch.device, processes: Processes) -> CurveSpec:
-    """Return the specification of the curve; reject options that do not apply to the subject."""
+    """Return the specification of the quality curve, and reject options that do not apply to the subject."""
     recipe = _recipe(subject, arguments)
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
@@ -84,7 +84,7 @@ def _spec(subject: Subject, arguments: EvaluateArguments, device: torch.device, 
     evaluation = recipe.evaluation
     teacher = None
     if subject.files is not None:
-        refuse_idle(arguments, "on samples in files", NEED_MODEL)
+        refuse_idle(arguments, "when the samples are read from files", NEED_MODEL)
         samples = _samples(subject.files, data)
         evaluation = replace(evaluation, num_samples=_count(arguments, samples))
         series = [Series(name="samples", label="samples", role="other")]
@@ -111,12 +111,12 @@ def _spec(subject: Subject, arguments: EvaluateArguments, device: torch.device, 
 
 
 def _given(arguments: EvaluateArguments, *names: str) -> dict[str, Any]:
-    """Return the options that were given, by name."""
+    """Return those of the named options that the user has set, as a mapping from names to values."""
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
 def _recipe(subject: Subject, arguments: EvaluateArguments) -> Recipe:
-    """Return the run's recipe, with data and protocol overridden by the command line."""
+    """Return the run's recipe, in which command-line options override the data and the protocol."""
     if subject.recipe is None and arguments.data is None:
         raise UsageError(f"{arguments.subject} is not inside a run, so its data is unknown. Add --data SOURCE")
     recipe = subject.recipe or Recipe(name="evaluate")
@@ -130,14 +130,14 @@ def _recipe(subject: Subject, arguments: EvaluateArguments) -> Recipe:
 
 
 def _split_of(data: DataConfig) -> str | None:
-    """Return the split to read; None for data without splits."""
+    """Return the name of the split to read, or None if the data is not divided into splits."""
     path = Path(data.source)
     whole = path.is_file() or (path.is_dir() and not any(path.glob(f"{data.split}*")))
     return None if whole or data.source == "digits" else data.split
 
 
 def _samples(path: Path, data: Data) -> Data:
-    """Return the samples in files; reject a shape or kind that differs from the reference data."""
+    """Load samples from files, and reject them if their shape or kind differs from that of the reference data."""
     channels = data.shape[0] if data.is_image and path.is_dir() and data.shape[0] in (1, 3) else None
     config = {"source": str(path), "labels": False, "channels": channels, "max_bytes": sys.maxsize}
     with in_own_words():
@@ -146,31 +146,31 @@ def _samples(path: Path, data: Data) -> Data:
         kinds = {True: "uint8 images", False: "arrays of floats"}
         raise UsageError(
             f"{path} contains {kinds[samples.is_image]}, but the reference {data.source} contains "
-            f"{kinds[data.is_image]}. Give samples and a reference of the same kind"
+            f"{kinds[data.is_image]}. Use samples and a reference of the same kind"
         )
     if samples.shape != data.shape:
         raise UsageError(
-            f"{path} contains samples of shape {list(samples.shape)}, but the reference {data.source} contains "
-            f"{list(data.shape)}. Give a reference of the same size (--data, --image-size, --channels)"
+            f"{path} contains samples of shape {list(samples.shape)}, but the samples in the reference {data.source} "
+            f"have shape {list(data.shape)}. Use a reference of the same size (--data, --image-size, --channels)"
         )
     return samples
 
 
 def _count(arguments: EvaluateArguments, samples: Data) -> int:
-    """Return the number of samples in files to measure."""
+    """Return how many of the samples from files will be measured."""
     wanted = len(samples) if arguments.num_samples is None else arguments.num_samples
     if not 2 <= wanted <= len(samples):
         raise UsageError(
-            f"{samples.source} contains {count(len(samples), 'sample')}, but {max(wanted, 2)} are needed (at least 2). "
-            "Add samples, or change --num-samples"
+            f"{samples.source} contains {count(len(samples), 'sample')}, but {max(wanted, 2)} are needed (the minimum "
+            "is 2). Add samples, or change --num-samples"
         )
     return wanted
 
 
 def _line(cell: CellDone, total: int) -> str:
-    """Return one line about a finished cell."""
+    """Return a one-line description of a finished cell."""
     gamma = "" if cell.entry.gamma is None else f", gamma {cell.entry.gamma:g}"
-    # Extractor names are shown without their trailing digest.
+    # The names of extractors are shown without the digest at the end.
     shown = ", ".join(
         f"{number(values['frechet'])} in {re.sub('(?<=.)-[^-]{12}$', '', name)}"
         for name, values in cell.figures.items()

@@ -1,4 +1,4 @@
-"""`halfstep explore`: a local page that samples a run's models."""
+"""`halfstep explore`: opens a local page for sampling from a run's models."""
 
 import os
 import re
@@ -21,27 +21,27 @@ from halfstep.runtime.terminal import warn
 
 @dataclass
 class ExploreArguments:
-    """Open a local page that samples a run's teacher and students side by side from the same noise.
-    Needs gradio (pip install 'halfstep[explore]'). Stop it with Ctrl-C."""
+    """Open a local page that compares a run's teacher and students, by sampling from all of them with the same noise.
+    This requires gradio (pip install 'halfstep[explore]'). Press Ctrl-C to stop serving the page."""
 
     run: tyro.conf.Positional[Path]
-    """Folder of a run or of a stage."""
+    """Folder of a run or stage."""
     host: str = "127.0.0.1"
-    """Address to listen on. An address other than this machine's exposes the page to others, without a password."""
+    """Address to listen on. If other machines can reach the address, anyone can use the page without a password."""
     port: Annotated[int, Field(ge=0, le=65_535)] = 7860
-    """Port to listen on; 0 picks a free one."""
+    """Port to listen on; 0 picks a free port."""
     max_samples: Count = 64
-    """Maximum samples per request."""
+    """Maximum number of samples per request."""
     max_steps: Steps = 1024
-    """Maximum sampler steps per request."""
+    """Maximum number of sampler steps per request."""
     max_seconds: Annotated[float, Field(ge=1, le=86_400)] = 60.0
     """Maximum sampling time per request, in seconds."""
     allow_host: tuple[str, ...] = ()
-    """Additional host names of the page, such as a proxy's."""
+    """Additional host names by which the page can be reached, such as the name of a proxy."""
     root_path: str = ""
     """Path under which a proxy serves the page, such as /user/me/proxy/7860."""
     device: str | None = None
-    """cpu, cuda or mps; the fastest available by default."""
+    """cpu, cuda or mps; by default, the fastest available device."""
 
 
 def explore(argv: Sequence[str]) -> None:
@@ -52,17 +52,18 @@ def explore(argv: Sequence[str]) -> None:
         if choice.missing is not None:
             warn(f"{choice.name} is missing: {choice.missing}")
     if arguments.host not in (*LOCAL, "::1"):
-        warn(f"others can reach {arguments.host} without a password")
+        warn(f"other people may be able to use the page at {arguments.host}, because it has no password")
     if arguments.root_path and not re.fullmatch(r"(/[\w.~-]+)+/?", arguments.root_path):
         raise UsageError(f"--root-path {arguments.root_path} must be a path such as /user/me/proxy/7860")
 
     def ready(url: str) -> None:
-        Screen().say(f"{url}  (stop it with Ctrl-C)")
+        Screen().say(f"{url}  (press Ctrl-C to stop)")
         sys.stdout.flush()
 
     root_path = arguments.root_path.rstrip("/")
     serve(explorer, arguments.host, arguments.port, ready, arguments.allow_host, root_path)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Nothing must be saved. A normal exit would wait for a sampling step and unload modules for seconds.
+    # There is nothing to save. A normal exit would wait for the current sampling step, and would then spend seconds on
+    # unloading modules.
     os._exit(0)

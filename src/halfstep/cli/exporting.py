@@ -1,4 +1,4 @@
-"""`halfstep export` and `halfstep encode`: export models for other tools; encode data as latents."""
+"""`halfstep export`, which exports models for other tools, and `halfstep encode`, which encodes data as latents."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -57,25 +57,26 @@ from halfstep.samplers import Heun
 
 @dataclass
 class ExportArguments:
-    """Export a model for other tools: halfstep export runs/digits --format diffusers --out digits-4."""
+    """Export a model for use in other tools: halfstep export runs/digits --format diffusers --out digits-4."""
 
     model: tyro.conf.Positional[Path]
-    """Folder of a run (its last stage is used) or of a stage."""
+    """Folder of a stage or run. For a run, the last stage is used."""
     out: Path
-    """diffusers, lora, web: a folder. onnx: a .onnx file. web with --single-file: an .html file."""
+    """Folder to write to; for onnx, a .onnx file; for web with --single-file, a .html file."""
     format: Literal["diffusers", "lora", "onnx", "web"] = "diffusers"
     """diffusers: a stock pipeline with its scheduler and a model card. lora: the weights of a LoRA student, for
     pipe.load_lora_weights. onnx: the whole sampler as one graph from noise to x0. web: a page that samples in the
     browser.
     """
     num_steps: Steps | None = None
-    """onnx, web: sampler steps; the model's own by default. By default, web exports every student of a run."""
+    """For onnx and web: number of sampler steps. By default, onnx uses the model's own number of steps, and web exports
+    every student of a run."""
     push_to_hub: str | None = None
-    """diffusers, lora: upload the folder to this repository on the Hub, OWNER/NAME."""
+    """For diffusers and lora: repository on the Hub, as OWNER/NAME, to which the folder is uploaded."""
     single_file: Switch = False
-    """web: write a single HTML file, which also works from disk."""
+    """For web: write a single HTML file, which a browser can also open from disk."""
     runtime: Path | None = None
-    """web: local copy of the npm package onnxruntime-web; downloaded once by default."""
+    """For web: local copy of the npm package onnxruntime-web; by default, the package is downloaded once."""
 
 
 IDLE: Final = {
@@ -83,22 +84,22 @@ IDLE: Final = {
     "onnx": ("push_to_hub", "single_file", "runtime"),
     "web": ("push_to_hub",),
 }
-"""Options of `export` that have no effect, by format."""
+"""For each format, the options of `export` that have no effect."""
 WHY_IDLE: Final = {
-    "num_steps": "callers of the exported pipeline choose the number",
-    "push_to_hub": "only model folders are uploaded",
+    "num_steps": "callers of the exported pipeline choose the number of steps",
+    "push_to_hub": "only model folders can be uploaded",
 }
 
 
 def export(argv: Sequence[str]) -> None:
     arguments = parse(ExportArguments, argv, "halfstep export")
     out, repository, screen = arguments.out, arguments.push_to_hub, Screen()
-    refuse_idle(arguments, f"on --format {arguments.format}", IDLE[arguments.format], WHY_IDLE)
+    refuse_idle(arguments, f"with --format {arguments.format}", IDLE[arguments.format], WHY_IDLE)
     if arguments.format == "web":
         _export_page(arguments)
         return
     if arguments.format == "onnx" and out.suffix != ".onnx":
-        raise UsageError(f"--out {out}: give a file that ends in .onnx")
+        raise UsageError(f"--out {out} is not an ONNX file. Choose a name that ends in .onnx")
     stage = find_stage(arguments.model)
     model = load(stage.path)
     if arguments.format == "onnx":
@@ -111,18 +112,18 @@ def export(argv: Sequence[str]) -> None:
         base = model.manifest.base
         added_to = None if base is None else StageFolder(stage.path.parent / base).manifest(verify=False)
         export_lora(model, out, added_to, repository)
-        screen.say(f"{out}: LoRA weights; README.md describes how to use them")
+        screen.say(f"{out}: LoRA weights; README.md in this folder describes how to use them")
     else:
         export_pipeline(model, out, stage.metrics(), repository)
         kind = read_json(out / "model_index.json")["_class_name"]
-        screen.say(f"{out}: a {kind}; README.md describes how to use it")
+        screen.say(f"{out}: a {kind}; README.md in this folder describes how to use it")
     if repository is not None:
         screen.say(push_to_hub(out, repository))
 
 
 def _export_page(arguments: ExportArguments) -> None:
     if arguments.single_file and arguments.out.suffix != ".html":
-        raise UsageError(f"--out {arguments.out}: give a file that ends in .html")
+        raise UsageError(f"--out {arguments.out} is not an HTML file. Choose a name that ends in .html")
     students: dict[int, StageFolder] = {}
     for folder in RunFolder(arguments.model).stages() if arguments.num_steps is None else ():
         manifest = folder.manifest(verify=False)
@@ -140,42 +141,42 @@ def _export_page(arguments: ExportArguments) -> None:
 
 @dataclass
 class EncodeArguments:
-    """Encode images, videos or sounds and their captions or classes once, with the VAE and text encoders of a latent
-    pipeline: halfstep encode PIPELINE --data FOLDER --out latents. Without data, sample latents from prompts: halfstep
-    encode PIPELINE --prompts prompts.txt --out latents. To resume, run the same command again.
+    """Encode images, videos or sounds once, along with their captions or classes, using the VAE and text encoders of a
+    latent pipeline: halfstep encode PIPELINE --data FOLDER --out latents. If you have no data, sample the latents from
+    prompts: halfstep encode PIPELINE --prompts prompts.txt --out latents. To resume, run the same command again.
     """
 
     pipeline: tyro.conf.Positional[str]
     """Folder of the pipeline, or its name on the Hub."""
     out: Path | None = None
-    """Folder of the latents; needed without --dry-run."""
+    """Folder to write the latents to, which is required without --dry-run."""
     data: str | None = None
-    """For a text-conditioned model, images, videos (files or folders of frames) or sounds with captions
-    (metadata.jsonl, .csv or .parquet, or one .txt file per sample). For a class-conditional model, one folder of images
-    per class, in the order of the class names.
+    """For a text-conditioned model: a folder of images, videos (files or folders of frames) or sounds, with captions in
+    metadata.jsonl, .csv or .parquet, or in one .txt file per sample. For a class-conditional model: a folder that
+    contains one folder of images per class, in the order of the class names.
     """
     prompts: Path | None = None
-    """Text file with one prompt per line, instead of --data; the latents are the pipeline's own samples."""
+    """Text file with one prompt per line, instead of --data; the pipeline then samples latents from these prompts."""
     num_steps: Steps = NUM_STEPS
-    """With --prompts: Heun steps per sample."""
+    """With --prompts: number of Heun steps per sample."""
     guidance_scale: float | None = None
-    """With --prompts: guidance scale; no guidance by default."""
+    """With --prompts: guidance scale; by default, no guidance is used."""
     seed: int = 0
     """With --prompts: seed of the noise."""
     image_size: Side | None = None
-    """With --data: height and width to resize images to; by default their common size."""
+    """With --data: height and width to resize images to; by default, the size that all images share."""
     frame_rate: Rate | None = None
-    """With --data: frames per second to take from video files; all by default."""
+    """With --data: number of frames to take from each second of a video file; by default, all of them."""
     call: tuple[str, ...] = ()
-    """Pipeline call arguments, such as height=512 width=512."""
+    """Arguments for calling the pipeline, such as height=512 width=512."""
     base_precision: BasePrecision = "float32"
-    """With --prompts: precision of the weights; must be the same in the run."""
+    """With --prompts: precision of the pipeline's weights; the run must use the same precision."""
     batch_size: Count = 8
-    """Samples or prompts processed at once."""
+    """Number of samples or prompts that are processed at once."""
     device: str | None = None
-    """Device of the encoders; cuda by default, if available."""
+    """Device on which the encoders run; by default, cuda if it is available."""
     dry_run: Switch = False
-    """Print the number, shapes and size of the samples and the time; write nothing."""
+    """Print the number, shapes and size of the samples, and the estimated time, without writing anything."""
 
 
 def encode(argv: Sequence[str]) -> None:
@@ -187,7 +188,7 @@ def encode(argv: Sequence[str]) -> None:
     processes = processes_of(arguments.device == "cpu")
     device = device_of(arguments.device, processes)
     if (arguments.data is None) == (arguments.prompts is None):
-        raise UsageError("give either --data (images) or --prompts (texts)")
+        raise UsageError("use either --data (images) or --prompts (texts), and not both")
     if arguments.data is None:
         refuse_idle(arguments, "with --prompts", ("image_size", "frame_rate"))
     else:
@@ -197,7 +198,8 @@ def encode(argv: Sequence[str]) -> None:
     kind = read_kind(fetch(arguments.pipeline))
     if kind in PIXELS:
         raise UsageError(
-            f"{arguments.pipeline} contains a {kind}, which does not use latents. Pass its images to distill directly"
+            f"{arguments.pipeline} contains a {kind}, which does not use latents. Pass the images directly to halfstep "
+            "distill"
         )
     screen = Screen()
     if arguments.prompts is not None:
@@ -211,13 +213,13 @@ def encode(argv: Sequence[str]) -> None:
             arguments.batch_size, device, processes, screen,
         )  # fmt: skip
         latents = count(len(found), "latent")
-        screen.say(f"{arguments.out}: {latents} of shape {list(found.shape)} sampled from their prompts")
+        screen.say(f"{arguments.out}: {latents} of shape {list(found.shape)} sampled from the prompts")
         return
     model = imported(arguments.pipeline, arguments.call, screen)
     autoencoder = autoencoder_of(model, device)
     images, names = _data(arguments, autoencoder, model)
     encoder = encoder_of(model, autoencoder, device, names)
-    # Fail on unreadable encoders before creating the folder.
+    # If the encoders cannot be read, fail before the folder is created.
     encoder.texts([""])
     encoder.images(images.x0([0]))
     with in_own_words("image-size"):
@@ -243,7 +245,9 @@ def encode(argv: Sequence[str]) -> None:
 def _data(
     arguments: EncodeArguments, autoencoder: Autoencoder, model: Model
 ) -> tuple[CaptionedImages | CaptionedClips, tuple[str, ...]]:
-    """Return the data to encode, checked as far as possible without decoding all of it, and the class names."""
+    """Return the data to encode, and the class names. The data is checked, but only as far as this is possible without
+    decoding all of it.
+    """
     assert arguments.data is not None
     source, size = Path(arguments.data), autoencoder.image_size
     is_video = size is None and len(autoencoder.decoded) == 4
@@ -269,7 +273,7 @@ def _data(
 
 
 def progress_of(verb: str, screen: Screen) -> Callable[[int, int], None]:
-    """Return a function that prints the number of finished samples, and the time left at the pace so far."""
+    """Return a function that prints how many samples are finished, and how much time is left at the current pace."""
     start: tuple[int, float] | None = None
 
     def progress(done: int, total: int) -> None:
@@ -284,13 +288,13 @@ def progress_of(verb: str, screen: Screen) -> Callable[[int, int], None]:
 
 
 def _prompts_for(model: Model, prompts: Path, guidance_scale: float | None, num_steps: int, seed: int) -> Prompts:
-    """Return the prompts in a file, sampled by the model.
+    """Return the prompts in a file, along with the samples that the model draws for them.
 
     Raises:
-        ValueError: if there are no prompts, or the model takes none.
+        ValueError: if there are no prompts, or the model does not take prompts.
     """
     if not model.manifest.conditions:
-        raise UsageError(f"{model.manifest.stage} takes no prompts. Give --data")
+        raise UsageError(f"{model.manifest.stage} does not take prompts. Use --data instead")
     captions = read_prompts(prompts)
     sampled = prompted_by(model, len(captions), num_steps=num_steps, guidance_scale=guidance_scale, seed=seed)
     return Prompts(str(prompts), captions, sampled)
@@ -299,7 +303,7 @@ def _prompts_for(model: Model, prompts: Path, guidance_scale: float | None, num_
 def _encoder_of_prompts(
     model: Model, guidance_scale: float | None, num_steps: int, seed: int, device: torch.device
 ) -> Encoder:
-    """Return the encoder of prompts, with a key that identifies their samples."""
+    """Return the encoder of prompts, whose key identifies the samples that are drawn for them."""
     encoder = prompts_of(model, device)
     lowered = precision_of(model.denoiser.network)
     key = encoder.key if lowered == "float32" else f"{encoder.key} {lowered}"
@@ -307,7 +311,7 @@ def _encoder_of_prompts(
 
 
 def _show_prompts(model: Model, prompts: Path, arguments: EncodeArguments, device: torch.device) -> None:
-    """Print the cost of sampling prompts, timed on samples in one step."""
+    """Print what it costs to sample latents from prompts. The time is measured on samples that take one step."""
     scale, num_steps, seed = arguments.guidance_scale, arguments.num_steps, arguments.seed
     texts = _prompts_for(model.to(device), prompts, scale, 1, seed)
     encoder = _encoder_of_prompts(model, scale, num_steps, seed, device)
@@ -320,10 +324,11 @@ def sample_prompts(
     model: Model, prompts: Path, out: Path, guidance_scale: float | None, num_steps: int, seed: int, batch_size: int,
     device: torch.device, processes: Processes, screen: Screen,
 ) -> LatentData:  # fmt: skip
-    """Sample prompts with a teacher into a folder, skipping existing samples, and free the text encoders.
+    """Sample latents from prompts with a teacher, and write them to a folder. Samples that exist already are skipped.
+    At the end, the text encoders are freed.
 
     Raises:
-        ValueError: if there are no prompts, the model takes none, or the folder contains other data.
+        ValueError: if there are no prompts, the model does not take prompts, or the folder contains other data.
     """
     encoder = _encoder_of_prompts(model, guidance_scale, num_steps, seed, device)
     texts = _prompts_for(model.to(device), prompts, guidance_scale, num_steps, seed)

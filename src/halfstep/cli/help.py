@@ -1,4 +1,4 @@
-"""The output of `halfstep VERB --help`: the most used options, or every option with --help-all."""
+"""The output of `halfstep VERB --help`: the most commonly used options or, with --help-all, every option."""
 
 import re
 import shutil
@@ -11,18 +11,18 @@ from halfstep.cli.verbs import VERBS, epilogue
 from halfstep.runtime.terminal import printable
 
 HELP: Final = ("-h", "--help", "--help-all")
-"""Options that print help."""
+"""The options that print a help text."""
 WIDEST: Final = 100
 HEAD: Final = 28
-"""Width of the column of option names and values."""
+"""The width, in characters, of the column that shows the names and values of options."""
 
 
 def help_text(parser: ArgumentParser, prog: str, short: Mapping[str, str], everything: bool) -> str:
-    """Return the help of a verb.
+    """Return the help text of a verb.
 
     Args:
         prog: the command without its options.
-        short: short names of options, used unless `everything` is set.
+        short: the short names of options, which are shown unless `everything` is set.
         everything: whether to show all options.
     """
     verb = VERBS[prog.split()[1]]
@@ -50,7 +50,7 @@ def help_text(parser: ArgumentParser, prog: str, short: Mapping[str, str], every
 
 
 def _shown(actions: list[Action], chosen: tuple[str, ...], short: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield the options of a group with their texts; chosen options have their short names."""
+    """Yield each option of a group with its help text. Chosen options are shown with their short names."""
     shorter = {long: name for name, long in short.items() if name in chosen}
     for action in actions:
         if action.option_strings[:1] == ["-h"]:
@@ -68,7 +68,7 @@ def _shown(actions: list[Action], chosen: tuple[str, ...], short: Mapping[str, s
 
 
 def _first_sentence(text: str) -> str:
-    """Return the first sentence of an option's text, and its default."""
+    """Return the first sentence of an option's help text, followed by the default of the option."""
     sentence, mark, rest = text.partition(". ")
     default = re.search(r"\(default:\xa0.*\)$", rest)
     return f"{sentence}{mark.rstrip()}" + (f" {default[0]}" if default else "")
@@ -79,21 +79,21 @@ def _words(text: str | None) -> str:
 
 
 def _parted(text: str) -> tuple[str, str]:
-    """Split one of tyro's help texts into the text and the default."""
+    """Split a help text from tyro into the description and the default."""
     found = re.fullmatch(r"(.*?)(?: ?\(default: (.*)\)| ?\((required)\))?", _words(text))
     assert found is not None
     return found[1], found[2] or found[3] or ""
 
 
 def _metavar(text: str) -> str:
-    """Remove {None} and nested brackets from tyro's placeholder of a value."""
+    """Remove {None} and nested brackets from the placeholder that tyro shows for a value."""
     text = re.sub(r"\{None\}\|\{(.*)\}$", r"\1", text)
     text = re.sub(r"\[(.+) \[\1 \.\.\.\]\]", r"\1 ...", text)
     return text.replace("{None,", "{").replace(",None}", "}")
 
 
 def _wrap(text: str, width: int, indent: str = "", first: str | None = None) -> list[str]:
-    """Wrap a text at spaces only."""
+    """Wrap a text, but break lines only at spaces."""
     head = indent if first is None else first
     return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=indent, break_on_hyphens=False)
 

@@ -1,4 +1,4 @@
-"""`halfstep import`: import models as stages."""
+"""`halfstep import`: imports models as stages."""
 
 import json
 from collections.abc import Sequence
@@ -21,35 +21,38 @@ from halfstep.runtime.files import refuse_taken, user_path
 
 @dataclass
 class ImportArguments:
-    """Import a model as a stage, to sample or distil: a diffusers pipeline, or a checkpoint of the paper's authors
-    (flax msgpack).
+    """Import a model as a stage, so that you can sample from it or distil it. The model is either a diffusers pipeline
+    or a checkpoint published by the paper's authors (flax msgpack).
     """
 
     format: tyro.conf.Positional[Literal["diffusers", "google-pd"]]
-    """diffusers: a text- or class-conditional pipeline with one denoiser, DDPM, DDIM or a UNet2DModel with a scheduler.
-    google-pd: gs://gresearch/diffusion-distillation/{cifar,imagenet,bedroom,church}_{original,64,...,1}."""
+    """diffusers: a text- or class-conditional pipeline with one denoiser, a DDPM or DDIM pipeline, or a UNet2DModel
+    with a scheduler. google-pd: one of the checkpoints
+    gs://gresearch/diffusion-distillation/{cifar,imagenet,bedroom,church}_{original,64,...,1}."""
     source: tyro.conf.Positional[str]
     """diffusers: a folder, or a name on the Hub. google-pd: a .msgpack file."""
     config: str | None = None
-    """google-pd: cifar10, imagenet64, bedroom128, church128, or a .json with image_size, ch, multipliers,
-    layers_per_block, attention, attention_head_dim, time_embedding_dim, num_classes, prediction, start_steps."""
+    """google-pd: cifar10, imagenet64, bedroom128, church128, or a .json file with image_size, ch, multipliers,
+    layers_per_block, attention, attention_head_dim, time_embedding_dim, num_classes, prediction and start_steps."""
     call: tuple[str, ...] = ()
-    """diffusers: pipeline call arguments shared by all samples, such as height=512 width=512."""
+    """diffusers: arguments for calling the pipeline that are the same for all samples, such as height=512 width=512."""
     ema: bool = False
-    """diffusers: use the averaged weights (unet_ema) instead of the network's own."""
+    """diffusers: use the averaged weights of the network (unet_ema) instead of the unaveraged weights."""
     base_precision: BasePrecision = "float32"
-    """diffusers: precision of the weights; below float32, students must be LoRA."""
+    """diffusers: precision of the weights; if it is below float32, only LoRA students can be trained."""
     out: Path | None = None
-    """Folder of the stage; imported/NAME by default."""
+    """Folder to write the stage to; imported/NAME by default."""
 
 
 def _options_from(words: Sequence[str]) -> dict[str, Any]:
-    """Parse NAME=VALUE words into pipeline call arguments; a value that is not JSON is kept as text."""
+    """Parse words of the form NAME=VALUE into arguments for the pipeline. A value that is not valid JSON becomes a
+    string.
+    """
     options: dict[str, Any] = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not (name.isidentifier() and equals):
-            raise UsageError(f"--call {word}: give NAME=VALUE, such as --call height=512 width=512")
+            raise UsageError(f"--call {word} is not of the form NAME=VALUE. An example is --call height=512 width=512")
         try:
             options[name] = json.loads(value)
         except ValueError:
@@ -63,12 +66,12 @@ def imported(
     """Import a pipeline, after printing that this may take a while.
 
     Args:
-        call: pipeline call arguments as typed, NAME=VALUE.
+        call: the arguments for the pipeline as the user typed them, each in the form NAME=VALUE.
     """
     options = _options_from(call)
-    # A folder, or a name on the Hub.
+    # The source is a folder or a name on the Hub.
     if user_path(source).is_dir() or source.count("/") == 1:
-        screen.say(f"importing {source}: loading it and recording its calls (minutes for a large pipeline)")
+        screen.say(f"importing {source}: loading it and recording its calls (this takes minutes for a large pipeline)")
     return import_pipeline(source, options, ema=ema, precision=precision)
 
 
@@ -76,7 +79,7 @@ def import_(argv: Sequence[str]) -> None:
     arguments = parse(ImportArguments, argv, "halfstep import")
     out = arguments.out or Path("imported") / Path(arguments.source).stem
     if arguments.format == "diffusers":
-        refuse_idle(arguments, "on diffusers", ("config",), {"config": "its folders have their own config"})
+        refuse_idle(arguments, "with diffusers", ("config",), {"config": "a pipeline's folder contains its config"})
         refuse_taken(out)
         model = imported(
             arguments.source, arguments.call, Screen(), ema=arguments.ema, precision=arguments.base_precision
@@ -84,10 +87,10 @@ def import_(argv: Sequence[str]) -> None:
         manifest = model.manifest.model_copy(update={"stage": out.name})
         manifest = save_stage(StageFolder(out), model.denoiser, manifest, model.null)
     else:
-        why = {"ema": "its checkpoints contain averaged weights"}
-        refuse_idle(arguments, "on google-pd", ("call", "base_precision", "ema"), why)
+        why = {"ema": "the checkpoints already contain averaged weights"}
+        refuse_idle(arguments, "with google-pd", ("call", "base_precision", "ema"), why)
         if arguments.config is None:
-            raise UsageError("--config is missing: cifar10, imagenet64, bedroom128, church128, or a .json file")
+            raise UsageError("--config is missing. Use cifar10, imagenet64, bedroom128, church128 or a .json file")
         manifest = import_google_pd(Path(arguments.source), config_of(arguments.config), out)
     kind = f"a {manifest.outcome.role}" + (f" of {count(manifest.num_steps, 'step')}" if manifest.num_steps else "")
     classes = count(manifest.num_classes, "class") if manifest.num_classes else "no classes"

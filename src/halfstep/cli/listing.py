@@ -1,4 +1,4 @@
-"""`halfstep ls`: the names that recipes and options accept."""
+"""`halfstep ls`: lists the names that recipes and options accept."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ FAMILIES: Final[Mapping[str, Registry[Any]]] = {
     "studies": studies,
     "extractors": extractors,
 }
-"""Registries of the names that recipes and options accept, by family."""
+"""For each family, the registry of the names that recipes and options accept."""
 
 if TYPE_CHECKING:
     FamilyName = str
@@ -41,12 +41,12 @@ else:
 
 @dataclass
 class LsArguments:
-    """List the names that recipes and options accept, by family, with a description of each."""
+    """List the names that recipes and options accept, grouped by family, with a description of each name."""
 
     families: tyro.conf.Positional[tuple[FamilyName, ...]] = ()
-    """Families to list; all by default."""
+    """Families to list; by default, all families."""
     json: Switch = False
-    """Print one JSON document: families, their members, and a description of each."""
+    """Print one JSON document with the families, their members, and a description of each member."""
 
 
 def ls(argv: Sequence[str]) -> None:

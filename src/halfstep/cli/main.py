@@ -1,4 +1,4 @@
-"""Dispatch verbs; report every error in one line and exit with one of `verbs.EXIT_CODES`."""
+"""Dispatches verbs, reports every error in one line, and exits with one of `verbs.EXIT_CODES`."""
 
 import contextlib
 import errno
@@ -35,14 +35,14 @@ REMEDIES: Final = {
 def fail(message: object, code: int = 2) -> NoReturn:
     """Print one line to stderr and exit.
 
-    All ranks usually fail with the same error, which rank 0 reports. If another rank is still alive after a
-    while, the error is its own.
+    Usually, all ranks fail with the same error, and rank 0 reports it. Any other rank waits a few seconds for the
+    launcher to kill it. If this does not happen, the error occurred only on that rank, which then reports it.
     """
     text = one_line(message)
     if number := rank():
         from halfstep.runtime.processes import wait_to_be_ended
 
-        # When one process fails, a launcher kills all others within this time.
+        # When one process fails, the launcher kills all other processes within a few seconds.
         wait_to_be_ended(4.0, code)
         text = f"(process {number}) {text}"
     print(f"halfstep: error: {text}", file=sys.stderr, flush=True)
@@ -50,7 +50,7 @@ def fail(message: object, code: int = 2) -> NoReturn:
 
 
 def _warning_printer() -> Callable[..., None]:
-    """Return a printer that shows each halfstep warning once, although sampling repeats them."""
+    """Return a function that prints each halfstep warning only once, even if sampling repeats the warning."""
     from halfstep.core.warnings import HalfstepWarning
 
     said: set[str] = set()
@@ -64,8 +64,8 @@ def _warning_printer() -> Callable[..., None]:
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
-    """Exit a process that has nothing to save. PID 1 of a container ignores signals without a handler."""
-    # The signal may interrupt another print.
+    """Exit a process that has nothing to save. Without this handler, PID 1 of a container would ignore the signal."""
+    # If the signal interrupts another print, this one raises RuntimeError.
     with contextlib.suppress(RuntimeError):
         print(f"\nhalfstep: stopped by {signal.Signals(number).name}", file=sys.stderr)
     raise SystemExit(128 + number)
@@ -89,26 +89,26 @@ def main(argv: Sequence[str] | None = None) -> None:
             _check_written(out)
     except SystemExit as end:
         if argv is None and isinstance(end.code, int) and end.code > 128:
-            # After a signal, everything is saved and printed. A normal exit would unload modules for seconds.
+            # At this point, everything is saved and printed. A normal exit would spend seconds on unloading modules.
             os._exit(end.code)
         raise
 
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
-    """Print the traceback of a thread's error. The main thread reports a lost disk."""
+    """Print the traceback of an error in a thread, except for an OSError: the main thread reports a lost disk."""
     if not issubclass(failed.exc_type, OSError):
         threading.__excepthook__(failed)
 
 
 def _check_written(out: Output) -> None:
-    """Fail if output to stdout was lost, unless the reader (head, less) closed the pipe."""
+    """Fail if output to stdout was lost, unless the program that read it (such as head or less) closed the pipe."""
     out.flush()
     if out.error is not None and out.error.errno != errno.EPIPE:
-        fail(f"stdout cannot be written ({out.error.strerror}). The output is lost, but everything else is done")
+        fail(f"stdout cannot be written to ({out.error.strerror}). The output is lost, but everything else is done")
 
 
 def _main(arguments: list[str]) -> None:
-    # Slow imports come last, because help and usage errors must be fast.
+    # Slow imports come last, because help texts and usage errors must appear quickly.
     if arguments[:1] == ["help"] and arguments[1:] and arguments[1] in VERBS:
         arguments = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -138,9 +138,9 @@ def _main(arguments: list[str]) -> None:
 
 
 def _dispatch_together(verb: Verb, rest: Sequence[str]) -> None:
-    """Run the verb as one of several processes."""
+    """Run the verb in this process, which is one of several."""
     if verb.name not in ("run", "train", "distill", "finish", "encode", "sample", "evaluate", "demo"):
-        fail(f"halfstep {verb.name} uses one process. Start it without torchrun or accelerate launch")
+        fail(f"halfstep {verb.name} runs in a single process. Start it without torchrun or accelerate launch")
     from halfstep.runtime.processes import leave
 
     try:
@@ -208,7 +208,7 @@ def _call_heavy(verb: Verb, rest: Sequence[str]) -> None:
                 print(f"\nhalfstep: {text}", file=sys.stderr)
             raise SystemExit(stopped.code) from None
         except FailedElsewhere as error:
-            # Rank 0 reports for all ranks.
+            # Rank 0 reports the error for all ranks.
             if not rank():
                 fail(error, error.code)
             raise SystemExit(error.code) from None

@@ -1,4 +1,4 @@
-"""A run's plan on a terminal: one line per stage, and the overall progress."""
+"""Shows the plan of a run on a terminal: one line per stage, and the overall progress."""
 
 import math
 import time
@@ -18,15 +18,15 @@ ASCII_MARKS = {"done": "x", "training": ">", "measuring": ">", "to come": ".", "
 STYLES = {"done": "green", "training": "bold", "measuring": "bold", "to come": "dim", "damaged": "red"}
 BAR_WIDTH = 12
 WIDTHS = (78, 92, 110)
-"""Minimum terminal widths for losses and distances, for progress bars, and for samples per second."""
+"""The minimum terminal widths at which losses and distances, progress bars, and samples per second are shown."""
 
 
 @final
 class PlanView:
-    """The status of a run, in as many lines as the console has. Stages that do not fit are counted in one line.
+    """Shows the status of a run in the lines that the console has. Stages that do not fit are counted, not listed.
 
     Args:
-        reserved: terminal lines that other output needs.
+        reserved: the number of terminal lines that other output needs.
     """
 
     def __init__(self, status: RunStatus, reserved: int = 3) -> None:
@@ -34,7 +34,7 @@ class PlanView:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         stages, current = self.status.stages, self.status.current
-        # The last line shows the total. A line above and a line below the table count omitted stages.
+        # The last line shows the total. The lines above and below the table show how many stages are omitted.
         room = max(1, console.height - self.reserved - 1) if console.is_terminal else len(stages)
         at = len(stages) - 1 if current is None else stages.index(current)
         first, last = shown_range(len(stages), at, room)
@@ -78,7 +78,7 @@ class PlanView:
 
     def _time(self, stage: StageStatus) -> str:
         if stage.state == "damaged":
-            return "its manifest is damaged"
+            return "the manifest is damaged"
         if stage.is_done:
             return duration(stage.seconds) if stage.num_updates else ""
         left = self.status.seconds_left_of(stage)
@@ -87,7 +87,9 @@ class PlanView:
         return f"{duration(left)} left" if stage.state == "training" else f"about {duration(left)}"
 
     def _distance(self, stage: StageStatus) -> str:
-        """Return a model's best distance and its ratio to the teacher's, or the progress of measuring it."""
+        """Return the best distance of a model, with the ratio to the teacher's best distance. While the model is being
+        measured, return the progress instead.
+        """
         if stage.state == "measuring" and not (stage.results and stage.num_steps):
             return stage.measuring or "measuring ..."
         if not stage.results:
@@ -112,22 +114,23 @@ class PlanView:
         if (status.current is not None or left) and not math.isnan(left):
             parts.append(f"{duration(left)} left")
             if status.state == "running" and left < 30 * 86400:
-                # Show the date if half a day or more is left.
+                # If half a day or more is left, show the date as well.
                 clock = time.strftime("%H:%M" if left < 43200 else "%a %d %b %H:%M", time.localtime(time.time() + left))
                 parts.append(f"done about {clock}")
         return Text("  ".join(parts), style="bold")
 
 
 def updates_words(stage: StageStatus) -> str:
-    """Return the planned updates of a stage, or "120/1,500" during its training."""
+    """Return the number of planned updates of a stage or, while it is being trained, progress such as "120/1,500"."""
     done = f"{stage.update:,}/" if stage.state in ("training", "damaged") else ""
     return f"{done}{stage.num_updates:,}"
 
 
 def shown_range(count: int, at: int, room: int) -> tuple[int, int]:
-    """Return the range (first, last + 1) of `count` lines that fit into `room` and include line `at`.
+    """Return the range (first, last + 1) of lines to show: as many of the `count` lines as fit into `room`, including
+    line `at`.
 
-    Two lines of the room are reserved for the counts of omitted lines before and after the range.
+    If lines must be omitted, two lines of `room` are reserved to show how many are omitted before and after the range.
     """
     if count <= room:
         return 0, count

@@ -1,4 +1,4 @@
-"""`halfstep report`: the page of a run, with the nearest training samples."""
+"""`halfstep report`: writes the report page of a run, with the training samples nearest to the run's samples."""
 
 import hashlib
 from collections.abc import Sequence
@@ -22,36 +22,37 @@ from halfstep.report.reading import NearestFacts, RunFacts
 from halfstep.runs import RunFolder
 
 NUM_SHOWN = 8
-"""Number of samples shown with their nearest training images."""
+"""The number of samples that are shown next to the nearest training images."""
 NUM_SEARCHED = 64
-"""Number of samples for which distances are reported."""
+"""The number of samples whose distances to the training data are reported."""
 
 
 @dataclass
 class ReportArguments:
-    """Write RUN/report/index.html, a single file that works offline."""
+    """Write the report of a run to RUN/report/index.html, a single file that works offline."""
 
     run: tyro.conf.Positional[Path]
-    """Folder of a run, finished or in progress."""
+    """Folder of a run, which may still be in progress."""
     studies: Path | None = None
-    """Folder of studies (`halfstep study`) to include; RUN/studies by default."""
+    """Folder of studies (from `halfstep study`) to include; RUN/studies by default."""
 
 
 def report(argv: Sequence[str]) -> None:
     arguments = parse(ReportArguments, argv, "halfstep report")
     if not arguments.run.is_dir():
-        raise UsageError(f"{arguments.run} is not a run. Pass a run folder")
+        raise UsageError(f"{arguments.run} is not a run. Pass the folder of a run")
     if arguments.studies is not None and not any(arguments.studies.glob("*/study.json")):
         raise UsageError(f"{arguments.studies} contains no studies. Pass the folder that `halfstep study` wrote to")
     Screen().say(str(make_report(arguments.run, studies=arguments.studies)))
 
 
 def make_report(run: Path, data: Data | None = None, studies: Path | None = None) -> Path:
-    """Write RUN/report/index.html, with the nearest training samples if the data can be opened; return its path.
+    """Write RUN/report/index.html, and return its path. If the data can be opened, the page shows the nearest training
+    samples.
 
     Args:
-        data: the training data; the recipe's if None.
-        studies: a folder of studies to show; RUN/studies if None.
+        data: the training data. If None, the data of the recipe is used.
+        studies: a folder of studies to show. If None, RUN/studies is used.
 
     Raises:
         ValueError: if the folder contains nothing to report on.
@@ -61,7 +62,7 @@ def make_report(run: Path, data: Data | None = None, studies: Path | None = None
 
 
 def _look(run: RunFolder, facts: RunFacts, data: Data | None) -> str | None:
-    """Write report/nearest.npz unless it is up to date; return the reason if it cannot be written."""
+    """Write report/nearest.npz, unless it is up to date. If it cannot be written, return the reason."""
     shown = headline(facts)
     if shown is None:
         run.nearest_path.unlink(missing_ok=True)
@@ -73,11 +74,11 @@ def _look(run: RunFolder, facts: RunFacts, data: Data | None) -> str | None:
         recipe = recipe_of_run(run)
         digest = hashlib.sha256(samples.tobytes()).hexdigest()
         fingerprint = run.recipe().get("data_fingerprint")
-        # The first number is the version of the search. Increment it to search again.
+        # The first number is the version of the search. To make all runs search again, increment it.
         key = f"1 {fingerprint} {recipe.data.flip} {name} {steps} {digest}"
         if fingerprint is not None and facts.nearest is not None and nearest_key(run) == key:
             return None
-        # Remove the neighbours of earlier samples.
+        # Remove the neighbours that were found for earlier samples.
         run.nearest_path.unlink(missing_ok=True)
         data = open_data(recipe.data) if data is None else data
         if fingerprint not in (None, data.fingerprint):

@@ -1,4 +1,4 @@
-"""`halfstep sample`: draw samples from a model into a grid, an array file or a folder."""
+"""`halfstep sample`: draws samples from a model, and writes them to a grid, an array file or a folder."""
 
 import time
 from collections.abc import Sequence
@@ -32,41 +32,43 @@ else:
 
 @dataclass
 class SampleArguments:
-    """Draw samples from a model in any number of steps. Seeds count up from --seed. A sample depends only on its seed,
-    not on the batch, and a seed gives the same noise for any number of steps and any model.
+    """Draw samples from a model with any number of steps. The seeds of the samples are --seed, --seed + 1, and so on.
+    Each sample depends only on its seed, not on the batch. For a given seed, the noise is the same for all models and
+    all numbers of steps.
     """
 
     model: tyro.conf.Positional[Path]
-    """Folder of a run (its last stage is used) or of a stage."""
+    """Folder of a stage or run. For a run, the last stage is used."""
     num_steps: Steps | None = None
-    """Sampler steps; a student's own number by default."""
+    """Number of sampler steps; by default, the number of steps that the student was distilled for."""
     num_samples: Count = 64
     """Number of samples to draw."""
     seed: Annotated[int, Field(ge=0, le=2**62)] = 0
     """Seed of the first sample."""
     class_label: Annotated[int, Field(ge=0, le=2**31)] | None = None
-    """Class of all samples; by default, samples cycle through the classes."""
+    """Class of all samples; by default, the samples cycle through all classes."""
     guidance_scale: Guidance | None = None
-    """Scale in uncond + scale (cond - uncond), for models that support guidance; the model's own by default. 1 disables
-    guidance."""
+    """Scale in uncond + scale (cond - uncond), for models that support guidance; by default, the model's own scale. A
+    scale of 1 disables guidance."""
     prompt: str | None = None
-    """Prompt of a text-conditioned model."""
+    """Prompt for a text-conditioned model."""
     sampler: SamplerName | None = None
-    """Sampler (`halfstep ls samplers` describes them); the model's own by default."""
+    """Sampler (see `halfstep ls samplers`); by default, the model's own sampler."""
     gamma: Share | None = None
-    """Variance of ancestral sampling, from its lower bound (0) to its upper bound (1, the default)."""
+    """Variance of ancestral sampling, from the lower bound (0) to the upper bound (1, the default)."""
     batch_size: Count | None = None
-    """Samples drawn at once; by default, the number that fits."""
+    """Number of samples drawn at once; by default, as many as fit into memory."""
     precision: Literal["float32", "bf16"] = "float32"
-    """bf16 runs the network in bfloat16."""
+    """Precision in which the network runs; bf16 stands for bfloat16."""
     device: str | None = None
-    """cpu, cuda or mps; by default the fastest available."""
+    """cpu, cuda or mps; by default, the fastest available device."""
     out: Path = Path("samples.png")
-    """A .png (one grid, small images enlarged), a .npz (arr_0, uint8 [n, h, w, c]), or a folder of PNGs."""
+    """A .png file (one grid, in which small images are enlarged), a .npz file (arr_0, uint8 [n, h, w, c]), or a folder
+    for .png files."""
     overwrite: Switch = False
-    """Replace an existing --out."""
+    """Replace --out if it already exists."""
     json: Switch = False
-    """Describe the samples in one JSON document."""
+    """Print a description of the samples as one JSON document."""
 
 
 def sample(argv: Sequence[str]) -> None:
@@ -75,7 +77,8 @@ def sample(argv: Sequence[str]) -> None:
     as_file = out.suffix.lower() in (".png", ".npz")
     if out.suffix and not as_file:
         raise UsageError(
-            f"--out {out} is not a supported format. Choose a .png, a .npz, or a folder (a name without a suffix)"
+            f"--out {out} is not in a supported format. Choose a .png file, a .npz file, or a folder (a name without a "
+            "suffix)"
         )
     if arguments.overwrite:
         refuse_file(out.parent if as_file else out)
@@ -86,8 +89,8 @@ def sample(argv: Sequence[str]) -> None:
     method = _sampler(arguments.sampler, arguments.gamma, model.sampler)
     seeds = range(arguments.seed, arguments.seed + arguments.num_samples)
     cond = _prompted(model, arguments.prompt, len(seeds))
-    # A single process lets the model find the batch size that fits. Several use the size that the model would try
-    # first, because the batch size affects the last bits on a GPU.
+    # With a single process, the model finds the batch size that fits. Several processes use the size that the model
+    # would try first, because on a GPU the batch size affects the last bits of the samples.
     share = len(seeds) if processes.count == 1 else arguments.batch_size or samples_at_once(model.device)
 
     def drawn(first: int) -> tuple[torch.Tensor]:
@@ -133,7 +136,7 @@ def sample(argv: Sequence[str]) -> None:
 
 
 def _sampler(name: str | None, gamma: float | None, own: Sampler) -> Sampler:
-    """Return the named sampler, or the model's own; reject a gamma that has no effect."""
+    """Return the named sampler or, by default, the model's own sampler. Reject a gamma that would have no effect."""
     name = name or samplers.name_of(own)
     kind = samplers[name]
     if gamma is None:
@@ -144,24 +147,28 @@ def _sampler(name: str | None, gamma: float | None, own: Sampler) -> Sampler:
 
 
 def _prompted(model: Model, prompt: str | None, number: int) -> dict[str, torch.Tensor]:
-    """Return a prompt's conditions, repeated for `number` samples; empty for a model without text conditions."""
+    """Return the conditions for a prompt, repeated for `number` samples. For a model that is not text-conditioned, the
+    result is empty.
+    """
     manifest = model.manifest
     if not manifest.conditions:
         if prompt is not None:
             raise UsageError("--prompt has no effect: this model is not text-conditioned. Remove it")
         return {}
     if prompt is None or manifest.pipeline is None:
-        raise UsageError(f"this model is conditioned on {', '.join(manifest.conditions)}. Add --prompt TEXT")
+        raise UsageError(
+            f"this model is conditioned on {', '.join(manifest.conditions)}, so it needs a prompt. Add --prompt TEXT"
+        )
     shown = text_conditions(manifest, [prompt])
     release_texts()
     return {name: value.expand(number, *value.shape[1:]) for name, value in shown.items()}
 
 
 def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> None:
-    """Write samples `[n, *shape]` in the format given by the suffix of `out`.
+    """Write samples of shape `[n, *shape]` in the format that the suffix of `out` indicates.
 
     Raises:
-        UsageError: if `out` is not a .npz and the samples are not images.
+        UsageError: if the samples are not images and `out` is not a .npz file.
     """
     is_image = model.manifest.is_image
     if out.suffix.lower() == ".npz":
@@ -169,7 +176,7 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
         return
     if not is_image:
         if model.manifest.pipeline is None or len(model.shape) != 3:
-            raise UsageError(f"samples of shape {list(model.shape)} are not images. Write a .npz")
+            raise UsageError(f"samples of shape {list(model.shape)} are not images. Write a .npz file")
         decode = decoder_of(model.manifest)
         x0 = torch.cat([decode(part) for part in x0.split(8)])
     pixels = samples_array(x0, is_image=True)

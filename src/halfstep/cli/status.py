@@ -1,4 +1,4 @@
-"""`halfstep status`: the progress of a run, from any shell or machine."""
+"""`halfstep status`: shows the progress of a run, from any shell or machine."""
 
 import contextlib
 import time
@@ -22,15 +22,15 @@ STYLES = {"running": "bold green", "finished": "green", "stopped": "yellow", "di
 
 @dataclass
 class StatusArguments:
-    """Show the progress of a run, from any shell or machine. Reads the run's folder without locking or changing it.
-    States: running, finished, stopped (run the same command again), diverged, failed."""
+    """Show the progress of a run, from any shell or machine. The run's folder is read, but neither locked nor changed.
+    The state of a run is running, finished, stopped (run the same command again), diverged or failed."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     watch: Switch = False
-    """Refresh every two seconds until the run ends or Ctrl-C is pressed."""
+    """Refresh the output every two seconds, until the run ends or you press Ctrl-C."""
     json: Switch = False
-    """Print one JSON document."""
+    """Print the status as one JSON document."""
 
 
 def status(argv: Sequence[str]) -> None:
@@ -45,7 +45,7 @@ def status(argv: Sequence[str]) -> None:
     if not arguments.watch:
         screen.show(view(found))
         return
-    # Ctrl-C is the usual way to stop it.
+    # Users normally press Ctrl-C to stop watching.
     with contextlib.suppress(KeyboardInterrupt), Live(view(found), console=screen, auto_refresh=False) as live:
         while found.state == "running":
             time.sleep(2.0)
@@ -54,7 +54,7 @@ def status(argv: Sequence[str]) -> None:
 
 
 def view(status: RunStatus) -> Group:
-    """Return the status formatted for a terminal."""
+    """Return the status of a run, formatted for a terminal."""
     head = Text.assemble(f"{status.path}: ", (status.state, STYLES[status.state]))
     process = status.process or {}
     if process and status.state == "running":
@@ -68,13 +68,13 @@ def view(status: RunStatus) -> Group:
     if (best := status.teacher_best) is not None:
         where = method_words(best.sampler, best.num_steps, best.num_evals)
         by_kid = status.stages[0].too_few
-        distance, ratio = distance_words(best.frechet, best.kid, by_kid), "" if by_kid else "; x: ratio to it"
-        lines.append(Text(f"teacher's best: {where}, {distance}{ratio}", style="dim"))
+        distance, ratio = distance_words(best.frechet, best.kid, by_kid), "; 2x means twice this distance"
+        lines.append(Text(f"teacher's best: {where}, {distance}{'' if by_kid else ratio}", style="dim"))
     if status.state != "finished" and (stage := status.current) is not None:
         if stage.checkpoint is not None:
             lines.append(Text(f"last checkpoint: update {stage.checkpoint:,} of {stage.name}"))
         elif stage.update:
-            killed = "if killed now, the stage restarts; Ctrl-C saves first"
+            killed = "if the run is killed now, the stage restarts; Ctrl-C saves first"
             lost = killed if status.state == "running" else "the stage restarts"
             lines.append(Text(f"no checkpoint of {stage.name} yet: {lost}"))
     if status.state == "stopped":

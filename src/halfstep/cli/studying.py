@@ -1,4 +1,4 @@
-"""`halfstep study`: reproduce the paper's tables and figures, and compare methods."""
+"""`halfstep study`: reproduces the paper's tables and figures, and compares methods."""
 
 import dataclasses
 import itertools
@@ -30,26 +30,29 @@ else:
 
 @dataclass
 class StudyArguments:
-    """Run a study: a set of runs, summarised in a table and a figure. To resume, run the same command again."""
+    """Run a study, which is a set of runs whose results are summarised in a table and a figure. To resume, run the same
+    command again.
+    """
 
     name: tyro.conf.Positional[StudyName]
-    """Study (`halfstep ls studies` describes them)."""
+    """Name of the study (see `halfstep ls studies`)."""
     scale: Literal["smoke", "small", "paper"] = "smoke"
-    """smoke: digits, minutes on two CPU cores. small: Fashion-MNIST, hours on a GPU. paper: CIFAR-10 as published."""
+    """smoke: digits, which takes minutes on two CPU cores. small: Fashion-MNIST, which takes hours on a GPU. paper:
+    CIFAR-10, as published."""
     recipe: RecipeName | None = None
-    """Recipe for teacher and chain, such as imagenet64_paper; the scale's by default."""
+    """Recipe for the teacher and the chain, such as imagenet64_paper; by default, the recipe of the scale."""
     data: str | None = None
-    """Data source, such as a folder; the scale's by default."""
+    """Data source, such as a folder; by default, the data of the scale."""
     seeds: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """Number of seeds for repeated training; the scale's by default."""
+    """Number of seeds with which the training is repeated; by default, the number that the scale sets."""
     threads: Annotated[int, Field(ge=1, le=512)] | None = None
-    """CPU threads for torch; torch's own choice by default."""
+    """Number of CPU threads for torch; by default, torch chooses the number."""
     out: Path | None = None
     """Folder shared by all studies of a scale; studies/SCALE by default."""
     dry_run: Switch = False
-    """List the cells and, if known, their cost; write nothing."""
+    """List the cells and, if it is known, what they cost, without writing anything."""
     json: Switch = False
-    """Print one JSON document: the cells with --dry-run, otherwise the table; progress goes to stderr."""
+    """Print the table or, with --dry-run, the cells as one JSON document; progress goes to stderr."""
 
 
 def study(argv: Sequence[str]) -> None:
@@ -108,10 +111,10 @@ def study(argv: Sequence[str]) -> None:
 
 
 def scale_of(arguments: StudyArguments) -> Scale:
-    """Return the scale, overridden by the command line."""
+    """Return the selected scale, with the changes that the command line makes to it."""
     scale = SCALES[arguments.scale]()
     if arguments.recipe is not None:
-        # The scale determines the measurement.
+        # The evaluation settings always come from the scale, not from the recipe.
         recipe = recipes[arguments.recipe]().model_copy(update={"evaluation": scale.recipe.evaluation})
         scale = dataclasses.replace(scale, recipe=recipe, ablation=recipe)
     if arguments.data is not None:
@@ -124,11 +127,11 @@ def scale_of(arguments: StudyArguments) -> Scale:
         return scale
     counts = [name for name in ("seeds", "road_seeds") if name in studies[arguments.name].uses]
     if not counts:
-        raise UsageError(f"--seeds has no effect on the study {arguments.name}, which has one seed. Remove it")
+        raise UsageError(f"--seeds has no effect on the study {arguments.name}, which uses one seed. Remove it")
     changes: dict[str, Any] = dict.fromkeys(counts, arguments.seeds)
     return dataclasses.replace(scale, **changes)
 
 
 def describe(trial: Trial) -> str:
-    """Return the trial's axes in one line."""
+    """Return the axes of a trial and their values in one line."""
     return ", ".join(f"{key} {value}" for key, value in trial.axes.items())

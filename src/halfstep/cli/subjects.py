@@ -1,4 +1,4 @@
-"""Arguments, subjects and rows of `halfstep evaluate`."""
+"""The arguments, subjects and rows of `halfstep evaluate`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,57 +32,58 @@ from halfstep.samplers import Ancestral, Sampler, samplers
 
 @pydantic.dataclasses.dataclass
 class EvaluateArguments:
-    """Measure each student of a run at its own number of steps, and the teacher at all these numbers. SUBJECT is a run,
-    a stage, a diffusers pipeline (a folder or a name on the Hub), a folder of images, or an .npz of samples. To resume,
-    run the same command again: finished samples are reused. Writes evaluation.json, .md, .csv and .svg, and keeps the
-    samples.
+    """Measure each student of a run with the number of steps that it was distilled for, and the teacher with all of
+    these numbers. SUBJECT is a run, a stage, a diffusers pipeline (a folder or a name on the Hub), a folder of images,
+    or a .npz file of samples. To resume, run the same command again: finished samples are reused. The results are
+    written to evaluation.json, .md, .csv and .svg, and the samples are kept.
     """
 
     subject: tyro.conf.Positional[str]
     """Model, run or samples to evaluate."""
     num_steps: tuple[Steps, ...] = ()
-    """Steps of the --against series or of a stage; by default, the start of the chain, halved down to 1."""
+    """Numbers of steps for the --against series or for a stage; by default, the first number of steps in the chain,
+    halved repeatedly down to 1."""
     against: tuple[str, ...] | None = None
-    """Series to compare with the students: teacher-SAMPLER or student-SAMPLER (see `halfstep ls samplers`). Default:
-    teacher-ddim, and without --num-steps also teacher-heun."""
+    """Series to compare with the students: teacher-SAMPLER or student-SAMPLER (see `halfstep ls samplers`). The default
+    is teacher-ddim and, without --num-steps, also teacher-heun."""
     extractors: tuple[str, ...] = ()
-    """Feature extractors for the distances: NAME or NAME=WEIGHTS (see `halfstep ls extractors`); the recipe's by
-    default.
+    """Feature extractors for the distances: NAME or NAME=WEIGHTS (see `halfstep ls extractors`); by default, the
+    extractor of the recipe.
     """
     seeds: Annotated[int, Field(ge=1, le=1000)] = 1
-    """Number of sets of seeds; more than one adds the spread to the results."""
+    """Number of sets of seeds; if there are several sets, the results include the spread."""
     num_samples: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
-    """Samples per set; by default the recipe's number, or all of a folder's."""
+    """Number of samples per set; by default, the number in the recipe or, for a folder, all of its samples."""
     gamma: Share | None = None
-    """Variance of ancestral sampling, from its lower bound (0) to its upper bound (1, the default)."""
+    """Variance of ancestral sampling, from the lower bound (0) to the upper bound (1, the default)."""
     search_gamma: Annotated[int, Field(ge=2, le=1000)] | None = None
-    """Number of gammas from 0 to 1 to try for each ancestral row; shows the best. The paper tries 11."""
+    """Number of gammas from 0 to 1 to try for each ancestral row, of which the best is shown. The paper tries 11."""
     guidance_scale: Guidance | None = None
-    """Guidance scale, for models that support guidance; each model's own by default."""
+    """Guidance scale, for models that support guidance; by default, each model's own scale."""
     precision: Literal["float32", "bf16"] | None = None
-    """bf16 samples in bfloat16; the recipe's precision by default."""
+    """Precision for sampling, where bf16 stands for bfloat16; by default, the precision in the recipe."""
     batch_size: Count | None = None
-    """Samples drawn at once; by default the recipe's number, or as many as fit."""
+    """Number of samples drawn at once; by default, the number in the recipe, or as many as fit into memory."""
     data: str | None = None
-    """Real samples to compare with; the recipe's by default."""
+    """Real samples to compare with; by default, the data of the recipe."""
     image_size: Side | None = None
-    """Height and width to resize real images to; the recipe's by default."""
+    """Height and width to resize real images to; by default, the size in the recipe."""
     channels: Literal[1, 3] | None = None
-    """1 reads real images as grey, 3 in colour; the recipe's setting by default."""
+    """1 reads real images in grey, 3 in colour; by default, the setting in the recipe applies."""
     split: str | None = None
-    """Split of the real data; by default the training split."""
+    """Split of the real data; by default, the training split."""
     no_labels: Switch = False
     """Ignore the classes of the real data."""
     label_column: str | None = None
-    """Table column with the class of each real image; the recipe's by default."""
+    """Table column with the class of each real image; by default, the column in the recipe."""
     skip_broken: Switch = False
     """Skip real images that cannot be read."""
     max_bytes: int | None = None
-    """Memory for the pixels of the real images; the recipe's limit by default."""
+    """Maximum memory, in bytes, for the pixels of the real images; by default, the limit in the recipe."""
     out: Path | None = None
-    """Output folder; by default SUBJECT/evaluation for a run or stage, otherwise ./evaluation-NAME."""
+    """Output folder; by default, SUBJECT/evaluation for a run or stage, otherwise ./evaluation-NAME."""
     json: Switch = False
-    """Print evaluation.json; progress goes to stderr."""
+    """Print the content of evaluation.json; progress goes to stderr."""
 
 
 class Candidate(NamedTuple):
@@ -100,20 +101,20 @@ class Subject:
 
     kind: Literal["run", "stage", "pipeline", "images"]
     out: Path
-    """Default folder of its evaluation."""
+    """The folder to which the evaluation is written by default."""
     recipe: Recipe | None = None
-    """Recipe of its run; None outside a run."""
+    """The recipe of the run that contains the subject, or None if there is no such run."""
     teacher: Candidate | None = None
     students: tuple[Candidate, ...] = ()
     files: Path | None = None
-    """A folder of images, or a file of samples."""
+    """The folder of images or the file of samples, if the subject is not a model."""
     notices: tuple[str, ...] = ()
     store: Path | None = None
-    """Default folder of its samples and figures; `out` if None."""
+    """The folder in which samples and figures are stored by default. If it is None, `out` is used."""
 
 
 def subject_of(text: str) -> Subject:
-    """Return the subject at a path or with a name on the Hub; raise ValueError if it cannot be measured."""
+    """Return the subject with this path or name on the Hub; raise ValueError if the subject cannot be measured."""
     path = model_path(text)
     if is_pipeline(path) or (not path.exists() and text.count("/") == 1 and not text.startswith((".", "/", "~"))):
         model = import_pipeline(text)
@@ -128,7 +129,7 @@ def subject_of(text: str) -> Subject:
 
 
 def _run(path: Path, recipe: Recipe | None) -> Subject:
-    """Return the models of a run, with a notice for each that is missing, damaged or was not kept."""
+    """Return a run as the subject, with a notice for each model that is missing or damaged, or that was not kept."""
     run, notices, teacher = RunFolder(path), [], None
     students: list[Candidate] = []
     for stage in run.stages():
@@ -161,7 +162,7 @@ def _stage(path: Path, recipe: Recipe | None) -> Subject:
     stage = StageFolder(path)
     manifest = stage.manifest()
     if not manifest.weights_kept:
-        raise UsageError(f"{path} no longer has its weights (chain.keep). Measure another stage")
+        raise UsageError(f"the weights of {path} were not kept (see chain.keep). Measure another stage")
     found = Candidate(stage.name, manifest, cache(partial(load, path)))
     teacher, students = (found, ()) if manifest.outcome.role == "teacher" else (None, (found,))
     store = RunFolder(path.parent.parent).evaluation_path.parent if path.parent.name == "stages" else None
@@ -172,10 +173,11 @@ def _stage(path: Path, recipe: Recipe | None) -> Subject:
 
 @final
 class Rows:
-    """The rows of the curve: students at their own steps, and each --against series at all these steps.
+    """The rows of the curve: each student with its own number of steps, and each --against series with all of these
+    numbers.
 
     Raises:
-        ValueError: if a series is unknown, or no model of it exists.
+        ValueError: if a series is unknown, or if no model for it exists.
     """
 
     def __init__(
@@ -194,10 +196,10 @@ class Rows:
                 self.entries.append(self._entry(series, model, sampler_of(manifest), count))
         against = arguments.against
         if against is None:
-            # A notice reports a damaged teacher.
+            # If the teacher is missing because it is damaged, a notice reports this.
             against = () if subject.teacher is None else (f"teacher-{subject.teacher.manifest.outcome.sampler_name}",)
             heun = recipe.evaluation.teacher_heun_steps
-            # A distilled teacher keeps its sampler.
+            # If the teacher is itself distilled, only its own sampler is used.
             is_whole = subject.teacher is not None and subject.teacher.manifest.num_steps is None
             if is_whole and heun and not arguments.num_steps:
                 self._add("teacher-heun", heun)
@@ -206,7 +208,7 @@ class Rows:
         self._check()
 
     def _own_series(self, manifest: Manifest) -> str:
-        """Return the name of the series for this role and sampler; create the series if needed."""
+        """Return the name of the series for the model's role and sampler. If the series does not exist, create it."""
         role, sampler = manifest.outcome.role, sampler_of(manifest)
         kind = manifest.outcome.sampler_name
         by = sampler_label(kind) if sampler == samplers[kind]() else repr(sampler)
@@ -221,20 +223,22 @@ class Rows:
         return names[label]
 
     def _add(self, name: str, steps: Sequence[int]) -> None:
-        """Add an --against series; `steps` apply to teachers."""
+        """Add the series `name` from --against. The numbers of steps apply only to teachers."""
         subject, arguments = self.subject, self.arguments
         who, _, sampler = name.partition("-")
         if who not in ("teacher", "student") or not sampler:
             known = [f"teacher-{sampler}" for sampler in samplers]
-            raise UsageError(f"--against {name}: give teacher-SAMPLER or student-SAMPLER{nearest(name, known)}")
+            raise UsageError(
+                f"--against {name} is not a series. Use teacher-SAMPLER or student-SAMPLER{nearest(name, known)}"
+            )
         kind = samplers[sampler]
         teachers = () if subject.teacher is None else (subject.teacher,)
         models = teachers if who == "teacher" else subject.students
         if not models:
             if subject.kind != "run":
                 raise UsageError(
-                    f"--against {name} needs a {who}, and this {subject.kind} has none. Remove it, or give the run's "
-                    "folder"
+                    f"--against {name} needs a {who}, but this {subject.kind} has none. Remove it, or use the folder "
+                    "of the run instead"
                 )
             return
         gamma = None
@@ -264,17 +268,19 @@ class Rows:
         only_students = asked.against is not None and not any(name.startswith("teacher-") for name in asked.against)
         if asked.num_steps and self.subject.kind != "stage" and only_students:
             raise UsageError(
-                "--num-steps only sets the teacher's steps, because students have their own. Add --against "
-                "teacher-ddim, or remove --num-steps"
+                "--num-steps applies only to the teacher, because each student has its own number of steps. Add "
+                "--against teacher-ddim, or remove --num-steps"
             )
         if not self.entries:
             raise UsageError("no model is left to measure. Choose another series with --against")
         has_gamma = any(e.gamma is not None for e in self.entries) or any(s.gamma is not None for s in self.series)
         if (asked.gamma is not None or asked.search_gamma is not None) and not has_gamma:
-            raise UsageError("--gamma and --search-gamma have no effect without --against teacher-ancestral. Add it")
+            raise UsageError(
+                "--gamma and --search-gamma have no effect without --against teacher-ancestral. Add this series"
+            )
 
     def teacher(self) -> Entry | None:
-        """Return the teacher at its own number of steps, or, if it takes any, with the run's finest method."""
+        """Return the teacher with its own number of steps or, if it takes any number, with the run's finest method."""
         teacher = self.subject.teacher
         if teacher is None or self.subject.kind == "pipeline":
             return None
@@ -302,12 +308,12 @@ class Rows:
         return Entry(series, model.name, source, steps, gamma)
 
     def _baseline_steps(self) -> tuple[int, ...]:
-        """Return the steps of the baselines, in descending order."""
+        """Return the numbers of steps for the baselines, in descending order."""
         for count in self.arguments.num_steps:
             check_num_steps(count)
         wanted = self.arguments.num_steps or self._recipe.evaluation.teacher_steps
         if not wanted and self.subject.kind == "pipeline":
-            raise UsageError("this pipeline takes any number of steps. Choose some, for example --num-steps 4 16 64")
+            raise UsageError("this pipeline takes any number of steps. Choose some, such as --num-steps 4 16 64")
         if not wanted:
             teacher = self.subject.teacher
             start = (teacher.manifest.start_steps if teacher else None) or self._recipe.chain.start_steps

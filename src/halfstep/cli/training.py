@@ -1,4 +1,4 @@
-"""The verbs that train a plan: run, train, demo, distill and finish."""
+"""The verbs that carry out a training plan: run, train, demo, distill and finish."""
 
 import signal
 import time
@@ -39,27 +39,27 @@ from halfstep.runtime.stop import Interrupted, StopSignal, at_once
 from halfstep.samplers import Heun
 
 SHORT: Final = {"--data": "--data.source", "--to": "--chain.end-steps", "--start": "--chain.start-steps"}
-"""Short names of recipe options."""
+"""The short names of some recipe options."""
 SHORT_OF_FINISH: Final = {"--steps": "--finish.steps"}
-"""Short names of the options of `finish`."""
+"""The short names of some options of `finish`."""
 NO_DATA: Final = "required"
-"""Data source in the help for a teacher outside a run."""
+"""The data source that the help shows if the teacher is not part of a run."""
 
 
 @dataclass
 class PlanArguments:
-    """Options shared by the verbs that train a plan."""
+    """The options that all verbs with a training plan share."""
 
     recipe: tyro.conf.AvoidSubcommands[Annotated[Recipe, tyro.conf.arg(name="", help="")]]
     dry_run: Switch = False
-    """Print plan, memory and time; write nothing."""
+    """Print the plan, memory and time; write nothing."""
     json: Switch = False
-    """Print one JSON document: the plan with --dry-run, otherwise the final status."""
+    """Print one JSON document. It contains the plan with --dry-run, and the final status otherwise."""
 
 
 @dataclass
 class RunArguments(PlanArguments):
-    """Run the whole plan of a recipe: train, halve, measure and report. Rerun the same command to resume it."""
+    """Run the whole plan of a recipe: train a teacher, halve its steps, measure the models and write a report."""
 
     out: Path | None = None
     """Folder of the run; runs/NAME by default."""
@@ -67,7 +67,7 @@ class RunArguments(PlanArguments):
 
 @dataclass
 class TrainArguments(RunArguments):
-    """Train only the teacher of a recipe, measure it and report. Rerun the same command to resume it."""
+    """Train only the teacher of a recipe, measure it and write a report."""
 
     out: Path | None = None
     """Folder of the run; runs/NAME-teacher by default."""
@@ -75,34 +75,34 @@ class TrainArguments(RunArguments):
 
 @dataclass
 class DemoArguments(RunArguments):
-    """Run the recipe digits: train, halve, measure and report. Rerun the same command to resume it."""
+    """Run the recipe digits: train a teacher, halve its steps, measure the models and write a report."""
 
 
 @dataclass
 class DistillArguments(PlanArguments):
-    """Distil a model to fewer steps. MODEL is a run (its last stage is used), a stage, a diffusers folder or a name on
-    the Hub. A teacher that predicts eps is matched to v first. The defaults are those of the recipe of MODEL's run,
-    or those for an imported model.
+    """Distil a model to fewer steps. MODEL is a diffusers folder, a name on the Hub, a stage, or a run, whose last
+    stage is used. A teacher that predicts eps is first converted to v-prediction. The defaults come from the recipe of
+    the run that contains MODEL; imported models have their own defaults.
     """
 
     out: Path | None = None
     """Folder of the new run; runs/NAME-STAGE-to-STEPS by default."""
     prompts: Path | None = None
-    """File with one prompt per line, instead of --data. For a pipeline: the teacher samples these prompts into OUT-data
-    and is distilled on the samples.
+    """File with one prompt per line, instead of --data. The teacher, which must be a pipeline, writes a sample for each
+    prompt to OUT-data, and is distilled on these samples.
     """
     call: tuple[str, ...] = ()
-    """Pipeline call arguments shared by all samples, such as height=512 width=512."""
+    """Arguments for calling the pipeline, such as height=512 width=512. They are the same for all samples."""
     base_precision: BasePrecision = "float32"
-    """Precision of a pipeline's frozen weights under --chain.lora-rank: bf16, int8 or nf4 (bitsandbytes), int8wo
-    (torchao)."""
+    """Precision of a pipeline's frozen weights with --chain.lora-rank: bf16, int8 or nf4 (both from bitsandbytes), or
+    int8wo (from torchao)."""
 
 
 @dataclass
 class FinishArguments(PlanArguments):
-    """Finish students of a trained run: train their samples towards the distribution of the undistilled teacher. RUN
-    is the folder of a run; the new stages are added to it. The options are those of its recipe. Options of stages that
-    are already trained cannot change."""
+    """Finish students of a trained run: train them until the distribution of their samples is closer to that of the
+    undistilled teacher. RUN is the folder of a run, to which the new stages are added. The options are those of the
+    run's recipe. Options of stages that are already trained cannot be changed."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -149,7 +149,7 @@ def distill(argv: Sequence[str]) -> None:
     is_published = name in PUBLISHED and arguments.dry_run and not Path(name).is_dir()
     if stage is not None:
         if arguments.base_precision != "float32":
-            raise UsageError("--base-precision only applies to a pipeline. For a stage, set it with halfstep import")
+            raise UsageError("--base-precision only applies to a pipeline. For a stage, pass it to halfstep import")
         model, label = load(stage.path), stage.name
     elif is_published:
         model, label = published(name, arguments.base_precision), name
@@ -166,8 +166,8 @@ def distill(argv: Sequence[str]) -> None:
     chain = recipe.chain
     if model.num_steps is not None and chain.start_steps != model.num_steps:
         raise UsageError(
-            f"{name} samples in {model.num_steps} steps, so the chain must start there, not at {chain.start_steps}. "
-            "Remove --start, or distil from an earlier stage"
+            f"{name} samples in {model.num_steps} steps, so the chain must start at this number, not at "
+            f"{chain.start_steps}. Remove --start, or distil from an earlier stage"
         )
     last = chain.students[-1] if chain.students else chain.end_steps
     out = arguments.out or Path("runs") / f"{recipe.name}-{label}-to-{last}"
@@ -182,7 +182,7 @@ def distill(argv: Sequence[str]) -> None:
 
 
 def _only_help(argv: Sequence[str], missing: str) -> bool:
-    """Return whether help is requested instead of a first argument; raise UsageError if both are missing."""
+    """Return whether the first argument asks for help; raise UsageError if there is no first argument."""
     if argv and argv[0] in HELP:
         return True
     if not argv or argv[0].startswith("-"):
@@ -191,7 +191,7 @@ def _only_help(argv: Sequence[str], missing: str) -> bool:
 
 
 def _stage_at(name: str) -> StageFolder | None:
-    """Return the stage in a folder; None if the name is that of a pipeline."""
+    """Return the stage in the folder `name`, or None if `name` refers to a pipeline."""
     path = Path(name)
     if is_pipeline(path) or not path.is_dir():
         return None
@@ -199,18 +199,18 @@ def _stage_at(name: str) -> StageFolder | None:
         return find_stage(path)
     except ValueError:
         if below := networks_below(path):
-            raise UsageError(f"{name} is not a model itself. Give one of its folders, such as {below[-1]}") from None
+            raise UsageError(f"{name} is not a model. Use one of its subfolders, such as {below[-1]}") from None
         raise
 
 
 def _imported_recipe() -> Recipe:
-    """Return the default recipe for a model outside a run, with unknown data."""
+    """Return the default recipe for a model that is not part of a run, so that its data is unknown."""
     return Recipe(name="distilled", chain=SECOND_ORDER, data=DataConfig(source=NO_DATA))
 
 
 def _chain_of(recipe: Recipe, model: Manifest | None = None) -> Recipe:
-    """Return the recipe with a chain that starts from a model; None is a pipeline that is not imported yet."""
-    # Per-student settings of the old chain may not fit the new one.
+    """Return the recipe with a chain that starts from a model. None stands for a pipeline that is not imported yet."""
+    # The settings per student of the old chain may not fit the new chain.
     chain: dict[str, object] = {
         "start_steps": START_STEPS,
         "factor": 2,
@@ -220,10 +220,10 @@ def _chain_of(recipe: Recipe, model: Manifest | None = None) -> Recipe:
     if model is not None:
         chain["start_steps"] = model.num_steps or model.start_steps or recipe.chain.start_steps
         if model.outcome.role == "student":
-            # A student teaches at the number of steps that it was distilled for.
+            # As a teacher, a student uses the number of steps that it was distilled for.
             chain |= {"teacher_sampler": "ddim", "teacher_steps": None}
         if model.outcome.role != "teacher":
-            # Only a teacher is matched; a student was distilled from a model that already has these settings.
+            # Only a teacher needs matching. A student was distilled from a model that already has these settings.
             done = ("prediction", "process", "guidance_scale", "guidance_range", "null_class")
             defaults = {name: MatchingConfig.model_fields[name].default for name in done}
             changes["matching"] = recipe.matching.model_copy(update=defaults)
@@ -231,7 +231,7 @@ def _chain_of(recipe: Recipe, model: Manifest | None = None) -> Recipe:
 
 
 def _sample_prompts(prompts: Path, recipe: Recipe, model: Model, folder: Path, screen: Screen) -> None:
-    """Sample the training data from the teacher into a folder."""
+    """Sample the training data from the teacher, and write it to a folder."""
     learned, processes = recipe.matching.guidance, processes_of(recipe.engine.cpu)
     sample_prompts(
         model, prompts, folder, None if learned is None else learned.default_scale, NUM_STEPS, recipe.seed, 8,
@@ -240,17 +240,20 @@ def _sample_prompts(prompts: Path, recipe: Recipe, model: Model, folder: Path, s
 
 
 def _not_sampled(prompts: Path | None, model: Model, folder: Path) -> tuple[Data, str]:
-    """Return the stand-in for the teacher's own samples in a dry run, and why they are missing."""
-    number, why = NUM_SAMPLES, f"{model.manifest.source} has no weights here"
+    """Return data that replaces the teacher's samples in a dry run, and the reason why the samples are missing."""
+    number, why = NUM_SAMPLES, f"the weights of {model.manifest.source} are not on this machine"
     if prompts is not None:
         number = len(read_prompts(prompts))
         calls = model.num_evals(Heun(), NUM_STEPS)
-        why = f"{count(number, 'sample')} of {prompts} would be drawn first, with {calls} network calls each"
+        why = (
+            f"{count(number, 'sample')} for the prompts in {prompts} would be drawn first, with {calls} network calls "
+            "each"
+        )
     return StandIn(str(folder), model.shape, number, conditions=model.manifest.conditions), why
 
 
 def _prepared(recipe: Recipe, before: Recipe, model: Model, name: str) -> Recipe:
-    """Return the recipe with new images resized and converted to the teacher's size and channels."""
+    """Return the recipe with settings that convert new images to the size and the channels of the teacher."""
     data, shape = recipe.data, model.shape
     if data.source == before.data.source or not holds_images(data):
         return recipe
@@ -269,13 +272,13 @@ def finish(argv: Sequence[str]) -> None:
     name, *rest = argv
     folder = RunFolder(Path(name))
     if not folder.recipe_path.is_file():
-        raise UsageError(f"{name} is not a run (no recipe.json). Give the folder of a run")
+        raise UsageError(f"{name} is not a run (it has no recipe.json). Use the folder of a run")
     recipe, held = recipe_from(name), folder.recipe()["recipe"]
     arguments = parse(FinishArguments, rest, f"halfstep finish {name}", FinishArguments(recipe), SHORT_OF_FINISH)
     asked = arguments.recipe.finish
     if not asked.steps:
-        raise UsageError("no student to finish. Add --steps, such as --steps 2 1")
-    # Existing finishing stages keep their order; new ones come after them.
+        raise UsageError("there is no student to finish. Add --steps, such as --steps 2 1")
+    # Existing finishing stages keep their order, and new finishing stages follow them.
     steps = tuple(dict.fromkeys((*recipe.finish.steps, *asked.steps)))
     finishes = asked.model_copy(update={"steps": steps})
     arguments = replace(arguments, recipe=arguments.recipe.model_copy(update={"finish": finishes}))
@@ -294,10 +297,11 @@ def _carry_out(
     parent: Mapping[str, Any] | None = None,
     stand_in: tuple[Data, str] | None = None,
 ) -> None:
-    """Show the plan with --dry-run; otherwise build the run, train it and show its results.
+    """With --dry-run, show the plan. Otherwise, build the run, train it and show the results.
 
     Args:
-        stand_in: data for a dry run, and why the real data is missing; by default the recipe's data or random pixels.
+        stand_in: the data for a dry run, and the reason why the real data is missing. By default, the data is that of
+            the recipe or, if it is missing, random pixels.
     """
     recipe = arguments.recipe
     refuse_file(out)
@@ -313,12 +317,12 @@ def _carry_out(
 
 
 def _execute(recipe: Recipe, make: Callable[[], RunSpec], out: Path, json: bool) -> None:
-    """Build a run, train it and show its results; a signal stops each of these phases cleanly."""
+    """Build a run, train it and show the results. A signal stops any of these phases cleanly."""
     screen = Screen(json)
     started = time.monotonic()
     try:
         with StopSignal() as stop:
-            # Several processes stop together, at the first point where they agree to.
+            # Several processes stop together, as soon as all of them have agreed to stop.
             alone = stop if world_size() == 1 else None
             with at_once(alone):
                 spec = make()

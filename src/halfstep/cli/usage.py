@@ -1,4 +1,4 @@
-"""Parse a command line with tyro; report an error in one line and suggest the nearest option or value."""
+"""Parses a command line with tyro, and turns errors into one-line messages that suggest the nearest option or value."""
 
 import re
 import sys
@@ -21,28 +21,28 @@ from halfstep.registry import nearest
 Arguments = TypeVar("Arguments")
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
-"""An option without a value, off by default."""
+"""An option that takes no value and is off by default."""
 
 CONFIG: Final = (tyro.conf.PositionalMetavarFromFieldName,)
 
 PLAIN: Final = ConstructorRegistry()
-"""Placeholders of values in the help (INT instead of tyro's {None}|INT), and error messages."""
+"""Rules for error messages and for the placeholders of values in the help (INT instead of tyro's {None}|INT)."""
 
 METAVARS: Final = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 BOUNDS: Final = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-"""Words for pydantic's bounds."""
+"""The words that messages use for pydantic's bounds."""
 NEEDED: Final = {int: "a whole number", float: "a number"}
 
 
 @PLAIN.primitive_rule
 def _plain(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     kinds = get_args(info.type) if get_origin(info.type) in (Union, UnionType) else (info.type,)
-    # A word, such as auto, can replace the value.
+    # Some options also accept a word, such as auto, instead of a value.
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     values = [kind for kind in kinds if kind is not NoneType and get_origin(kind) is not Literal]
     if len(values) != 1:
         return None
-    # pydantic checks the bounds of an annotated type.
+    # If the type is annotated with bounds, pydantic checks them.
     kind = get_args(values[0])[0] if get_origin(values[0]) is Annotated else values[0]
     if kind not in METAVARS:
         return None
@@ -71,16 +71,16 @@ def _plain(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 class UsageError(ValueError):
-    """An invalid command line; its message is one line."""
+    """An error in the command line, described by a message of one line."""
 
 
 def refuse_idle(arguments: Any, where: str, names: Iterable[str], reasons: Mapping[str, str] = {}) -> None:
-    """Raise UsageError if one of these options was given, because it has no effect there.
+    """Raise UsageError if the user has set any of the named options, which would have no effect.
 
     Args:
-        arguments: a dataclass of arguments.
-        where: end of the message, such as "on --format web".
-        reasons: reasons for some of the options, for the message.
+        arguments: an instance of a dataclass of arguments.
+        where: the end of the message "--option has no effect ...", such as "with --format web".
+        reasons: for some of the options, the reason to show in the message.
     """
     defaults = {field.name: field.default for field in fields(arguments)}
     for name in names:
@@ -98,7 +98,7 @@ Guidance = Annotated[float, Field(ge=0, le=1000)]
 
 
 def first_line(error: ValidationError) -> str:
-    """Return a pydantic error in one line: the field, the value and the requirement."""
+    """Return a one-line description of a pydantic error: the field, the requirement and the value."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part not in ("unet2d", "mlp"))
     reason = first["msg"].removeprefix("Value error, ")
@@ -110,13 +110,13 @@ def first_line(error: ValidationError) -> str:
             return f"{where} must be {words} {limit}, got {first['input']!r}"
     if first["type"] != "value_error":
         reason = f"{reason[0].lower()}{reason[1:]}, got {first['input']!r}"
-    # A contradiction between fields has no location.
+    # An error about a contradiction between fields has no location.
     return f"{where}: {reason}" if where else reason
 
 
 def parser_of(kind: type[Arguments], default: Arguments | None = None) -> ArgumentParser:
-    """Return an argparse parser for the options that `parse` reads."""
-    # Type checkers do not see that its class derives from argparse's.
+    """Return an argparse parser for the options that `parse` accepts."""
+    # Type checkers do not see that tyro's parser class derives from the class in argparse.
     parser: Any = tyro.extras.get_parser(
         kind, default=tyro.MISSING_NONPROP if default is None else default, config=CONFIG, registry=PLAIN
     )
@@ -125,7 +125,7 @@ def parser_of(kind: type[Arguments], default: Arguments | None = None) -> Argume
 
 
 def with_flag(reason: str, argv: Sequence[str]) -> str:
-    """Replace the setting at the start of an error message with its flag, if exactly one matches."""
+    """Replace the setting at the start of an error message with the matching flag, if there is exactly one."""
     name, rest = re.split(r"(?:\.\d+)?(?=:? |$)", reason, maxsplit=1)
     flags = [token.partition("=")[0] for token in argv if token.startswith("--")]
     found = [flag for flag in flags if flag.replace("-", "_").endswith((f".{name}", f"__{name}"))]
@@ -139,11 +139,11 @@ def parse(
     default: Arguments | None = None,
     short: Mapping[str, str] = MappingProxyType({}),
 ) -> Arguments:
-    """Parse `argv`, in which options may have `short` names; errors show each option as it was typed.
+    """Parse `argv`, in which options may have `short` names. Error messages show each option as the user typed it.
 
     Raises:
-        UsageError: if an option is unknown, or its value is missing or invalid.
-        SystemExit: after --help.
+        UsageError: if an option is unknown, or if the value of an option is missing or invalid.
+        SystemExit: after the help has been printed.
     """
     if asked := [token for token in argv if token in HELP]:
         print(help_text(parser_of(kind, default), prog, short, "--help-all" in asked))
@@ -154,7 +154,7 @@ def parse(
 
 @contextmanager
 def as_typed(argv: Sequence[str], short: Mapping[str, str]) -> Iterator[None]:
-    """Replace options in the message of a ValueError with the short names that the user typed."""
+    """In the message of a ValueError, replace options with the short names that the user typed."""
     try:
         yield
     except ValueError as error:
@@ -167,7 +167,7 @@ def as_typed(argv: Sequence[str], short: Mapping[str, str]) -> Iterator[None]:
 
 
 def expand_short(argv: Sequence[str], short: Mapping[str, str]) -> list[str]:
-    """Replace the short names of options."""
+    """Replace the short names of options with the full names."""
     return [short.get(name, name) + equals + value for name, equals, value in (token.partition("=") for token in argv)]
 
 
@@ -198,7 +198,7 @@ def _parsed(
 
 
 def _reason(event: tyro_errors.ParseErrorEvent, prog: str, argv: Sequence[str]) -> str:
-    """Return tyro's error in one line, instead of a box of many lines."""
+    """Return tyro's error message in one line, whereas tyro itself prints a box of many lines."""
 
     def name_of(argument: Any) -> str:
         name: str = argument.lowered.name_or_flags[0]
@@ -220,14 +220,15 @@ def _reason(event: tyro_errors.ParseErrorEvent, prog: str, argv: Sequence[str]) 
             hint = nearest(event.value, event.choices)
             return f"{name_of(event.argument)}: {event.value!r} is not one of {choices}{hint}"
         case tyro_errors.InstantiationFailure():
-            # If tyro has wrapped the original exception, it is the context of tyro's.
+            # If tyro has wrapped the original exception, the original is the context of tyro's exception.
             error = sys.exception()
             cause = error if isinstance(error, ValueError) else getattr(error, "__context__", None)
             if isinstance(cause, ValidationError):
                 return with_flag(first_line(cause), argv)
             if event.argument is None:
                 return with_flag(" ".join(str(cause or event.message).split()), argv)
-            # `_plain` wrote the message for a single value; for several values, tyro's contains Python types.
+            # The message for a single value comes from `_plain`. The message for several values comes from tyro, and
+            # contains Python types.
             reason = event.message if event.message.startswith("needs ") else f"needs {event.argument.lowered.metavar}"
             return f"{name_of(event.argument)}: {reason}"
     return f"this command line is invalid{help}"
@@ -235,10 +236,10 @@ def _reason(event: tyro_errors.ParseErrorEvent, prog: str, argv: Sequence[str]) 
 
 @contextmanager
 def in_own_words(*options: str) -> Iterator[None]:
-    """Remove options that this verb does not have from the message of a ValueError about data.
+    """In the message of a ValueError about data, remove the options that this verb does not have.
 
     Args:
-        options: options that this verb has without the prefix: `image-size` for --data.image-size.
+        options: the options that this verb has, without the prefix: `image-size` instead of --data.image-size.
     """
     try:
         yield
@@ -249,6 +250,6 @@ def in_own_words(*options: str) -> Iterator[None]:
         said = re.sub(r"--data\.([a-z-]+)", lambda found: f"--{found[1]}" if found[1] in options else found[0], said)
         parts = [part for part in said.split("; ") if "--data." not in part]
         if not any("remove" in part or "--" in part for part in parts):
-            # Without the option, the user must change the files.
+            # If the verb does not have the option, the user must change the files.
             parts = [*(parts or [said.split(": ")[0]]), "resize, convert or remove the files themselves"]
         raise UsageError("; ".join(parts)) from None

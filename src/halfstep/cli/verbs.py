@@ -1,6 +1,6 @@
-"""The verbs as data, for help, shell completion and documentation.
+"""The verbs, as data for the help, shell completion and documentation.
 
-This module imports no slow packages.
+This module does not import any slow packages.
 """
 
 import keyword
@@ -16,39 +16,39 @@ class Verb:
     """A verb of the command line."""
 
     usage: str
-    """Its name and arguments."""
+    """The name of the verb, followed by its arguments."""
     summary: str
-    """Its line in the overview."""
+    """The line that describes the verb in the overview."""
     examples: tuple[str, ...]
-    """Complete command lines; tests check their options against the parser."""
+    """Complete command lines. Tests check that the parser knows the options in them."""
     notes: tuple[str, ...] = ()
-    """Notes about more than one option, one per line."""
+    """Notes that concern more than one option, each of which is printed on a new line."""
     codes: tuple[int, ...] = (0, 2)
-    """Its exit codes."""
+    """The exit codes of the verb."""
     shown: tuple[str, ...] = ()
-    """The options in the short form of its help; all if empty."""
+    """The options that the short form of the help shows. If empty, the help shows all options."""
     module: str = "training"
-    """Module in `halfstep.cli` with its function and its arguments (`RunArguments` for run)."""
+    """The module in `halfstep.cli` that contains the verb's function and arguments, such as `RunArguments` for run."""
     is_light: bool = False
-    """Whether it works without importing torch and diffusers, which takes seconds."""
+    """Whether the verb works without torch and diffusers, which take seconds to import."""
 
     @property
     def name(self) -> str:
-        """The first word of its usage."""
+        """The name of the verb, which is the first word of `usage`."""
         return self.usage.partition(" ")[0]
 
     @property
     def function(self) -> str:
-        """Its function in `module`: its name, followed by an underscore if it is a Python keyword."""
+        """The name of the verb's function in `module`: `name`, followed by an underscore if it is a Python keyword."""
         return f"{self.name}_" if keyword.iskeyword(self.name) else self.name
 
 
 TRAINS: Final = (0, 1, 2, 3, 75, 129, 130, 138, 143)
 
 RECIPE_NOTES: Final = (
-    "RECIPE is a name (`halfstep ls recipes`), a .json file or a run's folder. The help shows its defaults.",
-    "--data S is short for --data.source S, --start N for --chain.start-steps N, --to N for --chain.end-steps N.",
-    "To resume a stopped or killed run from its last checkpoint, run the same command again.",
+    "RECIPE is a name (see `halfstep ls recipes`), a .json file or the folder of a run. The help shows its defaults.",
+    "--data S is short for --data.source S, --start N for --chain.start-steps N, and --to N for --chain.end-steps N.",
+    "To resume a stopped or killed run, run the same command again.",
 )
 _OFTEN: Final = (
     *("--data", "--data.image-size", "--data.skip-broken", "--start", "--to", "--teacher.num-updates"),
@@ -59,7 +59,7 @@ _ALWAYS: Final = ("--out", "--dry-run", "--json")
 _TRAIN: Final = (
     Verb(
         "run RECIPE",
-        "train a teacher, distil it to few steps, measure and report; resumable",
+        "train a teacher, distil it to a few steps, measure the models and write a report (resumable)",
         (
             "halfstep run digits",
             "halfstep run cifar10 --dry-run",
@@ -97,7 +97,8 @@ _TRAIN: Final = (
         "train a run's students towards the teacher's distribution",
         ("halfstep finish runs/digits --steps 2", "halfstep finish runs/digits --steps 4 --dry-run"),
         (
-            "The new stages are added to RUN. Each starts from RUN's student of the same steps and keeps its map.",
+            "The new stages are added to RUN. Each stage starts from the student with the same number of steps in RUN, "
+            "and keeps that student's map.",
             "--steps S is short for --finish.steps S.",
             RECIPE_NOTES[2],
         ),
@@ -106,7 +107,7 @@ _TRAIN: Final = (
     ),
     Verb(
         "study NAME",
-        "reproduce a table or figure of the paper, or compare methods at equal cost; resumable",
+        "reproduce a table or figure from the paper, or compare methods at equal cost (resumable)",
         ("halfstep study table1 --scale smoke", "halfstep study roads --dry-run"),
         codes=TRAINS,
         module="studying",
@@ -117,7 +118,7 @@ _TRAIN: Final = (
 _USE: Final = (
     Verb(
         "sample MODEL",
-        "draw samples into an image grid, an array file or a folder",
+        "draw samples from a model, and write them to an image grid, an array file or a folder",
         (
             "halfstep sample runs/digits --num-samples 64 --seed 0 --out grid.png",
             "halfstep sample runs/digits/stages/00-denoise --num-steps 16 --sampler heun --out samples.npz",
@@ -138,18 +139,18 @@ _USE: Final = (
     Verb("report RUN", "write RUN/report/index.html", ("halfstep report runs/digits",), module="reporting"),
     Verb(
         "explore RUN",
-        "open a local page: teacher and students side by side from the same noise",
+        "open a local page that compares samples from the teacher and the students for the same noise",
         ("halfstep explore runs/digits", "halfstep explore runs/digits --port 8000 --max-samples 16"),
         (
-            "Stop it with Ctrl-C. The exit code is then 0.",
-            "From another machine: ssh -L 7860:127.0.0.1:7860 MACHINE.",
-            "Behind a proxy: --root-path PATH --allow-host HOST.",
+            "To stop serving the page, press Ctrl-C. The exit code is then 0.",
+            "To open the page from another machine: ssh -L 7860:127.0.0.1:7860 MACHINE.",
+            "To serve the page behind a proxy: --root-path PATH --allow-host HOST.",
         ),
         module="exploring",
     ),
     Verb(
         "export MODEL",
-        "export to a stock diffusers pipeline, LoRA files, one ONNX graph or a web page",
+        "export a model as a stock diffusers pipeline, LoRA files, one ONNX graph or a web page",
         (
             "halfstep export runs/digits --out digits-1",
             "halfstep export runs/digits --format onnx --out digits-1.onnx",
@@ -168,7 +169,7 @@ _USE: Final = (
     ),
     Verb(
         "encode PIPELINE",
-        "encode images, videos, sounds and texts for a pipeline; resumable",
+        "encode images, videos, sounds and texts for a pipeline (resumable)",
         (
             "halfstep encode my-sd --data ~/captioned --out latents",
             "halfstep encode my-wan --data ~/clips --frame-rate 16 --out latents",
@@ -205,12 +206,12 @@ _LOOK: Final = (
         "print a completion script for bash, zsh, fish or tcsh",
         ("halfstep completion bash > ~/.local/share/bash-completion/completions/halfstep",),
         (
-            "bash: as in the example.",
+            "bash: see the example.",
             "zsh: halfstep completion zsh > ~/.zfunc/_halfstep; ~/.zshrc: fpath=(~/.zfunc $fpath) before compinit.",
             "fish: halfstep completion fish > ~/.config/fish/completions/halfstep.fish",
             "tcsh: halfstep completion tcsh > ~/.halfstep.tcsh; ~/.tcshrc: source ~/.halfstep.tcsh",
-            "RECIPE completes to names, not files. The options of all recipes complete after any recipe.",
-            "tcsh completes the options of all verbs after any verb.",
+            "RECIPE is completed to a name, not to a file. After any recipe, the options of all recipes are completed.",
+            "In tcsh, the options of all verbs are completed after any verb.",
         ),
         module="completion",
         is_light=True,
@@ -225,37 +226,37 @@ EXIT_CODES: Final[Mapping[int, str]] = {
     0: "done",
     1: "training diverged (a loss or gradient was not finite), ran out of memory, or lost another process of the "
     "run; the last checkpoint is kept",
-    2: "bad input (the error is one line with a remedy), or stdout cannot be written",
-    3: "the disk or mount of a run is full or gone; the error shows the last good state",
+    2: "bad input (the error is one line that suggests a fix), or stdout cannot be written to",
+    3: "the disk or mount of a run is full or no longer available; the error shows the last good state",
     75: "another halfstep process is writing to the folder; wait, then run the same command again",
     129: "stopped by SIGHUP (the terminal was closed); a run has saved its state, and the same command resumes it",
-    130: "stopped by Ctrl-C; likewise",
-    138: "stopped by SIGUSR1; likewise (--engine.requeue-code replaces the code)",
-    143: "stopped by SIGTERM; likewise",
+    130: "stopped by Ctrl-C; a run can be resumed as after SIGHUP",
+    138: "stopped by SIGUSR1; a run can be resumed as after SIGHUP (--engine.requeue-code replaces this exit code)",
+    143: "stopped by SIGTERM; a run can be resumed as after SIGHUP",
 }
 
 
 SITUATIONS: Final = (
-    ("Try it, in minutes", "halfstep demo"),
+    ("Try halfstep in a few minutes", "halfstep demo"),
     ("Distil your own photos", "halfstep run images --data ~/photos --data.image-size 32 --to 4"),
     ("Distil a diffusers pipeline", "halfstep distill my-ddpm --data ~/photos --to 4"),
     ("Distil arrays, such as robot actions", "halfstep run arrays --data x.npy --to 1"),
     ("Use a trained run", "halfstep sample runs/digits --out grid.png"),
 )
-"""Common situations, and the command for each."""
+"""Common situations, each with a command to run."""
 
 
 def overview() -> str:
-    """Return the text that `halfstep` prints without arguments."""
+    """Return the text that `halfstep` prints if it is called without arguments."""
     wide = max(len(what) for what, _ in SITUATIONS)
     lines = ["usage: halfstep VERB ...", "", *(f"  {what:<{wide}}  {command}" for what, command in SITUATIONS), ""]
     width = max(len(verb.usage) for verb in VERBS.values())
     for group, verbs in _GROUPS.items():
         lines += [f"{group}:", *(f"  {verb.usage:<{width}}  {verb.summary}" for verb in verbs), ""]
     lines += [
-        "MODEL is the folder of a run (its last stage is used) or of a stage.",
-        "`halfstep VERB --help` shows common options and examples, `halfstep VERB --help-all` every option.",
-        "With --json, stdout is one JSON document, and all other output goes to stderr.",
+        "MODEL is the folder of a stage or run. For a run, the last stage is used.",
+        "`halfstep VERB --help` shows common options and examples, and `halfstep VERB --help-all` shows every option.",
+        "With --json, stdout contains one JSON document, and all other output goes to stderr.",
         "",
         "Exit codes:",
     ]
@@ -265,7 +266,9 @@ def overview() -> str:
 
 
 def epilogue(name: str, width: int, short: bool) -> list[str]:
-    """Return the lines after the options in `halfstep NAME --help`; the short form already has short names."""
+    """Return the lines that follow the options in `halfstep NAME --help`. The short form already uses the short names
+    of options, and so does not explain them.
+    """
     verb = VERBS[name]
     shown = [note for note in verb.notes if not (short and " is short for " in note)]
     notes = [

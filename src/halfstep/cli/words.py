@@ -1,4 +1,4 @@
-"""Output for people (texts, tables) and for machines (JSON)."""
+"""Output for people (texts and tables) and for machines (JSON)."""
 
 import json
 import re
@@ -16,17 +16,17 @@ from halfstep.runtime.launch import rank
 from halfstep.runtime.terminal import printable
 
 PIPE_WIDTH: Final = 160
-"""Width of tables, in characters, if the output is not a terminal."""
+"""The width of tables, in characters, if the output is not a terminal."""
 
 
 @final
 class Screen(Console):
-    """A console that prints on rank 0 only, and ignores markup and control sequences in texts.
+    """A console that prints only on rank 0, and ignores markup and control sequences in texts.
 
     Args:
-        json: whether stdout is reserved for a JSON document; texts then go to stderr.
-        file: output instead of stdout or stderr.
-        is_terminal: whether the output is a terminal; detected if None.
+        json: whether stdout is reserved for a JSON document, in which case texts go to stderr.
+        file: the file to write to, instead of stdout or stderr.
+        is_terminal: whether the output is a terminal. If None, this is detected.
     """
 
     def __init__(self, json: bool = False, file: IO[str] | None = None, is_terminal: bool | None = None) -> None:
@@ -44,19 +44,19 @@ class Screen(Console):
         )
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Remove control characters from texts; rich's own control codes are separate segments."""
+        """Remove control characters from texts, but keep rich's own control codes, which are separate segments."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
     def say(self, text: str, style: str | None = None) -> None:
-        """Print one line, which the terminal wraps."""
+        """Print one line, and let the terminal wrap it."""
         self.print(text, style=style, soft_wrap=True)
 
     def note(self, text: str, indent: str = "") -> None:
         self.print(Text.assemble(indent, ("note:", "yellow"), f" {text}"), soft_wrap=True)
 
     def show(self, renderable: RenderableType) -> None:
-        """Print a table or a view, without trailing spaces if the output is a pipe."""
+        """Print a table or a view. If the output is not a terminal, remove trailing spaces."""
         if self.is_terminal or self.quiet:
             self.print(renderable)
             return
@@ -66,7 +66,7 @@ class Screen(Console):
 
 
 def print_json(value: Any) -> None:
-    """Write a JSON document to stdout; raise ValueError if a number is not finite."""
+    """Write a value to stdout as a JSON document; raise ValueError if it contains a number that is not finite."""
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 

@@ -1,1 +1,1 @@
-"""The mathematics, in torch alone: no files and no third-party networks."""
+"""The mathematical core, written in torch alone, without files or third-party networks."""

@@ -1,4 +1,4 @@
-"""Wrap a callable as a network and find, train and copy the modules that it uses."""
+"""Wrap a callable as a network, and find, train and copy the modules that it uses."""
 
 import copy
 import functools
@@ -12,7 +12,7 @@ from halfstep.core.door import got
 
 
 def _used(value: Any) -> Iterator[nn.Module]:
-    """Yield the modules that a callable calls: those that it closes over, is bound to, or has as attributes."""
+    """Yield the modules that a callable uses: those that it closes over, is bound to, or holds as attributes."""
     if isinstance(value, nn.Module):
         yield value
     elif isinstance(value, FunctionType):
@@ -28,7 +28,7 @@ def _used(value: Any) -> Iterator[nn.Module]:
 
 
 def _closed_over(function: FunctionType) -> dict[str, Any]:
-    """Return the callables and modules that a function closes over, and the modules among its global variables."""
+    """Return the callables and modules that a function closes over, and the modules among the globals that it uses."""
     found = ((name, function.__globals__.get(name)) for name in function.__code__.co_names)
     held: dict[str, Any] = {name: value for name, value in found if isinstance(value, nn.Module)}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -39,7 +39,7 @@ def _closed_over(function: FunctionType) -> dict[str, Any]:
 
 
 def _twin(value: Any, memo: dict[int, Any]) -> Any:
-    """Return a copy of a callable that calls copies of its modules."""
+    """Copy a callable together with its modules, so that the copy calls the copied modules."""
     if not isinstance(value, FunctionType):
         return copy.deepcopy(value, memo)
     held = {name: _twin(part, memo) for name, part in _closed_over(value).items()}
@@ -55,7 +55,7 @@ def _twin(value: Any, memo: dict[int, Any]) -> Any:
 
 @final
 class CallableNetwork(nn.Module):
-    """A callable `(x_t, time, **cond) -> output` as a module, with the modules it calls as submodules."""
+    """A module that wraps a callable `(x_t, time, **cond) -> output`, with the modules it calls as submodules."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class CallableNetwork(nn.Module):
         if set(twin.parts) & set(self.parts) or len(twin.parts) != len(self.parts):
             raise ValueError(
                 f"the network is {got(self.function)}, and its modules cannot be copied. Make it an nn.Module that "
-                "contains them"
+                "contains these modules"
             )
         memo[id(self)] = twin
         return twin.train(self.training)

@@ -1,10 +1,11 @@
-"""Denoisers: (x_t, t, cond) -> (x0, eps), on `[batch, *dims]` of any modality.
+"""Denoisers map (x_t, t, cond) to (x0, eps) for samples `[batch, *dims]` of any modality.
 
-A denoiser is a network with its process and prediction, or a wrapper around another denoiser. Samplers and objectives
-call denoisers, never networks.
+A denoiser is a network combined with its noise process and its prediction, or a wrapper around another denoiser.
+Samplers and objectives call denoisers and never call networks directly.
 
-Call a denoiser with clock times `[batch]`, or with one time for all samples. `forward` gets a clock tensor in both
-cases. Some of the library's classes also accept the plain number, which saves small operations at every sampling step.
+Call a denoiser with clock times `[batch]`, or with a single time for all samples. `forward` receives a clock tensor in
+both cases. Some of the library's classes also accept a plain number as the time, which saves a few small operations at
+every sampling step.
 """
 
 import math
@@ -23,26 +24,28 @@ from halfstep.core.prediction import Denoised, Prediction, eps_from_x0
 from halfstep.core.warnings import HalfstepWarning
 
 Cond = Mapping[str, Tensor]
-"""Conditions by name, each `[batch, ...]`, for example {"class_labels": int64 [batch]}."""
+"""A mapping from names to conditions, each `[batch, ...]`, for example {"class_labels": int64 [batch]}."""
 
 
 class Denoiser(nn.Module, ABC):
-    """An estimator of the clean sample and the noise in x_t. A subclass sets `process` and defines `forward`."""
+    """An estimator of the clean sample and the noise in x_t. Subclasses set `process` and define `forward`."""
 
     process: NoiseProcess
     num_steps: int | None = None
-    """Number of sampler steps that it was distilled for; None for any number."""
+    """The number of sampler steps that this denoiser was distilled for, or None if it works with any number."""
     sampler: Any = None
-    """The `Sampler` that it was distilled for; None for DDIM. The type is Any to avoid importing samplers here."""
+    """The `Sampler` that this denoiser was distilled for, or None for DDIM.
+
+    The type is Any to avoid importing samplers here."""
     shape: tuple[int, ...] | None = None
-    """Shape of one sample; None if it is not known."""
+    """The shape of one sample, or None if it is unknown."""
 
     _takes_number: ClassVar[bool] = False
-    """Whether `forward` also accepts one time for all samples, as a float. Private to the library."""
+    """Whether `forward` also accepts a float as the time of all samples. This attribute is private to the library."""
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
-        """Return x0 and eps, each shaped as `x_t` `[batch, *dims]`.
+        """Return x0 and eps, each shaped like `x_t` `[batch, *dims]`.
 
         Args:
             x_t: noisy samples.
@@ -51,10 +54,10 @@ class Denoiser(nn.Module, ABC):
         """
 
     def __call__(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
-        """Run `forward` and its hooks at the times `t`, `[batch]` or one for all samples.
+        """Run `forward` and its hooks at the times `t`, either `[batch]` or a single time for all samples.
 
         Raises:
-            ValueError: if `t` is neither a scalar nor of shape `[batch]`.
+            ValueError: if `t` is neither a scalar nor a tensor of shape `[batch]`.
         """
         if not (self._takes_number and isinstance(t, float)):
             t = as_clock(t, x_t)
@@ -62,7 +65,7 @@ class Denoiser(nn.Module, ABC):
         return result
 
     def guided(self, x_t: Tensor, t: Tensor | float, without: Denoised, with_: Denoised, scale: Tensor) -> Denoised:
-        """Return without + scale (with_ - without), for both x0 and eps; scale 1 returns `with_`."""
+        """Return without + scale (with_ - without) for both x0 and eps; a scale of 1 returns `with_`."""
         return Denoised(
             *(none + per_sample(scale, x_t) * (some - none) for none, some in zip(without, with_, strict=True))
         )
@@ -70,18 +73,19 @@ class Denoiser(nn.Module, ABC):
 
 @final
 class NetworkDenoiser(Denoiser):
-    """A network with its process and prediction.
+    """A network together with its noise process and its prediction.
 
     The network is any callable `(x_t, time, **cond) -> output`. The modules that a function or an object calls are
-    found and trained (`CallableNetwork`). `time` is t itself, in [0, 1], `[batch]`, in the dtype of x_t but at least
-    float32. A network with another clock (diffusers' timesteps, log-SNR) must convert it. The output has
-    `prediction.channels` channels for each channel of x_t. It is cast to the dtype of x_t, so only the network may
-    compute in half precision. If the network's attribute `restores_norm` is true, guidance rescales the guided output
-    to the norm of the conditional output, over the last axis.
+    found and trained (see `CallableNetwork`). `time` is t itself: a tensor `[batch]` with values in [0, 1], in the
+    dtype of x_t or in float32 if that is more precise. A network that expects another clock, such as diffusers'
+    timesteps or the log-SNR, must convert `time`. The output has `prediction.channels` channels for each channel of
+    x_t. The output is cast to the dtype of x_t, so only the network itself can compute in half precision. If the
+    network's attribute `restores_norm` is true, guidance rescales the guided output so that its norm over the last axis
+    equals that of the conditional output.
 
     Raises:
-        ValueError: if an argument has the wrong type, or, in a call, if the output's shape does not match the
-            prediction.
+        ValueError: if an argument has the wrong type, or, when the denoiser is called, if the shape of the network's
+            output does not match the prediction.
     """
 
     _takes_number: ClassVar[bool] = True
@@ -96,7 +100,7 @@ class NetworkDenoiser(Denoiser):
                 "an instance"
             )
         if isinstance(network, Denoiser):
-            raise ValueError(f"the network is already a denoiser, a {type(network).__name__}. Use it directly")
+            raise ValueError(f"the network is already a denoiser (a {type(network).__name__}). Use it directly")
         check_instance("the process", process, NoiseProcess, "halfstep.VPCosine()")
         check_instance("the prediction", prediction, Prediction, "halfstep.V()")
         self.network: Any = network if isinstance(network, nn.Module) else CallableNetwork(network)
@@ -115,8 +119,8 @@ class NetworkDenoiser(Denoiser):
             needed = (needed[0], needed[1] * self.prediction.channels, *needed[2:])
         if tuple(output.shape) != needed:
             raise ValueError(
-                f"the network returned {tuple(output.shape)} for an input of {tuple(x_t.shape)}; "
-                f"{type(self.prediction).__name__} needs {needed}"
+                f"the network returned the shape {tuple(output.shape)} for an input of shape {tuple(x_t.shape)}, but "
+                f"{type(self.prediction).__name__} needs the shape {needed}"
             )
         return self.prediction.denoised(output.to(x_t.dtype), x_t, *self.process.amplitudes(t))
 
@@ -132,9 +136,9 @@ class NetworkDenoiser(Denoiser):
 
 @final
 class Clipped(Denoiser):
-    """A denoiser that clips x0 to [low, high] and recomputes eps from it, for sampling images.
+    """A denoiser for sampling images that clips x0 to [low, high] and recomputes eps from the clipped x0.
 
-    In training, only the targets of matching are clipped. Source: the authors' dpm.py (arXiv:2202.00512).
+    During training, only the targets of the matching stage are clipped. Source: the authors' dpm.py (arXiv:2202.00512).
 
     Raises:
         ValueError: if low >= high.
@@ -161,10 +165,10 @@ class Clipped(Denoiser):
 
 @final
 class Reprocessed(Denoiser):
-    """A denoiser converted exactly to another process.
+    """A denoiser that is converted exactly to another noise process.
 
-    It is called at the time when its own process has the same log-SNR, and the sample is scaled to its amplitudes. Both
-    have the same probability flow, on different clocks.
+    The original denoiser is called at the time when its own process has the same log-SNR, with the sample scaled to the
+    amplitudes of that process. Both denoisers have the same probability flow, but on different clocks.
 
     Raises:
         ValueError: if the process reaches noise levels outside the range of the denoiser's process.
@@ -195,24 +199,26 @@ class Reprocessed(Denoiser):
 
 
 GUIDANCE: Final = "guidance_scale"
-"""Name of the condition with each sample's guidance scale, `[batch]`."""
+"""The name of the condition that holds the guidance scale of each sample, `[batch]`."""
 
 
 @final
 class Guided(Denoiser):
-    """A denoiser with classifier-free guidance: uncond + scale (cond - uncond), for both x0 and eps.
+    """A denoiser that applies classifier-free guidance, uncond + scale (cond - uncond), to both x0 and eps.
 
-    Scale 1 disables guidance, 0 drops the conditions. The denoiser is called once, on a doubled batch.
+    A scale of 1 disables guidance, and a scale of 0 drops the conditions. The denoiser is called only once, on a
+    doubled batch.
 
     Args:
-        null: a tensor for one sample that means "no condition", for each condition to drop. Other conditions are kept.
-        scale: one scale for all samples. None reads each sample's scale from the condition `guidance_scale`, which is
-            not passed to the denoiser.
+        null: for each condition to drop, a tensor for one sample that means "no condition". Other conditions are kept.
+        scale: one scale for all samples. If None, each sample's scale is read from the condition `guidance_scale`,
+            which is not passed to the denoiser.
 
     Source: Ho & Salimans 2022 (arXiv:2207.12598), where w = scale - 1.
 
     Raises:
-        ValueError: if `null` is empty, or, in a call, if the scale or a condition in `null` is missing.
+        ValueError: if `null` is empty, or, when the denoiser is called, if the scale or a condition in `null` is
+            missing.
     """
 
     _takes_number: ClassVar[bool] = True
@@ -220,7 +226,9 @@ class Guided(Denoiser):
     def __init__(self, denoiser: Denoiser, null: Mapping[str, Tensor], scale: float | None = None) -> None:
         super().__init__()
         if not null:
-            raise ValueError("guidance needs values that mean no condition. Pass null, such as {'class_labels': 10}")
+            raise ValueError(
+                "guidance needs a value that replaces each dropped condition. Pass null, such as {'class_labels': 10}"
+            )
         check_denoiser("the model to guide", denoiser, Denoiser)
         if scale is not None:
             check_real(scale=scale)
@@ -256,15 +264,15 @@ class Guided(Denoiser):
 
 
 def output_gain(process: NoiseProcess, prediction: Prediction, t: float = 1.0) -> float:
-    """Return the factor by which x0 amplifies an error in the network's output at t: sigma / alpha for eps, 1 for x0.
+    """Return the factor by which an error in the network's output at t grows in x0: sigma / alpha for eps, 1 for x0.
 
-    For "both", the two heads have the same error, and its effects on x0 partly cancel.
+    For "both", the two heads are assumed to have the same error, whose effects on x0 partly cancel out.
     """
     alpha, sigma = process.alpha_sigma(torch.tensor([t], dtype=torch.float64))
     output = torch.ones(1, prediction.channels, dtype=torch.float64)
     x_t = torch.zeros(1, 1, dtype=torch.float64)
     gain = float(prediction.denoised(output, x_t, alpha, sigma).x0.abs())
-    # Division by a signal of 0 may give NaN, which would pass any comparison with a limit.
+    # Division by a signal of 0 may give NaN, which would pass a check against any limit.
     return math.inf if math.isnan(gain) else gain
 
 
@@ -275,10 +283,14 @@ def warn_of_gain(process: NoiseProcess, prediction: Prediction, *, given: bool =
         given: whether the network is already trained, so that its settings cannot be changed.
     """
     gain = output_gain(process, prediction)
-    # With a gain above 1,000, an output accurate to 1 % determines nothing about x0.
+    # With a gain above 1,000, an output that is accurate to 1% does not determine x0.
     if gain > 1000:
         log_snr = float(process.log_snr(torch.ones(1, dtype=torch.float64)))
-        error = f"its error is {gain:.2g} times as large in x0" if gain < math.inf else "it does not determine x0"
+        error = (
+            f"an error in its output is {gain:.2g} times as large in x0"
+            if gain < math.inf
+            else "its output does not determine x0"
+        )
         remedies = ["match it to v first (halfstep distill --matching.prediction v)"]
         if not given:
             remedies = [
@@ -288,29 +300,30 @@ def warn_of_gain(process: NoiseProcess, prediction: Prediction, *, given: bool =
             ]
         warnings.warn(
             f"this network predicts {type(prediction).__name__.lower()}, and at t = 1, where the log-SNR is "
-            f"{log_snr:.3g}, {error}, so few-step sampling and distillation fail. Remedy: {', or '.join(remedies)}",
+            f"{log_snr:.3g}, {error}, so few-step sampling and distillation fail. To fix this, "
+            f"{', or '.join(remedies)}",
             HalfstepWarning,
             stacklevel=3,
         )
 
 
 def warn_of_signal(process: NoiseProcess) -> None:
-    """Warn if the process keeps signal at t = 1, because the network was then never trained on pure noise."""
+    """Warn if the process keeps some signal at t = 1, because the network was then never trained on pure noise."""
     end = torch.ones(1, dtype=torch.float64)
     log_snr = float(process.log_snr(end))
     # Ten times the power that Stable Diffusion's table keeps.
     if (power := float(process.alpha_sigma(end)[0].square())) > 0.05:
         warnings.warn(
             f"the teacher's last noise level keeps {power:.2f} of the signal's power (log-SNR {log_snr:.2g}), so "
-            "sampling from pure noise starts where the network was never trained. Check the scheduler's betas and "
-            "num_train_timesteps, or train the teacher on noise levels that end in pure noise",
+            "sampling from pure noise starts at a level on which the network was never trained. Check the scheduler's "
+            "betas and num_train_timesteps, or train the teacher on noise levels that end in pure noise",
             HalfstepWarning,
             stacklevel=3,
         )
 
 
 def ddim_step(denoised: Denoised, process: NoiseProcess, s: Tensor | float) -> Tensor:
-    """Return x_s = alpha_s x0 + sigma_s eps, `[batch, *dims]`; x0 itself at s = 0.
+    """Return x_s = alpha_s x0 + sigma_s eps, `[batch, *dims]`, which is x0 itself at s = 0.
 
     Source: Song et al. 2020 (arXiv:2010.02502) with eta = 0; Salimans & Ho 2022, equations 7 and 8.
     """

@@ -1,4 +1,4 @@
-"""Argument checks that recognise common mistakes and suggest the fix."""
+"""Argument checks that recognise common mistakes and suggest a fix."""
 
 import math
 import re
@@ -11,19 +11,19 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 OWNERS: Final = {"data": "halfstep.DataConfig", "engine": "halfstep.Engine", "evaluation": "halfstep.Evaluation"}
-"""Class for each section of options, with a field for each option."""
+"""The class that holds each section of options, with a field for each option."""
 ARGUMENTS: Final = ("out", "to", "start", "lora_rank", "prediction", "process")
-"""Arguments of `fit` and `distill` that are also command-line options."""
+"""The arguments of `fit` and `distill` that are also command-line options."""
 
 FORBID_EXTRA: Final = {"extra": "forbid"}
-"""Makes pydantic reject unknown names in a dataclass that is a field of a recipe."""
+"""The setting that makes pydantic reject unknown names in a dataclass that is a field of a recipe."""
 
 
 @contextmanager
 def in_python() -> Iterator[None]:
-    """Add a note to a ValueError with the Python name of each command-line option in its message.
+    """Add notes to a ValueError that give the Python name of each command-line option in the error's message.
 
-    Tracebacks show notes; one-line errors of the command line do not.
+    Tracebacks show these notes, but the one-line errors of the command line do not.
     """
     try:
         yield
@@ -56,7 +56,7 @@ def check_instance(name: str, value: Any, kind: type, example: str) -> None:
     """Raise ValueError unless `value` is an instance of `kind`.
 
     Args:
-        example: Python code that creates one.
+        example: Python code that creates such an instance.
     """
     if isinstance(value, kind):
         return
@@ -69,7 +69,7 @@ def check_denoiser(name: str, value: Any, kind: type) -> None:
     """Raise ValueError unless `value` is a denoiser.
 
     Args:
-        kind: the class `Denoiser`, passed in because its module imports this one.
+        kind: the class `Denoiser`, which is passed in because its module imports this module.
     """
     if isinstance(value, str | Path):
         path = str(value)
@@ -87,7 +87,10 @@ def check_denoiser(name: str, value: Any, kind: type) -> None:
 
 
 def check_number(name: str, value: object, least: float = 0.0, below: float = math.inf, *, above: bool = False) -> None:
-    """Raise ValueError unless the setting `name` is a number in [least, below), or in (least, below) if `above`."""
+    """Raise ValueError unless the setting `name` is a number in [least, below).
+
+    If `above` is true, the number must also be greater than `least`.
+    """
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if is_number and (least < value if above else least <= value) and value < below:  # type: ignore[operator]
         return
@@ -97,7 +100,7 @@ def check_number(name: str, value: object, least: float = 0.0, below: float = ma
 
 
 MOST_UPDATES: Final = 10**9
-"""Largest number of updates, and of anything else without its own limit."""
+"""The largest allowed number of updates, and of anything else that has no limit of its own."""
 
 
 def check_whole(name: str, value: object, least: int = 1, most: int = MOST_UPDATES) -> None:
@@ -122,10 +125,10 @@ def check_real(**values: object) -> None:
 
 
 def failed_call(what: str, x_t: Tensor, cond: Mapping[str, Tensor] | None, error: Exception, remedy: str) -> ValueError:
-    """Return a one-line error for a call that failed, with the dtypes and shapes of its inputs.
+    """Return a one-line error that describes a failed call with the dtypes and shapes of its inputs.
 
     Args:
-        what: description of the callable, such as "the network".
+        what: a description of the callable, such as "the network".
     """
     forms = [f"{name} {form_of(value)}" for name, value in {"x_t": x_t, **(cond or {})}.items()]
     lines = str(error).strip().splitlines() or [""]
@@ -147,16 +150,22 @@ def check_shape(shape: Any) -> tuple[int, ...]:
     sides = tuple(shape) if isinstance(shape, Iterable) and not isinstance(shape, str) else None
     sides = None if sides is None else tuple(side.item() if hasattr(side, "item") else side for side in sides)
     if sides is None or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
-        raise ValueError(f"the shape of a sample must be whole numbers of at least 1, got {shape!r}. Pass (3, 32, 32)")
+        raise ValueError(
+            f"the shape of a sample must consist of whole numbers of at least 1, got {shape!r}. Pass a shape such as "
+            "(3, 32, 32)"
+        )
     return sides
 
 
 def check_noise(x_t: Any, shape: tuple[int, ...] | None, module: nn.Module) -> None:
-    """Raise ValueError unless `x_t` is a float batch on the module's device, with samples of this shape (None: any)."""
+    """Raise ValueError unless `x_t` is a batch of floats on the module's device, with samples of this shape.
+
+    If `shape` is None, the samples may have any shape.
+    """
     check_instance("the noise", x_t, Tensor, "torch.randn(16, *shape)")
     if not x_t.is_floating_point() or x_t.ndim == 0:
         raise ValueError(
-            f"the noise must be floats [batch, *dims], got {x_t.dtype} of shape {list(x_t.shape)}. Pass "
+            f"the noise must be a float tensor [batch, *dims], got {x_t.dtype} of shape {list(x_t.shape)}. Pass "
             "torch.randn(16, *shape)"
         )
     if shape is not None and tuple(x_t.shape[1:]) != shape:
@@ -168,6 +177,6 @@ def check_noise(x_t: Any, shape: tuple[int, ...] | None, module: nn.Module) -> N
     weight = next(module.parameters(), None)
     if weight is not None and weight.device != x_t.device:
         raise ValueError(
-            f"the model is on {weight.device}, but the noise is on {x_t.device}. Move one: "
+            f"the model is on {weight.device}, but the noise is on {x_t.device}. Move one of them: "
             f"noise.to({str(weight.device)!r})"
         )

@@ -1,11 +1,12 @@
-"""Random numbers, each a function of its purpose.
+"""Random numbers that depend only on their purpose.
 
-Training draws are a function of (seed, stream, update, purpose, place in the global batch), and a generated sample's
-noise is a function of the sample's own seed. Nothing depends on earlier draws, so the numbers do not change if a run is
-resumed or the micro batch or world size changes. Each *shard* of 32 places has one generator, so seeding takes only
-microseconds per update.
+The random numbers of training are a function of (seed, stream, update, purpose, place in the global batch). The noise
+of a generated sample is a function of that sample's seed. No number depends on earlier draws, so the numbers stay the
+same when a run is resumed and when the micro batch or the world size changes. Each *shard* of 32 places has one
+generator, so seeding takes only microseconds per update.
 
-Numbers are drawn on the CPU, so they do not depend on the device. They can be drawn and sent to it ahead of time.
+All numbers are drawn on the CPU, so they do not depend on the device. Numbers can be drawn in advance and then moved to
+the device.
 """
 
 import functools
@@ -21,11 +22,11 @@ from torch import Tensor
 from halfstep.core.door import check_shape, check_whole
 
 SHARD: Final = 32
-"""Places of the global batch that share a generator."""
+"""The number of places in the global batch that share a generator."""
 
 
 def _number(key: tuple[object, ...]) -> int:
-    """Return the seed of a generator for this key."""
+    """Return the generator seed for a key."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -35,9 +36,9 @@ def generator_for(*key: object) -> torch.Generator:
 
 
 def _normal_rows(keys: Sequence[tuple[object, ...]], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return unit normal numbers `[len(keys), *shape]`. Each row is drawn with its own key.
+    """Return standard normal numbers `[len(keys), *shape]`, where each row is drawn with its own key.
 
-    One generator is reseeded for each row, because creating a generator takes longer than drawing the numbers.
+    A single generator is reseeded for each row, because creating a generator takes longer than drawing the numbers.
     """
     rows, generator = torch.empty(len(keys), *shape, dtype=dtype), torch.Generator()
     for row, key in zip(rows.unbind(), keys, strict=True):
@@ -51,7 +52,7 @@ def _permutation(seed: int, stream: str, epoch: int, length: int) -> Tensor:
 
 
 class Asked(NamedTuple):
-    """A call to a method of `Draw`."""
+    """A recorded call to a method of `Draw`."""
 
     method: str
     arguments: tuple[Any, ...]
@@ -60,15 +61,15 @@ class Asked(NamedTuple):
 @final
 @dataclass(frozen=True)
 class Draw:
-    """The random numbers of one update for some places of the global batch.
+    """The random numbers of one update, for some of the places in the global batch.
 
-    `stream` distinguishes stages; `places` is a subset of `range(batch_size)`.
+    `stream` distinguishes the stages, and `places` is a contiguous subset of `range(batch_size)`.
 
-    An objective makes the same calls at every update. `asked` records them, so that a thread can draw the numbers ahead
-    of time (`made_ahead`) and move them to a device.
+    An objective makes the same calls at every update. `asked` records these calls, so that a thread can draw the
+    numbers in advance with `made_ahead` and move them to a device.
 
     Raises:
-        ValueError: if `places` is empty or not within the batch.
+        ValueError: if `places` is empty or does not lie within the batch.
     """
 
     seed: int
@@ -77,17 +78,17 @@ class Draw:
     batch_size: int
     places: range
     asked: list[Asked] | None = field(default=None, compare=False, repr=False)
-    """List in which the calls are recorded; None records nothing."""
+    """The list in which calls are recorded, or None if they are not recorded."""
     _ahead: dict[Asked, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.places.step != 1 or not 0 <= self.places.start < self.places.stop <= self.batch_size:
-            raise ValueError(f"places {self.places} are not within a batch of {self.batch_size}")
+            raise ValueError(f"the places {self.places} are not within a batch of {self.batch_size} samples")
 
     def made_ahead(self, asked: Sequence[Asked], place: Callable[[Tensor], Tensor]) -> "Draw":
-        """Return this draw with the results of `asked`, drawn in advance and moved with `place`.
+        """Return a copy of this draw with the results of the calls in `asked`, drawn in advance and moved with `place`.
 
-        Each result is returned once. All other numbers are drawn on the CPU on request.
+        The copy returns each of these results once. All other numbers are drawn on the CPU when they are requested.
         """
         return replace(self, _ahead={call: place(getattr(self, call.method)(*call.arguments)) for call in asked})
 
@@ -105,23 +106,23 @@ class Draw:
         return torch.cat(drawn)[self.places.start - offset : self.places.stop - offset]
 
     def normal(self, purpose: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Unit normal numbers `[len(places), *shape]`."""
+        """Return standard normal numbers `[len(places), *shape]`."""
         size = tuple(shape)
         draw = functools.partial(torch.randn, SHARD, *size, dtype=dtype)
         return self._answer(Asked("normal", (purpose, size, dtype)), lambda: self._shards(purpose, draw))
 
     def uniform(self, purpose: str) -> Tensor:
-        """Float64 numbers in [0, 1), `[len(places)]`."""
+        """Return uniform float64 numbers `[len(places)]` in [0, 1)."""
         draw = functools.partial(torch.rand, SHARD, dtype=torch.float64)
         return self._answer(Asked("uniform", (purpose,)), lambda: self._shards(purpose, draw))
 
     def integers(self, purpose: str, high: int) -> Tensor:
-        """Int64 numbers in [0, high), `[len(places)]`."""
+        """Return uniform int64 numbers `[len(places)]` in [0, high)."""
         draw = functools.partial(torch.randint, high, (SHARD,))
         return self._answer(Asked("integers", (purpose, high)), lambda: self._shards(purpose, draw))
 
     def order(self, length: int) -> Tensor:
-        """Indices int64 `[len(places)]` into a data set of `length`: a new order each epoch."""
+        """Return int64 indices `[len(places)]` into a data set of `length` samples, in a new order in each epoch."""
         return self._answer(Asked("order", (length,)), lambda: self._order(length))
 
     def _order(self, length: int) -> Tensor:
@@ -139,7 +140,7 @@ def as_seed(seed: Any) -> int:
     """Return a seed, which may be a numpy or torch scalar, as an int.
 
     Raises:
-        ValueError: if it is not a whole number.
+        ValueError: if the seed is not a whole number.
     """
     found = seed.item() if hasattr(seed, "item") and getattr(seed, "shape", None) == () else seed
     if isinstance(found, bool) or not isinstance(found, int):
@@ -148,7 +149,7 @@ def as_seed(seed: Any) -> int:
 
 
 def as_seeds(seeds: int | Sequence[int] | Tensor) -> Sequence[int]:
-    """Return seeds as a sequence of whole numbers; a single number is one seed.
+    """Return one or more seeds as a sequence of whole numbers.
 
     Raises:
         ValueError: if a seed is not a whole number.
@@ -164,21 +165,21 @@ def as_seeds(seeds: int | Sequence[int] | Tensor) -> Sequence[int]:
     found = [seed.item() if hasattr(seed, "item") else seed for seed in seeds]
     for seed in found:
         if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ValueError(f"seeds must be whole numbers, got {seed!r} among them. Pass seeds=range(64)")
+            raise ValueError(f"seeds must be whole numbers, but one of them is {seed!r}. Pass seeds=range(64)")
     return found
 
 
 def sample_noise(seeds: int | Sequence[int], shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return unit normal noise `[len(seeds), *shape]`. Each row depends only on its own seed."""
+    """Return standard normal noise `[len(seeds), *shape]`, where each row depends only on its own seed."""
     return _normal_rows([("sample", int(seed)) for seed in as_seeds(seeds)], check_shape(shape), dtype)
 
 
 def step_noise(
     seeds: int | Sequence[int], shape: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> Callable[[int], Tensor]:
-    """Return a function that maps a step's number to the unit normal noise `[len(seeds), *shape]` that the step adds.
+    """Return a function that maps a step's number to the noise `[len(seeds), *shape]` that the step adds.
 
-    Each row depends only on its own seed and the step's number.
+    The noise is standard normal, and each row depends only on its own seed and on the number of the step.
     """
     seeds, shape = as_seeds(seeds), check_shape(shape)
 
@@ -189,7 +190,7 @@ def step_noise(
 
 
 def sample_labels(seeds: int | Sequence[int], num_classes: int) -> Tensor:
-    """Return class labels int64 `[len(seeds)]`: each seed modulo the number of classes.
+    """Return int64 class labels `[len(seeds)]`, each of which is its seed modulo the number of classes.
 
     Raises:
         ValueError: if there are no classes.
@@ -199,22 +200,27 @@ def sample_labels(seeds: int | Sequence[int], num_classes: int) -> Tensor:
 
 
 def between(first: Tensor, second: Tensor, shares: Sequence[float]) -> Tensor:
-    """Return noise `[len(shares), *shape]`, interpolated from `first` at 0 to `second` at 1, both `[*shape]`.
+    """Return noise `[len(shares), *shape]`, interpolated from `first` (share 0) to `second` (share 1), both `[*shape]`.
 
-    Spherical interpolation keeps the norm of noise, which linear interpolation would divide by the square root of 2 in
-    the middle. Parallel noises are interpolated linearly.
+    Spherical interpolation preserves the norm of the noise, whereas linear interpolation would divide the norm by the
+    square root of 2 at the midpoint. Parallel noise tensors are interpolated linearly.
 
     Raises:
-        ValueError: if the shapes differ, or the noises have opposite directions.
+        ValueError: if the shapes differ, or if the two noise tensors point in opposite directions.
     """
     if first.shape != second.shape:
-        raise ValueError(f"cannot interpolate between noises of shapes {list(first.shape)} and {list(second.shape)}")
+        raise ValueError(
+            f"cannot interpolate between noise tensors of shapes {list(first.shape)} and {list(second.shape)}"
+        )
     a, b = first.double().flatten(), second.double().flatten()
     cosine = torch.dot(a, b) / (a.norm() * b.norm())
     angle = torch.arccos(cosine.clamp(-1, 1))
     share = torch.tensor(list(shares), dtype=torch.float64)[:, None]
     if float(angle) > math.pi - 1e-6:
-        raise ValueError("the two noises have opposite directions, so no path between them is the shortest. Change one")
+        raise ValueError(
+            "the two noise tensors point in opposite directions, so no single path between them is the shortest. "
+            "Change one of them"
+        )
     if float(angle) < 1e-6:
         mixed = (1 - share) * a + share * b
     else:

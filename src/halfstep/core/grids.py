@@ -1,4 +1,4 @@
-"""Step grids: the times that a sampler visits in a given number of steps."""
+"""Step grids: the times that a sampler visits when it takes a given number of steps."""
 
 from typing import Final
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from halfstep.core.door import check_whole
 
 MOST_STEPS: Final = 2**20
-"""Largest allowed number of sampler steps: a thousand times that of any published sampler."""
+"""The largest allowed number of sampler steps, a thousand times as many as any published sampler takes."""
 
 
 def check_num_steps(num_steps: int) -> None:
@@ -17,7 +17,7 @@ def check_num_steps(num_steps: int) -> None:
 
 
 def uniform_times(num_steps: int) -> Tensor:
-    """Return the `num_steps + 1` float64 times k / num_steps from 1 down to 0: the paper's grid, which is *trailing*.
+    """Return the paper's *trailing* grid: the `num_steps + 1` float64 times k / num_steps, from 1 down to 0.
 
     Raises:
         ValueError: if `num_steps` is not a whole number of at least 1.

@@ -1,13 +1,14 @@
-"""Noise processes: the amounts of signal and noise in a sample at each time.
+"""Noise processes define how much signal and noise a sample contains at each time.
 
-A process maps time t in [0, 1] (0 = data, 1 = noise) to two amplitudes, x_t = alpha(t) x0 + sigma(t) eps, and thus to
-the log signal-to-noise ratio log_snr(t) = log(alpha^2 / sigma^2), which is strictly decreasing. The rest of the library
-uses only these three functions of a process.
+A process maps the time t in [0, 1], from data at 0 to noise at 1, to the two amplitudes in x_t = alpha(t) x0 +
+sigma(t) eps. The amplitudes define the log signal-to-noise ratio log_snr(t) = log(alpha^2 / sigma^2), which is strictly
+decreasing. The rest of the library uses only the functions alpha, sigma and log_snr of a process.
 
-Times and amplitudes are *clock* tensors: float64, one number per sample. Data has any floating dtype and any shape
-`[batch, *dims]`. At 8192 steps, times near 0 and 1 differ by parts in 10^8, so the clock is never computed in the
-precision of the data. It is cast once, in `per_sample`, when it multiplies data. In sampling, all samples share one
-time, which stays a plain number, because a hundred small tensor operations take as long as a step of a small network.
+Times and amplitudes are *clock* tensors, which are float64 and contain one number per sample. Data may have any
+floating-point dtype and any shape `[batch, *dims]`. With 8192 steps, amplitudes at neighbouring times near 0 and 1 can
+differ by only a few parts in 10^8, so the clock is never computed in the precision of the data. Clock tensors are cast
+only once, in `per_sample`, when they multiply data. During sampling, all samples share one time. This time stays a
+plain number, because a hundred small tensor operations take as long as one step of a small network.
 """
 
 import math
@@ -25,7 +26,7 @@ from halfstep.registry import Registry
 
 
 def clock_device(device: torch.device) -> torch.device:
-    """Return the device for the clock tensors of data on `device`: `device` itself, or the CPU if it has no float64."""
+    """Return the device for the clock tensors of data on `device`, which is the CPU if `device` has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -33,19 +34,19 @@ def as_clock(times: Tensor | float, like: Tensor) -> Tensor:
     """Return times as a float64 clock tensor `[batch]` for the batch `like` `[batch, *dims]`.
 
     Raises:
-        ValueError: if `times` is neither a scalar nor of shape `[batch]`.
+        ValueError: if `times` is neither a scalar nor a tensor of shape `[batch]`.
     """
     device = clock_device(like.device)
     if not isinstance(times, Tensor):
-        # Filled on the device, because the host would wait for a copy.
+        # The tensor is filled on the device, because the host would have to wait for a copy.
         return torch.full(like.shape[:1], times, dtype=torch.float64, device=device)
     values = times.to(device=device, dtype=torch.float64)
     if values.ndim == 0:
         values = values.expand(like.shape[0])
     if values.shape != like.shape[:1]:
         raise ValueError(
-            f"times have shape {tuple(values.shape)}, but the batch has {like.shape[0]} samples. "
-            "Pass one time for all samples, or one for each"
+            f"the times have shape {tuple(values.shape)}, but the batch has {like.shape[0]} samples. "
+            "Pass one time for all samples, or one time per sample"
         )
     return values
 
@@ -55,34 +56,37 @@ def per_sample(clock: Tensor, like: Tensor) -> Tensor: ...
 @overload
 def per_sample(clock: Tensor | float, like: Tensor) -> Tensor | float: ...
 def per_sample(clock: Tensor | float, like: Tensor) -> Tensor | float:
-    """Return the clock tensor `[batch]` as `[batch, 1, ...]` in `like`'s dtype on its device, or a number unchanged."""
+    """Return a clock tensor `[batch]` as `[batch, 1, ...]`, with the dtype and device of `like`.
+
+    A plain number is returned unchanged.
+    """
     if isinstance(clock, float):
         return clock
     return clock.to(device=like.device, dtype=like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
 REMEMBERED: Final = 4096
-"""Number of times for which a process caches its amplitudes, above the length of any practical grid."""
+"""The largest number of times whose amplitudes a process caches. No practical grid is this long."""
 
 
 class NoiseProcess(ABC):
-    """Amplitudes of signal and noise as functions of time. Every tensor here is a float64 clock tensor."""
+    """The amplitudes of signal and noise as functions of time. All tensors in this class are float64 clock tensors."""
 
     @abstractmethod
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Amplitudes of signal and noise at `t`, each shaped as `t`."""
+        """Return the amplitudes of signal and noise at `t`, each shaped like `t`."""
 
     @abstractmethod
     def log_snr(self, t: Tensor) -> Tensor:
-        """log(alpha^2 / sigma^2) at `t`, strictly decreasing in `t`."""
+        """Return log(alpha^2 / sigma^2) at `t`, which is strictly decreasing in `t`."""
 
     @abstractmethod
     def time_at(self, log_snr: Tensor) -> Tensor:
-        """The time at which `log_snr` is reached: the inverse of `log_snr()`."""
+        """Return the time at which `log_snr` is reached. This method inverts `log_snr()`."""
 
     @final
     def amplitudes(self, t: Tensor | float) -> tuple[Tensor, Tensor] | tuple[float, float]:
-        """Return `alpha_sigma` at clock times `[batch]`, or two cached numbers at a single time."""
+        """Return `alpha_sigma` at clock times `[batch]`, or two cached numbers for a single time."""
         if isinstance(t, Tensor):
             return self.alpha_sigma(t)
         if t not in self._remembered:
@@ -103,7 +107,7 @@ class NoiseProcess(ABC):
     def landing(self, s: Tensor | float) -> tuple[Tensor, Tensor] | tuple[float, float]: ...
     @final
     def landing(self, s: Tensor | float) -> tuple[Tensor, Tensor] | tuple[float, float]:
-        """Return the amplitudes where a sampler's step lands: those of the process, but exactly (1, 0) at s = 0.
+        """Return the amplitudes at the time s where a sampler's step lands, which are exactly (1, 0) at s = 0.
 
         As in the authors' code, the last step returns x0 itself, even if the process keeps a little noise at time 0.
         """
@@ -116,13 +120,13 @@ class NoiseProcess(ABC):
     @final
     @cached_property
     def start_scale(self) -> float:
-        """Return the standard deviation of x_1 for data of unit variance: 1 if the process preserves variance."""
+        """Return the standard deviation of x_1 for data of unit variance, which is 1 if variance is preserved."""
         alpha, sigma = self.alpha_sigma(torch.ones(1, dtype=torch.float64))
         return math.hypot(float(alpha), float(sigma))
 
     @final
     def mix(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t = alpha(t) x0 + sigma(t) eps, `[batch, *dims]`, for clock times `t` `[batch]`."""
+        """Return x_t = alpha(t) x0 + sigma(t) eps, `[batch, *dims]`, at clock times `t` `[batch]`."""
         alpha, sigma = self.alpha_sigma(t)
         return per_sample(alpha, x0) * x0 + per_sample(sigma, x0) * eps
 
@@ -134,10 +138,11 @@ processes: Registry[type[NoiseProcess]] = Registry("noise process")
 @processes.register("vp_cosine")
 @dataclass(frozen=True)
 class VPCosine(NoiseProcess):
-    """The variance-preserving cosine process, alpha = cos(phi), sigma = sin(phi), with its log-SNR clipped.
+    """The variance-preserving cosine process, alpha = cos(phi) and sigma = sin(phi), with a bounded log-SNR.
 
-    The angle phi grows linearly in t between the angles of the two log-SNR bounds, so that alpha^2 + sigma^2 = 1 and
-    log_snr = -2 log tan(phi). The default bounds, -20 and 20, are the authors', and give sigma(0) = alpha(1) = 4.5e-5.
+    The angle phi grows linearly in t between the angles that correspond to the two log-SNR bounds. As a result,
+    alpha^2 + sigma^2 = 1 and log_snr = -2 log tan(phi). The default bounds, -20 and 20, are those of the authors and
+    give sigma(0) = alpha(1) = 4.5e-5.
 
     Source: Salimans & Ho 2022 (arXiv:2202.00512), section 4, and the authors' schedules.py.
 
@@ -159,7 +164,10 @@ class VPCosine(NoiseProcess):
         return math.atan(math.exp(-self.log_snr_max / 2)), math.atan(math.exp(-self.log_snr_min / 2))
 
     def angle(self, t: Tensor) -> Tensor:
-        """phi(t) = arctan(sigma / alpha) in radians. DDIM rotates a sample by the difference of two angles."""
+        """Return phi(t) = arctan(sigma / alpha) in radians.
+
+        A DDIM step rotates a sample by the difference between two angles.
+        """
         first, last = self._angle_bounds()
         return first + (last - first) * t
 
@@ -179,19 +187,19 @@ class VPCosine(NoiseProcess):
 @processes.register("vp_table")
 @dataclass(frozen=True)
 class VPTable(NoiseProcess):
-    """The discrete process of DDPM, with the log-SNR interpolated linearly between its T noise levels.
+    """The discrete process of DDPM, whose log-SNR is interpolated linearly between its T noise levels.
 
-    Level k, the timestep of diffusers, is at t = (k + 1) / T, where alpha^2 is the product of 1 - beta_i over i <= k.
-    Below the first level, the log-SNR keeps the slope of the first interval. If the last level has no signal, the ratio
-    alpha / sigma is interpolated linearly in the last interval, instead of its logarithm.
+    Level k, which is timestep k in diffusers, is at t = (k + 1) / T, where alpha^2 is the product of 1 - beta_i over
+    all i <= k. Below the first level, the log-SNR has the same slope as in the first interval. If the last level has no
+    signal, the ratio alpha / sigma itself, rather than its logarithm, is interpolated linearly in the last interval.
 
     Args:
-        betas: T numbers in (0, 1); with at least 3, the last may be 1.
+        betas: T numbers in (0, 1); if there are at least 3, the last may be 1.
 
     Source: Ho et al. 2020 (arXiv:2006.11239), section 2; Lin et al. 2023 (arXiv:2305.08891) for zero terminal SNR.
 
     Raises:
-        ValueError: if there are too few betas or one is out of range.
+        ValueError: if there are too few betas or one of them is out of range.
     """
 
     betas: tuple[float, ...] = field(default_factory=lambda: linear_betas(), repr=False)
@@ -217,13 +225,13 @@ class VPTable(NoiseProcess):
 
     @cached_property
     def _nodes(self) -> dict[torch.device, Tensor]:
-        """log_snr at the times 0, 1 / T, ..., 1, by device."""
+        """The log-SNR at the times 0, 1 / T, ..., 1, as one tensor per device."""
         log_power = torch.log1p(-torch.tensor(self.betas, dtype=torch.float64, device="cpu")).cumsum(0)
         levels = log_power - torch.log(-torch.expm1(log_power))
         return {levels.device: torch.cat([2 * levels[:1] - levels[1:2], levels])}
 
     def _nodes_on(self, device: torch.device) -> Tensor:
-        """Return `_nodes` on a device. They are copied there once, because the host must wait for each copy."""
+        """Return the tensor of `_nodes` for a device. It is copied there once, because the host waits for each copy."""
         if device not in self._nodes:
             self._nodes[device] = self._nodes[torch.device("cpu")].to(device)
         return self._nodes[device]
@@ -255,21 +263,21 @@ class VPTable(NoiseProcess):
 
 
 def linear_betas(num: int = 1000, first: float = 1e-4, last: float = 0.02) -> tuple[float, ...]:
-    """Return `num` equally spaced betas. Source of the defaults: Ho et al. 2020 (arXiv:2006.11239)."""
+    """Return `num` equally spaced betas. The defaults are those of Ho et al. 2020 (arXiv:2006.11239)."""
     check_whole("the number of noise levels", num, 2)
     check_real(first=first, last=last)
     return tuple(torch.linspace(first, last, num, dtype=torch.float64).tolist())
 
 
 def scaled_linear_betas(num: int = 1000, first: float = 0.00085, last: float = 0.012) -> tuple[float, ...]:
-    """Return `num` betas with equally spaced roots. Source: Rombach et al. 2022 (arXiv:2112.10752)."""
+    """Return `num` betas with equally spaced square roots. Source: Rombach et al. 2022 (arXiv:2112.10752)."""
     check_whole("the number of noise levels", num, 2)
     check_real(first=first, last=last)
     return tuple(torch.linspace(first**0.5, last**0.5, num, dtype=torch.float64).square().tolist())
 
 
 def cosine_betas(num: int = 1000, largest: float = 0.999) -> tuple[float, ...]:
-    """Return `num` betas of at most `largest`, for which alpha^2 falls as cos^2.
+    """Return `num` betas of at most `largest` with which alpha^2 falls like a squared cosine.
 
     Source: Nichol & Dhariwal 2021 (arXiv:2102.09672), equation 17.
     """
@@ -283,7 +291,7 @@ def cosine_betas(num: int = 1000, largest: float = 0.999) -> tuple[float, ...]:
 
 
 def zero_terminal_betas(betas: Sequence[float]) -> tuple[float, ...]:
-    """Return the betas after shifting the signal amplitudes to end at 0 and rescaling them to keep the first one.
+    """Return betas whose signal amplitudes are shifted to end at 0 and rescaled to keep the first amplitude.
 
     Source: Lin et al. 2023 (arXiv:2305.08891), algorithm 1.
     """
@@ -301,12 +309,12 @@ def zero_terminal_betas(betas: Sequence[float]) -> tuple[float, ...]:
 class VE(NoiseProcess):
     """The variance-exploding process: alpha = 1, and sigma grows from sigma_min to sigma_max.
 
-    sigma, which is also the noise-to-signal ratio, grows so that sigma^(1 / rho) is linear in t.
+    The amplitude sigma, which is also the noise-to-signal ratio, grows such that sigma^(1 / rho) is linear in t.
 
-    Source: Karras et al. 2022, EDM (arXiv:2206.00364), equation 5, with its defaults.
+    Source: Karras et al. 2022, EDM (arXiv:2206.00364), equation 5 and its default values.
 
     Raises:
-        ValueError: if not 0 < sigma_min < sigma_max < infinity, or rho is not above 0.
+        ValueError: unless 0 < sigma_min < sigma_max < infinity, or if rho is not above 0.
     """
 
     sigma_min: float = 0.002
@@ -316,7 +324,10 @@ class VE(NoiseProcess):
     def __post_init__(self) -> None:
         check_real(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
-            raise ValueError(f"0 < sigma_min < sigma_max is required, got {self.sigma_min} and {self.sigma_max}")
+            raise ValueError(
+                "sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max < infinity, got "
+                f"{self.sigma_min} and {self.sigma_max}"
+            )
         check_number("rho", self.rho, above=True)
 
     def _root_bounds(self) -> tuple[float, float]:
@@ -341,9 +352,9 @@ class VE(NoiseProcess):
 class FlowMatching(NoiseProcess):
     """The straight path from data to noise: alpha = 1 - sigma, with sigma = shift t / (1 + (shift - 1) t).
 
-    A shift above 1, as in high-resolution models, spends more time near pure noise. With shift 1, sigma = t.
+    A shift above 1, as used by high-resolution models, spends more time near pure noise. A shift of 1 gives sigma = t.
 
-    Source: Lipman et al. 2023 (arXiv:2210.02747); for the shift, Esser et al. 2024 (arXiv:2403.03206), equation 23.
+    Source: Lipman et al. 2023 (arXiv:2210.02747) and, for the shift, Esser et al. 2024 (arXiv:2403.03206), equation 23.
 
     Raises:
         ValueError: if the shift is not a finite number above 0.

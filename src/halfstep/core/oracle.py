@@ -1,8 +1,8 @@
-"""Exact denoisers, for data distributions with a closed form of E[x0 | x_t].
+"""Exact denoisers for data distributions in which E[x0 | x_t] has a closed form.
 
-They need no training, so samplers, targets and losses are tested against them. The probability flow of a Gaussian has
-an exact solution (`GaussianDenoiser.flow`). The flow of a mixture is smooth and nonlinear, and the flow of a finite
-data set ends on its points.
+Exact denoisers need no training, so samplers, targets and losses are tested against them. The probability flow of a
+Gaussian has an exact solution, which `GaussianDenoiser.flow` returns. The flow of a mixture is smooth and nonlinear,
+and the flow of a finite data set ends at the points of that data set.
 """
 
 from typing import final
@@ -18,13 +18,14 @@ from halfstep.core.prediction import Denoised, eps_from_x0
 
 @final
 class GaussianDenoiser(Denoiser):
-    """The exact denoiser of data x0 ~ N(mean, std^2), independent in each entry.
+    """The exact denoiser for data x0 ~ N(mean, std^2) with independent entries.
 
     Args:
-        mean, std: broadcastable to `[*dims]`.
+        mean, std: numbers, or tensors that can be broadcast to `[*dims]`.
 
     Raises:
-        ValueError: if an argument is not a number or tensor, the mean is not finite, or a deviation is negative.
+        ValueError: if an argument is neither a number nor a tensor, the mean is not finite, or a standard deviation is
+            negative.
     """
 
     mean: Tensor
@@ -39,7 +40,7 @@ class GaussianDenoiser(Denoiser):
                 check_real(**{name: value})
             setattr(self, name, nn.Buffer(torch.as_tensor(value, dtype=torch.float64)))
         if not (self.mean.isfinite().all() and (self.std >= 0).all()):
-            raise ValueError("the mean must be finite and the standard deviation at least 0")
+            raise ValueError("the mean must be finite, and the standard deviation must be at least 0")
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
         alpha, sigma = (per_sample(a, x_t.double()) for a in self.process.alpha_sigma(t))
@@ -49,7 +50,7 @@ class GaussianDenoiser(Denoiser):
         return Denoised(x0.to(x_t.dtype), (sigma / variance * rest).to(x_t.dtype))
 
     def flow(self, x_t: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
-        """Return x_s, shaped as `x_t`: the exact solution of the probability-flow ODE from `x_t` at t to s."""
+        """Return x_s, shaped like `x_t`, by solving the probability-flow ODE exactly from `x_t` at time t to time s."""
         alpha_t, sigma_t = (per_sample(a, x_t) for a in self.process.alpha_sigma(as_clock(t, x_t)))
         alpha_s, sigma_s = (per_sample(a, x_t) for a in self.process.landing(as_clock(s, x_t)))
         mean, std = self.mean.to(x_t), self.std.to(x_t)
@@ -59,12 +60,12 @@ class GaussianDenoiser(Denoiser):
 
 @final
 class MixtureDenoiser(Denoiser):
-    """The exact denoiser of a mixture of K isotropic Gaussians.
+    """The exact denoiser for a mixture of K isotropic Gaussians.
 
     Args:
         means: `[K, *dims]`.
-        std: standard deviation of each component, a number or `[K]`; 0 makes the mixture a finite data set.
-        weights: positive numbers `[K]`, which are normalised here; equal by default.
+        std: the standard deviation of each component, a number or `[K]`; 0 makes the mixture a finite data set.
+        weights: positive numbers `[K]`, which are normalised here; by default, all weights are equal.
 
     Raises:
         ValueError: if a standard deviation is negative or a weight is not positive.
@@ -102,5 +103,5 @@ class MixtureDenoiser(Denoiser):
 
 
 def data_set_denoiser(process: NoiseProcess, points: Tensor) -> MixtureDenoiser:
-    """Return the exact denoiser of the data set `points` `[n, *dims]`, which a perfect network would learn."""
+    """Return the denoiser that a perfect network would learn from the data set `points` `[n, *dims]`."""
     return MixtureDenoiser(process, points, std=0.0)

@@ -1,19 +1,21 @@
-"""Predictions (the meaning of a network's output) and weightings (the weight of the x0 error at each noise level).
+"""Predictions define what a network's output means, and weightings how much the x0 error counts at each noise level.
 
-Every common parameterisation is linear, p = a x0 + b eps, and the amplitudes a and b depend on the noise level.
+Every common parameterisation is linear, p = a x0 + b eps, with amplitudes a and b that depend on the noise level.
 Together with x_t = alpha x0 + sigma eps, this is a 2x2 system with determinant d = b alpha - a sigma and the solution
 
     x0  = ( b x_t - sigma p) / d
     eps = (-a x_t + alpha p) / d
 
-so no pair of parameterisations needs its own converter. The four quotients are computed in float64 and cast only when
-they multiply data. For x0 prediction, the factors in x0 are exactly 0 and 1, so x0 is the network's output itself. The
-only nonlinear prediction is "both", which blends two outputs for the two unknowns.
+This solution applies to all parameterisations, so no pair of them needs a converter of its own. The four quotients in
+the solution are computed in float64 and cast only when they multiply data. For x0 prediction, the factors of x_t and p
+in x0 are exactly 0 and 1, so x0 is the network's output itself. The only nonlinear prediction is "both", which blends
+separate outputs for the two unknowns.
 
-A weighting maps log_snr to the weight of the squared error in x0. The same loss has a different weight in other spaces:
-|eps error|^2 = SNR |x0 error|^2 and, on a variance-preserving process, |v error|^2 = (SNR + 1) |x0 error|^2.
+A weighting maps the log-SNR to the weight of the squared error in x0. The same loss has a different weight when it is
+measured in eps or v: |eps error|^2 = SNR |x0 error|^2 and, for a variance-preserving process,
+|v error|^2 = (SNR + 1) |x0 error|^2.
 
-Source: Salimans & Ho 2022 (arXiv:2202.00512), section 4; "both" and the constant weighting as in the authors' dpm.py.
+Source: Salimans & Ho 2022 (arXiv:2202.00512), section 4; the authors' dpm.py for "both" and the constant weighting.
 """
 
 from abc import ABC, abstractmethod
@@ -31,38 +33,38 @@ from halfstep.registry import Registry
 
 
 class Denoised(NamedTuple):
-    """A denoiser's estimates from x_t: the clean sample and the unit noise, each `[batch, *dims]`."""
+    """A denoiser's estimates of the clean sample and of the unit-variance noise in x_t, each `[batch, *dims]`."""
 
     x0: Tensor
     eps: Tensor
 
 
 class Prediction(ABC):
-    """The meaning of a network's output. `alpha` and `sigma` are clock tensors, or two numbers in `denoised`."""
+    """The meaning of a network's output. `alpha` and `sigma` are clock tensors; `denoised` also accepts two numbers."""
 
     channels: ClassVar[int]
-    """Output channels for each channel of data."""
+    """The number of output channels for each channel of the data."""
 
     @abstractmethod
     def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """The output of a perfect network, `[batch, channels * C, ...]`."""
+        """Return the output of a perfect network, `[batch, channels * C, ...]`."""
 
     @abstractmethod
     def denoised(self, output: Tensor, x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Denoised:
-        """Return x0 and eps, each shaped as `x_t`, from the network's output at `x_t`."""
+        """Return x0 and eps, each shaped like `x_t`, computed from the network's output at `x_t`."""
 
 
 predictions: Registry[type[Prediction]] = Registry("prediction")
 
 
 class LinearPrediction(Prediction):
-    """A prediction p = a x0 + b eps, with a and b defined in a subclass."""
+    """A linear prediction p = a x0 + b eps, for which subclasses define a and b."""
 
     channels: ClassVar[int] = 1
 
     @abstractmethod
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """The clock tensors (a, b)."""
+        """Return the clock tensors (a, b)."""
 
     @final
     def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -80,7 +82,7 @@ class LinearPrediction(Prediction):
         return Denoised(x0=x0_x * x_t + x0_p * output, eps=eps_x * x_t + eps_p * output)
 
     def _solved(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the factors of x_t and p in x0, then their factors in eps."""
+        """Return the factors of x_t and p in the solution for x0, followed by those in the solution for eps."""
         a, b = self.coefficients(alpha, sigma)
         d = b * alpha - a * sigma
         return b / d, -sigma / d, -a / d, alpha / d
@@ -88,7 +90,7 @@ class LinearPrediction(Prediction):
 
 @lru_cache(maxsize=4096)
 def _solved_once(prediction: LinearPrediction, alpha: float, sigma: float) -> tuple[float, ...]:
-    """Return `LinearPrediction._solved` for two numbers, cached because sampling uses only a few pairs."""
+    """Return `LinearPrediction._solved` for two numbers. It is cached, because sampling uses only a few pairs."""
     alphas, sigmas = (torch.tensor([number], dtype=torch.float64) for number in (alpha, sigma))
     return tuple(float(number) for number in prediction._solved(alphas, sigmas))
 
@@ -97,8 +99,8 @@ def _solved_once(prediction: LinearPrediction, alpha: float, sigma: float) -> tu
 @predictions.register("eps")
 @dataclass(frozen=True)
 class Eps(LinearPrediction):
-    """The network predicts the noise. Unsuitable for few steps, because x0 = (x_t - sigma eps) / alpha grows without
-    bound as alpha falls to 0."""
+    """The network predicts the noise. Noise prediction is unsuitable for few steps, because x0 = (x_t - sigma eps) /
+    alpha grows without bound as alpha approaches 0."""
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(alpha), torch.ones_like(sigma)
@@ -138,11 +140,11 @@ class FlowVelocity(LinearPrediction):
 @predictions.register("edm")
 @dataclass(frozen=True)
 class EDM(LinearPrediction):
-    """The network predicts EDM's residual F, from which x0 = c_skip y + c_out F with y = x_t / alpha.
+    """The network predicts EDM's residual F, which gives x0 = c_skip y + c_out F with y = x_t / alpha.
 
     With the noise-to-signal ratio s = sigma / alpha and rho = sqrt(s^2 + sigma_data^2), c_skip is sigma_data^2 / rho^2
     and c_out is s sigma_data / rho, so F = (s x0 - sigma_data^2 eps) / (sigma_data rho). The network's adapter computes
-    its inputs, y / rho and log(s) / 4.
+    the inputs of the network, y / rho and log(s) / 4.
 
     Source: Karras et al. 2022, EDM (arXiv:2206.00364), table 1.
 
@@ -151,7 +153,7 @@ class EDM(LinearPrediction):
     """
 
     sigma_data: float = 0.5
-    """Standard deviation of the data."""
+    """The standard deviation of the data."""
 
     def __post_init__(self) -> None:
         check_number("sigma_data", self.sigma_data, above=True)
@@ -166,7 +168,7 @@ class EDM(LinearPrediction):
 @predictions.register("both")
 @dataclass(frozen=True)
 class Both(Prediction):
-    """The network predicts x0 in the first half of its channels and eps in the second, and the two are blended.
+    """The network predicts x0 in the first half of its channels and eps in the second half, and the two are blended.
 
     The clean sample is sigma^2 x0_head + alpha^2 (x_t - sigma eps_head) / alpha, so each head dominates where it is
     better conditioned. If the process does not preserve variance, the weights are normalised to sum to one.
@@ -189,16 +191,16 @@ class Both(Prediction):
 
 
 def eps_from_x0(x_t: Tensor, x0: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
-    """Return eps = (x_t - alpha x0) / sigma, `[batch, *dims]`: the noise in x_t for a given clean sample."""
+    """Return eps = (x_t - alpha x0) / sigma, `[batch, *dims]`, which is the noise in x_t for a given clean sample."""
     return (x_t - per_sample(alpha, x_t) * x0) / per_sample(sigma, x_t)
 
 
 class Weighting(ABC):
-    """The weight of the squared x0 error as a function of log_snr."""
+    """The weight of the squared x0 error as a function of the log-SNR."""
 
     @abstractmethod
     def __call__(self, log_snr: Tensor) -> Tensor:
-        """Weights, float64 and shaped as `log_snr`."""
+        """Return float64 weights, shaped like `log_snr`."""
 
 
 weightings: Registry[type[Weighting]] = Registry("weighting")
@@ -208,7 +210,7 @@ weightings: Registry[type[Weighting]] = Registry("weighting")
 @weightings.register("constant")
 @dataclass(frozen=True)
 class Constant(Weighting):
-    """1, the plain squared error in x0."""
+    """A weight of 1, which gives the plain squared error in x0."""
 
     def __call__(self, log_snr: Tensor) -> Tensor:
         return torch.ones_like(log_snr)
@@ -218,7 +220,7 @@ class Constant(Weighting):
 @weightings.register("snr")
 @dataclass(frozen=True)
 class SNR(Weighting):
-    """SNR, the squared error in eps."""
+    """A weight equal to the SNR, which gives the squared error in eps."""
 
     def __call__(self, log_snr: Tensor) -> Tensor:
         return torch.exp(log_snr)
@@ -228,7 +230,8 @@ class SNR(Weighting):
 @weightings.register("truncated_snr")
 @dataclass(frozen=True)
 class TruncatedSNR(Weighting):
-    """max(SNR, 1), the larger of the squared errors in x0 and eps, as in all models of the paper."""
+    """A weight of max(SNR, 1), which gives the larger of the squared errors in x0 and eps, as in all of the paper's
+    models."""
 
     def __call__(self, log_snr: Tensor) -> Tensor:
         return torch.exp(log_snr.clamp(min=0))
@@ -238,7 +241,7 @@ class TruncatedSNR(Weighting):
 @weightings.register("snr_plus_one")
 @dataclass(frozen=True)
 class SNRPlusOne(Weighting):
-    """SNR + 1, the squared error in v."""
+    """A weight of SNR + 1, which gives the squared error in v."""
 
     def __call__(self, log_snr: Tensor) -> Tensor:
         return torch.exp(log_snr) + 1

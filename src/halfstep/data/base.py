@@ -1,7 +1,7 @@
-"""Training data: samples by index. The same index always gives the same sample.
+"""Training data, whose samples are fetched by index. The same index always returns the same sample.
 
-Images are uint8 pixels p, and x0 = p / 127.5 - 1, so 0 is exactly -1 and 255 is exactly 1. All other arrays are float32
-and used unchanged.
+Images consist of uint8 pixels p, and x0 = p / 127.5 - 1, so 0 becomes exactly -1 and 255 becomes exactly 1. All other
+arrays are float32 and are used unchanged.
 """
 
 import hashlib
@@ -25,17 +25,17 @@ from halfstep.objectives.base import Batch, Turn
 
 
 class Data(ABC):
-    """Read-only samples `[*shape]` by index. Equal fingerprints mean equal content."""
+    """A read-only sequence of samples `[*shape]`. Data with equal fingerprints has equal content."""
 
     source: str
-    """Their source, as given by the user."""
+    """The source of the data, as given by the user."""
     class_names: tuple[str, ...]
-    """The name of each class, in the order of `class_labels`; empty for unlabelled data."""
+    """The names of the classes, in the order of `class_labels`; empty for unlabelled data."""
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Shape of one sample: (channels, height, width) for images."""
+        """The shape of one sample, which is (channels, height, width) for images."""
 
     @property
     @abstractmethod
@@ -49,11 +49,13 @@ class Data(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of samples, at least 1."""
+        """The number of samples, which is at least 1."""
 
     @abstractmethod
     def fetch(self, indices: Tensor) -> Batch:
-        """Return the samples at `indices`, int64 `[n]`: x0 float32 `[n, *shape]`, and class_labels int64 `[n]` if any.
+        """Return the samples at `indices`, int64 `[n]`.
+
+        In the batch, x0 is float32 `[n, *shape]`. For labelled data, class_labels is int64 `[n]`.
 
         Raises:
             IndexError: if an index is not in [0, len(self)).
@@ -62,18 +64,18 @@ class Data(ABC):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, 0 for unlabelled data."""
+        """The number of classes, which is 0 for unlabelled data."""
         return len(self.class_names)
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class MemoryData(Data):
-    """Samples in memory: images as uint8 `[n, channels, height, width]`, others as float32 `[n, *dims]`.
+    """Samples in memory: images as uint8 `[n, channels, height, width]`, and other samples as float32 `[n, *dims]`.
 
     Raises:
-        ValueError: if `x` has another type or too few axes, is empty or not finite; or if `labels` are not the int64
-            `[n]` indices of `class_names`.
+        ValueError: if `x` has another type or too few axes, is empty or contains values that are not finite; or if
+            `labels` does not contain one index into `class_names` per sample, as int64 `[n]`.
     """
 
     source: str
@@ -81,14 +83,14 @@ class MemoryData(Data):
     labels: Tensor | None = None
     class_names: tuple[str, ...] = ()
     conditions: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further conditions by name, each `[n, ...]`."""
+    """Additional conditions by name, each of shape `[n, ...]`."""
 
     def __post_init__(self) -> None:
         check_samples(self.source, self.x)
         for name, value in self.conditions.items():
             if value.shape[:1] != self.x.shape[:1]:
                 raise ValueError(
-                    f"the condition {name} has the shape {list(value.shape)}, but {len(self.x)} samples need "
+                    f"the condition {name} has the shape {list(value.shape)}, but {len(self.x)} samples need the shape "
                     f"[{len(self.x)}, ...]. Pass one row per sample"
                 )
         check_labels(self.source, self.labels, self.class_names, len(self.x))
@@ -122,24 +124,24 @@ class MemoryData(Data):
         return Batch(x0, {**cond, **further})
 
     def to(self, device: torch.device | str) -> "MemoryData":
-        """Return the same samples in the memory of `device`, where `fetch` then returns them."""
+        """Return the same samples in the memory of `device`, so that `fetch` returns tensors on this device."""
         labels = None if self.labels is None else self.labels.to(device)
         conditions = {name: value.to(device) for name, value in self.conditions.items()}
         moved = replace(self, x=self.x.to(device), labels=labels, conditions=conditions)
-        # Computed here, because content on a device cannot be hashed.
+        # The fingerprint is computed here, because content in the memory of a device cannot be hashed.
         vars(moved)["fingerprint"] = self.fingerprint
         return moved
 
 
 def sent(value: Tensor, device: torch.device) -> Tensor:
-    """Return the tensor on the device. Pinned memory keeps the host from waiting for earlier work of a GPU."""
+    """Return the tensor on the device. With pinned memory, the host need not wait for the GPU's earlier work."""
     if value.device.type == "cpu" and device.type == "cuda":
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
 
 
 def held_on(device: torch.device, data: Data) -> Data:
-    """Return the data, moved to the device if that is a GPU and they fit into an eighth of its memory."""
+    """Return the data, moved to the device if that is a GPU with at least eight times as much memory as the data."""
     if device.type != "cuda" or not isinstance(data, MemoryData):
         return data
     largest = torch.cuda.get_device_properties(device).total_memory / 8
@@ -147,14 +149,14 @@ def held_on(device: torch.device, data: Data) -> Data:
 
 
 def training_batch(data: Data, draw: Draw, flip: bool, shown: Container[str] | None = None) -> Batch:
-    """Return the samples of an update on the data's device. They depend only on `draw`.
+    """Return the samples of an update, on the device of the data. They depend only on `draw`.
 
     Args:
-        flip: mirror half of the samples at random.
-        shown: names of the conditions to keep; None keeps all.
+        flip: whether to mirror a random half of the samples.
+        shown: the names of the conditions to keep; None keeps all conditions.
 
     Raises:
-        ValueError: if `flip` is set for data that are not images.
+        ValueError: if `flip` is set, but the samples are not images.
     """
     check_flip(data, flip)
     x0, cond = data.fetch(draw.order(len(data)))
@@ -165,101 +167,103 @@ def training_batch(data: Data, draw: Draw, flip: bool, shown: Container[str] | N
 
 
 def to_batch(x: Tensor, labels: Tensor | None, indices: Tensor) -> Batch:
-    """Return the samples `x` `[n, *dims]`, uint8 pixels or float32, and the labels at `indices` as a batch."""
+    """Return a batch of the samples `x` `[n, *dims]`, as uint8 pixels or float32, and of the labels at `indices`."""
     x0 = x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x
     return Batch(x0, {} if labels is None else {"class_labels": labels.index_select(0, indices)})
 
 
 def check_indices(data: Data, indices: Tensor) -> None:
-    """Raise IndexError if an index is not in [0, len(data))."""
+    """Raise IndexError if any index is outside the range [0, len(data))."""
     if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(data):
-        raise IndexError(f"{data.source} has {len(data)} samples, but indices {indices.tolist()} were requested")
+        raise IndexError(f"{data.source} has {len(data)} samples, but the indices {indices.tolist()} were requested")
 
 
 def check_flip(data: Data, flip: bool) -> None:
-    """Raise ValueError if `flip` is set for data that are not images."""
+    """Raise ValueError if `flip` is set, but the samples of `data` are not images."""
     if flip and not data.is_image:
         raise ValueError(
-            f"{data.source} contains arrays of shape {data.shape}, and only images can be mirrored: use --data.no-flip"
+            f"{data.source} contains arrays of shape {data.shape}, but only images can be mirrored: use --data.no-flip"
         )
 
 
 UNIT: Final = (0.1, 5.0)
-"""Range of the root mean square of data that trains well with noise of unit variance."""
+"""If the root mean square of the data is in this range, noise of unit variance works well in training."""
 
 
 def warn_of_scale(data: Data) -> None:
-    """Warn about arrays, but not images, far from the unit scale of the noise, from which networks learn little."""
+    """Warn if arrays (not images) are far from the unit scale of the noise, as networks learn little from such data."""
     if data.is_image:
         return
     some = generator_for("scale of the data")
-    # The samples of video models have millions of values.
+    # The number is limited, because a sample of a video model has millions of values.
     number = max(1, min(1000, 2**26 // math.prod(data.shape)))
     x0 = data.fetch(torch.randperm(len(data), generator=some)[:number].sort().values).x0.double()
     size, top = float(x0.square().mean().sqrt()), float(x0.abs().max())
     if size and not UNIT[0] <= size <= UNIT[1]:
         warnings.warn(
             f"{data.source} has values up to {top:.3g} in size (standard deviation {float(x0.std()):.3g}), but the "
-            "noise has unit variance: models of such data are poor. Train on (x - mean) / std of each channel, and "
-            "invert this in the samples",
+            "noise has unit variance: models trained on such data are poor. Train on (x - mean) / std, computed for "
+            "each channel, and undo this scaling in the samples",
             HalfstepWarning,
             stacklevel=2,
         )
 
 
 def check_samples(source: str, x: Tensor) -> None:
-    """Raise ValueError unless samples are uint8 images or finite float32 arrays."""
+    """Raise ValueError unless the samples are uint8 images or finite float32 arrays."""
     if (x.dtype, x.ndim) != (torch.uint8, 4) and (x.dtype != torch.float32 or x.ndim < 2):
         raise ValueError(
-            f"{source} contains {x.dtype} of shape {tuple(x.shape)}: images are uint8 [n, channels, height, width], "
-            f"other samples float32 [n, *dims]"
+            f"{source} contains a tensor of type {x.dtype} and shape {tuple(x.shape)}: images must be uint8 "
+            f"[n, channels, height, width], and other samples must be float32 [n, *dims]"
         )
     if x.numel() == 0:
-        raise ValueError(f"{source} contains no samples (shape {tuple(x.shape)}): at least 1 is needed")
+        raise ValueError(f"{source} contains no samples (shape {tuple(x.shape)}): at least 1 sample is needed")
     if x.is_floating_point() and not (finite := x.isfinite()).all():
         bad = (~finite).nonzero()
         raise ValueError(
-            f"{source} has {len(bad)} values that are not finite in float32, the first at index {bad[0].tolist()}: "
-            f"remove or replace them"
+            f"{source} has {len(bad)} values that are not finite in float32, the first of which is at index "
+            f"{bad[0].tolist()}: remove or replace these values"
         )
 
 
 def check_labels(source: str, labels: Tensor | None, class_names: tuple[str, ...], length: int) -> None:
-    """Raise ValueError unless labels are one class index per sample."""
+    """Raise ValueError unless the labels, if any, are one class index per sample."""
     if labels is None:
         if class_names:
-            raise ValueError(f"{source} has {len(class_names)} class names but no labels: pass labels, or no names")
+            raise ValueError(
+                f"{source} has {len(class_names)} class names but no labels: pass the labels, or omit the class names"
+            )
         return
     if labels.dtype != torch.int64 or tuple(labels.shape) != (length,):
         raise ValueError(
             f"{source} has {labels.dtype} labels of shape {tuple(labels.shape)}: {length} samples need int64 labels "
-            f"of shape {(length,)}; use --data.no-labels to ignore them"
+            f"of shape {(length,)}; use --data.no-labels to ignore the labels"
         )
     outside = ((labels < 0) | (labels >= len(class_names))).nonzero()
     if len(outside):
         index = int(outside[0])
         raise ValueError(
-            f"{source} has the label {int(labels[index])} at sample {index}, which is not one of its "
-            f"{len(class_names)} classes 0..{len(class_names) - 1}; use --data.no-labels to ignore the labels"
+            f"{source} has the label {int(labels[index])} at sample {index}, but its {len(class_names)} classes are "
+            f"0..{len(class_names) - 1}; use --data.no-labels to ignore the labels"
         )
 
 
 Batches = Callable[[Draw], Batch]
-"""Maps a draw to its batch, with `x0` `[len(draw.places), *dims]`. The batch depends only on the draw."""
+"""Maps a draw to a batch whose `x0` has the shape `[len(draw.places), *dims]`. The batch depends only on the draw."""
 
 
 def updates_ahead(device: torch.device, reads_files: bool) -> int:
-    """Return the number of updates to prepare in advance: 0 if the CPU trains on data in memory."""
-    # Three batches are enough to hide a slow read. More would only take memory.
+    """Return the number of updates to prepare in advance, which is 0 if the CPU trains on data in memory."""
+    # Three batches are enough to hide a slow read. More batches would only use more memory.
     return 0 if device.type == "cpu" and not reads_files else 3
 
 
 @final
 class Place(NamedTuple):
-    """The position of a micro batch in the global batch, and its random numbers."""
+    """The position of a micro batch in the global batch, and the random numbers of this micro batch."""
 
     number: int
-    """Number of the turn in the update."""
+    """The number of the turn within the update."""
     turn: Turn
     draw: Draw
 
@@ -274,11 +278,11 @@ class Fed(NamedTuple):
 
 @final
 class Feed:
-    """The micro batches of consecutive updates, turn by turn, on `device`.
+    """The micro batches of consecutive updates, grouped by turn and moved to `device`.
 
     Args:
-        places: maps an update's number to the micro batches of its turns.
-        ahead: number of updates that a thread prepares in advance.
+        places: maps the number of an update to the micro batches of its turns.
+        ahead: the number of updates that a thread prepares in advance.
     """
 
     def __init__(
@@ -288,7 +292,7 @@ class Feed:
         self._asked: dict[tuple[int, str], list[Asked]] = {}
 
     def updates(self, first: int, last: Callable[[], int]) -> Iterator[list[list[Fed]]]:
-        """Yield the micro batches, by turn, of each update from `first` up to, but not including, `last()`.
+        """Yield the micro batches of each update from `first` up to, but not including, `last()`, grouped by turn.
 
         Raises:
             ValueError: if the data cannot be read.
@@ -318,7 +322,7 @@ class Feed:
         batch = self._batches(place.draw)
         key = place.number, place.turn.trains
         if key not in self._asked:
-            # Later micro batches of a turn make the same draws as the first.
+            # Later micro batches of a turn make the same draws as the first one.
             asked: list[Asked] = []
             self._asked[key] = asked
             place = place._replace(draw=replace(place.draw, asked=asked))
@@ -327,5 +331,5 @@ class Feed:
         return Fed(place, Batch(self._send(batch.x0), {name: self._send(value) for name, value in batch.cond.items()}))
 
     def _send(self, value: Tensor) -> Tensor:
-        # Clock values are sent to the device of clock tensors, because not every device supports float64.
+        # Clock values are sent to the device that holds clock tensors, because not every device supports float64.
         return sent(value, clock_device(self._device) if value.dtype == torch.float64 else self._device)

@@ -1,8 +1,9 @@
-"""Folders of captioned files: images, and the clips of data/clips.py.
+"""Folders of captioned images, and of captioned clips (see data/clips.py).
 
-The captions are in metadata.jsonl, metadata.csv or metadata.parquet, or in a .txt file next to each file (a.txt for
-a.png, or for the folder a of frames). The tables are in the `imagefolder` format of the `datasets` library: the column
-file_name, relative to the folder of the table, and the column text. Other columns are ignored.
+The captions are either in a table (metadata.jsonl, metadata.csv or metadata.parquet) or in a .txt file next to each
+file: a.txt for a.png, or for a folder of frames called a. Tables have the `imagefolder` format of the `datasets`
+library: the column file_name contains paths relative to the folder of the table, and the column text contains the
+captions. Other columns are ignored.
 """
 
 import sys
@@ -31,21 +32,21 @@ from halfstep.runtime.files import check_regular, first_line, user_path
 
 TABLES: Final = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 RGB: Final = Preparation(channels=3)
-"""Colour images in their original size."""
+"""Converts images to RGB and keeps their original size."""
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class CaptionedImages:
-    """Image files in the folder `source` and its sub-folders, and the caption of each, which may be empty.
+    """The image files in the folder `source` and its sub-folders, each with a caption, which may be empty.
 
     Raises:
-        ValueError: if there are no files, or the number of captions differs.
+        ValueError: if there are no files, or if the number of captions differs from the number of files.
     """
 
     source: str
     files: tuple[Path, ...]
-    """Their paths, relative to `source`."""
+    """The paths of the images, relative to `source`."""
     captions: tuple[str, ...]
     preparation: Preparation
 
@@ -61,28 +62,29 @@ class CaptionedImages:
 
     @property
     def root(self) -> Path:
-        """The folder that `files` are relative to."""
+        """The folder that the paths in `files` are relative to."""
         return user_path(self.source)
 
     @property
     def contents(self) -> list[Path]:
-        """All files, in order."""
+        """The full paths of all files, in order."""
         return [self.root / path for path in self.files]
 
     def x0(self, indices: Sequence[int]) -> Tensor:
-        """Return the prepared pixels in [-1, 1], float32 `[n, 3, height, width]`; as `loaded`."""
+        """Return the prepared pixels in [-1, 1], float32 `[n, 3, height, width]`; raise the same errors as `loaded`."""
         x0 = self.loaded(indices).fetch(torch.arange(len(indices))).x0
         if x0.shape[1] != 3:
             raise ValueError(
-                f"{self.files[indices[0]]} has {x0.shape[1]} channels, but encoders take 3: prepare with channels=3"
+                f"{self.files[indices[0]]} has {x0.shape[1]} channels, but encoders take 3: prepare the images with "
+                f"channels=3"
             )
         return x0
 
     def loaded(self, indices: Sequence[int]) -> MemoryData:
-        """Load and prepare the images at `indices`, at least one.
+        """Load and prepare the images at `indices`, which must not be empty.
 
         Raises:
-            ValueError: if a file cannot be decoded, or differs from the first one in channels or size.
+            ValueError: if an image cannot be decoded, or if its channels or its size differ from those of the first.
         """
         files = Files(self.root, tuple(self.files[index] for index in indices))
         data = decoded(self.source, Labelled(files), self.preparation, sys.maxsize)
@@ -93,7 +95,7 @@ class CaptionedImages:
 @final
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """Texts without images. The latents are samples of a model.
+    """Texts without images. Their latents are sampled from a model.
 
     Raises:
         ValueError: if there are no texts.
@@ -106,7 +108,7 @@ class Prompts:
 
     def __post_init__(self) -> None:
         if not self.captions:
-            raise ValueError(f"{self.source} contains no prompts: write one per line")
+            raise ValueError(f"{self.source} contains no prompts: write one prompt per line")
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -116,19 +118,20 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     """Return the non-empty lines of a text file.
 
     Raises:
-        ValueError: if it is missing or not text.
+        ValueError: if the file is missing or is not a text file.
     """
     return tuple(line.strip() for line in _read_text(path.expanduser()).splitlines() if line.strip())
 
 
 def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImages:
-    """Read all images and captions in the folder and its sub-folders, sorted by relative path.
+    """Read all images in the folder and its sub-folders, along with their captions, sorted by relative path.
 
-    Captions from .txt files are stripped. A null in a table is an empty caption. Hidden files are ignored.
+    Leading and trailing whitespace is removed from .txt files. A null in a table means an empty caption. Hidden files
+    are ignored.
 
     Raises:
         ValueError: if the folder is missing or has no images; if an image has no caption, two captions, or both a row
-            in a table and a .txt; if a caption has no image; or if a table or a .txt cannot be read.
+            in a table and a .txt file; if a caption has no image; or if a table or a .txt file cannot be read.
     """
     root = existing(folder, "of images with captions")
     below = files_below(root)
@@ -144,17 +147,17 @@ def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImag
 
 
 def captions_of(folder: Path, files: Sequence[PurePath], below: Sequence[PurePath], kind: str) -> tuple[str, ...]:
-    """Return the captions of files of a kind in a folder; `below` are all its files.
+    """Return the captions of `files`, which are all of the same kind. `below` contains all files in the folder.
 
     Raises:
-        ValueError: as `read_captions`.
+        ValueError: as described in `read_captions`.
     """
     root = user_path(folder)
     tables = [path for path in below if path.name in TABLES]
     beside = {path.with_suffix(""): path for path in below if path.suffix.lower() == ".txt"}
     captions = _from_tables(root, files, tables, beside, kind) if tables else _from_texts(root, files, beside, kind)
     if missing := [path for path in files if path not in captions]:
-        remedy = f"add it to {tables[0]}" if tables else f"write {_stem(missing[0])}.txt or a metadata.jsonl"
+        remedy = f"add it to {tables[0]}" if tables else f"write {_stem(missing[0])}.txt or a file metadata.jsonl"
         if not tables and (like := [path for path in below if path.stem == "metadata"]):
             remedy = f"rename {like[0]} to one of {', '.join(TABLES)}"
         raise ValueError(
@@ -169,15 +172,15 @@ def _one(kind: str) -> str:
 
 
 def _stem(path: PurePath) -> PurePath:
-    """Return the path without the suffix of a file; the name of a folder has none."""
+    """Return the path without its file suffix. A dot in the name of a folder does not start a suffix."""
     return path.with_suffix("") if path.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, *SOUND_SUFFIXES) else path
 
 
 def read_classes(folder: Path, preparation: Preparation = RGB) -> tuple[CaptionedImages, tuple[str, ...]]:
-    """Read a folder with one sub-folder per class; return the images, captioned with their class names, and the names.
+    """Read a folder with one sub-folder per class; return the images, with their classes as captions, and the classes.
 
     Raises:
-        ValueError: if the folder is missing, or has no images or fewer than two classes.
+        ValueError: if the folder is missing, has no images or has fewer than two classes.
     """
     root = existing(folder, "with a sub-folder of images for each class")
     found = image_folder(root, image_paths(root, files_below(root)), "train", labels=True, limit=None)
@@ -190,7 +193,7 @@ def read_classes(folder: Path, preparation: Preparation = RGB) -> tuple[Captione
 
 
 def existing(folder: Path, content: str) -> Path:
-    """Return the path of a folder; raise ValueError, which says what it should contain, if it does not exist."""
+    """Return the path of a folder; raise ValueError with a description of its `content` if it does not exist."""
     root = user_path(folder)
     if not root.is_dir():
         raise ValueError(f"{folder} is {'not a folder' if root.exists() else 'missing'}: give a folder {content}")
@@ -200,12 +203,12 @@ def existing(folder: Path, content: str) -> Path:
 def _from_texts(
     root: Path, files: Sequence[PurePath], beside: dict[PurePath, PurePath], kind: str
 ) -> dict[PurePath, str]:
-    """Return the captions from the .txt files next to the files."""
+    """Return the captions in the .txt files next to `files`."""
     stems = {_stem(path) for path in files}
     if lost := sorted(path for stem, path in beside.items() if stem not in stems):
         raise ValueError(
             f"{root} has {len(lost)} captions without {_one(kind)}, the first of which is {lost[0]}: add the {kind}s, "
-            f"or move the texts out of the folder"
+            f"or move the .txt files out of the folder"
         )
     texts = {stem: _read_text(root / path) for stem, path in beside.items()}
     return {path: texts[_stem(path)] for path in files if _stem(path) in texts}
@@ -226,9 +229,12 @@ def _from_tables(
     beside: dict[PurePath, PurePath],
     kind: str,
 ) -> dict[PurePath, str]:
-    """Return the captions from the tables; raise ValueError unless each row belongs to a different file."""
+    """Return the captions in the tables; raise ValueError unless each row belongs to a different file."""
     if both := [path for path in files if _stem(path) in beside]:
-        raise ValueError(f"{root} has captions in {tables[0]} and in {beside[_stem(both[0])]}: keep one of them")
+        raise ValueError(
+            f"{root} has captions both in {tables[0]} and in {beside[_stem(both[0])]}: keep either the tables or the "
+            f".txt files"
+        )
     # A name can have two encodings: \u00e9 is one character on most systems and two on a Mac.
     known = {_composed(path): path for path in files}
     captions: dict[PurePath, str] = {}
@@ -240,11 +246,13 @@ def _from_tables(
             path = known.get(_composed(named))
             if path is None:
                 raise ValueError(
-                    f"{where} has a caption for {name}, but {root / named} is not {_one(kind)} of the folder: write "
+                    f"{where} has a caption for {name}, but {root / named} is not {_one(kind)} in the folder: write "
                     f"names relative to the folder of the table, add the {kind}, or remove the row"
                 )
             if path in captions:
-                raise ValueError(f"{where} has a second caption for {name}, after {places[path]}: keep one of them")
+                raise ValueError(
+                    f"{where} has a second caption for {name}, in addition to {places[path]}: keep one of the two rows"
+                )
             captions[path], places[path] = caption, where
     return captions
 
@@ -258,8 +266,8 @@ def _rows(path: Path) -> list[tuple[str, str]]:
     import pyarrow as pa  # type: ignore[import-untyped]
     from pyarrow import csv, json, parquet
 
-    # `imagefolder` itself would read the captions "NA" and "None" in a .csv as missing, and shift the columns of a row
-    # with an extra field.
+    # In a .csv file, `imagefolder` itself would read the captions "NA" and "None" as missing, and would shift the
+    # columns of a row with an extra field.
     text = {name: pa.string() for name in ("file_name", "text")}
     size = min(max(path.stat().st_size, 1 << 16), 2**31 - 1)
     readers: dict[str, Callable[[], Any]] = {
@@ -275,13 +283,13 @@ def _rows(path: Path) -> list[tuple[str, str]]:
         table = readers[path.suffix]()
         columns = ", ".join(table.column_names) or "none"
         if missing := text.keys() - set(table.column_names):
-            raise ValueError(f"has no column {min(missing)!r} (its columns: {columns})")
+            raise ValueError(f"it has no column {min(missing)!r}, only these: {columns}")
         names, captions = (table[name].cast(pa.string()).to_pylist() for name in text)
     except (OSError, pa.ArrowException, ValueError) as error:
         raise ValueError(
             f"{path} cannot be read ({first_line(error)}): save it as UTF-8, with the columns file_name and text, and "
-            f"quotes around texts with commas"
+            f"with quotes around texts that contain commas"
         ) from error
     if None in names:
-        raise ValueError(f"{path} row {names.index(None) + 1} has no file_name: write it, or remove the row")
+        raise ValueError(f"{path} row {names.index(None) + 1} has no file_name: add the file name, or remove the row")
     return list(zip(names, (caption or "" for caption in captions), strict=True))

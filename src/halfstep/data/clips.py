@@ -1,6 +1,7 @@
-"""Folders of captioned videos or sounds, prepared to one shape.
+"""Folders of captioned videos or sounds, all converted to the same shape.
 
-A video is a file, or a folder with one image per frame. Pillow reads .gif, scipy reads .wav, and PyAV all others.
+A video is either a file or a folder with one image per frame. Pillow reads .gif files, scipy reads .wav files, and PyAV
+reads all other formats.
 """
 
 import contextlib
@@ -28,29 +29,29 @@ from halfstep.runtime.storage import GONE
 
 _RGB: Final = Preparation(channels=3)
 _GIF_SECONDS: Final = 0.1
-"""Frame duration of .gif files that specify none, as in browsers."""
+"""The frame duration, in seconds, of .gif files that specify none. Browsers use the same value."""
 _ROUNDING: Final = 1e-6
-"""Error of sums of durations, in seconds."""
+"""A bound on the rounding error in a sum of durations, in seconds."""
 
 
 class _Unfit(ValueError):
-    """A clip cannot be used; the message follows its name."""
+    """A clip cannot be used. The message starts with a verb, because it follows the path of the clip."""
 
 
 @final
 @dataclass(frozen=True)
 class VideoPreparation:
-    """The first frames of a video, centre-cropped and resized: `[3, num_frames, height, width]`."""
+    """Converts the first frames of a video to `[3, num_frames, height, width]` by centre-cropping and resizing."""
 
     num_frames: int
     height: int
     width: int
     frame_rate: float | None = None
-    """Frames per second to take from a file; None takes all. All frames of a folder are taken."""
+    """The number of frames per second to take from a file; None takes all frames. All frames of a folder are taken."""
     suffixes: ClassVar[tuple[str, ...]] = VIDEO_SUFFIXES
 
     def __call__(self, path: Path) -> Tensor:
-        """Return the pixels, float32 in [-1, 1]."""
+        """Return the pixels as float32 in [-1, 1]."""
         size, found = (self.width, self.height), list[NDArray[np.uint8]]()
         for image in self._sampled(path):
             pixels = Image.fromarray(_RGB(image()).transpose(1, 2, 0))
@@ -60,7 +61,7 @@ class VideoPreparation:
         raise self._too_short(len(found))
 
     def check(self, path: Path) -> None:
-        """Read the beginning of the file, and the number of frames if it is stated there."""
+        """Check that the file can be read, and that it has enough frames if it specifies their number."""
         if not _is_foreign(path):
             number = sum(1 for _ in self._sampled(path))
         else:
@@ -68,12 +69,12 @@ class VideoPreparation:
                 next(container.decode(stream))
                 length = float((stream.duration or 0) * stream.time_base)
                 number = stream.frames if self.frame_rate is None else math.ceil((length - _ROUNDING) * self.frame_rate)
-            number = number or self.num_frames  # unknown before all is decoded
+            number = number or self.num_frames  # unknown until the whole file is decoded
         if number < self.num_frames:
             raise self._too_short(number)
 
     def _sampled(self, path: Path) -> Iterator[Callable[[], Image.Image]]:
-        """Yield the image shown at each multiple of 1 / frame_rate; at 0 the first."""
+        """Yield the image shown at each multiple of 1 / frame_rate, starting with the first image at 0."""
         rate, place = None if path.is_dir() else self.frame_rate, 0
         for end, image in _frames(path):
             if rate is None:
@@ -83,7 +84,7 @@ class VideoPreparation:
                 place += 1
 
     def _too_short(self, number: int) -> _Unfit:
-        at = "" if self.frame_rate is None else f" at {self.frame_rate:g} per second"
+        at = "" if self.frame_rate is None else f" at {self.frame_rate:g} frames per second"
         return _Unfit(
             f"has {number} frames{at}, but the pipeline takes {self.num_frames}: remove it, or lower --call num_frames"
         )
@@ -92,19 +93,19 @@ class VideoPreparation:
 @final
 @dataclass(frozen=True)
 class SoundPreparation:
-    """The beginning of a sound, resampled and followed by silence, `[channels, num_samples]`."""
+    """Resamples the beginning of a sound, and pads it with silence to `[channels, num_samples]`."""
 
     channels: int
     num_samples: int
     sampling_rate: int
     num_audible: int
-    """Samples after which all is silence."""
+    """The number of samples to take from the sound. The remaining samples are silent."""
     start: float = 0.0
-    """Earliest end of a sound, in seconds."""
+    """The earliest end that a sound may have, in seconds."""
     suffixes: ClassVar[tuple[str, ...]] = SOUND_SUFFIXES
 
     def __call__(self, path: Path) -> Tensor:
-        """Return the waveform, float32 in [-1, 1]."""
+        """Return the waveform as float32 in [-1, 1]."""
         from scipy.signal import resample_poly
 
         found, rate = self._read(path)
@@ -114,7 +115,7 @@ class SoundPreparation:
         return torch.nn.functional.pad(x, (0, self.num_samples - x.shape[1]))
 
     def check(self, path: Path) -> None:
-        """Read the audible part."""
+        """Check that the sound can be read, and that it does not end too early."""
         self._read(path)
 
     def end(self, path: Path) -> float:
@@ -123,7 +124,7 @@ class SoundPreparation:
         return min(found.shape[1] / rate, self.num_audible / self.sampling_rate)
 
     def _read(self, path: Path) -> tuple[NDArray[np.float32], int]:
-        """Return the waveform `[channels, n]` until a second after the audible part, and its sampling rate."""
+        """Return the waveform `[channels, n]` up to one second after the audible part, and the sampling rate."""
         seconds = self.num_audible / self.sampling_rate + 1
         found, rate = _streamed(path, seconds) if _is_foreign(path) else _wave(path)
         if found.size == 0:
@@ -131,18 +132,18 @@ class SoundPreparation:
         if (length := found.shape[1] / rate) < self.start:
             raise _Unfit(f"ends after {length:.3g} s, before audio_start_in_s {self.start:g}: remove it")
         if self.channels > 1 and len(found) not in (1, self.channels):
-            raise _Unfit(f"has {len(found)} channels, but the pipeline takes {self.channels}: mix them down")
+            raise _Unfit(f"has {len(found)} channels, but the pipeline takes {self.channels}: mix the sound down")
         return found[:, : math.ceil(seconds * rate)], rate
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class CaptionedClips:
-    """Videos or sounds in the folder `source` and its sub-folders, each with its caption, which may be empty."""
+    """The videos or sounds in the folder `source` and its sub-folders, each with a caption, which may be empty."""
 
     source: str
     files: tuple[Path, ...]
-    """Their paths, relative to `source`: files, or folders of frames."""
+    """The paths of the clips, relative to `source`. Each path is a file or a folder of frames."""
     captions: tuple[str, ...]
     preparation: VideoPreparation | SoundPreparation
 
@@ -151,24 +152,24 @@ class CaptionedClips:
 
     @property
     def contents(self) -> list[Path]:
-        """All files of the clips, in order."""
+        """The full paths of all files that belong to the clips, in order."""
         paths = [user_path(self.source) / file for file in self.files]
         return [file for path in paths for file in (_frame_files(path) if path.is_dir() else [path])]
 
     def x0(self, indices: Sequence[int]) -> Tensor:
-        """Read and prepare the clips at `indices`, float32 `[n, *dims]`.
+        """Read and prepare the clips at `indices`; return them as float32 `[n, *dims]`.
 
         Raises:
-            ValueError: if a file cannot be read or is too short.
+            ValueError: if a clip cannot be read or is too short.
         """
         return torch.stack(self._each(self.preparation, indices))
 
     def ends(self, indices: Sequence[int]) -> list[float] | None:
-        """Return the end of each sound at `indices` in seconds; None for videos."""
+        """Return the end, in seconds, of each of the sounds at `indices`, or None if the clips are videos."""
         return self._each(self.preparation.end, indices) if isinstance(self.preparation, SoundPreparation) else None
 
     def check(self) -> None:
-        """Check all files before hours of work; raise ValueError as `x0` does."""
+        """Check all clips before the encoding starts, which can take hours; raise the same errors as `x0`."""
         self._each(self.preparation.check, range(len(self)))
 
     def _each(self, read: Callable[[Path], Any], indices: Sequence[int]) -> list[Any]:
@@ -178,24 +179,24 @@ class CaptionedClips:
 
 
 def _read(read: Callable[[Path], Any], path: Path) -> Any:
-    """Return `read(path)`, with errors in one line."""
+    """Return `read(path)`, converting any error into one with a one-line message."""
     try:
         if not path.is_dir():
             check_regular(path)
         return read(path)
     except (_Unfit, TooDeep) as error:
         raise ValueError(f"{path} {error}") from None
-    except Exception as error:  # decoders raise many types on damaged files
+    except Exception as error:  # decoders raise errors of many types for damaged files
         if isinstance(error, OSError) and error.errno in GONE:
             raise OSError(error.errno, f"{error.strerror}: the data is gone. Restore it", str(path)) from None
         raise ValueError(f"{path} cannot be read ({first_line(error)}): repair or remove it") from None
 
 
 def read_clips(folder: Path, preparation: VideoPreparation | SoundPreparation) -> CaptionedClips:
-    """Find all clips in the folder and its sub-folders with their captions, sorted by relative path.
+    """Find all clips in the folder and its sub-folders, along with their captions, sorted by relative path.
 
     Raises:
-        ValueError: if there are none, or as `read_captions`.
+        ValueError: if there are no clips, or as described in `read_captions`.
     """
     root = existing(folder, "of clips with captions")
     below = files_below(root)
@@ -206,7 +207,8 @@ def read_clips(folder: Path, preparation: VideoPreparation | SoundPreparation) -
     if not files:
         frames = ", and no sub-folder contains frames" * isinstance(preparation, VideoPreparation)
         raise ValueError(
-            f"{folder} contains no clips: no file in it or below it ends in {' '.join(preparation.suffixes)}{frames}"
+            f"{folder} contains no clips: no file in it or its sub-folders ends in "
+            f"{' '.join(preparation.suffixes)}{frames}"
         )
     found = sorted(files, key=lambda path: path.parts)
     captions = captions_of(folder, found, below, "clip")
@@ -214,13 +216,13 @@ def read_clips(folder: Path, preparation: VideoPreparation | SoundPreparation) -
 
 
 def _frame_files(folder: Path) -> list[Path]:
-    """Return the images in a folder; frame 10 comes after frame 9."""
+    """Return the images in a folder in numerical order, so that frame 10 comes after frame 9."""
     found = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."]
     return sorted(found, key=lambda path: [part.zfill(20) for part in re.split(r"(\d+)", path.name)])
 
 
 def _frames(path: Path) -> Iterator[tuple[float, Callable[[], Image.Image]]]:
-    """Yield the end in seconds and the image of each frame; images are only valid until the next frame."""
+    """Yield the end time in seconds and the image of each frame. An image is only valid until the next frame."""
     end = 0.0
     if path.is_dir():
         for file in _frame_files(path):
@@ -240,16 +242,17 @@ def _frames(path: Path) -> Iterator[tuple[float, Callable[[], Image.Image]]]:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether only PyAV can read a file."""
+    """Whether reading a file requires PyAV."""
     return path.suffix.lower() not in (".gif", ".wav") and not path.is_dir()
 
 
 @contextlib.contextmanager
 def _opened(path: Path, kind: str) -> Iterator[tuple[Any, Any]]:
-    """Open a file with PyAV; return its container and first track of a kind."""
+    """Open a file with PyAV, and yield its container and the first track of the given kind."""
     if find_spec("av") is None:
         raise _Unfit(
-            "needs the package av: pip install 'halfstep[clips]', or convert it to .gif, .wav or a folder of frames"
+            "needs the package av: run pip install 'halfstep[clips]', or convert the clip to .gif, .wav or a folder of "
+            "frames"
         )
     import av
 
@@ -262,7 +265,7 @@ def _opened(path: Path, kind: str) -> Iterator[tuple[Any, Any]]:
 
 
 def _streamed(path: Path, seconds: float) -> tuple[NDArray[np.float32], int]:
-    """Return the waveform `[channels, n]` of a file's first seconds, and its sampling rate."""
+    """Return the waveform `[channels, n]` of the first seconds of a file, and the sampling rate."""
     with _opened(path, "audio") as (container, stream):
         import av
 
@@ -276,7 +279,7 @@ def _streamed(path: Path, seconds: float) -> tuple[NDArray[np.float32], int]:
 
 
 def _wave(path: Path) -> tuple[NDArray[np.float32], int]:
-    """Return the waveform `[channels, n]` of a .wav file, and its sampling rate."""
+    """Return the waveform `[channels, n]` and the sampling rate of a .wav file."""
     from scipy.io import wavfile
 
     with warnings.catch_warnings():
@@ -286,6 +289,6 @@ def _wave(path: Path) -> tuple[NDArray[np.float32], int]:
     if x.dtype.kind == "u":
         x = (x.astype(np.float32) - 128) / 128
     elif x.dtype.kind == "i":
-        # 24 bits fill the upper bytes of 32.
+        # 24-bit samples are stored in the upper bytes of 32-bit integers.
         x = x.astype(np.float32) / -float(np.iinfo(x.dtype).min)
     return x.astype(np.float32), rate

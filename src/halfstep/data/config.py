@@ -1,4 +1,4 @@
-"""The configuration of the data, and the function that opens them."""
+"""The configuration of the data, and the function that opens the data."""
 
 import os
 import re
@@ -17,42 +17,42 @@ from halfstep.data.tables import is_saved, table
 from halfstep.runtime.files import user_path
 
 LARGEST_SIDE: Final = 16_384
-"""Largest side of resized images."""
+"""The largest side that images can be resized to, in pixels."""
 _HUB_NAME: Final = re.compile(r"\w[\w.-]*/[\w.-]+")
 _TABLES: Final = (".parquet", ".arrow")
 
 
 class DataConfig(BaseModel):
-    """Source and preparation of the data."""
+    """The source of the data and how it is prepared."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = "digits"
     """`digits`, a .npy or .npz file, a folder of images, tables or latents, or a name on the Hub (owner/name)."""
     split: str = "train"
-    """Split of a data set, or sub-folder of a folder, if it has one with this name."""
+    """Split of a data set; in a folder, the sub-folder with this name, if it exists."""
     image_size: int | None = None
-    """Height and width of resized images; by default the images' common size."""
+    """Height and width to resize images to; by default, all images must have the same size, which is kept."""
     resize: Resize = "crop"
-    """crop scales the shorter side and keeps the centre; stretch scales both sides."""
+    """crop resizes the central square of an image; stretch resizes the whole image."""
     resample: Resample = "bicubic"
-    """Filter for resizing; all are antialiased."""
+    """Filter for resizing; all filters are antialiased."""
     channels: Channels | None = None
-    """1 for grey, 3 for RGB; by default as in the images. Transparent pixels get a white background."""
+    """1 for grey or 3 for RGB; by default, the channels of the images. Transparent pixels get a white background."""
     labels: bool = True
-    """Use the classes of the data if they have any."""
+    """Use the classes of the data, if it has any."""
     label_column: str | None = None
-    """Table column with the class, if several columns could be meant."""
+    """Table column that contains the class; only needed if several columns could contain it."""
     flip: bool = False
-    """Mirror a random half of each batch."""
+    """Mirror a random half of the images in each batch."""
     limit: int | None = None
-    """Maximum number of samples; keeps the first, balanced across class folders."""
+    """Maximum number of samples; the first ones are kept, balanced across class folders."""
     skip_broken: bool = False
     """Skip unreadable images with a warning instead of stopping."""
     accept_changed: bool = False
-    """Resume a run although its data have changed, for example after a file was repaired."""
+    """Resume a run even if its data has changed, for example because a file was repaired."""
     max_bytes: int = 2 * 2**30
-    """Memory limit for decoded images, in bytes; above it, images are decoded at each use."""
+    """Memory limit for decoded images, in bytes; if they need more, they are decoded at each use."""
 
     @field_validator("source")
     @classmethod
@@ -65,11 +65,11 @@ class DataConfig(BaseModel):
 
 @in_python()
 def open_data(config: DataConfig) -> Data:
-    """Open and prepare the data of `config`.
+    """Open and prepare the data that `config` describes.
 
     Raises:
-        ValueError: if the source is missing or unreadable, its samples differ in shape, or a setting is out of range
-            or has no effect.
+        ValueError: if the source is missing or unreadable, if its samples differ in shape, or if a setting is out of
+            range or has no effect.
     """
     check_instance("config", config, DataConfig, "halfstep.DataConfig(source='digits')")
     _check(config)
@@ -79,7 +79,7 @@ def open_data(config: DataConfig) -> Data:
 
 
 def holds_images(config: DataConfig) -> bool:
-    """Whether the source is a folder or a name on the Hub, where images may have any size."""
+    """Whether the source is a folder or a name on the Hub, in which images may have any size."""
     path = user_path(config.source)
     return config.source != "digits" and not path.is_file() and not is_latents(path)
 
@@ -96,7 +96,7 @@ def _open(config: DataConfig) -> Data:
         return array_file(source, prepare, config.labels, config.limit)
     if is_latents(path):
         if prepare != Preparation() or config.split != "train" or config.limit is not None:
-            raise ValueError(f"{source} contains latents, which are used unchanged: remove other --data options")
+            raise ValueError(f"{source} contains latents, which are used unchanged: remove the other --data options")
         return open_latents(path)
     if path.is_dir():
         return decoded(source, _folder(config, path), prepare, config.max_bytes, config.skip_broken)
@@ -109,17 +109,18 @@ def _open(config: DataConfig) -> Data:
 
 
 def _folder(config: DataConfig, root: Path) -> Labelled:
-    """Return the images in a folder's tables if it has any, otherwise its image files."""
+    """Return the images in the tables of a folder, or its image files if it has no tables."""
     if is_saved(root):
         return _table(config)
     if (root / "recipe.json").is_file() and (root / "stages").is_dir():
-        raise ValueError(f"{config.source} is the folder of a run, not data: give the data that the run was trained on")
+        raise ValueError(f"{config.source} is a run folder, not data: give the data that the run was trained on")
     files = files_below(root)
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     tables = [path for path in files if path.suffix.lower() in _TABLES]
     if images and tables:
         raise ValueError(
-            f"{config.source} contains images ({images[0]}) and tables ({tables[0]}): give a folder with only one kind"
+            f"{config.source} contains both images ({images[0]}) and tables ({tables[0]}): give a folder that contains "
+            f"only one of the two"
         )
     if tables or (not images and any(path.suffix.lower() == ".jsonl" for path in files)):
         return _table(config)
@@ -140,12 +141,12 @@ def _check(config: DataConfig) -> None:
     """Raise ValueError for settings that are out of range or have no effect."""
     for flag, value in (("limit", config.limit), ("image-size", config.image_size)):
         if value is not None and value < 1:
-            raise ValueError(f"--data.{flag} is {value}: give 1 or more, or remove it")
+            raise ValueError(f"--data.{flag} is {value}: set it to 1 or more, or remove it")
     if config.image_size is not None and config.image_size > LARGEST_SIDE:
-        raise ValueError(f"--data.image-size is {config.image_size}: give at most {LARGEST_SIDE:,}")
+        raise ValueError(f"--data.image-size is {config.image_size}: set it to at most {LARGEST_SIDE:,}")
     if config.max_bytes < 0:
-        raise ValueError(f"--data.max-bytes is {config.max_bytes}: give 0 or more")
+        raise ValueError(f"--data.max-bytes is {config.max_bytes}: set it to 0 or more")
     if config.image_size is None and (config.resize, config.resample) != ("crop", "bicubic"):
-        raise ValueError("--data.resize and --data.resample have no effect without --data.image-size. Add it")
+        raise ValueError("--data.resize and --data.resample have no effect without --data.image-size. Add that option")
     if config.label_column is not None and not config.labels:
-        raise ValueError("--data.label-column has no effect with --data.no-labels. Remove one of them")
+        raise ValueError("--data.label-column has no effect with --data.no-labels. Remove one of the two options")

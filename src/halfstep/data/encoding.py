@@ -1,7 +1,7 @@
-"""Encode captioned images or clips, or prompts, into a folder of latents and text conditions (`latents.py`).
+"""Encode captioned images, captioned clips or prompts into a folder of latents and text conditions (see `latents.py`).
 
-"Images" includes clips below: videos and sounds.
-The encoders are callables, independent of the libraries that provide them.
+In this module, the word "images" also stands for clips, which are videos or sounds. The encoders are callables,
+independent of the libraries that provide them.
 """
 
 import json
@@ -48,20 +48,21 @@ class Encoder:
     """Encodes images as latents and captions as conditions, on any device."""
 
     images: Callable[[Tensor], Tensor]
-    """float32 images `[n, 3, h, w]`, or clips, in [-1, 1] -> latents `[n, *dims]`, scaled as the network expects."""
+    """Maps float32 images `[n, 3, h, w]` or clips in [-1, 1] to latents `[n, *dims]` at the scale of the network."""
     texts: Callable[[list[str]], dict[str, Tensor]]
-    """n captions -> conditions by name, each `[n, ...]` with the same shape for all captions."""
+    """Maps n captions to conditions by name, each `[n, ...]`. All captions must result in the same shape."""
     key: str
-    """Identifies weights and settings. Equal encoders have equal keys."""
+    """Identifies the weights and settings of the encoder. Equal encoders have equal keys."""
     null: Mapping[str, Tensor] | None = None
-    """Conditions of one sample without a caption, by name, except those that it keeps; those of the empty caption if
-    None."""
+    """The conditions, by name, of one sample without a caption, which keeps its other conditions. If None, those of the
+    empty caption are used."""
     timed: Callable[[list[str], list[float]], dict[str, Tensor]] | None = None
-    """As `texts`, for sounds with these ends in seconds; None if the conditions do not depend on them."""
+    """Maps n captions and the ends of n sounds, in seconds, to conditions as `texts` does, or None if the conditions do
+    not depend on the ends."""
 
 
 QUICK: Final = 5.0
-"""Seconds for one image above which `forecast` times no batch."""
+"""The number of seconds for one image above which `forecast` does not time a whole batch."""
 
 
 def encode(
@@ -74,22 +75,23 @@ def encode(
     class_names: Sequence[str] = (),
     processes: Processes | None = None,
 ) -> LatentData:
-    """Encode all images that are not yet encoded in `folder`, and return the latents and conditions of all images.
+    """Encode all images that `folder` does not contain yet, and return the latents and conditions of all images.
 
-    Files are written atomically, and a recorded shard is encoded again only if it has changed. To resume an interrupted
-    call, repeat it. With deterministic encoders, the resulting bytes equal those of an uninterrupted call. No batch
-    crosses a shard boundary.
+    Files are written atomically, and a recorded shard is encoded again only if its file has changed. To resume an
+    interrupted call, repeat it. If the encoders are deterministic, the resulting files are identical to those of an
+    uninterrupted call. No batch crosses a shard boundary.
 
     Args:
-        on_progress: called with the number of encoded images and the total, at the start and after each batch.
-        class_names: class names (`read_classes`), in the order of the encoder's `class_labels`.
-        processes: processes that share the batches of each shard, of which rank 0 writes; by default only this one.
+        on_progress: called with the number of encoded images and the total number, at the start and after each batch.
+        class_names: the names of the classes (see `read_classes`), in the order of the encoder's `class_labels`.
+        processes: the processes that share the batches of each shard; rank 0 writes the files. By default, this process
+            encodes all batches.
 
     Raises:
-        ValueError: if `folder` contains other files, or latents of another encoder, other images or another shard size;
-            if another process is writing to it; if an image cannot be decoded or is not RGB; or if the encoder returns
-            wrong shapes or non-finite values.
-        OSError: if the disk is full. The call can then be repeated.
+        ValueError: if `folder` contains other files, or latents from another encoder, from other images or in shards
+            of another size; if another process is writing to `folder`; if an image cannot be decoded or is not RGB; or
+            if the encoder returns wrong shapes or non-finite values.
+        OSError: if the disk is full. The call can be repeated later.
     """
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
         check_whole(name, value)
@@ -101,7 +103,7 @@ def encode(
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise InUse(f"another process is writing to {folder}: wait for it, or give another folder") from None
+            raise InUse(f"another process is writing to {folder}: wait until it ends, or give another folder") from None
         sweep(root)
         return _begin(images, encoder, root, shard_size, tuple(class_names))
 
@@ -119,15 +121,15 @@ class Forecast:
     """The cost of a call of `encode`."""
 
     pending: int
-    """Number of images that are not encoded yet."""
+    """The number of images that are not encoded yet."""
     tensors: Mapping[str, Entry]
     """The latents and conditions of one sample, by name."""
     num_bytes: int
-    """Size of the complete folder."""
+    """The size of the complete folder."""
     seconds: float
-    """Estimated time to encode the pending images with one process."""
+    """The estimated time in which one process encodes the pending images."""
     timed: int
-    """Number of images timed; 0 if none are pending."""
+    """The number of images on which the time was measured, or 0 if no images are pending."""
 
 
 def forecast(
@@ -139,14 +141,17 @@ def forecast(
     class_names: Sequence[str] = (),
     repeats: float = 1.0,
 ) -> Forecast:
-    """Return the cost of a call of `encode`, timed on its first batch, or on one image if that is slow; write nothing.
+    """Return what a call of `encode` costs, without writing anything.
+
+    The time is measured on the first batch, or on a single image if that takes long.
 
     Args:
-        folder: None for a new folder.
-        repeats: time of `encode` for the latents of prompts, relative to that of `images.sampled`.
+        folder: the folder that would be written, or None for a new folder.
+        repeats: how many times as long as `images.sampled` the call would take to sample the latents of prompts.
 
     Raises:
-        ValueError: as `encode`, except for images after the first batch and other processes.
+        ValueError: as described in `encode`, except that images after the first batch and other processes are not
+            checked.
     """
     root = Path() if folder is None else user_path(folder)
     if folder is not None:
@@ -169,7 +174,7 @@ def forecast(
 
 
 def _size(index: Index, null: Mapping[str, Tensor]) -> int:
-    """Return the bytes of a complete folder; headers are those of empty shards."""
+    """Return the size of a complete folder in bytes, computed with the headers of empty shards."""
     empty = {name: torch.empty(0, *entry.shape, dtype=_dtype(entry)) for name, entry in index.tensors.items()}
     row = sum(math.prod(entry.shape) * _dtype(entry).itemsize for entry in index.tensors.values())
     files = len(save(empty)) * len(index.shards) + len(save(dict(null)))
@@ -188,7 +193,9 @@ def _check_folder(root: Path) -> None:
     if root.is_dir() and not (root / INDEX).exists():
         found = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
         if found:
-            raise ValueError(f"{root} contains other files, such as {found[0]}: give a new or empty folder for latents")
+            raise ValueError(
+                f"{root} contains other files, such as {found[0]}: give a new or empty folder for the latents"
+            )
 
 
 def _begin(
@@ -198,7 +205,7 @@ def _begin(
     shard_size: int,
     class_names: tuple[str, ...],
 ) -> Index:
-    """Return the folder's index, which is written if it is new."""
+    """Return the folder's index. Write a new index if none exists, or if no shard exists and the settings differ."""
     index, is_new = _planned(images, encoder, root, shard_size, class_names)
     if is_new:
         _record(root, index)
@@ -212,10 +219,10 @@ def _planned(
     shard_size: int,
     class_names: tuple[str, ...],
 ) -> tuple[Index, bool]:
-    """Return the folder's index, or a new one if it has none, or one of other images without shards; whether it is new.
+    """Return the folder's index or, as described in `_begin`, a new one, and whether it is new.
 
     Raises:
-        ValueError: if the folder contains shards of another encoder, other images or another shard size.
+        ValueError: if the folder contains shards from another encoder, from other images or of another size.
     """
     shards = (None,) * -(-len(images) // shard_size)
     now = Index(
@@ -229,15 +236,17 @@ def _planned(
         return now, True
     remedy = "give another folder, or delete this one to encode again"
     if index.encoder != encoder.key:
-        raise ValueError(f"{root} contains latents of the encoder {index.encoder!r}, not of {encoder.key!r}: {remedy}")
+        raise ValueError(
+            f"{root} contains latents from the encoder {index.encoder!r}, not from {encoder.key!r}: {remedy}"
+        )
     if index.shard_size != shard_size:
         raise ValueError(
-            f"{root} contains shards of {index.shard_size} samples, not of {shard_size}: keep that size, or {remedy}"
+            f"{root} contains shards of {index.shard_size} samples, not {shard_size}: keep that size, or {remedy}"
         )
     if index.images != now.images:
         raise ValueError(
-            f"{root} contains latents of images other than {images.source}: {_differs(index.images, now.images)}; "
-            f"{remedy}"
+            f"{root} contains latents of images other than those in {images.source}: "
+            f"{_differs(index.images, now.images)}; {remedy}"
         )
     return index, False
 
@@ -245,16 +254,17 @@ def _planned(
 def _differs(then: Origin, now: Origin) -> str:
     """Describe how two sets of images differ."""
     if then.count != now.count:
-        return f"{then.count} then and {now.count} now"
+        return f"their number was {then.count} and is now {now.count}"
     if then.preparation != now.preparation:
         names = [name for name, value in now.preparation.items() if then.preparation.get(name) != value]
-        return ", ".join(f"{name} {then.preparation.get(name)} then and {now.preparation[name]} now" for name in names)
-    kinds = {"names": "file names", "contents": "contents of the files", "captions": "captions"}
+        old = then.preparation
+        return ", ".join(f"{name} was {old.get(name)} and is now {now.preparation[name]}" for name in names)
+    kinds = {"names": "file names", "contents": "file contents", "captions": "captions"}
     return "other " + " and ".join(word for name, word in kinds.items() if getattr(then, name) != getattr(now, name))
 
 
 def _origin(images: CaptionedImages | CaptionedClips | Prompts) -> Origin:
-    """Identify the images; reads all files."""
+    """Return hashes that identify the images. All files are read to compute the hashes."""
     if isinstance(images, Prompts):
         return Origin(
             count=len(images), names="", contents="", captions=digest_of(images.captions), preparation={"sampled": True}
@@ -263,7 +273,7 @@ def _origin(images: CaptionedImages | CaptionedClips | Prompts) -> Origin:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             contents = list(pool.map(lambda path: [path.stat().st_size, sha256_of(path)], images.contents))
     except OSError as error:
-        raise ValueError(f"{error.filename} cannot be read ({error.strerror}): repeat the command") from error
+        raise ValueError(f"{error.filename} cannot be read ({error.strerror}): run the command again") from error
     return Origin(
         count=len(images),
         names=digest_of(path.as_posix() for path in images.files),
@@ -276,7 +286,7 @@ def _origin(images: CaptionedImages | CaptionedClips | Prompts) -> Origin:
 @final
 @dataclass
 class _Encoding:
-    """Fills a folder, and records each file that is complete."""
+    """Fills a folder, and records each file once it is complete."""
 
     images: CaptionedImages | CaptionedClips | Prompts
     encoder: Encoder
@@ -295,7 +305,7 @@ class _Encoding:
                 done = self._write_shard(number, done)
 
     def _begun(self) -> tuple[Index, list[bool]]:
-        """Add the empty caption's conditions if necessary; return the index, and whether each shard is intact."""
+        """Add the conditions of the empty caption if necessary; return the index, and whether each shard is intact."""
         if not is_intact(self.root / NULL, self.index.null):
             self._record(null=_write(self.root / NULL, self.null()))
         shards = enumerate(self.index.shards)
@@ -312,7 +322,7 @@ class _Encoding:
         return {name: value[0] for name, value in checked.items()}
 
     def time(self, part: range, repeats: float) -> float:
-        """Return the seconds to encode a batch, in which the latents of prompts take `repeats` times as long."""
+        """Return the seconds to encode a batch, assuming that the latents of prompts take `repeats` times as long."""
         start = time.perf_counter()
         self._encode(part)
         whole = time.perf_counter() - start
@@ -324,7 +334,7 @@ class _Encoding:
         return texts + (whole - texts) * repeats
 
     def _write_shard(self, number: int, done: int) -> int:
-        """Encode a shard after `done` images; return the new number of encoded images."""
+        """Encode a shard after `done` images have been encoded; return the new number of encoded images."""
         places = self.index.places(number)
         size = self.batch_size
         batches = [range(first, min(first + size, places.stop)) for first in range(places.start, places.stop, size)]
@@ -362,13 +372,13 @@ class _Encoding:
             latents = self.encoder.images(x0)
         if latents.ndim < 3 or not latents.is_floating_point():
             raise ValueError(
-                f"the encoder returned {latents.dtype} latents of shape {tuple(latents.shape)} for {names[0]}: floats "
-                f"with two or more axes after the batch are needed"
+                f"the encoder returned {latents.dtype} latents of shape {tuple(latents.shape)} for {names[0]}: latents "
+                f"must be floats with two or more axes after the batch axis"
             )
         return self._known({LATENTS: latents, **conditions}, names)
 
     def _known(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """Apply `_checked`, and check that the conditions are those of the empty caption, if it has any."""
+        """Apply `_checked`, and check that the names of the conditions are those of the empty caption, if any."""
         conditions, known = tensors.keys() - {LATENTS}, self.index.tensors.keys() - {LATENTS}
         keeps_some = self.encoder.null is not None and LATENTS not in self.index.tensors
         if known and not (known <= conditions if keeps_some else known == conditions):
@@ -379,21 +389,22 @@ class _Encoding:
         return self._checked(tensors, names)
 
     def _checked(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """Check that each name has a finite sample of the known shape and dtype; return all tensors on the CPU."""
+        """Check that each tensor has a finite sample of the known shape and dtype for each name; return CPU tensors."""
         found = {}
         for name, value in tensors.items():
             if value.ndim == 0 or len(value) != len(names):
                 raise ValueError(
                     f"the encoder returned {name} of shape {tuple(value.shape)} for a batch of {len(names)} that "
-                    f"starts with {names[0]}: the first axis must be the batch"
+                    f"starts with {names[0]}: the first axis must be the batch axis"
                 )
             entry = Entry(shape=tuple(value.shape[1:]), dtype=str(value.dtype).removeprefix("torch."))
             known = self.index.tensors.get(name, entry)
             if entry != known:
-                remedy = "resize the images to one size" if name == LATENTS else "pad captions to one length"
+                remedy = "resize all images to one size" if name == LATENTS else "pad all captions to one length"
                 raise ValueError(
-                    f"the encoder returned {entry.dtype} {name} of shape {entry.shape} for {names[0]}, but "
-                    f"{known.dtype} of shape {known.shape} before: {remedy}, or use the encoder that started the folder"
+                    f"the encoder returned {entry.dtype} {name} of shape {entry.shape} for {names[0]}, but it returned "
+                    f"{known.dtype} of shape {known.shape} before: {remedy}, or use the encoder that the folder was "
+                    f"started with"
                 )
             value = value.detach().cpu()
             if value.is_floating_point() and not (finite := value.isfinite().reshape(len(value), -1).all(1)).all():
@@ -406,13 +417,13 @@ class _Encoding:
         return found
 
     def _record(self, **files: Any) -> None:
-        """Add written files to the index."""
+        """Record the written files in the index."""
         self.index = self.index.model_copy(update=files)
         _record(self.root, self.index)
 
 
 _STORED: Final = Stored(sha256="0" * 64, size=2**20)
-"""A file that is not written yet."""
+"""Stands for a file that is not written yet."""
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -424,5 +435,5 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> Stored:
 
 
 def _record(root: Path, index: Index) -> None:
-    """Write the index, which reveals files lost in a power cut."""
+    """Write the index, by which files that were lost in a power cut can be detected."""
     write_json(root / INDEX, index.model_dump(mode="json"))

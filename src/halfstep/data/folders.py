@@ -1,4 +1,4 @@
-"""Data from folders of image files, with sub-folders for splits and classes."""
+"""Data from folders of image files, which may have sub-folders for splits and classes."""
 
 import contextlib
 import itertools
@@ -30,13 +30,14 @@ _BESIDE: Final = (
 _SPLITS: Final = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"})
 """Names of sub-folders that contain a split, not a class."""
 _LABELS: Final = "dataset.json"
-"""Labels in the format of EDM and StyleGAN, {"labels": [[path, class], ...]}. Sub-folders are then shards."""
+"""The file of labels in the format of EDM and StyleGAN, {"labels": [[path, class], ...]}. If this file exists, the
+sub-folders are shards."""
 
 
 @final
 @dataclass(frozen=True)
 class Files(EncodedImages):
-    """Image files by their paths relative to `root`."""
+    """Image files, given by their paths relative to `root`."""
 
     root: Path
     paths: tuple[PurePath, ...]
@@ -58,7 +59,7 @@ class Files(EncodedImages):
 
 
 def image_paths(root: Path, files: Sequence[PurePath]) -> list[PurePath]:
-    """Return the files with the suffix of an image; warn about others that may be images.
+    """Return the files with an image suffix; warn about other files that may be images.
 
     Raises:
         ValueError: if there are no images.
@@ -68,10 +69,10 @@ def image_paths(root: Path, files: Sequence[PurePath]) -> list[PurePath]:
     counts = sorted(Counter(others).items(), key=lambda item: (-item[1], item[0] == "", item[0]))
     shown = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in counts[:5])
     if not images:
-        raise no_images(root, f"; its other files: {shown}" if shown else "")
+        raise no_images(root, f"; it contains these other files: {shown}" if shown else "")
     if shown:
         warnings.warn(
-            f"{len(others):,} files in {root} are skipped because they do not have the suffix of an image: {shown}; "
+            f"{len(others):,} files in {root} are skipped because they do not have an image suffix: {shown}; "
             "rename or convert those that are images",
             HalfstepWarning,
             stacklevel=2,
@@ -87,11 +88,11 @@ def no_images(root: Path, others: str = "") -> ValueError:
 
 
 def image_folder(root: Path, paths: Sequence[PurePath], split: str, labels: bool, limit: int | None) -> Labelled:
-    """Return the image files at the sorted `paths` below `root`, or only those in its sub-folder `split`.
+    """Return the image files at the sorted `paths` below `root`; if a sub-folder `split` exists, only those in it.
 
-    Classes come from dataset.json if it exists. Otherwise, if all images are in two or more sub-folders, these are the
-    classes, and `limit` is balanced across them. Without classes, `limit` keeps the first files. The split "train" is
-    the whole folder if it has no sub-folder with that name.
+    The classes are taken from dataset.json if it exists. Otherwise, if all images are in two or more sub-folders, each
+    sub-folder is a class, and `limit` is balanced across the classes. Without classes, `limit` keeps the first files.
+    If the folder has no sub-folder called train, the split "train" is the whole folder.
 
     Raises:
         ValueError: if there are no images, if the sub-folder `split` does not exist or could also be a class, or if
@@ -109,8 +110,8 @@ def image_folder(root: Path, paths: Sequence[PurePath], split: str, labels: bool
         raise ValueError(f"{root} has no sub-folder {split!r}: add it, or use --data.split train")
     elif labels and tops and tops <= _SPLITS and all(len(path.parts) > 1 for path in paths):
         raise ValueError(
-            f"{root} has no sub-folder train, but {', '.join(sorted(tops))}: choose one with --data.split, or use "
-            "all of them without classes with --data.no-labels"
+            f"{root} has no sub-folder train, but {', '.join(sorted(tops))}: choose one of these with --data.split, or "
+            "use all of them, without classes, with --data.no-labels"
         )
     if not paths:
         raise no_images(root)
@@ -128,7 +129,7 @@ def image_folder(root: Path, paths: Sequence[PurePath], split: str, labels: bool
             stacklevel=2,
         )
     classes = [list(group) for _, group in itertools.groupby(paths, key=lambda path: path.parts[0])]
-    # The first image of each class, then the second of each, and so on.
+    # This is the first image of each class, then the second image of each class, and so on.
     in_turn = [path for row in itertools.zip_longest(*classes) for path in row if path is not None]
     paths = sorted(in_turn[:limit], key=lambda path: path.parts)
     numbers = {name: number for number, name in enumerate(names)}
@@ -136,7 +137,7 @@ def image_folder(root: Path, paths: Sequence[PurePath], split: str, labels: bool
 
 
 def _listed(root: Path, paths: Sequence[PurePath], limit: int | None) -> Labelled:
-    """Return the images with their classes from dataset.json, or without classes if it has none."""
+    """Return the images with their classes from dataset.json, or without classes if the file contains none."""
     file = root / _LABELS
     held = read_json(file)
     rows = held.get("labels") if isinstance(held, dict) else None
@@ -155,7 +156,7 @@ def _listed(root: Path, paths: Sequence[PurePath], limit: int | None) -> Labelle
 
 
 def changed_since(source: str, moment: float) -> list[Path]:
-    """Return the files of a local source (a file or a folder) that changed after `moment`, as in `time.time()`."""
+    """Return the files of a local source (a file or a folder) that changed after `moment`, a value of `time.time()`."""
     root = Path(source).expanduser()
     paths = [root / path for path in files_below(root)] if root.is_dir() else [root]
     found = []
@@ -168,9 +169,9 @@ def changed_since(source: str, moment: float) -> list[Path]:
 
 
 def files_below(root: Path) -> list[PurePath]:
-    """Return the sorted files below `root`, except hidden files and those of runs, which may contain samples.
+    """Return the sorted files below `root`, except hidden files and the files of runs, which may be samples.
 
-    Follows links to folders, but visits each folder once.
+    Links to folders are followed, but each folder is visited only once.
     """
     found: list[PurePath] = []
     seen: set[str] = set()

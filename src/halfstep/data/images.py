@@ -1,7 +1,8 @@
-"""Decode images into pixels, once into memory or at each fetch.
+"""Decode images into pixels, either once into memory or at each fetch.
 
-In this order: apply the EXIF orientation if it can be read, fill transparency with white, convert channels, crop and
-resample. Only the first of several frames is read. An image that needs none of these steps is unchanged.
+The steps are, in this order: apply the EXIF orientation if it can be read, fill transparent areas with white, convert
+the channels, crop, and resample. Only the first frame of an image is read. An image that needs none of these
+steps is unchanged.
 """
 
 import hashlib
@@ -51,11 +52,12 @@ _TURNS: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""The transposition that undoes each EXIF orientation; 1 and unknown numbers leave the pixels unchanged."""
+"""The transposition that undoes each EXIF orientation. Orientation 1 and unknown orientations need none."""
 _ENDS: Final = ((b"\xff\xd8\xff", b"\xff\xd9"), (b"\x89PNG\r\n", b"IEND\xaeB`\x82"))
-"""First bytes of a format, and last bytes of a complete file. Only files that do not match are decoded for a check."""
+"""The first bytes of each format, and the last bytes of its complete files. A file that does not match is decoded to
+check it."""
 _SHOWN: Final = 50
-"""Maximum number of images listed in an error; the others are counted."""
+"""The maximum number of images listed in an error; any further images are only counted."""
 
 
 def _workers() -> int:
@@ -65,17 +67,17 @@ def _workers() -> int:
 
 
 _CHUNK: Final = 4096
-"""Number of images read at a time, to limit the memory for their encoded bytes."""
+"""The number of images read at a time, which limits the memory needed for encoded images."""
 
 
 class TooDeep(ValueError):
-    """An image has more bits per channel than supported. Its white level is unknown, so it is not rescaled."""
+    """An image has more than 8 bits per channel. Its white level is unknown, so it cannot be rescaled."""
 
 
 @final
 @dataclass(frozen=True)
 class Preparation:
-    """The conversion of an image to pixels; the fields are those of `DataConfig`."""
+    """Converts an image to pixels. The fields have the same meaning as in `DataConfig`."""
 
     image_size: int | None = None
     resize: Resize = "crop"
@@ -83,16 +85,18 @@ class Preparation:
     channels: Channels | None = None
 
     def __call__(self, image: Image.Image) -> NDArray[np.uint8]:
-        """Return pixels `[channels, height, width]`, resized to `image_size` if set; "crop" keeps the aspect ratio.
+        """Return pixels `[channels, height, width]`, resized to `image_size` if it is set.
+
+        With "crop", the aspect ratio is kept.
 
         Raises:
-            TooDeep: if the image has more than 8 bits per channel, of which Pillow would keep the upper 8.
+            TooDeep: if the image has more than 8 bits per channel. Pillow would keep only the upper 8 bits.
         """
         is_deep = image.mode in ("I", "F") or image.mode.startswith("I;")
         # Pillow converts 16-bit colour to 8 bits; only the raw mode of its decoder shows the original depth.
         if is_deep or (image.format in ("PNG", "TIFF") and any(";16" in str(tile.args) for tile in image.tile)):
             mode = image.mode if is_deep else "16 bits of colour"
-            raise TooDeep(f"has more than 8 bits per channel (mode {mode}): scale it to 8, or remove it")
+            raise TooDeep(f"has more than 8 bits per channel (mode {mode}): scale it to 8 bits, or remove it")
         image = _upright(image)
         channels = self.channels or (1 if image.mode in _GREY else 3)
         if image.has_transparency_data:
@@ -105,7 +109,7 @@ class Preparation:
         return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def _box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """Return the box (left, upper, right, lower) to keep, in whole pixels to avoid blurring."""
+        """Return the box to keep as (left, upper, right, lower), in whole pixels to avoid blurring."""
         if self.resize == "stretch":
             return 0, 0, width, height
         side = min(width, height)
@@ -118,32 +122,32 @@ def _upright(image: Image.Image) -> Image.Image:
     image.load()  # outside of `try`, so that broken pixels are not mistaken for broken metadata
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # broken EXIF and XMP data can raise any error
+    except Exception:  # reading broken EXIF or XMP data can raise any error
         turn = None
     return image if turn is None else image.transpose(turn)
 
 
 class EncodedImages(ABC):
-    """Encoded images by index."""
+    """A sequence of encoded images."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Return the image's name for error messages."""
+        """Return the name of an image for error messages."""
 
     @abstractmethod
     def read(self, indices: Sequence[int]) -> Sequence[Path | bytes]:
-        """Return the images as files to open, or as their bytes."""
+        """Return each image either as the path of a file or as bytes."""
 
     @abstractmethod
     def subset(self, indices: Sequence[int]) -> "EncodedImages":
-        """Return the images at `indices`."""
+        """Return a sequence that contains only the images at `indices`."""
 
     @abstractmethod
     def sizes(self) -> Iterator[tuple[str, int]]:
-        """Yield a machine-independent name and the encoded size in bytes of each image."""
+        """Yield a machine-independent name of each image, and its encoded size in bytes."""
 
 
 class Labelled(NamedTuple):
@@ -157,12 +161,14 @@ class Labelled(NamedTuple):
 @final
 @dataclass(frozen=True, eq=False)
 class ImageFiles(Data):
-    """Images that do not fit into memory, decoded by a few threads at each fetch.
+    """Images that do not fit into memory. Each fetch decodes the requested images in a few threads.
 
-    The fingerprint covers names, sizes in bytes, labels and preparation, but not the pixels.
+    The fingerprint covers the names of the images, their sizes in bytes, the labels and the preparation, but not the
+    pixels.
 
     Raises:
-        ValueError: if `prepare` does not set size and channels, or labels are not indices of class_names.
+        ValueError: if `prepare` does not set the size and the channels, or if `labels` are not indices into
+            `class_names`.
     """
 
     source: str
@@ -176,7 +182,7 @@ class ImageFiles(Data):
         if self.prepare.image_size is None or self.prepare.channels is None:
             raise ValueError(
                 f"{self.source} is too large for memory, so its {len(self)} images are decoded at each use and need a "
-                f"common size: give --data.image-size and --data.channels, or a larger --data.max-bytes"
+                f"common size: set --data.image-size and --data.channels, or increase --data.max-bytes"
             )
         check_labels(self.source, self.labels, self.class_names, len(self))
 
@@ -200,7 +206,9 @@ class ImageFiles(Data):
 
     def fetch(self, indices: Tensor) -> Batch:
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
-            raise IndexError(f"{self.source} has {len(self)} samples, but indices {indices.tolist()} were requested")
+            raise IndexError(
+                f"{self.source} has {len(self)} samples, but the indices {indices.tolist()} were requested"
+            )
         pixels = []
         for one in _decode(self.images, indices.tolist(), self.prepare):
             if isinstance(one, ValueError):
@@ -217,12 +225,12 @@ def decoded(source: str, found: Labelled, prepare: Preparation, max_bytes: int, 
         skip_broken: whether to skip unreadable images, with a warning that lists them.
 
     Raises:
-        ValueError: if some images (listed in the message) or all cannot be read; if one differs from the first in
-            channels or size; or as `ImageFiles`.
+        ValueError: if any image (or, with `skip_broken`, every image) cannot be read; if an image differs from the
+            first one in channels or size; or as described in `ImageFiles`. The message lists unreadable images.
     """
     images = found.images
     broken: dict[int, ValueError] = {}
-    # The size of the first readable image decides whether all fit into memory.
+    # The size of the first readable image determines whether all images fit into memory.
     for place in range(len(images)):
         (first,) = _decode(images, [place], prepare)
         if isinstance(first, np.ndarray):
@@ -251,10 +259,10 @@ def decoded(source: str, found: Labelled, prepare: Preparation, max_bytes: int, 
 
 
 def _whole(source: str, found: Labelled, broken: dict[int, ValueError], skip: bool) -> Labelled:
-    """Return the images without broken ones, and without classes that this leaves empty.
+    """Return the images without the broken ones, and without classes whose images are all broken.
 
     Raises:
-        ValueError: if there are broken images and `skip` is not set, or no image remains.
+        ValueError: if there are broken images and `skip` is not set, or if no image remains.
     """
     if not broken:
         return found
@@ -275,17 +283,17 @@ def _whole(source: str, found: Labelled, broken: dict[int, ValueError], skip: bo
 
 
 def numbered(found: Labelled) -> Labelled:
-    """Return the images with only the non-empty classes, renumbered from 0 in the same order."""
+    """Return the images without the empty classes. The other classes are renumbered from 0, in the same order."""
     if found.labels is None:
         return found
     held, places = found.labels.unique(return_inverse=True)
     if len(held) == len(found.class_names) or int(held[0]) < 0 or int(held[-1]) >= len(found.class_names):
-        return found  # no empty class, or a label that is rejected later
+        return found  # no class is empty, or a label is invalid and is rejected later
     return Labelled(found.images, places, tuple(found.class_names[number] for number in held.tolist()))
 
 
 def _cut(images: EncodedImages, prepare: Preparation) -> dict[int, ValueError]:
-    """Return the files that cannot be decoded, among those with suspicious first or last bytes.
+    """Decode the files with suspicious first or last bytes, and return those that fail, with their errors.
 
     Decoding all files would take as long as an epoch. Images in tables are not checked.
     """
@@ -321,7 +329,7 @@ def _is_doubtful(file: Path | bytes) -> bool:
 def _decode(
     images: EncodedImages, indices: Sequence[int], prepare: Preparation
 ) -> list[NDArray[np.uint8] | ValueError]:
-    """Return the pixels of the images at `indices`, or the errors; each thread decodes a share of the images."""
+    """Return the pixels or the error for each image at `indices`. Each thread decodes a share of the images."""
     files = images.read(indices)
     workers = _workers()
     share = max(1, -(-len(indices) // workers))
@@ -335,7 +343,7 @@ def _decode(
 
 
 def _open(file: Path | bytes, name: str, prepare: Preparation) -> NDArray[np.uint8] | ValueError:
-    """Return an image's pixels, or a one-line ValueError if it cannot be read.
+    """Return the pixels of an image, or a ValueError with a message of one line if the image cannot be read.
 
     Raises:
         OSError: if the disk is no longer available.
@@ -346,7 +354,7 @@ def _open(file: Path | bytes, name: str, prepare: Preparation) -> NDArray[np.uin
             return ValueError(f"{name} is not a file but {_kind_of(file.stat().st_mode)}: remove it")
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
             return prepare(image)
-    except Exception as error:  # Pillow's decoders raise many types on damaged files
+    except Exception as error:  # Pillow's decoders raise errors of many types for damaged files
         if isinstance(error, OSError) and error.errno in GONE:
             raise OSError(error.errno, f"{error.strerror}: the data is gone. Restore it", name) from None
         if isinstance(error, TooDeep):
@@ -368,7 +376,7 @@ def _kind_of(mode: int) -> str:
 
 
 def _unidentified(file: Path | bytes) -> str:
-    """Return the problem of a file that Pillow cannot identify, and the remedy."""
+    """Describe the problem with a file that Pillow cannot identify, and suggest a remedy."""
     if isinstance(file, Path):
         with file.open("rb") as stream:
             file = stream.read(64)

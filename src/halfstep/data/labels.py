@@ -1,4 +1,4 @@
-"""Conversion of the user's labels to the classes 0, 1, 2, ... of a network."""
+"""Convert the user's labels to the classes 0, 1, 2, ... of a network."""
 
 import warnings
 from typing import Any, Final
@@ -10,21 +10,22 @@ from torch import Tensor
 
 from halfstep.core.warnings import HalfstepWarning
 
-_REMEDY: Final = "use --data.no-labels to ignore them"
+_REMEDY: Final = "use --data.no-labels to ignore the labels"
 
 
 def classes_of(source: str, labels: NDArray[Any], length: int) -> tuple[Tensor, tuple[str, ...]]:
-    """Return the class of each sample, int64 `[length]`, and the label of each class, in sorted order.
+    """Return the class of each sample, int64 `[length]`, and the labels of the classes, in sorted order.
 
-    Classes are numbered from 0 without gaps. Warns if this changes integer labels.
+    Classes are numbered from 0 without gaps. If this changes integer labels, a warning is issued.
 
     Raises:
-        ValueError: if labels are not one non-negative integer or string per sample, or as in `check_not_identifiers`.
+        ValueError: if `labels` does not contain one non-negative integer or one string per sample, or as described in
+            `check_not_identifiers`.
     """
     if labels.dtype.kind not in "iuUS" or labels.shape != (length,):
         raise ValueError(
-            f"{source} has {labels.dtype} labels of shape {labels.shape}: {length} samples need labels of shape "
-            f"{(length,)} that are integers or strings; {_REMEDY}"
+            f"{source} has {labels.dtype} labels of shape {labels.shape}: {length} samples need integer or string "
+            f"labels of shape {(length,)}; {_REMEDY}"
         )
     if labels.dtype.kind == "S":
         labels = np.char.decode(labels, "utf-8", "backslashreplace")
@@ -32,8 +33,8 @@ def classes_of(source: str, labels: NDArray[Any], length: int) -> tuple[Tensor, 
     is_number = labels.dtype.kind in "iu"
     if is_number and held[0] < 0:
         raise ValueError(
-            f"{source} has negative labels down to {held[0]} ({int((labels < 0).sum()):,} samples): number "
-            f"the classes from 0; or {_REMEDY}"
+            f"{source} has negative labels, the lowest of which is {held[0]}, for {int((labels < 0).sum()):,} samples: "
+            f"number the classes from 0, or {_REMEDY}"
         )
     check_not_identifiers(source, len(held), length, f", from {held[0]} to {held[-1]}")
     names = tuple(map(str, held.tolist()))
@@ -48,9 +49,9 @@ def classes_of(source: str, labels: NDArray[Any], length: int) -> tuple[Tensor, 
 
 
 def check_not_identifiers(source: str, classes: int, length: int, shown: str = "") -> None:
-    """Raise ValueError for more than 10 classes with fewer than 2 samples on average."""
+    """Raise ValueError if there are more than 10 classes and they average fewer than 2 samples each."""
     if classes > 10 and 2 * classes > length:
         raise ValueError(
             f"{source} has {classes:,} classes for {length:,} samples{shown}, so its labels are presumably "
-            f"identifiers: give each class at least 2 samples; or {_REMEDY}"
+            f"identifiers: give each class at least 2 samples, or {_REMEDY}"
         )

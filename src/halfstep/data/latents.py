@@ -1,14 +1,14 @@
-"""Folders of latents and text conditions of captioned images and clips, which `encoding.py` writes.
+"""Folders of latents and text conditions, which `encoding.py` writes for captioned images and clips.
 
-"Images" includes clips below: videos and sounds.
+In this module, the word "images" also stands for clips, which are videos or sounds.
 
 FOLDER/
-  index.json                  `Index`: the encoder, the images, and a sha256 of each file below
+  index.json                  `Index`: the encoder, the images, and the sha256 of each file below
   null.safetensors            the conditions of the empty caption, without the batch axis
   shard-00000.safetensors     latents [n, *dims] and conditions [n, ...] of the first images
-  shard-00001.safetensors     the same of the next images, and so on
+  shard-00001.safetensors     the same for the next images, and so on
 
-Tensors are stored in the dtype of the encoder, and floats are read as float32.
+Tensors are stored in the dtype of the encoder. When they are read, floats are converted to float32.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from halfstep.objectives.base import Batch
 from halfstep.runtime.files import DamagedFile, read_json, sha256_of, user_path
 
 FORMAT: Final = 1
-"""Version of the format. Other versions are rejected."""
+"""The version of the format. Folders with another version are rejected."""
 INDEX: Final = "index.json"
 NULL: Final = "null.safetensors"
 LATENTS: Final = "latents"
@@ -41,34 +41,34 @@ class _Record(BaseModel):
 
 
 class Entry(_Record):
-    """A tensor stored for each sample."""
+    """A tensor that is stored for each sample."""
 
     shape: tuple[int, ...]
-    """Shape of one sample."""
+    """The shape for one sample."""
     dtype: str
-    """Name of the stored torch dtype."""
+    """The name of the torch dtype in which the tensor is stored."""
 
 
 class Stored(_Record):
-    """A written file."""
+    """A file that has been written."""
 
     sha256: str
     size: int
-    """Bytes."""
+    """The size of the file in bytes."""
 
 
 class Origin(_Record):
-    """The encoded images, identified independently of machine and folder."""
+    """The encoded images, identified independently of the machine and the folder."""
 
     count: int
     names: str
-    """The sha256 of their relative paths, in order."""
+    """The sha256 of the relative paths of the images, in order."""
     contents: str
-    """The sha256 of the sizes and sha256 of their files, in order."""
+    """The sha256 of a list with the size and the sha256 of each file, in order."""
     captions: str
-    """The sha256 of their captions, in order."""
+    """The sha256 of the captions, in order."""
     preparation: dict[str, Any]
-    """The fields of their `Preparation`."""
+    """The fields of the `Preparation` of the images."""
 
 
 class Index(_Record):
@@ -76,18 +76,18 @@ class Index(_Record):
 
     format: int = FORMAT
     encoder: str
-    """Its key."""
+    """The key of the encoder."""
     images: Origin
     shard_size: int
     class_names: tuple[str, ...] = ()
-    """For images with classes. The captions are these names, and the condition is `class_labels`."""
+    """The names of the classes, if any. The captions are then these names, and the condition is `class_labels`."""
     tensors: dict[str, Entry] = {}
     """Latents and conditions by name; empty until the first batch is encoded."""
     null: Stored | None = None
     shards: tuple[Stored | None, ...]
 
     def places(self, number: int) -> range:
-        """Return the indices of a shard's images."""
+        """Return the indices of the images in a shard."""
         first = number * self.shard_size
         return range(first, min(first + self.shard_size, self.images.count))
 
@@ -95,12 +95,15 @@ class Index(_Record):
 @final
 @dataclass(frozen=True, eq=False)
 class LatentData(Data):
-    """The samples of a complete folder, read from memory-mapped shards: latents as x0, conditions as `Batch.cond`."""
+    """The samples of a complete folder, read from memory-mapped shards.
+
+    In a batch, the latents are `x0` and the conditions are `cond`.
+    """
 
     source: str
     index: Index
     null: Mapping[str, Tensor]
-    """Conditions of the empty caption, as returned by `fetch`, but without the batch axis."""
+    """The conditions of the empty caption, in the form that `fetch` returns, but without the batch axis."""
     class_names: tuple[str, ...] = ()
     is_image: ClassVar[bool] = False
 
@@ -142,15 +145,15 @@ def is_latents(path: Path) -> bool:
 
 
 def open_latents(folder: Path) -> LatentData:
-    """Open a folder that `encode` has completed. Checks the sizes of files, but not their contents.
+    """Open a folder that `encode` has completed. The sizes of the shards are checked, but not their contents.
 
     Raises:
-        ValueError: if the folder is missing or incomplete, or has another format.
+        ValueError: if the folder is missing or incomplete, or has a different format.
         DamagedFile: if a file is missing or its size has changed.
     """
     root = user_path(folder)
     if not (root / INDEX).is_file():
-        raise ValueError(f"{folder} contains no latents (no {INDEX}): give a folder written by halfstep encode")
+        raise ValueError(f"{folder} contains no latents (it has no {INDEX}): give a folder written by halfstep encode")
     index = read_index(root)
     if index.null is None or None in index.shards:
         written = sum(shard is not None for shard in index.shards)
@@ -168,12 +171,12 @@ def open_latents(folder: Path) -> LatentData:
 
 
 def shard_name(number: int) -> str:
-    """Return a shard's file name."""
+    """Return the file name of a shard."""
     return f"shard-{number:05d}.safetensors"
 
 
 def digest_of(values: Iterable[Any]) -> str:
-    """Return the sha256 of JSON values in order."""
+    """Return the sha256 of a sequence of JSON values."""
     digest = hashlib.sha256()
     for value in values:
         digest.update(json.dumps(value).encode() + b"\n")
@@ -181,7 +184,7 @@ def digest_of(values: Iterable[Any]) -> str:
 
 
 def _read_as(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype to which a stored tensor is converted when read."""
+    """Return the dtype to which a stored tensor is converted when it is read."""
     return torch.float32 if dtype.is_floating_point else dtype
 
 
@@ -190,12 +193,12 @@ def _has_size(path: Path, stored: Stored | None) -> bool:
 
 
 def is_intact(path: Path, stored: Stored | None) -> bool:
-    """Whether a file was recorded and has not changed."""
+    """Whether a file was recorded and has not changed since then."""
     return stored is not None and _has_size(path, stored) and sha256_of(path) == stored.sha256
 
 
 def read_index(root: Path) -> Index:
-    """Load a folder's index; raise ValueError if it is damaged or has another format."""
+    """Load a folder's index; raise ValueError if it is damaged or has a different format."""
     path = root / INDEX
     remedy = "delete the folder and encode again"
     try:
@@ -203,7 +206,9 @@ def read_index(root: Path) -> Index:
     except DamagedFile as error:
         raise DamagedFile(f"{error}: {remedy}") from None
     if isinstance(data, dict) and data.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {data.get('format')}, but this halfstep reads {FORMAT}: {remedy}")
+        raise ValueError(
+            f"{path} has format {data.get('format')}, but this version of halfstep reads format {FORMAT}: {remedy}"
+        )
     try:
         return Index.model_validate(data)
     except ValidationError as error:

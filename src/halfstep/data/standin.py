@@ -1,4 +1,4 @@
-"""Random pixels with the shape of missing data, for dry runs, which only measure the cost of an update."""
+"""Random pixels with the shape of missing data. They are used in dry runs, which only measure the cost of an update."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,14 +15,17 @@ from halfstep.objectives.base import Batch
 @final
 @dataclass(frozen=True, eq=False)
 class StandIn(Data):
-    """Random images `[*image_shape]` with random labels, or arrays with zero conditions. Not for training."""
+    """Random images `[*image_shape]` with random labels, or random arrays whose conditions are all zero.
+
+    They are not intended for training.
+    """
 
     source: str
     image_shape: tuple[int, ...]
     num_samples: int
     class_names: tuple[str, ...] = ()
     conditions: Mapping[str, tuple[int, ...]] | None = None
-    """Shapes of the conditions of arrays; None for images."""
+    """The shape of each condition by name, or None if the samples are images."""
     fingerprint: ClassVar[str] = "stand-in"
 
     @property

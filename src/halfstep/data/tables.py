@@ -1,4 +1,4 @@
-"""Data opened with the `datasets` library: folders of tables, folders saved with it, and names on the Hub."""
+"""Data opened with the `datasets` library: folders of tables, folders saved by the library, and names on the Hub."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -52,11 +52,11 @@ class Column(EncodedImages):
 
 
 def table(source: str, split: str, labels: bool, label_column: str | None, limit: int | None) -> Labelled:
-    """Return the images and labels of a folder or a name on the Hub. Columns are found by type, not by name.
+    """Return the images and labels of a data set in a folder or on the Hub. Columns are found by type, not by name.
 
     Raises:
-        ValueError: if it cannot be opened; if the split does not exist or is empty; if it does not have exactly one
-            Image column; or if it has several ClassLabel columns and `label_column` is None.
+        ValueError: if the source cannot be opened; if the split does not exist or is empty; if the data set does not
+            have exactly one Image column; or if it has several ClassLabel columns and `label_column` is None.
     """
     import datasets
 
@@ -65,14 +65,18 @@ def table(source: str, split: str, labels: bool, label_column: str | None, limit
     classes = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
     if len(images) != 1:
         columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in rows.features.items())
-        raise ValueError(f"{source} has {len(images)} Image columns, but needs exactly one; its columns are {columns}")
+        raise ValueError(
+            f"{source} has {len(images)} Image columns, but exactly one is needed; the columns are {columns}"
+        )
     if label_column is not None and label_column not in classes:
         known = ", ".join(classes) or "none"
         raise ValueError(f"{source} has no ClassLabel column {label_column!r} for --data.label-column (known: {known})")
     if labels and label_column is None and len(classes) > 1:
-        raise ValueError(f"{source} has ClassLabel columns {', '.join(classes)}: choose one with --data.label-column")
+        raise ValueError(
+            f"{source} has several ClassLabel columns ({', '.join(classes)}): choose one with --data.label-column"
+        )
     if len(rows) == 0:
-        raise ValueError(f"{source} has no samples in its split {split!r}: at least 1 is needed")
+        raise ValueError(f"{source} has no samples in its split {split!r}: at least 1 sample is needed")
     encoded = rows.select_columns(images).cast_column(images[0], datasets.Image(decode=False)).with_format("arrow")
     column = Column(source, encoded, images[0])
     first = range(len(rows) if limit is None else min(limit, len(rows)))
@@ -88,7 +92,7 @@ def table(source: str, split: str, labels: bool, label_column: str | None, limit
 
 
 def is_saved(root: Path) -> bool:
-    """Whether the folder was written with `save_to_disk` of `datasets`."""
+    """Whether the folder was written by the method `save_to_disk` of the `datasets` library."""
     return any((root / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 

@@ -1,4 +1,4 @@
-"""The stages that the explorer offers, and its answers."""
+"""The stages that the explorer offers, and the answers that it returns."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,19 +7,19 @@ import numpy as np
 
 
 class StageChoice(NamedTuple):
-    """A stage that can be sampled, or that is missing for some reason."""
+    """A stage that can be sampled, or that is missing for a known reason."""
 
     name: str
     num_steps: int | None
-    """Steps that it was distilled for; None for any number."""
+    """Number of steps that the stage was distilled for, or None if it can be sampled with any number."""
     role: str | None
-    """teacher, matched or student; None if unknown."""
+    """The role: teacher, matched or student, or None if it is unknown."""
     missing: str | None = None
-    """Reason why it cannot be sampled; None if it can."""
+    """The reason why the stage cannot be sampled, or None if it can be."""
 
     @property
     def words(self) -> str:
-        """Description such as "4-step student", which may not be unique; the name if the role is unknown."""
+        """Description such as "4-step student", which may not be unique, or the name if the role is unknown."""
         if self.role is None:
             return self.name
         role = "matched teacher" if self.role == "matched" else self.role
@@ -36,16 +36,16 @@ class Shown(NamedTuple):
     """Description of the model."""
     num_steps: int
     num_evals: int
-    """Network calls per sample."""
+    """Number of network calls per sample."""
     sampler: str
     seconds: float
-    """Wall time of sampling alone."""
+    """Wall time in seconds of the sampling alone."""
     samples: np.ndarray
-    """uint8 `[n, h, w, c]` for images, float32 `[n, *dims]` otherwise."""
+    """The samples: uint8 `[n, h, w, c]` for images, and float32 `[n, *dims]` otherwise."""
 
 
 class Answer(NamedTuple):
-    """The samples of a request, and notes about them."""
+    """The samples for a request, and notes about the samples."""
 
     shown: Sequence[Shown]
     notes: Sequence[str]

@@ -1,7 +1,8 @@
-"""The explorer's door: passes only the requests that its page needs.
+"""A filter that passes only the requests that the explorer's page needs.
 
 gradio also accepts uploads, serves files, fetches from other hosts and collects usage data. `Door` serves only `PATHS`,
-blocks other hosts in the browser, and refuses requests with a host name other than this machine's (DNS rebinding).
+makes browsers block other hosts, and refuses requests with a host name other than this machine's, which prevents DNS
+rebinding.
 """
 
 import asyncio
@@ -16,9 +17,9 @@ from typing import Any, Final, final
 from halfstep.runtime.terminal import one_line
 
 LARGEST_BODY: Final = 64 * 1024
-"""Maximum bytes of a request."""
+"""Maximum size of a request in bytes."""
 PATIENCE: Final = 10.0
-"""Seconds for a client to send the headers, to send the body, and to read the next part of the response."""
+"""Number of seconds that a client has to send the headers, to send the body, or to read more of the response."""
 PATHS: Final = re.compile(
     r"/(|config|theme\.css|favicon\.ico|(assets|static)/.*"
     r"|gradio_api/(info|app_id|theme\.css|startup-events|queue/(join|data)|heartbeat/\w+|call/(compare|strip|walk)(/\w+)?|cancel|reset))/?"
@@ -28,7 +29,8 @@ POLICY: Final = (
     "script-src 'self' 'unsafe-inline' 'unsafe-eval'; connect-src 'self'; frame-ancestors 'none'; base-uri 'self'; "
     "form-action 'self'; object-src 'none'"
 )
-"""Allows the inline scripts and evaluated templates of gradio's page, but no other host."""
+"""The content security policy, which allows the inline scripts and evaluated templates of gradio's page but no other
+hosts."""
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -42,8 +44,8 @@ class Door:
     """ASGI middleware that filters requests to another app.
 
     Args:
-        hosts: accepted host names; None for any.
-        inputs: number of values that each function takes, by its name and its number.
+        hosts: accepted host names, or None to accept any.
+        inputs: number of values that each function takes, by the function's name and by its number.
         root_path: path under which a proxy serves the page, such as "/user/me/proxy/7860".
     """
 
@@ -70,14 +72,14 @@ class Door:
             await _refuse(send, 421, text)
             return
         if self.root_path and scope["path"].startswith(f"{self.root_path}/"):
-            # Some proxies strip the prefix, others do not.
+            # Some proxies strip the prefix, and others do not.
             scope["path"] = scope["path"].removeprefix(self.root_path)
         if not PATHS.fullmatch(scope["path"]) or ".." in scope["path"]:
             await _refuse(send, 404, "not found; the page is at /")
             return
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > LARGEST_BODY or b"transfer-encoding" in headers:
-            await _refuse(send, 413, f"a request may have at most {LARGEST_BODY} bytes")
+            await _refuse(send, 413, f"a request may contain at most {LARGEST_BODY} bytes")
             return
 
         body = b""
@@ -128,7 +130,7 @@ class Door:
             await _refuse(send, 400, "invalid request")
 
     def _wrong(self, path: str, body: bytes) -> str | None:
-        """Return the error in a function call; None if it is valid."""
+        """Return what is wrong with a function call, or None if the call is valid."""
         found = re.fullmatch(r"/gradio_api/(?:call/(\w+)|queue/join)", path)
         if found is None:
             return None
@@ -138,15 +140,15 @@ class Door:
             held = None
         data = held.get("data") if isinstance(held, dict) else None
         if not isinstance(data, list):
-            return 'a call must be JSON, {"data": [...]}'
+            return 'a call must be JSON of the form {"data": [...]}'
         name = found[1] or held.get("fn_index")
         needed = self.inputs.get(name) if isinstance(name, str | int) else None
         if needed is None:
             return f"function {name!r:.40} does not exist"
         if len(data) != needed:
-            return f"this function takes {needed} values, got {len(data)}: see /gradio_api/info"
+            return f"this function takes {needed} values, but got {len(data)}: see /gradio_api/info"
         if any(isinstance(value, dict | list) for value in data):
-            # gradio would take some of these for files, and copy or fetch them before calling the function.
+            # gradio would treat some of these values as files, and copy or fetch the files before calling the function.
             return "each value must be a number, string or null"
         return None
 
@@ -158,7 +160,7 @@ async def _refuse(send: Send, status: int, text: str) -> None:
 
 
 def impatient() -> Any:
-    """Return uvicorn's protocol with timeouts for slow headers and for clients that stop reading."""
+    """Return uvicorn's HTTP protocol with timeouts for slow headers and for clients that stop reading."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Impatient(H11Protocol):

@@ -1,7 +1,7 @@
-"""The explorer without its page: samples a run's models from the same noise, within limits.
+"""The part of the explorer behind its page, which samples a run's models from the same noise, within limits.
 
-Every value of a request is checked here; errors are one line, and no value is used as a path. Models are loaded from
-safetensors. Requests are served one at a time.
+Every value of a request is checked here. Error messages are a single line, and no value is used as a path. Models are
+loaded from safetensors files, and requests are served one at a time.
 """
 
 import math
@@ -29,13 +29,13 @@ from halfstep.runtime.files import DamagedFile
 from halfstep.samplers import trajectory
 
 KEPT_BYTES = 2 * 2**30
-"""Maximum memory of the weights; above it, the least recently used model is dropped."""
+"""Maximum size in bytes of the weights in memory. If it is exceeded, the least recently used models are dropped."""
 LARGEST_SEED = 2**53
-"""JSON numbers are exact for integers up to this value."""
+"""The largest seed, because JSON numbers are exact for integers up to this value."""
 
 
 class Unreadable(ValueError):
-    """The files of a stage cannot be read."""
+    """Raised when the files of a stage cannot be read."""
 
 
 @final
@@ -44,16 +44,16 @@ class Bounds:
     """Limits for one request.
 
     Raises:
-        ValueError: if a limit is below 1 or not a number.
+        ValueError: if a limit is less than 1 or is not a number.
     """
 
     num_samples: int = 64
     num_steps: int = 1024
     num_frames: int = 32
     num_values: int = 4_000_000
-    """Number of values in all samples together."""
+    """Maximum number of values in all samples together."""
     seconds: float = 60.0
-    """Sampling time."""
+    """Maximum sampling time in seconds."""
     guidance_scale: float = 50.0
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class Bounds:
         return max(1, min(self.num_samples, self.num_values // math.prod(shape)))
 
     def frames(self, shape: Sequence[int]) -> int:
-        """Return the maximum number of frames of this shape in a walk, at least 2."""
+        """Return the maximum number of frames of this shape in a walk, which is at least 2."""
         return max(2, min(self.num_frames, self.num_values // math.prod(shape)))
 
 
@@ -75,10 +75,10 @@ class Explorer:
     """A run whose models can be sampled.
 
     Args:
-        path: folder of a run or of a stage, or name of a packaged student.
+        path: the folder of a run or of a stage, or the name of a packaged student.
 
     Raises:
-        ValueError: if no model can be sampled, or the samples are neither images nor 2-D points.
+        ValueError: if no model can be sampled, or if the samples are neither images nor 2-D points.
     """
 
     def __init__(self, path: Path, device: str | torch.device = "cpu", bounds: Bounds | None = None) -> None:
@@ -121,7 +121,7 @@ class Explorer:
         return found or StageChoice("the teacher", None, None, "it is not in this folder")
 
     def label(self, choice: StageChoice) -> str:
-        """Return the description of a stage, with its name if the description is not unique."""
+        """Return the description of a stage, followed by the stage's name if the description is not unique."""
         alone = sum(one.words == choice.words for one in self.choices) == 1
         text = choice.words if alone or choice.role is None else f"{choice.words}, {choice.name}"
         return text[0].upper() + text[1:]
@@ -139,7 +139,7 @@ class Explorer:
         return any(map(self._guided, self.present))
 
     def _guided(self, choice: StageChoice) -> bool:
-        """Whether the stage's model supports a guidance scale."""
+        """Return whether the stage's model supports a guidance scale."""
         manifest, folder = self._manifests[choice.name], self._folders[choice.name]
         learned = manifest.guidance
         return folder.null.name in manifest.files or (learned is not None and learned["type"] == "range")
@@ -163,7 +163,7 @@ class Explorer:
             elif not folder.model.is_file():
                 why = "its model.safetensors does not exist"
             elif self._manifests and manifest.shape != next(iter(self._manifests.values())).shape:
-                why = "its samples have a different shape than the first stage's"
+                why = "its samples have a different shape from those of the first stage"
             else:
                 self._folders[folder.name], self._manifests[folder.name] = folder, manifest
             choices[folder.name] = StageChoice(folder.name, manifest.num_steps, manifest.outcome.role, why)
@@ -186,9 +186,10 @@ class Explorer:
         """Sample a stage and the start of the chain from the same noise.
 
         Args:
-            num_steps: steps of the stage; if None, those that it was distilled for, or `start_steps`.
-            teacher_steps: steps of the start of the chain; `start_steps` if None.
-            seed: seed of the first sample; the next samples use the next seeds.
+            num_steps: number of steps of the stage, or None for the number that it was distilled for (`start_steps` if
+                it was distilled for any number).
+            teacher_steps: number of steps of the start of the chain, or None for `start_steps`.
+            seed: seed of the first sample. The other samples use the seeds that follow.
 
         Raises:
             ValueError: if a value is invalid or exceeds a limit.
@@ -206,7 +207,7 @@ class Explorer:
         return self._answer(asked, seeds, lambda m: m.noise(seeds), class_label, guidance_scale, notes)
 
     def strip(self, seed: object = 0, class_label: object = None, guidance_scale: object = None) -> Answer:
-        """Sample one noise with every stage at its own steps, and with the teacher at `start_steps`.
+        """Sample every stage in its own number of steps, and the teacher in `start_steps`, from the same noise.
 
         Raises:
             ValueError: if a value is invalid.
@@ -226,7 +227,7 @@ class Explorer:
         class_label: object = None,
         guidance_scale: object = None,
     ) -> Answer:
-        """Sample a stage and the start of the chain along the great circle between two noises.
+        """Sample a stage and the start of the chain along the great circle between the noise of two seeds.
 
         Without a class, all frames use the class of the first seed.
 
@@ -248,13 +249,13 @@ class Explorer:
         return self._answer(asked, [first] * number, noise, class_label, guidance_scale, self._start_notes())
 
     def missing_notes(self) -> list[str]:
-        """Return one sentence per missing stage."""
+        """Return one sentence for each missing stage."""
         return [f"{choice.name} is missing: {choice.missing}." for choice in self.choices if choice.missing is not None]
 
     def _start_notes(self) -> list[str]:
         if self.start.missing is None:
             return []
-        return [f"No comparison with {self.start.name}: {self.start.missing}."]
+        return [f"Samples are not compared with {self.start.name}: {self.start.missing}."]
 
     # --- Checks ---
 
@@ -320,10 +321,10 @@ class Explorer:
         notes: list[str],
         needed: int | None = 0,
     ) -> Answer:
-        """Sample each stage with its steps; warnings and unreadable stages become notes.
+        """Sample each stage with its own number of steps. Warnings and unreadable stages become notes.
 
         Args:
-            needed: index of the stage that must be readable; None if all are optional.
+            needed: index of the stage that must be readable, or None if any stage may be unreadable.
         """
         label, scale = self._class(class_label), self._scale(guidance_scale)
         shown: list[Shown] = []
@@ -375,7 +376,7 @@ class Explorer:
             x0 = x_t.cpu()
         seconds = time.perf_counter() - start
         if not bool(torch.isfinite(x0).all()):
-            raise ValueError(f"{choice.name} has samples that are not finite at {num_steps} steps: the model diverged")
+            raise ValueError(f"the samples of {choice.name} with {num_steps} steps are not finite: the model diverged")
         return Shown(
             stage=choice.name,
             is_start=choice == self.start,

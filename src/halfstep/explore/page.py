@@ -1,4 +1,4 @@
-"""The explorer's page: gradio around `Explorer`, behind a `Door`.
+"""The explorer's page, which uses gradio to show an `Explorer` and is filtered by a `Door`.
 
 Images are embedded in the responses, so no files are written.
 """
@@ -28,7 +28,7 @@ LARGEST_QUEUE: Final = 32
 MOVING_WIDTH: Final = 256
 """Approximate width in pixels of a walk's animation."""
 MILLISECONDS: Final = 120
-"""Duration of a frame in that animation."""
+"""Duration in milliseconds of a frame in a walk's animation."""
 LOCAL: Final = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -40,16 +40,16 @@ def serve(
     allowed: Sequence[str] = (),
     root_path: str = "",
 ) -> None:
-    """Serve the page until Ctrl-C.
+    """Serve the page until Ctrl-C is pressed.
 
     Args:
-        port: 0 for any free port.
-        allowed: further accepted host names, such as a proxy's.
+        port: the port, or 0 for any free port.
+        allowed: additional host names to accept, such as that of a proxy.
         root_path: path under which a proxy serves the page.
-        ready: called with the address once the port is bound.
+        ready: function that is called with the address once the port is bound.
 
     Raises:
-        ValueError: if gradio is not installed, or the address cannot be bound.
+        ValueError: if gradio is not installed, or if the address cannot be bound.
     """
     everywhere = host in ("0.0.0.0", "::", "")
     names = (*LOCAL, f"[{host}]" if ":" in host else host, *(name.lower() for name in allowed))
@@ -72,7 +72,7 @@ def serve(
             log_level="warning",
             access_log=False,
             ws="none",
-            # Sampling and reading a response may take long, so this closes only connections without a request.
+            # Sampling and reading a response may take a long time, so this closes only connections without a request.
             timeout_keep_alive=int(door.PATIENCE),
             timeout_graceful_shutdown=1,
         )
@@ -99,7 +99,7 @@ def page(explorer: Explorer, hosts: Sequence[str] | None, root_path: str = "") -
     """
     if find_spec("gradio") is None:
         raise ValueError("the explorer needs gradio, which is not installed: pip install 'halfstep[explore]'")
-    # gradio reads these on import.
+    # gradio reads these variables when it is imported.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import gradio as gr
@@ -163,7 +163,7 @@ CSS: Final = """
 
 
 def _blocks(gr: Any, explorer: Explorer) -> Any:
-    """Return the page: the settings, and below them a tab for each view."""
+    """Return the page, which contains the settings and, below the settings, a tab for each view."""
     last = explorer.present[-1]
     most_samples, most_frames = explorer.bounds.samples(explorer.shape), explorer.bounds.frames(explorer.shape)
 
@@ -177,7 +177,7 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
         call.__doc__ = label
         return call
 
-    # gradio's own check of a value prints a traceback. The explorer's message says more.
+    # When gradio itself checks a value, it prints a traceback. The explorer's message is clearer.
     unchecked: dict[str, Any] = {"filterable": False, "allow_custom_value": True}
     together = {"concurrency_limit": 1, "concurrency_id": "models"}
     silent = {"api_visibility": "private", "show_progress": "hidden"}
@@ -212,11 +212,11 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
             compare = gr.Button("Sample", variant="primary", elem_id="compare")
             compared = gr.HTML(elem_id="compared")
         with gr.Tab("All stages"):
-            gr.Markdown("Samples of every stage from one noise, each stage with its own steps.")
+            gr.Markdown("Samples of every stage from the same noise, each stage in its own number of steps.")
             strip = gr.Button("Sample", variant="primary", elem_id="strip")
             stripped = gr.HTML(elem_id="stripped")
         with gr.Tab("Walk"):
-            gr.Markdown("Samples along the great circle between the noises of two seeds.")
+            gr.Markdown("Samples along the great circle between the noise of two seeds.")
             with gr.Row():
                 other_seed = gr.Number(1, label="Second seed", elem_id="other-seed")
                 frames = gr.Number(8, label=f"Frames (maximum {most_frames})", elem_id="frames")
@@ -233,10 +233,10 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
         call = answered(explorer.compare, "pair", "Samples of a stage and of the teacher from the same noise, as HTML.")
         compare.click(call, asked, compared, api_name="compare", **together)
         blocks.load(call, asked, compared, **silent, **together)
-        call = answered(explorer.strip, "row", "Samples of every stage from one noise, as HTML.")
+        call = answered(explorer.strip, "row", "Samples of every stage from the same noise, as HTML.")
         strip.click(call, [seed, class_label, scale], stripped, api_name="strip", **together)
         asked = [stage, steps, seed, other_seed, frames, class_label, scale]
-        call = answered(explorer.walk, "walk", "Samples along the great circle between two noises, as HTML.")
+        call = answered(explorer.walk, "walk", "Samples along the great circle between two seeds' noise, as HTML.")
         walk.click(call, asked, walked, api_name="walk", **together)
     return blocks.queue(max_size=LARGEST_QUEUE, default_concurrency_limit=1)
 
@@ -261,7 +261,7 @@ def _html(kind: str, answer: Answer) -> str:
 
 
 def _there_and_back(shown: Shown, alt: str) -> Markup:
-    """Return a walk as an animation back and forth, or its first frame if the reader prefers reduced motion."""
+    """Return a walk as an animation back and forth, or as its first frame if the reader prefers reduced motion."""
     height, width = figures.tile_size(shown.samples)
     factor = max(1, MOVING_WIDTH // width)
     frames = [

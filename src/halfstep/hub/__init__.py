@@ -1,4 +1,4 @@
-"""Import of diffusers pipelines and the paper authors' checkpoints; export as pipelines, ONNX and web pages."""
+"""Import diffusers pipelines and the paper authors' checkpoints; export models as pipelines, ONNX or web pages."""
 
 from halfstep.hub.autoencoder import Autoencoder
 from halfstep.hub.disk import networks_below

@@ -1,7 +1,8 @@
-"""A pipeline's VAE, with the pipeline's own map between its samples and the latents of the VAE.
+"""A pipeline's VAE, and the map that the pipeline applies between the denoiser's samples and the VAE's latents.
 
-The end of the pipeline's call is run on known samples, without denoiser and VAE. Each value that arrives at the VAE
-must be an affine function of one value of the sample: this gives their order (packed, frames first), shift and scale.
+To find this map, the end of the pipeline's call is run on known samples, without running the denoiser or the VAE.
+Each value that the VAE receives must be an affine function of one value of the sample. The results determine the
+order of the values (for example, packed or frames first), the shift and the scale.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from halfstep.hub.stock import in_one_line, quiet
 from halfstep.hub.trace import STEPS, component_of, prompted
 
 _DIGITS: Final = (1, 1024, 1024**2)
-"""Indices are passed through the pipeline in digits, which are exact in float32."""
+"""Indices are passed through the pipeline as separate digits, each of which is exact in float32."""
 _REMEDY: Final = "Use --prompts instead of --data"
 
 
@@ -32,22 +33,22 @@ class Autoencoder:
 
     vae: Any
     decoded: tuple[int, ...]
-    """Shape to which it decodes one latent."""
+    """Shape of the image, video or sound that one latent decodes to."""
     latent_shape: tuple[int, ...]
     """Shape of one sample of the denoiser."""
     order: Tensor
-    """For each value of a sample, its index among the values of a latent."""
+    """For each value of a sample, the index of the corresponding value in the flattened latent."""
     shift: Tensor
     scale: Tensor
-    """The values of a latent are shift + scale * value."""
+    """Each value of a latent is shift + scale * the corresponding value of the sample."""
 
     @property
     def image_size(self) -> tuple[int, ...] | None:
-        """Height and width; None for videos and sounds."""
+        """Height and width of an image, or None for videos and sounds."""
         return None if len(self.decoded) == 2 or (len(self.decoded) == 4 and self.decoded[1] > 1) else self.decoded[-2:]
 
     def preparation(self, frame_rate: float | None, options: Mapping[str, Any]) -> VideoPreparation | SoundPreparation:
-        """Return the preparation of clips for a pipeline with these call arguments."""
+        """Return the preparation of videos or sounds for a pipeline that is called with the arguments `options`."""
         if len(self.decoded) == 4:
             return VideoPreparation(*self.decoded[1:], frame_rate)
         (channels, number), rate = self.decoded, int(self.vae.config.sampling_rate)
@@ -57,12 +58,12 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """Return the denoiser's samples `[n, *latent_shape]` of `x`: the means of the VAE's distributions.
+        """Encode `x` as samples of the denoiser, `[n, *latent_shape]`, using the means of the VAE's distributions.
 
         Raises:
-            ValueError: if the VAE returns latents of another shape than it decodes.
+            ValueError: if the VAE encodes to latents of a different shape from those that it decodes.
         """
-        # A clip can be as large as a batch of images.
+        # Clips are encoded one at a time, because a clip can be as large as a batch of images.
         parts = x.reshape(len(x), *self.decoded).split(1 if self.image_size is None else len(x))
         latents = torch.cat([self._latents(part.to(self.shift.device)) for part in parts])
         return ((latents - self.shift) / self.scale)[:, self.order].reshape(-1, *self.latent_shape)
@@ -72,8 +73,8 @@ class Autoencoder:
         found = found if isinstance(found, Tensor) else found.mode()
         if found[0].numel() != len(self.order):
             raise ValueError(
-                f"the {type(self.vae).__name__} encodes {list(x.shape[1:])} to {list(found.shape[1:])}, but that many "
-                f"values do not decode to it. {_REMEDY}"
+                f"the {type(self.vae).__name__} encodes {list(x.shape[1:])} to {list(found.shape[1:])}, but latents "
+                f"of that size do not decode to the original shape. {_REMEDY}"
             )
         return found.flatten(1)
 
@@ -81,19 +82,20 @@ class Autoencoder:
 def autoencoder_in(
     pipe: Any, folder: Path, shape: tuple[int, ...], device: torch.device, call: Mapping[str, Any]
 ) -> Autoencoder:
-    """Return the VAE in a pipeline's folder, on a device.
+    """Load the VAE in a pipeline's folder onto a device.
 
     Args:
-        pipe: the pipeline; its denoiser and VAE can be without weights.
+        pipe: the pipeline, whose denoiser and VAE need no weights.
         shape: shape of one sample of its denoiser.
-        call: pipeline call arguments besides the prompts.
+        call: arguments of the pipeline call other than the prompts.
 
     Raises:
-        ValueError: if there is no VAE, or none that encodes to such samples.
+        ValueError: if the folder has no VAE, or if its VAE does not encode to samples of this shape.
     """
     if pipe.components.get("vae") is None:
         raise ValueError(
-            f"{folder} has no vae, which is needed to encode and decode images: save the pipeline with it. {_REMEDY}"
+            f"{folder} has no vae, which is needed to encode and decode images: save the pipeline with its VAE. "
+            f"{_REMEDY}"
         )
     kind, indices = type(pipe.vae).__name__, torch.arange(torch.Size(shape).numel())
     test = torch.randn(len(indices), generator=torch.Generator().manual_seed(0))
@@ -105,27 +107,29 @@ def autoencoder_in(
     places = sum(digit * unit for digit, unit in zip(found, _DIGITS, strict=True))
     if not torch.equal(places.sort().values, indices) or difference(shift + scale * test[places], tested) > TOLERANCE:
         raise ValueError(
-            f"{type(pipe).__name__} decodes latents {list(made.shape[1:])} that are not a sample {list(shape)} in "
-            f"another order and scale. {_REMEDY}"
+            f"{type(pipe).__name__} decodes latents {list(made.shape[1:])}, whose values are not those of a sample "
+            f"{list(shape)} in another order and scale. {_REMEDY}"
         )
     with torch.no_grad(), quiet():
         decoded = pipe.vae.decode(torch.empty(1, *made.shape[1:], device="meta"), return_dict=False)[0].shape[1:]
     is_sound = len(decoded) == 2 and "sampling_rate" in pipe.vae.config
     if not is_sound and not (len(decoded) in (3, 4) and decoded[0] == 3):
-        raise ValueError(f"the {kind} of {folder} decodes to {list(decoded)}, no RGB images, video or sound. {_REMEDY}")
+        raise ValueError(
+            f"the {kind} in {folder} decodes to {list(decoded)}, which is not an RGB image, video or sound. {_REMEDY}"
+        )
     vae = open_part(folder / "vae", f"diffusers.{kind}").eval().to(device)
     return Autoencoder(vae, tuple(decoded), shape, places.argsort().to(device), shift.to(device), scale.to(device))
 
 
 class _Shown(BaseException):
-    """A pipeline has called its VAE."""
+    """Raised when a pipeline calls its VAE."""
 
 
 def _shown(pipe: Any, samples: Tensor, call: Mapping[str, Any]) -> Tensor:
     """Return the latents that a pipeline passes to its VAE at the end of a call that generates `samples`.
 
     Raises:
-        ValueError: if the call fails, or does not decode all samples together.
+        ValueError: if the call fails, or if it does not decode all samples in one batch.
     """
     from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
@@ -159,12 +163,12 @@ def _shown(pipe: Any, samples: Tensor, call: Mapping[str, Any]) -> Tensor:
         del pipe.scheduler.step, module.forward, pipe.vae.decode
         pipe.scheduler = scheduler
     if len(shown) != 1 or len(shown[0]) != len(samples):
-        raise ValueError(f"{type(pipe).__name__} does not decode its samples together. {_REMEDY}")
+        raise ValueError(f"{type(pipe).__name__} does not decode all its samples in one batch. {_REMEDY}")
     return shown[0]
 
 
 def _zeros(sample: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """Stand-in for a denoiser that is not run."""
+    """Return zeros of the sample's shape instead of running the denoiser."""
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
     sample = next(value for name, value in {"": sample, **kwargs}.items() if value is not None)

@@ -1,4 +1,4 @@
-"""A denoiser's calls as trees of nodes (see nets/replay.py): classify their arguments, and find their conditions."""
+"""Represent denoiser calls as trees of nodes (see nets/replay.py), and find the conditions among the arguments."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, final
@@ -10,11 +10,11 @@ from halfstep.nets import LENGTH
 from halfstep.runs import Manifest
 
 SAME: Final = 1e-6
-"""Largest relative difference due to rounding."""
+"""Largest relative difference that is attributed to rounding."""
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
-    """Return the largest difference, relative to the largest value (at least 1)."""
+    """Return the largest difference divided by the largest absolute value of `wanted`, or by 1 if that is larger."""
     return float((found.float() - wanted.float()).abs().max()) / max(1.0, float(wanted.abs().max()))
 
 
@@ -23,8 +23,8 @@ class Reading:
     """Classifies the arguments of a denoiser's call.
 
     Args:
-        latents: samples of two prompts.
-        longest: length of padded prompts; None if unknown.
+        latents: the samples for two prompts.
+        longest: the length to which prompts are padded, or None if unknown.
     """
 
     def __init__(self, latents: Tensor, longest: Any) -> None:
@@ -33,7 +33,7 @@ class Reading:
         self._names: set[str] = set()
 
     def node(self, path: str, one: Any, two: Any, later: Any) -> dict[str, Any]:
-        """Return an argument's node from its values for one prompt, for two, and for two a step later."""
+        """Return an argument's node from its values for one prompt, for two prompts, and for two in the next step."""
         if isinstance(two, Mapping):
             items = {name: self.node(f"{path}.{name}", one.get(name), two[name], later[name]) for name in two}
             return {"is": "dict", "items": items}
@@ -44,22 +44,28 @@ class Reading:
         if two is None or isinstance(two, bool | int | float | str):
             if not one == two == later:
                 raise ValueError(
-                    f"the argument {path[1:]} is {one} for one prompt, {two} for two, and {later} a step later"
+                    f"the argument {path[1:]} is {one} for one prompt, {two} for two prompts, and {later} one step "
+                    "later"
                 )
             return {"is": "value", "value": two}
-        raise ValueError(f"the argument {path[1:]} is a {type(two).__name__}, which is not data")
+        raise ValueError(f"the argument {path[1:]} is a {type(two).__name__}, which cannot be recorded")
 
     def _sequence(self, path: str, one: Any, two: Any, later: Any) -> dict[str, Any]:
         if one is not None and (len(one), len(two)) == (1, 2):
             if not isinstance(two[0], Tensor):
                 if not one[0] == two[0] == two[1]:
-                    raise ValueError(f"the argument {path[1:]} is {two[0]} and {two[1]}, but not a tensor")
+                    raise ValueError(
+                        f"the argument {path[1:]} is {two[0]} and {two[1]} for two prompts, but only tensors may "
+                        "differ between prompts"
+                    )
                 return {"is": "repeat", "item": self.node(path, one[0], two[0], later[0])}
             if two[0].shape == two[1].shape and self._is_sample(torch.stack(list(two))):
                 return {"is": "sample", "shape": list(two[0].shape), "list": True}
             return self._condition(path, two[0], list=True)
         if len(one) != len(two):
-            raise ValueError(f"the argument {path[1:]} has the length {len(one)} for one prompt and {len(two)} for two")
+            raise ValueError(
+                f"the argument {path[1:]} has the length {len(one)} for one prompt and {len(two)} for two prompts"
+            )
         items = [self.node(f"{path}.{i}", *parts) for i, parts in enumerate(zip(one, two, later, strict=True))]
         return {"is": "tuple" if isinstance(two, tuple) else "list", "items": items}
 
@@ -68,11 +74,13 @@ class Reading:
             return {"is": "sample", "shape": list(two.shape[1:])}
         if two.shape == later.shape and not torch.equal(two, later):
             if bool((two != two.flatten()[0]).any()):
-                raise ValueError(f"the argument {path[1:]} changes from step to step and is neither sample nor time")
+                raise ValueError(f"the argument {path[1:]} changes from step to step, but is neither sample nor time")
             return {"is": "time", "dims": list(two.shape[1:])}
         if two.ndim == 0 or len(two) != 2 or (one is not None and len(one) != 1):
             if one is None or one.shape != two.shape or not torch.equal(one, two):
-                raise ValueError(f"the argument {path[1:]} has no batch axis and differs between one prompt and two")
+                raise ValueError(
+                    f"the argument {path[1:]} has no batch axis, but its value for one prompt differs from that for two"
+                )
             return self._constant(path, two)
         if one is None or one.shape[1:] != two.shape[1:]:
             return self._condition(path, two[0], ragged=True)
@@ -94,7 +102,7 @@ class Reading:
         if padded:
             if not isinstance(self.longest, int):
                 raise ValueError(
-                    f"the argument {path[1:]} has no maximum length: its pipeline has no max_sequence_length"
+                    f"the argument {path[1:]} has no maximum length, because the pipeline has no max_sequence_length"
                 )
             node["shape"][0] = self.longest
         return node
@@ -108,7 +116,7 @@ class Reading:
 
 
 def reached(node: Mapping[str, Any], value: Any) -> Iterator[tuple[Mapping[str, Any], Any]]:
-    """Yield a recorded call's leaves, each with its value in another call."""
+    """Yield each leaf of a recorded call together with the leaf's value in another call."""
     items = node.get("items")
     if items is None:
         yield node, value
@@ -120,7 +128,7 @@ def reached(node: Mapping[str, Any], value: Any) -> Iterator[tuple[Mapping[str, 
 
 
 def call_in(manifest: Manifest) -> dict[str, Any]:
-    """Return the recorded call of an imported model, or of a LoRA on one."""
+    """Return the recorded call of an imported model, or of the imported model that a LoRA adapts."""
     call: dict[str, Any] = manifest.network.get("base", manifest.network)["call"]
     return call
 
@@ -128,10 +136,10 @@ def call_in(manifest: Manifest) -> dict[str, Any]:
 def conditions_in(
     call: Mapping[str, Any], arguments: Mapping[str, Any], batch: int, first: int = 0
 ) -> dict[str, Tensor]:
-    """Return the conditions in a call's arguments by name, each `[batch, ...]`, padded with zeros.
+    """Return the conditions among a call's arguments by name, each `[batch, ...]` and padded with zeros.
 
     Args:
-        first: the first row of the batch; a guided call contains two batches.
+        first: the index of the batch's first row, because a guided call contains two batches.
     """
     found: dict[str, Tensor] = {}
     leaves = [(node, value) for node, value in reached(call, arguments) if node["is"] == "condition"]
@@ -139,7 +147,7 @@ def conditions_in(
     for node, value in leaves:
         name = node["name"]
         if value is None:
-            # A pipeline may omit a mask of ones.
+            # A pipeline may omit a mask that contains only ones.
             value = torch.ones(first + batch, max(lengths), dtype=getattr(torch, node["dtype"]))
         rows = list(value[first : first + batch])
         if "list" in node:
@@ -148,7 +156,7 @@ def conditions_in(
             found[name] = torch.stack(rows)
             continue
         if (longest := max(len(row) for row in rows)) > node["shape"][0]:
-            raise ValueError(f"the condition {name} of {longest} tokens is longer than max_sequence_length")
+            raise ValueError(f"the condition {name} has {longest} tokens, which is more than max_sequence_length")
         found[name] = rows[0].new_zeros(batch, *node["shape"])
         for place, row in enumerate(rows):
             found[name][place, : len(row)] = row

@@ -1,4 +1,4 @@
-"""Model cards of exports: contents, origin, quality and usage."""
+"""Model cards for exported models, with their contents, origin, quality and usage."""
 
 import inspect
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ _PIXELS: Final = {
     "DDPMPipeline": "batch_size=4, num_inference_steps={steps}",
     "ConsistencyModelPipeline": "{number}, class_labels={labels}, num_inference_steps={steps}",
 }
-"""Call arguments of pixel pipelines."""
+"""Call arguments of the pixel pipelines, by the pipeline's class."""
 
 
 def call_of(manifest: Manifest, num_steps: int) -> dict[str, Any]:
-    """Return the call arguments, except prompts, that make a model's stock pipeline take our steps."""
+    """Return the call arguments, except prompts, with which a model's stock pipeline takes the same steps as ours."""
     pipeline = manifest.pipeline
     assert pipeline is not None
     taken = inspect.signature(stock(pipeline.kind).__call__).parameters
@@ -34,7 +34,7 @@ def call_of(manifest: Manifest, num_steps: int) -> dict[str, Any]:
 
 
 def _call(manifest: Manifest, kind: str, steps: int = 4) -> str:
-    """Return the Python code that samples in the model's number of steps, or in `steps` if it has none."""
+    """Return Python code that samples with the model's number of steps, or with `steps` if the model has none."""
     steps = manifest.num_steps or steps
     labels = list(range(min(4, manifest.num_classes)))
     if kind in _PIXELS:
@@ -50,7 +50,7 @@ def _call(manifest: Manifest, kind: str, steps: int = 4) -> str:
 
 
 def public(source: str) -> str:
-    """Return the last part of a path, or a name on the Hub unchanged."""
+    """Return the last component of a path. Names on the Hub are returned unchanged."""
     return Path(source).name if source.startswith(("/", "~", ".")) else source
 
 
@@ -72,13 +72,13 @@ def model_card(
     """Return the README.md of an exported folder.
 
     Args:
-        absent: parts missing from the folder, for which users must pass None.
+        absent: parts that are missing from the folder and for which users must pass None.
     """
     own, exact = manifest.num_steps, exact_steps(schedule)
     made = "A diffusion model" if own is None else f"A diffusion model that samples in {own} step{'s' * (own > 1)}"
     classes = f"{manifest.num_classes} classes" if manifest.num_classes else "no classes"
     conditions = f"; conditions {', '.join(manifest.conditions)}" if manifest.conditions else ""
-    steps = f"Distilled for **{own}**." if own else f"A {manifest.outcome.role} model: more steps are better."
+    steps = f"Distilled for **{own}**." if own else f"A {manifest.outcome.role} model: more steps give better samples."
     exactly = ", ".join(map(str, exact[:12])) + ", ..." * (len(exact) > 12)
     refines = manifest.parent not in (None, manifest.teacher)
     started = f" and started from `{manifest.parent}`" if refines else ""
@@ -90,8 +90,8 @@ def model_card(
             sigmas, imports = _python(sigmas_of(own or max(exact))), "from functools import partial\n\n"
             line = f"pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas={sigmas})\n{line}"
         notes += (
-            f"\nThe scheduler's default spacing differs. {remedy}, as above: k / N decreasing from 1, without the "
-            "shift, which the scheduler applies.\n"
+            f"\nThe scheduler's default spacing is different. {remedy}, as shown above. They are k / N, decreasing "
+            "from 1, without the shift, because the scheduler applies it.\n"
         )
     if manifest.clip and kind == "DDIMPipeline":
         notes += (
@@ -120,16 +120,16 @@ pipe = {kind}.from_pretrained("{name}"{"".join(f", {part}=None" for part in abse
 ## What it is
 
 - Teacher: {public(manifest.source or "trained by halfstep")}; the chain started at {manifest.start_steps or "?"} \
-steps; this stage learned from `{manifest.teacher or "data"}`{started}, {manifest.num_updates:,} updates.
+steps; this stage learned from `{manifest.teacher or "data"}`{started}, in {manifest.num_updates:,} updates.
 - Data: {public(manifest.data or "not recorded")}.
 - Samples: {"images" if manifest.is_image else "latents"} of shape {list(manifest.shape)}; {classes}{conditions}.
-- Predicts {manifest.prediction["type"]} on the process {manifest.process["type"]}; x0 is \
+- Predicts {manifest.prediction["type"]} for the process {manifest.process["type"]}; x0 is \
 {"clipped to [-1, 1]" if manifest.clip else "not clipped"}; the sampler is {manifest.outcome.sampler_name}.
 
 ## Numbers of steps
 
-{steps} At {exactly} steps, the exported scheduler uses the exact times at which the model was distilled; at others, \
-its timesteps are rounded.
+{steps} With {exactly} steps, the exported scheduler uses the exact times at which the model was distilled; with \
+other numbers of steps, its timesteps are rounded.
 {notes}
 ## Guidance
 
@@ -140,9 +140,9 @@ its timesteps are rounded.
 def lora_card(
     name: str, manifest: Manifest, pipeline: Pipeline, schedule: StockSchedule, precision: BasePrecision = "float32"
 ) -> str:
-    """Return the README.md of a folder of LoRA weights; `precision` is that of their base weights."""
+    """Return the README.md of a folder of LoRA weights that were trained on base weights of this `precision`."""
     lowered, base = CONFIGS.get(precision, "torch.bfloat16"), public(pipeline.folder)
-    over = "" if precision == "float32" else f"\nThey were trained on {precision} base weights ({lowered}).\n"
+    over = "" if precision == "float32" else f"\nThe weights were trained on {precision} base weights ({lowered}).\n"
     return f"""\
 ---
 library_name: diffusers
@@ -154,7 +154,7 @@ tags: [diffusion, progressive-distillation, halfstep, lora]
 LoRA weights for sampling a `{pipeline.kind}` in {manifest.num_steps or 4} steps, trained with halfstep by
 progressive distillation (Salimans & Ho 2022, arXiv:2202.00512). Use them with the weights of `{base}`, the distilled
 pipeline (its folder, or its name on the Hub), and with the scheduler in this folder: the student predicts
-{manifest.prediction["type"]}, and the original model may not.
+{manifest.prediction["type"]}, which the original model may not do.
 {over}
 ```python
 import torch
@@ -185,5 +185,5 @@ def _quality(metrics: Metrics) -> str:
 | sampler | steps | network calls | Frechet distance | KID | distance to the teacher (RMSE) |
 |---|---|---|---|---|---|
 {"".join(rows)}
-Protocol: {protocol}. Do not compare these figures with those of another protocol.
+Protocol: {protocol}. Do not compare these figures with those from another protocol.
 """

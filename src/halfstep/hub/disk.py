@@ -1,7 +1,8 @@
-"""Load and check the parts of a pipeline on disk; no other module opens their folders.
+"""Load and check the parts of a pipeline on disk. No other module opens the folders of these parts.
 
-Only safetensors are read: nothing is unpickled, no code in a folder is run, and no file outside it is opened. A part's
-tensors must be exactly those of its class, because diffusers and transformers fill missing ones with random values.
+Only safetensors files are read: nothing is unpickled, no code in a folder is run, and no file outside the folder is
+opened. A part's tensors must be exactly those of its class, because diffusers and transformers fill missing tensors
+with random values.
 """
 
 import hashlib
@@ -31,25 +32,25 @@ WRAPPERS: Final = {
     "model.": "a training module",
     "net.": "a training module",
 }
-"""Prefixes of all tensor names, and the wrappers that add them."""
+"""Prefixes of tensor names, and for each prefix the wrapper that adds it to all names."""
 ADAPTER: Final = ".base_layer."
-"""Part of a layer's name that peft inserts."""
+"""The string that peft inserts into the names of layers."""
 AVERAGED: Final = {
     "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
     "quantization_config",
 }  # fmt: skip
-"""Config fields that diffusers' `EMAModel` and quantisation add."""
+"""Config fields that are added by diffusers' `EMAModel` and by quantisation."""
 OLD_NAMES: Final = {"Transformer2DModel": ("DiTTransformer2DModel", "PixArtTransformer2DModel")}
-"""Class names in older files, and the current classes."""
+"""Class names in older files, with the current classes that replace them."""
 HALVES: Final = ("fp16", "bf16")
-"""Variants to read if all weights have a variant."""
+"""Variants to read if no weights without a variant exist."""
 
 
 def read_config(file: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
-        DamagedFile: if it does not contain one.
+        DamagedFile: if the file does not contain a JSON object.
     """
     data = read_json(file)
     if not isinstance(data, dict):
@@ -58,7 +59,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def refuse_single_file(source: str) -> None:
-    """Raise ValueError if `source` is a single-file checkpoint, with the diffusers call that converts it."""
+    """Raise ValueError if `source` is a single-file checkpoint; the message shows the diffusers call to convert it."""
     path = user_path(source)
     convert = f'diffusers\' StableDiffusionPipeline.from_single_file("{path}").save_pretrained("FOLDER")'
     if path.suffix in PICKLED:
@@ -71,7 +72,7 @@ def check_config(folder: Path, name: str) -> dict[str, Any]:
     """Return the config of the diffusers network `name` in `folder`.
 
     Raises:
-        ValueError: if it is missing or declares another class.
+        ValueError: if the config is missing or declares a different class.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: the pipeline was not saved completely")
@@ -83,9 +84,9 @@ def check_config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def known_fields(config: Mapping[str, Any], folder: Path, name: str) -> dict[str, Any]:
-    """Return the config fields that the diffusers class `name` accepts, JSON-ready; warn about the others.
+    """Return, as JSON data, the config fields that the diffusers class `name` accepts, and warn about the others.
 
-    Fields of `EMAModel`, and disabled fields of an older class, have no effect and are ignored silently.
+    Fields of `EMAModel` and disabled fields of an older class have no effect and are silently ignored.
     """
     takes = fields_of(name)
     once = set().union(*(fields_of(old) for old, new in OLD_NAMES.items() if name in new))
@@ -100,45 +101,45 @@ def known_fields(config: Mapping[str, Any], folder: Path, name: str) -> dict[str
 
 
 def weights_of(folder: Path) -> list[Path]:
-    """Return a part's safetensors files, sorted by name: without a variant if possible, otherwise in half precision."""
+    """Return a part's safetensors files sorted by name, in half precision only if all files have a variant."""
     variant = variant_of(folder) or ""
     return [file for file in sorted(folder.glob("*.safetensors")) if _variant(file.name) == variant]
 
 
 def variant_of(folder: Path) -> str | None:
-    """Return the variant to read, or None."""
+    """Return the variant to read, or None to read files without a variant."""
     held = {_variant(file.name) for file in folder.glob("*.safetensors")}
     return None if "" in held else next((variant for variant in HALVES if variant in held), None)
 
 
 def without_variant(text: str, folder: Path) -> str:
-    """Remove the variant from a file name, or from an index's text."""
+    """Remove the variant from a file name or from the text of an index."""
     variant = variant_of(folder)
     return text if variant is None else text.replace(f".{variant}.", ".").replace(f".{variant}-", "-")
 
 
 def digest_of(folder: Path) -> str:
-    """Return the digest of a part's weights, which changes if they are replaced."""
+    """Return a digest of a part's weights, which changes if the weights are replaced."""
     digests = [sha256_of(file) for file in weights_of(folder)]
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def _variant(name: str) -> str:
-    """Return the variant in a file name: fp16 in model.fp16.safetensors and model.fp16-00001-of-00002.safetensors."""
+    """Return a file name's variant, such as fp16 in model.fp16.safetensors or model.fp16-00001-of-00002.safetensors."""
     _, _, behind = name.removesuffix(".safetensors").partition(".")
     return behind.split("-")[0]
 
 
 def check_files(folder: Path, kind: str) -> None:
-    """Check that a part has readable safetensors weights, and refers to no other files.
+    """Check that a part has readable safetensors weights and refers to no other files.
 
     Args:
         kind: library and class of the part, such as "diffusers.UNet2DModel".
 
     Raises:
-        ValueError: if it has no weights, only pickled ones, or only a variant other than fp16 and bf16 (the message
-            says how to convert them); if an index or config refers to other files; or if a shard's tensors are not
-            those in the index.
+        ValueError: if the part has no weights, only pickled weights, or only a variant other than fp16 and bf16 (the
+            message explains how to convert the weights); if an index or a config refers to other files; or if a shard's
+            tensors differ from those in the index.
     """
     _check_indirection(folder)
     found = sorted(file.name for file in folder.glob("*.safetensors"))
@@ -147,8 +148,8 @@ def check_files(folder: Path, kind: str) -> None:
     if found:
         variant = _variant(found[0])
         raise ValueError(
-            f"{folder} only has weights of the variant {variant} ({found[0]}): save them without it, for example: "
-            f'{kind}.from_pretrained(FOLDER, variant="{variant}").save_pretrained(FOLDER)'
+            f"{folder} has only weights of the variant {variant} ({found[0]}): save them without a variant, for "
+            f'example: {kind}.from_pretrained(FOLDER, variant="{variant}").save_pretrained(FOLDER)'
         )
     pickled = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLED)
     if pickled:
@@ -157,25 +158,27 @@ def check_files(folder: Path, kind: str) -> None:
             f"{kind}.from_pretrained(FOLDER).save_pretrained(FOLDER, safe_serialization=True)"
         )
     raise ValueError(
-        f"{folder} has no weights (.safetensors): save the pipeline with them. If you trust the source, which may be "
-        f"pickled, use {kind}.from_pretrained(SOURCE).save_pretrained(FOLDER)"
+        f"{folder} has no weights (.safetensors): save the pipeline with its weights. If you trust the source, which "
+        f"may be pickled, use {kind}.from_pretrained(SOURCE).save_pretrained(FOLDER)"
     )
 
 
 def _check_indirection(folder: Path) -> None:
-    """Refuse anything that makes a library read files other than the safetensors in this folder."""
+    """Refuse anything that makes a library read files other than the safetensors files in this folder."""
     for file in sorted(folder.glob("*.safetensors")):
         if not file.is_file():
-            raise ValueError(f"{file} is not a file. Save the pipeline again")
+            raise ValueError(f"{file} is not a regular file. Save the pipeline again")
     if (folder / "adapter_config.json").exists():
         raise ValueError(
-            f"{folder} contains an adapter (adapter_config.json), which needs its base weights. Merge it "
-            "(model.merge_and_unload()), and save the result"
+            f"{folder} contains an adapter (adapter_config.json), which needs its base weights. Merge the "
+            "adapter (model.merge_and_unload()) and save the result"
         )
     config = folder / "config.json"
     for field in ("auto_map", "transformers_weights"):
         if config.is_file() and read_config(config).get(field) is not None:
-            raise ValueError(f"{config} refers to other files ({field}), which halfstep does not read. Remove it")
+            raise ValueError(
+                f"{config} refers to other files ({field}), which halfstep does not read. Remove the field"
+            )
     for index in sorted(folder.glob("*.safetensors.index*.json")):
         listed = read_config(index).get("weight_map")
         if not isinstance(listed, dict) or not listed:
@@ -183,20 +186,20 @@ def _check_indirection(folder: Path) -> None:
         shards: dict[str, set[str]] = {}
         for tensor, name in listed.items():
             shards.setdefault(str(name), set()).add(tensor)
-        # All names first: a name outside the folder is a clearer error than mismatched tensors.
+        # All names are checked first, because a name outside the folder is a clearer error than mismatched tensors.
         for name in sorted(shards):
             if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
                 raise ValueError(
-                    f"{index} lists the shard {name!r}, but only .safetensors files next to it are read. If you trust "
-                    "it, save the pipeline again with save_pretrained(FOLDER, safe_serialization=True)"
+                    f"{index} lists the shard {name!r}, but only .safetensors files next to the index are read. If you "
+                    "trust the shard, save the pipeline again with save_pretrained(FOLDER, safe_serialization=True)"
                 )
             if not index.with_name(name).is_file():
-                raise DamagedFile(f"{index.with_name(name)}, a shard of {index.name}, is missing. Copy it too")
+                raise DamagedFile(f"{index.with_name(name)}, a shard of {index.name}, is missing. Copy this file too")
         for name, tensors in sorted(shards.items()):
             file, held = index.with_name(name), _names_in(index.with_name(name))
             if held != tensors:
                 what = f"lacks {min(tensors - held)}" if tensors - held else f"contains {min(held - tensors)}"
-                raise DamagedFile(f"{file} {what}, unlike its index ({index.name}). Save the pipeline again")
+                raise DamagedFile(f"{file} {what}, contrary to its index ({index.name}). Save the pipeline again")
 
 
 def _names_in(file: Path) -> set[str]:
@@ -209,15 +212,15 @@ def _names_in(file: Path) -> set[str]:
 
 
 def open_part(folder: Path, kind: str) -> Any:
-    """Load the network, VAE or text encoder of the class `kind` in `folder`, in float32 on the CPU.
+    """Load the network, VAE or text encoder of the class `kind` from `folder`, in float32 and on the CPU.
 
     Args:
         kind: library and class, such as "transformers.CLIPTextModel".
 
     Raises:
-        ValueError: if its files are refused (see `check_files`).
-        DamagedFile: if its weights cannot be read, are not exactly those of its class, or are not finite; the message
-            gives the first such tensor.
+        ValueError: if `check_files` refuses the files.
+        DamagedFile: if the weights cannot be read, are not exactly those of the class, or are not finite; the message
+            names the first such tensor.
     """
     check_files(folder, kind)
     library, _, name = kind.rpartition(".")
@@ -225,7 +228,9 @@ def open_part(folder: Path, kind: str) -> Any:
     with quiet():
         made = getattr(importlib.import_module(library), name, None)
     if made is None:
-        raise ValueError(f"{folder} contains a {name}, which this {library} does not support. Update {library}")
+        raise ValueError(
+            f"{folder} contains a {name}, which the installed {library} does not support. Update {library}"
+        )
     options: dict[str, Any] = {"torch_dtype": torch.float32, "output_loading_info": True}
     if (quantised := read_config(folder / "config.json").get("quantization_config")) is not None:
         part, facts = _opened_quantised(folder, made, quantised.get("quant_method"), options)
@@ -238,7 +243,7 @@ def open_part(folder: Path, kind: str) -> Any:
         try:
             with quiet():
                 part, facts = made.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
-        except Exception as error:  # diffusers, transformers and safetensors raise many types
+        except Exception as error:  # diffusers, transformers and safetensors raise many exception types
             raise DamagedFile(f"{folder} cannot be read as a {name} ({in_one_line(error)})") from None
     if type(part).__name__ != name:
         raise ValueError(f"{folder} contains a {type(part).__name__}, but a {name} is needed here")
@@ -250,10 +255,10 @@ def open_part(folder: Path, kind: str) -> Any:
 def _opened_quantised(
     folder: Path, made: Any, method: str | None, options: Mapping[str, Any]
 ) -> tuple[Any, Mapping[str, Any]]:
-    """Return a quantised part, dequantised to float32, and its missing and unexpected tensors.
+    """Return a quantised part after dequantising it to float32, along with its missing and unexpected tensors.
 
     Raises:
-        ValueError: if it was not quantised with bitsandbytes, or bitsandbytes is not installed.
+        ValueError: if the part was not quantised with bitsandbytes, or if bitsandbytes is not installed.
     """
     if method != "bitsandbytes":
         raise ValueError(
@@ -262,7 +267,7 @@ def _opened_quantised(
     try:
         state = _dequantised({name: value for file in weights_of(folder) for name, value in load_file(file).items()})
     except ImportError:
-        raise ValueError(f"{folder} is quantised with {method}: pip install {method}") from None
+        raise ValueError(f"{folder} is quantised with {method}, which is not installed: pip install {method}") from None
     with quiet():
         if issubclass(made, stock("ModelMixin")):
             fields = read_config(folder / "config.json")
@@ -276,7 +281,7 @@ def _opened_quantised(
 
 
 def _dequantised(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert tensors that bitsandbytes saved in 8 or 4 bits to float32."""
+    """Convert 8-bit and 4-bit tensors that were saved by bitsandbytes to float32."""
     from bitsandbytes import functional
 
     found: dict[str, Tensor] = {}
@@ -300,13 +305,13 @@ def _check_names(folder: Path, name: str, held: set[str], missing: Iterable[str]
         return
     facts = [
         f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-        for what, names in (("no tensor", missing), ("no place for", unexpected))
+        for what, names in (("lacks the tensor", missing), ("has the unexpected tensor", unexpected))
         if names
     ]
     wrapper = next((prefix for prefix in WRAPPERS if held and all(one.startswith(prefix) for one in held)), None)
     remedy = f"Save the {name} again with save_pretrained, or copy the whole folder"
     if wrapper is not None:
-        remedy = f"All names start with {wrapper!r}, which {WRAPPERS[wrapper]} adds. Save the wrapped module"
+        remedy = f"All tensor names start with {wrapper!r}, which {WRAPPERS[wrapper]} adds. Save the wrapped module"
         if not any(folder.glob("*.index.json")):
             # The command reads all bytes first, because load_file would map the file that it overwrites.
             remedy += (
@@ -316,38 +321,38 @@ def _check_names(folder: Path, name: str, held: set[str], missing: Iterable[str]
             )
     elif any(ADAPTER in one for one in held):
         remedy = (
-            f"The weights contain an adapter (names with {ADAPTER[1:-1]}): merge it before saving "
+            f"The weights contain an adapter (names that contain {ADAPTER[1:-1]}): merge it before saving "
             "(pipe.fuse_lora(), then pipe.unload_lora_weights(); or model.merge_and_unload())"
         )
-    raise DamagedFile(f"{folder} has {' and '.join(facts)} as a {name}. {remedy}")
+    raise DamagedFile(f"{folder}, read as a {name}, {' and '.join(facts)}. {remedy}")
 
 
 def open_pipeline(folder: Path, kind: str, parts: Mapping[str, Any]) -> Any:
     """Load the pipeline `kind` in `folder`.
 
     Args:
-        parts: the parts with weights, from `open_part`; None for a missing part.
+        parts: the parts with weights as loaded by `open_part`, with None for each missing part.
 
     Raises:
-        DamagedFile: if it cannot be read.
+        DamagedFile: if the pipeline cannot be read.
     """
     try:
         with quiet():
             return stock(kind).from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, **parts
             )
-    except Exception as error:  # diffusers and transformers raise many types
+    except Exception as error:  # diffusers and transformers raise many exception types
         raise DamagedFile(f"the pipeline in {folder} cannot be read ({in_one_line(error)})") from None
 
 
 def plain_network(folder: Path) -> Path | None:
-    """Return the folder of a network saved without a pipeline: `folder` itself, or its unet or transformer."""
+    """Return the folder of a network saved without a pipeline (`folder`, or its subfolder unet or transformer)."""
     places = [place for name in ("unet", "transformer") for place in (folder / name, folder / f"{name}_ema")]
     return next((place for place in (folder, *places) if (place / "config.json").is_file()), None)
 
 
 def networks_below(folder: Path) -> list[Path]:
-    """Return the direct subfolders with a pipeline or a network, such as checkpoint-500, oldest first."""
+    """Return the direct subfolders that contain a pipeline or a network, such as checkpoint-500, oldest first."""
     below = [place for place in folder.iterdir() if place.is_dir()] if folder.is_dir() else []
     found = [p for p in below if (p / "model_index.json").is_file() or plain_network(p) is not None]
     return sorted(found, key=lambda place: (place.stat().st_mtime, place.name))

@@ -1,4 +1,4 @@
-"""A pipeline's own encoders and decoder as callables: images to latents and back, texts to conditions."""
+"""A pipeline's own encoders and decoder as callables that map images to latents and back, and texts to conditions."""
 
 import inspect
 import json
@@ -24,10 +24,10 @@ from halfstep.runtime.files import sha256_of
 
 
 def autoencoder_of(model: Model, device: str | torch.device = "cpu") -> Autoencoder:
-    """Return the VAE of an imported model's pipeline, with the pipeline's map to the samples of the network.
+    """Return the VAE of an imported model's pipeline, along with the map from its latents to the network's samples.
 
     Raises:
-        ValueError: if there is none, or it does not encode to such samples.
+        ValueError: if the pipeline has no VAE, or if its VAE does not encode to the network's samples.
     """
     pipeline = _pipeline_of(model.manifest)
     folder, device = fetch(pipeline.folder), torch.device(device)
@@ -44,11 +44,11 @@ def encoder_of(
     """Return the encoder of an imported model's pipeline.
 
     Args:
-        class_names: for a class-conditional model, the captions, which are encoded as `class_labels`; the empty caption
-            is encoded as the null class, which comes after the network's last class.
+        class_names: the captions of a class-conditional model, which are encoded as `class_labels`. The empty caption
+            is encoded as the null class, which follows the network's last class.
 
     Raises:
-        ValueError: if a part is missing, or the network has fewer classes.
+        ValueError: if a part is missing, or if the network has fewer classes than `class_names`.
     """
     manifest, pipeline = model.manifest, _pipeline_of(model.manifest)
     folder = fetch(pipeline.folder)
@@ -78,14 +78,14 @@ def prompts_of(model: Model, device: str | torch.device = "cpu") -> Encoder:
     """Return the text-only encoder of an imported model's pipeline.
 
     Raises:
-        ValueError: when called, if a text encoder is missing.
+        ValueError: when the encoder is called, if a text encoder is missing.
     """
 
     def texts(captions: list[str]) -> dict[str, Tensor]:
         return text_conditions(model.manifest, captions, device=device)
 
     def images(pixels: Tensor) -> Tensor:
-        raise NotImplementedError("prompts have no images to encode")
+        raise NotImplementedError("a text-only encoder cannot encode images")
 
     options = json.dumps(_pipeline_of(model.manifest).options, sort_keys=True)
     key = f"{_pipeline_of(model.manifest).kind} {model.manifest.source} {options}"
@@ -99,10 +99,12 @@ def _pipeline_of(manifest: Manifest) -> Pipeline:
 
 
 def _vae(folder: Path, device: str | torch.device) -> tuple[Any, float, float]:
-    """Return a pipeline's VAE, and the shift and the scale of its latents."""
+    """Return a pipeline's VAE, along with the shift and the scale of the VAE's latents."""
     place, kind = folder / "vae", "AutoencoderKL"
     if not place.is_dir():
-        raise ValueError(f"{folder} has no vae, which is needed to encode and decode images: save the pipeline with it")
+        raise ValueError(
+            f"{folder} has no vae, which is needed to encode and decode images: save the pipeline with its VAE"
+        )
     vae = open_part(place, f"diffusers.{kind}").eval().to(device)
     return vae, float(vae.config.get("shift_factor") or 0.0), float(vae.config.scaling_factor)
 
@@ -114,14 +116,14 @@ def text_conditions(
     ends: Sequence[float] | None = None,
     device: str | torch.device = "cpu",
 ) -> dict[str, Tensor]:
-    """Return the conditions of captions by name, each `[len(captions), ...]`, as the model's pipeline passes them.
+    """Return the conditions for captions by name, each `[len(captions), ...]`, as the model's pipeline computes them.
 
     Args:
-        ends: for sounds, the end of each in seconds; by default the pipeline's.
+        ends: the end of each sound in seconds. By default, all sounds have the end of the pipeline's call.
 
     Raises:
-        ValueError: if the package transformers or a text encoder is missing, or `ends` are given for a pipeline
-            whose samples cannot have their own.
+        ValueError: if the package transformers or a text encoder is missing, or if `ends` are given for a
+            pipeline whose samples cannot have their own ends.
     """
     pipeline = _pipeline_of(manifest)
     pipe = _text_pipeline(fetch(pipeline.folder), pipeline.kind, torch.device(device))
@@ -141,7 +143,7 @@ def text_conditions(
 
 
 def _unguided(pipe: Any, pipeline: Pipeline) -> dict[str, Any]:
-    """Return the arguments of a call without guidance, besides the prompts."""
+    """Return the arguments, other than the prompts, of a pipeline call without guidance."""
     taken = inspect.signature(type(pipe).__call__).parameters
     call = {name: 1.0 for name in GUIDANCES if name in taken} | pipeline.options
     return call | ({} if pipeline.guidance is None or pipeline.off is None else {pipeline.guidance: pipeline.off})
@@ -164,7 +166,7 @@ def decoder_of(manifest: Manifest, device: str | torch.device = "cpu") -> Callab
     """Return a function that decodes latents `[n, c, h, w]` to images `[n, 3, H, W]` in [-1, 1] with the model's VAE.
 
     Raises:
-        ValueError: if there is no VAE, or the latents do not have the shape of images.
+        ValueError: if the pipeline has no VAE, or if the latents do not have the shape of images.
     """
     vae, shift, scale = _vae(fetch(_pipeline_of(manifest).folder), device)
 

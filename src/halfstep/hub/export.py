@@ -1,8 +1,9 @@
-"""Export of a stage as a stock diffusers pipeline, with a model card.
+"""Export a stage as a stock diffusers pipeline with a model card.
 
 An image model without classes becomes a `DDIMPipeline`, or a `DDPMPipeline` if its sampler draws noise. An image model
-with classes becomes a `ConsistencyModelPipeline`, which diffusers uses for a `UNet2DModel` with labels. Other models
-keep their pipeline, and its other parts are copied. The folder contains no code.
+with classes becomes a `ConsistencyModelPipeline`, which diffusers uses for a `UNet2DModel` with class labels. Other
+models keep their pipeline's class, and the other parts of the pipeline are copied. The exported folder contains no
+code.
 """
 
 import copy
@@ -39,11 +40,11 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
 
     Args:
         metrics: quality measurements for the card.
-        name: the name from which the card loads the model; the folder's if None.
+        name: the name with which the card loads the model, or None to use the folder's name.
 
     Raises:
-        ValueError: if diffusers has no pipeline, exact grid or scheduler for the model's sampler, a part of its
-            original pipeline is missing, or `out` is not empty. In these cases, nothing is written.
+        ValueError: if diffusers has no pipeline, exact grid or scheduler for the model's sampler, if a part of the
+            original pipeline is missing, or if `out` is not empty. In each case, nothing is written.
     """
     refuse_taken(out)
     whole = model.merged()
@@ -54,7 +55,7 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
     schedule, kind, component = _layout(model, network)
     index: dict[str, Any] = {}
     copies: dict[str, Path] = {}
-    # An image model does not need its original pipeline, which may be gone.
+    # An image model does not need its original pipeline, which may no longer exist.
     if not model.manifest.is_image:
         if model.manifest.pipeline is None:
             raise ValueError("this model generates latents, and its original pipeline is unknown. Use --format onnx")
@@ -63,7 +64,7 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
         copies = _other_parts(origin, index, component)
     if "safety_checker" in index and "safety_checker" not in copies:
         index |= {"safety_checker": [None, None], "requires_safety_checker": False}
-    # diffusers requires these parts, unless they are passed as None.
+    # diffusers requires these parts unless None is passed for them.
     absent = [n for n, value in index.items() if isinstance(value, list) and value[0] is None and n not in OPTIONAL]
 
     import diffusers
@@ -90,15 +91,15 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
 
 
 def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str | None = None) -> Path:
-    """Write a LoRA student's weights for `pipe.load_lora_weights`, and its scheduler, to the folder `out`; return it.
+    """Write a LoRA student's weights (for `pipe.load_lora_weights`) and scheduler to `out`, and return `out`.
 
     Args:
-        base: manifest of the stage that they were trained on; None if that is the imported model.
-        name: the name from which the card loads them; the folder's if None.
+        base: manifest of the stage that the weights were trained on, or None for the imported model.
+        name: the name with which the card loads the weights, or None to use the folder's name.
 
     Raises:
-        ValueError: if the model is not a LoRA or was not trained on the pipeline's own weights, the pipeline cannot
-            load LoRA, the number of steps has no exact grid, or `out` is not empty.
+        ValueError: if the model is not a LoRA or was not trained on the pipeline's own weights, if the pipeline cannot
+            load LoRA weights, if no exact grid exists for the number of steps, or if `out` is not empty.
     """
     refuse_taken(out)
     network, pipeline = model.denoiser.network, model.manifest.pipeline
@@ -108,19 +109,21 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
     kind: Any = None if pipeline is None else stock(pipeline.kind)
     if pipeline is None or not hasattr(kind, "save_lora_weights"):
         where = "no pipeline" if pipeline is None else pipeline.kind
-        raise ValueError(f"diffusers cannot load LoRA weights into {where}: use --format diffusers, which merges them")
+        raise ValueError(
+            f"diffusers cannot load LoRA weights into {where}: use --format diffusers, which merges the weights"
+        )
     if pipeline.averaged:
         raise ValueError(
             f"the LoRA was trained on the averaged weights (EMA) in {pipeline.folder}/{component}_ema, but a "
-            f"{pipeline.kind} loads those in {component}. Use --format diffusers, which merges them"
+            f"{pipeline.kind} loads the weights in {component}. Use --format diffusers, which merges the LoRA weights"
         )
     if base is not None and base.num_updates:
         raise ValueError(
             f"the LoRA was trained on the weights of {base.stage}, not on those of {pipeline.folder}. Use --format "
-            "diffusers, which merges them"
+            "diffusers, which merges the LoRA weights"
         )
-    # peft's names without the adapter's ("...to_q.lora_A.weight"), which diffusers reads unchanged. With diffusers' own
-    # older names, it would lose the attention layers.
+    # These are peft's names without the adapter's name ("...to_q.lora_A.weight"), which diffusers reads unchanged.
+    # With its own older names, diffusers would lose the attention layers.
     state = {
         name.removeprefix("base.model.").replace(".default.", "."): value.detach().cpu().float().contiguous()
         for name, value in network.own()
@@ -136,7 +139,7 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
             if precision != "float32":
                 base_network: Any = merged(bare(network))
                 getattr(pipe, component).load_state_dict(base_network.model.state_dict())
-                # Also in float32, so that rounding is not reported as an export error.
+                # The reference is also in float32, so that rounding is not reported as an export error.
                 model = model.merged()
             pipe.scheduler = stock(schedule.kind)(**schedule.config)
             with quiet():
@@ -149,7 +152,7 @@ def push_to_hub(folder: Path, name: str) -> str:
     """Upload `folder` to the repository `name` (OWNER/NAME) on the Hub and return its URL.
 
     Raises:
-        ValueError: if the Hub rejects it or cannot be reached.
+        ValueError: if the Hub rejects the upload or cannot be reached.
     """
     from huggingface_hub import HfApi
 
@@ -157,17 +160,17 @@ def push_to_hub(folder: Path, name: str) -> str:
         api = HfApi()
         address = api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder)
-    except Exception as error:  # the Hub's client and its network libraries raise many types
+    except Exception as error:  # the Hub's client and its network libraries raise many exception types
         raise ValueError(f"{folder} is complete, but was not pushed to {name} ({first_line(error)})") from None
     return str(address)
 
 
 def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, str]:
-    """Return the scheduler, the pipeline's class, and the network's folder in it."""
+    """Return the scheduler, the pipeline's class, and the name of the network's folder in the pipeline."""
     manifest = model.manifest
     if isinstance(network, UNet2D) and network.clock_range != (0.0, 1.0):
         raise ValueError(
-            f"the network's clock has the range {list(network.clock_range)}, so no number of steps has integer "
+            f"the network's clock has the range {list(network.clock_range)}, so no number of steps gives integer "
             f"timesteps in diffusers. {MATCH_TO_COSINE}"
         )
     process = model.denoiser.process
@@ -175,8 +178,8 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
     table = {"of": "u", "scale": network.num_train_timesteps, "offset": -1}
     if isinstance(network, Replay) and schedule.kind != FLOW and network.clock != table:
         raise ValueError(
-            f"the time input of a {network.stock} is not a table's timestep, and no diffusers scheduler passes it "
-            "without drawing noise in each step. Use --format onnx"
+            f"the time input of a {network.stock} is not the timestep of a table, and every diffusers scheduler that "
+            "passes such a time draws noise in each step. Use --format onnx"
         )
     is_plain_image, sampler = manifest.is_image and not manifest.num_classes, model.sampler
     solver = SOLVERS.get(sampler)
@@ -185,15 +188,15 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
         raise ValueError(f"diffusers has no {missing} for this model's sampler {sampler}. {USE_ONNX}")
     exact = exact_steps(schedule)
     if model.num_steps is not None and model.num_steps not in exact:
-        remedy = "Export a stage with one of these numbers, "
+        remedy = "Export a stage with one of these numbers of steps, "
         if has_movable_clock(model.denoiser.network):
             remedy += (
                 "match the teacher to the cosine process, where every power of two is exact (halfstep distill "
                 "--matching.process cosine), "
             )
         raise ValueError(
-            f"the exported grid cannot represent {model.num_steps} steps exactly on {network.num_train_timesteps} "
-            f"timesteps, only {', '.join(map(str, exact))}. {remedy}or use --format onnx"
+            f"with {network.num_train_timesteps} timesteps, the exported grid cannot represent {model.num_steps} steps "
+            f"exactly; it can only represent {', '.join(map(str, exact))}. {remedy}or use --format onnx"
         )
     if is_plain_image and not sampler.stochastic:
         return schedule, "DDIMPipeline", "unet"
@@ -207,23 +210,23 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
     if len(set(sides)) > 1:
         raise ValueError(
             "diffusers' only class-conditional image pipeline generates square images, but this model generates "
-            f"{list(sides)}. {USE_ONNX}"
+            f"images of size {list(sides)}. {USE_ONNX}"
         )
     return schedule, "ConsistencyModelPipeline", "unet"
 
 
 def _other_parts(origin: Path, index: dict[str, Any], component: str) -> dict[str, Path]:
-    """Return the folders of the original pipeline's parts by name, without network and scheduler."""
+    """Return the folders of the original pipeline's parts by name, except for the network and the scheduler."""
     parts = {}
     for name, value in index.items():
         if name in (component, "scheduler") or not isinstance(value, list) or value[0] is None:
             continue
         folder = origin / name
         if name == "safety_checker" and not list(folder.glob("*.safetensors")):
-            # Older repositories only have pickled weights for it; the pipeline works without it.
+            # Older repositories have only pickled weights for this part, and the pipeline works without it.
             continue
         if not folder.is_dir():
-            raise ValueError(f"{origin} no longer has its {name}, which the exported pipeline needs")
+            raise ValueError(f"{origin} no longer contains its {name}, which the exported pipeline needs")
         if not is_light(folder):
             # Only parts that can be loaded safely are copied.
             check_files(folder, ".".join(map(str, value)))
@@ -239,7 +242,7 @@ def _save_network(network: StockNetwork, folder: Path) -> None:
     config: dict[str, Any] = read_json(folder / "config.json")
     size = config.get("sample_size")
     if isinstance(size, list) and len(set(size)) == 1:
-        # Pipelines for square samples expect one number.
+        # Pipelines for square samples expect a single number.
         config["sample_size"] = size[0]
     config.pop("_name_or_path", None)
     write_json(folder / "config.json", config)

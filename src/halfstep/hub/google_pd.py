@@ -1,14 +1,16 @@
-"""Import of the checkpoints released by the authors of progressive distillation, as stock diffusers networks.
+"""Import the checkpoints released by the authors of progressive distillation as stock diffusers networks.
 
-The files are flax msgpack: a tree of arrays (shape, dtype name, bytes) under `ema_params`, and `num_sample_steps`.
-Their U-Net differs from `UNet2DModel` in two points, which are folded into the weights exactly:
+The files are in flax's msgpack format: a tree of arrays, each with a shape, a dtype name and bytes, under `ema_params`,
+and the number `num_sample_steps`. The authors' U-Net differs from `UNet2DModel` in two ways, and both differences are
+folded into the weights exactly:
 
-* Its clock is 1000 u with u = 2 / pi arctan(exp(-log_snr / 2)); ours is called at timestep 1000 u - 1. For a frequency
-  f of the sinusoids, (sin((k + 1) f), cos((k + 1) f)) is (sin(k f), cos(k f)) rotated by f. The first linear layer of
-  the time embedding includes this rotation.
-* Its class embedding has a bias, which is added to every row of ours.
+* The authors' clock is 1000 u with u = 2 / pi arctan(exp(-log_snr / 2)), whereas our network is called at timestep
+  1000 u - 1. For a frequency f of the sinusoids, (sin((k + 1) f), cos((k + 1) f)) is (sin(k f), cos(k f)) rotated by
+  f. The first linear layer of our time embedding therefore includes this rotation.
+* The authors' class embedding has a bias, which is added to every row of our class embedding.
 
-Source: Salimans & Ho 2022 (arXiv:2202.00512), the authors' unet.py, model.py, checkpoints.py; flax's serialization.py.
+Sources: Salimans & Ho 2022 (arXiv:2202.00512); the authors' unet.py, model.py and checkpoints.py; flax's
+serialization.py.
 """
 
 import math
@@ -35,41 +37,43 @@ from halfstep.runs import Manifest, Outcome, StageFolder
 from halfstep.runtime.files import DamagedFile, read_json, refuse_taken, sha256_of
 
 PROCESS: Final = VPCosine()
-"""The process of all released models: the clipped cosine."""
+"""The noise process of all released models, which is the clipped cosine process."""
 
 
 @final
 class GooglePDConfig(BaseModel):
-    """A network in the authors' unet.py, and facts missing from its checkpoint."""
+    """The configuration of a network in the authors' unet.py, and the facts that its checkpoint lacks."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     image_size: PositiveInt
     """Height and width."""
     ch: PositiveInt
-    """Channels at the finest level."""
+    """Number of channels at the finest level."""
     multipliers: tuple[int, ...]
-    """Channels of each level in multiples of `ch`, from the finest."""
+    """Number of channels at each level as a multiple of `ch`, starting with the finest level."""
     layers_per_block: PositiveInt
-    """Residual blocks per level of the encoder; the decoder has one more."""
+    """Number of residual blocks per level of the encoder. The decoder has one more block per level."""
     attention: tuple[bool, ...]
     """Whether each level has self-attention."""
     attention_head_dim: PositiveInt
-    """Channels per attention head."""
+    """Number of channels per attention head."""
     time_embedding_dim: PositiveInt
     """Width of the time and class embeddings."""
     num_classes: NonNegativeInt = 0
-    """0 for an unconditional network."""
+    """Number of classes, or 0 for an unconditional network."""
     prediction: Literal["x0", "eps", "v", "both"]
     """The network's prediction type."""
     start_steps: PositiveInt
-    """Steps of the first teacher in its chain."""
+    """Number of steps of the first teacher in the chain."""
 
     @model_validator(mode="after")
     def _same_length(self) -> "GooglePDConfig":
         one, other = len(self.multipliers), len(self.attention)
         if one == 0 or one != other:
-            raise ValueError(f"multipliers and attention need an entry for each level, got {one} and {other}")
+            raise ValueError(
+                f"multipliers and attention need one entry for each level, but have {one} and {other} entries"
+            )
         return self
 
 
@@ -93,10 +97,10 @@ CONFIGS: Final[dict[str, GooglePDConfig]] = {
 
 
 def config_of(text: str) -> GooglePDConfig:
-    """Return a configuration from its name in `CONFIGS` or from a .json file with the fields of `GooglePDConfig`.
+    """Return the configuration with this name in `CONFIGS`, or read the fields of `GooglePDConfig` from a .json file.
 
     Raises:
-        ValueError: if the name is unknown or the file is not valid.
+        ValueError: if the name is unknown or if the file is not valid.
     """
     if text in CONFIGS:
         return CONFIGS[text]
@@ -118,20 +122,20 @@ class Checkpoint(NamedTuple):
     params: Mapping[str, np.ndarray]
     """Arrays by path, such as "down_0.block_0/conv1/kernel"."""
     num_steps: int
-    """The model's number of sampler steps; 0 if unknown."""
+    """The model's number of sampler steps, or 0 if it is unknown."""
 
 
 def _array(code: int, data: bytes) -> np.ndarray:
-    """Decode flax's extension types for arrays (1) and scalars (3); checkpoints have no complex numbers (2)."""
+    """Decode flax's extension types for arrays (1) and scalars (3). Checkpoints contain no complex numbers (2)."""
     if code not in (1, 3):
         raise ValueError(f"an entry has the msgpack extension type {code}, which is not a flax array")
     shape, name, content = msgpack.unpackb(data, raw=False)
     kind = np.dtype(name)
     if kind.kind not in "fiub":
-        raise ValueError(f"an array has the type {name!r}, which is not a plain number")
+        raise ValueError(f"an array has the dtype {name!r}, which is not a plain numeric type")
     if any(not isinstance(length, int) or length < 0 for length in shape):
-        raise ValueError(f"an array has the shape {shape!r}")
-    # The array is a view of the file's bytes, so a wrong shape raises an error and allocates nothing.
+        raise ValueError(f"an array has the invalid shape {shape!r}")
+    # The array is a view of the file's bytes, so a wrong shape raises an error without allocating memory.
     return np.frombuffer(content, dtype=kind).reshape(shape)
 
 
@@ -154,10 +158,10 @@ def read_checkpoint(file: Path) -> Checkpoint:
     """Read the checkpoint in `file`.
 
     Raises:
-        DamagedFile: if it does not exist, is truncated, or is not a checkpoint of the authors' code.
+        DamagedFile: if the file does not exist, is truncated, or is not a checkpoint written by the authors' code.
     """
     if not file.is_file():
-        raise DamagedFile(f"{file} {'is a folder' if file.is_dir() else 'does not exist'}: give a .msgpack checkpoint")
+        raise DamagedFile(f"{file} {'is a folder' if file.is_dir() else 'does not exist'}: pass a .msgpack checkpoint")
     try:
         tree = msgpack.unpackb(file.read_bytes(), ext_hook=_array, raw=False, strict_map_key=False)
         if not isinstance(tree, Mapping) or not isinstance(tree.get("ema_params"), Mapping):
@@ -170,8 +174,8 @@ def read_checkpoint(file: Path) -> Checkpoint:
             raise ValueError(f"its num_sample_steps is {steps!r}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, msgpack.UnpackException) as error:
         raise DamagedFile(
-            f"{file} is truncated or not a checkpoint of the authors' code ({in_one_line(error)}). Give one of their "
-            ".msgpack files"
+            f"{file} is truncated or not a checkpoint of the authors' code ({in_one_line(error)}). Pass one of the "
+            "authors' .msgpack files"
         ) from None
     return Checkpoint(params, steps)
 
@@ -181,9 +185,9 @@ class _Place(NamedTuple):
 
     path: str
     shape: tuple[int, ...]
-    """Shape of the array, except for joined axes and axes of length 1."""
+    """Expected shape of the array, which may differ in joined axes and in axes of length 1."""
     axes: tuple[int, ...]
-    """Axis permutation from the array to the tensor."""
+    """Permutation of axes that turns the array into the tensor."""
 
 
 _NAMES: Final = {
@@ -210,7 +214,7 @@ _BLOCKS: Final = {
 
 
 def _place(name: str, shape: tuple[int, ...], levels: int) -> _Place:
-    """Return the place of the tensor `name` of a UNet2DModel."""
+    """Return the location in the authors' tree of the tensor `name` of a UNet2DModel."""
     module, _, kind = name.rpartition(".")
     for ours, theirs in _NAMES.items():
         if module == ours or module.startswith(f"{ours}."):
@@ -232,7 +236,7 @@ def _place(name: str, shape: tuple[int, ...], levels: int) -> _Place:
 
 
 def _regroups(got: tuple[int, ...], needed: tuple[int, ...]) -> bool:
-    """Return whether two shapes differ only in joined neighbouring axes and axes of length 1, as in flax versions."""
+    """Return whether two shapes differ only in joined adjacent axes and axes of length 1, as between flax versions."""
 
     def marks(shape: tuple[int, ...]) -> set[int]:
         return {math.prod(shape[: index + 1]) for index, length in enumerate(shape) if length != 1}
@@ -245,7 +249,7 @@ def convert(params: Mapping[str, np.ndarray], config: GooglePDConfig) -> UNet2D:
     """Return the stock network with the checkpoint's weights.
 
     Raises:
-        ValueError: if a tensor is missing, unused or of the wrong shape; the message gives the first.
+        ValueError: if a tensor is missing, is unused or has the wrong shape; the message names the first such tensor.
     """
     network = empty_network(config)
     state: dict[str, Tensor] = {}
@@ -275,7 +279,7 @@ def convert(params: Mapping[str, np.ndarray], config: GooglePDConfig) -> UNet2D:
 
 
 def _earlier_by_one(weight: Tensor) -> Tensor:
-    """Return the weight `[embedding, channels]` that maps the sinusoids at k as `weight` maps those at k + 1."""
+    """Return the weight `[embedding, channels]` that, at k, gives the same results as `weight` at k + 1."""
     sine, cosine = weight.chunk(2, dim=1)
     half = sine.shape[1]
     frequency = torch.exp(torch.arange(half, dtype=torch.float64) * (-math.log(10_000) / (half - 1)))
@@ -309,11 +313,11 @@ def empty_network(config: GooglePDConfig) -> UNet2D:
 
 
 def import_google_pd(file: Path, config: GooglePDConfig, out: Path) -> Manifest:
-    """Write the checkpoint to the folder `out` as a stage.
+    """Convert the checkpoint in `file` to a stage, and write the stage to the folder `out`.
 
     Raises:
-        ValueError: if the file is damaged, not finite or of another configuration, or `out` is not empty. In these
-            cases, nothing is written.
+        ValueError: if the file is damaged, contains values that are not finite or does not match the configuration, or
+            if `out` is not empty. In each case, nothing is written.
     """
     refuse_taken(out)
     checkpoint = read_checkpoint(file)

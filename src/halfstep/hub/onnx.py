@@ -1,7 +1,7 @@
-"""Export of a whole sampler as one ONNX graph from noise to x0, with its steps unrolled.
+"""Export a whole sampler, with its steps unrolled, as a single ONNX graph that maps noise to x0.
 
-A sampler is linear in the network's outputs and the noise of its steps, so the graph contains only the network's calls
-and a few sums. The clock of every step is computed in float64 and stored as constants.
+A sampler is linear in the network's outputs and in the noise that is drawn at each step, so the graph contains only the
+network calls and a few sums. The times of all steps are computed in float64 and stored as constants.
 """
 
 import functools
@@ -31,27 +31,29 @@ from halfstep.runtime.files import replacing, scratch
 from halfstep.samplers import sample
 
 LARGEST: Final = int(1.4 * 2**30)
-"""Maximum bytes of weights in the graph's own file: a protobuf is limited to 2 GiB, and torch splits at 1.5 GiB."""
+"""Maximum size in bytes of weights that are stored in the graph's own file. A protobuf is limited to 2 GiB, and torch
+splits the file at 1.5 GiB."""
 STEP_NOISE: Final = "step_noise"
-"""Input with a stochastic sampler's noise for each step except the last, which draws none."""
+"""Name of the input with a stochastic sampler's noise for each step except the last, which draws no noise."""
 
 
 @final
 class _Recorder(Denoiser):
-    """A denoiser that records a sampler's calls as coefficients, and returns unit vectors.
+    """A denoiser that records a sampler's calls as coefficients and returns unit vectors.
 
     A sampler step is a linear combination of x_t, the denoiser's outputs (x0, eps) and values kept from earlier steps.
-    On coefficient vectors `[1, size]`, the sampler returns this combination's coefficients.
+    Applied to coefficient vectors `[1, size]`, the sampler therefore returns the coefficients of this combination.
 
     Args:
-        size: number of values in the whole program: the noise, two per call, and two per step (its result and noise).
+        size: number of values in the whole program: the initial noise, two values per call, and two values per step
+            (the step's result and noise).
     """
 
     def __init__(self, process: NoiseProcess, size: int) -> None:
         super().__init__()
         self.process, self.size = process, size
         self.program: list[tuple[list[tuple[int, float]], tuple[Any, ...] | None]] = []
-        """Sums as terms (value, coefficient), each with (t, alpha, sigma) of its call; None for a step's result."""
+        """Sums of (value, coefficient), each sum with the (t, alpha, sigma) of a call, or None for a step's result."""
         self.known = 1
 
     def value(self) -> Tensor:
@@ -60,7 +62,7 @@ class _Recorder(Denoiser):
         return torch.eye(self.size, dtype=torch.float64)[None, self.known - 1]
 
     def record(self, x: Tensor, call: tuple[Any, ...] | None = None) -> None:
-        """Append the sum with the coefficients `x`."""
+        """Append a sum with the coefficients `x` to the program."""
         self.program.append(([(int(j), float(x[0, j])) for j in x[0].nonzero().flatten()], call))
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
@@ -71,13 +73,13 @@ class _Recorder(Denoiser):
 
 @final
 class UnrolledSampler(nn.Module):
-    """A sampler with a fixed number of steps: maps unit noise, step noise (if it draws any) and conditions to x0.
+    """A sampler with a fixed number of steps, which maps unit noise, step noise (if any) and conditions to x0.
 
     Args:
-        model: its sampler and clipping are part of the graph.
+        model: the model, whose sampler and clipping become part of the graph.
         num_steps: number of sampler steps.
-        names: names of the inputs after the first, in order: `STEP_NOISE` if the sampler draws noise before its last
-            step, and the conditions.
+        names: names of the inputs after the first, in order: `STEP_NOISE`, if the sampler draws noise before its last
+            step, and then the conditions.
     """
 
     def __init__(self, model: Model, num_steps: int, names: tuple[str, ...]) -> None:
@@ -101,7 +103,7 @@ class UnrolledSampler(nn.Module):
         self.program = recorder.program
 
     def forward(self, noise: Tensor, *others: Tensor) -> Tensor:
-        """Return x0 `[batch, *dims]` from unit noise, step noise `[batch, steps, *dims]`, if any, and conditions."""
+        """Return x0 `[batch, *dims]` for unit noise, step noise `[batch, steps, *dims]` (if any) and conditions."""
         values = [noise * self.start_scale]
         cond = dict(zip(self.names, others, strict=True))
         if self.drawn:
@@ -113,7 +115,7 @@ class UnrolledSampler(nn.Module):
                 values.append(x)
                 continue
             t, alpha, sigma = call
-            # Derived from the input to keep the batch size dynamic in the graph.
+            # The time is derived from the input to keep the graph's batch size dynamic.
             time = torch.zeros_like(x).flatten(1)[:, 0] + t
             x0, eps = self.prediction.denoised(self.network(x, time, **cond), x, alpha, sigma)
             if self.clip:
@@ -138,19 +140,19 @@ def _silent() -> Iterator[None]:
 def export_onnx(
     model: Model, out: Path, num_steps: int | None = None, example: Mapping[str, Tensor] | None = None
 ) -> Path:
-    """Write the model's own sampler as a graph to the file `out`, after comparing it with torch, and return `out`.
+    """Write the model's own sampler as a graph to the file `out`, after comparing the graph with torch; return `out`.
 
-    The inputs are `noise` float32 `[batch, *shape]`, of unit variance, and the model's conditions, each `[batch, ...]`;
-    the output is `x0` `[batch, *shape]`. The batch size is dynamic. A stochastic sampler with several steps also takes
+    The inputs are float32 `noise` `[batch, *shape]`, of unit variance, and the model's conditions, each `[batch, ...]`.
+    The output is `x0` `[batch, *shape]`. The batch size is dynamic. A stochastic sampler with several steps also takes
     `step_noise` `[batch, num_steps - 1, *shape]`, of unit variance.
 
     Args:
-        num_steps: the model's own number if None.
-        example: conditions of two samples, each `[2, ...]`; generated from the manifest if None.
+        num_steps: number of sampler steps, or None for the model's own number.
+        example: conditions for two samples, each `[2, ...]`, or None to generate them from the manifest.
 
     Raises:
-        ValueError: if a package is missing, the number of steps is unknown, or the graph's samples differ from torch's.
-            In these cases, nothing is written.
+        ValueError: if a package is missing, if the number of steps is unknown, or if the graph's samples differ from
+            torch's. In each case, nothing is written.
     """
     for name in ("onnx", "onnxruntime", "onnxscript"):
         if find_spec(name) is None:
@@ -164,7 +166,7 @@ def export_onnx(
     batch = {0: torch.export.Dim("batch")}
     with scratch(out) as place:
         place.mkdir()
-        # A graph contains the name of its weights file, so the name must be final.
+        # A graph stores the name of its weights file, so the file must already have its final name.
         made = place / out.name
         with _silent(), torch.no_grad():
             program: Any = torch.onnx.export(
@@ -192,8 +194,10 @@ def export_onnx(
         program.save(made, external_data=size > LARGEST)
         apart = distance_from_torch(made, model, steps, cond)
         if not apart <= 1e-4:
-            raise ValueError(f"the graph's samples differ from torch's by up to {apart:.2g}, so it was not written")
-        # Weights first: the graph's file marks the export as complete.
+            raise ValueError(
+                f"the graph's samples differ from torch's by up to {apart:.2g}, so the graph was not written"
+            )
+        # The weights are written first, because the graph's file marks the export as complete.
         for file in sorted(place.iterdir(), reverse=True):
             with replacing(out.parent / file.name) as temporary:
                 file.rename(temporary)
@@ -205,21 +209,21 @@ def _normal(seed: int, *shape: int) -> Tensor:
 
 
 def step_noise(model: Model, num_steps: int, length: int) -> dict[str, Tensor]:
-    """Return the input `STEP_NOISE`, `[length, num_steps - 1, *shape]`; empty if the sampler draws none."""
+    """Return the input `STEP_NOISE`, `[length, num_steps - 1, *shape]`, or nothing if the sampler draws no noise."""
     if not model.sampler.stochastic or num_steps == 1:
         return {}
     return {STEP_NOISE: _normal(100 + length, length, num_steps - 1, *model.shape)}
 
 
 def example_conditions(model: Model, number: int) -> dict[str, Tensor]:
-    """Return example conditions for a model, each `[number, ...]`: cycling classes, and random numbers."""
+    """Return example conditions for a model, each `[number, ...]`: classes in turn, and random numbers otherwise."""
     generator = torch.Generator().manual_seed(1)
     others = {
         name: torch.randn(number, *shape, generator=generator) for name, shape in model.manifest.conditions.items()
     }
     cond = model.cond(range(number), others=others)
     if model.manifest.guidance is None:
-        # Guidance for a teacher needs two calls, which the graph does not make.
+        # Guidance for a teacher needs two network calls, but the graph makes only one.
         cond.pop(GUIDANCE, None)
     return cond
 
@@ -227,10 +231,10 @@ def example_conditions(model: Model, number: int) -> dict[str, Tensor]:
 def distance_from_torch(
     file: Path, model: Model, num_steps: int, cond: Mapping[str, Tensor], lengths: Sequence[int] = (1, 3)
 ) -> float:
-    """Return the largest difference between a graph's samples and torch's, relative to the largest value (at least 1).
+    """Return the largest difference between a graph's samples and torch's, scaled as in `difference`.
 
     Args:
-        cond: conditions of two samples, each `[2, ...]`, repeated to fill a batch.
+        cond: conditions for two samples, each `[2, ...]`, which are repeated to fill a batch.
         lengths: batch sizes to compare.
     """
     import onnxruntime

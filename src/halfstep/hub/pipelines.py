@@ -1,7 +1,7 @@
-"""Import of diffusers pipelines, from a folder or the Hub, as teachers.
+"""Import diffusers pipelines, from a folder or the Hub, as teachers.
 
-The process, prediction and clipping come from the scheduler's config, and the network's inputs from the pipeline's own
-calls. Only safetensors are read, and no code in a repository is run.
+The process, prediction and clipping are read from the scheduler's config, and the network's inputs are recorded from
+the pipeline's own calls. Only safetensors files are read, and no code in a repository is run.
 """
 
 import warnings
@@ -24,13 +24,13 @@ from halfstep.runs import Pipeline
 from halfstep.runtime.files import first_line, user_path
 
 START_STEPS: Final = 128
-"""Default DDIM steps of an imported teacher at the start of its chain. More steps are more accurate, but need more
-stages. On a table of 1000 levels, times between levels are interpolated."""
+"""Default number of DDIM steps of an imported teacher at the start of its chain. More steps are more accurate, but
+require more stages. With a table of 1000 levels, times between levels are interpolated."""
 PIXELS: Final = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
-"""Image pipelines without a VAE; their only network is described by its config."""
+"""Image pipelines without a VAE, whose only network is fully described by its config."""
 UNET: Final = "UNet2DModel"
 FETCHED: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*/*.safetensors", "diffusion_pytorch_model*.safetensors")
-"""Files to download: no pickles, code or single-file weights."""
+"""Files to download, which include no pickles, code or single-file weights."""
 NON_EMA: Final = ("*.non_ema.*", "*.non_ema-*")
 HALF_PRECISION: Final = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*")
 """Weight variants, which are downloaded only if no weights without a variant exist."""
@@ -40,26 +40,26 @@ DENOISERS: Final = ("transformer", "unet")
 
 
 def is_pipeline(path: str | Path) -> bool:
-    """Return whether a path is a folder written by diffusers: a pipeline, or a network with its config."""
+    """Return whether a path is a folder written by diffusers that contains a pipeline or a network with its config."""
     folder = Path(path)
     is_network = disk.plain_network(folder) is not None and not (folder / "manifest.json").is_file()
     return is_network or (folder / "model_index.json").is_file()
 
 
 def fetch(source: str) -> Path:
-    """Return the folder `source`, or a download of the Hub repository `source`, without pickles and code.
+    """Return the folder `source`, or the folder of the Hub repository `source`, downloaded without pickles and code.
 
     Raises:
-        ValueError: if it is a file of pickled weights, or neither a folder nor a reachable repository.
+        ValueError: if `source` is a file, such as pickled weights, or is neither a folder nor a reachable repository.
     """
     path = user_path(source)
     if path.is_dir():
         return path
     disk.refuse_single_file(source)
     if path.exists():
-        raise ValueError(f"{source} is a file: give a folder saved by diffusers, or a name on the Hub (OWNER/NAME)")
+        raise ValueError(f"{source} is a file: pass a folder saved by diffusers, or a name on the Hub (OWNER/NAME)")
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise ValueError(f"{source} does not exist: give a folder, or a name on the Hub (OWNER/NAME)")
+        raise ValueError(f"{source} does not exist: pass a folder, or a name on the Hub (OWNER/NAME)")
     from huggingface_hub import snapshot_download
 
     def download(*ignored: str) -> Path:
@@ -71,7 +71,7 @@ def fetch(source: str) -> Path:
         if parts and not any(list(part.glob("*.safetensors")) for part in parts):
             path = download(*NON_EMA)
         return path
-    except Exception as error:  # the Hub's client and its network libraries raise many types
+    except Exception as error:  # the Hub's client and its network libraries raise many exception types
         raise ValueError(f"{source} could not be downloaded from the Hub ({first_line(error)})") from None
 
 
@@ -82,29 +82,31 @@ def import_pipeline(
     ema: bool = False,
     precision: BasePrecision = "float32",
 ) -> Model:
-    """Load a pipeline's network as a teacher, on the CPU.
+    """Load a pipeline's network onto the CPU as a teacher.
 
     Pipelines with conditions are run for a few steps to record the network's inputs (hub/recording.py). Warns if
-    averaged weights exist but are not used, and if the last noise level is not pure noise.
+    averaged weights exist but are not used, or if the last noise level is not pure noise.
 
     Args:
         source: a folder saved by diffusers, or a name on the Hub.
         options: pipeline call arguments for all samples, such as height and width.
-        ema: whether to use the averaged weights next to the network's own, such as unet_ema.
-        precision: storage precision of the weights; below float32, students must be LoRA.
+        ema: whether to use the averaged weights, in a folder such as unet_ema, instead of the network's own weights.
+        precision: precision in which the weights are stored. If it is lower than float32, students must use LoRA.
 
     Raises:
-        ValueError: if it is pickled, requires custom code, or a part is missing or not supported.
+        ValueError: if the pipeline is pickled or requires custom code, or if a part is missing or not supported.
     """
     folder = fetch(str(source))
-    # The manifest contains a folder's full path.
+    # The manifest stores the full path of a folder.
     origin = str(folder.resolve()) if folder == user_path(source) else str(source)
     kind = read_kind(folder) if (folder / "model_index.json").is_file() else None
     if kind is not None and kind not in PIXELS:
         told = Pipeline(kind=kind, folder=origin, component="", options=dict(options or {}), averaged=ema)
         return _recorded(source, folder, told, precision)
     if options:
-        raise ValueError(f"{source} is a pixel pipeline without the arguments {', '.join(options)}. Remove --call")
+        raise ValueError(
+            f"{source} is a pixel pipeline, which does not take the arguments {', '.join(options)}. Remove --call"
+        )
     if precision != "float32":
         raise ValueError(f"{source} is a pixel pipeline, which is always float32. Remove --base-precision")
     network_folder, scheduler = _parts(folder) if kind else _plain_parts(folder)
@@ -121,15 +123,15 @@ def import_pipeline(
 
 
 def _weights(source: str | Path, network: Path, ema: bool) -> Path:
-    """Return the folder of a network's weights, or that of the averaged weights if `ema`."""
+    """Return the folder of a network's weights, or of its averaged weights if `ema` is true."""
     averaged = network.with_name(f"{network.name}_ema")
     exists = (averaged / "config.json").is_file()
     if ema and not exists:
         raise ValueError(f"{network.parent} has no averaged weights ({averaged.name}). Remove --ema")
     if exists and not ema:
         warnings.warn(
-            f"the weights in {network} are used, but averaged weights (EMA) exist in {averaged}. To use those, run "
-            f"halfstep import diffusers {source} --ema",
+            f"the weights in {network} are used, but averaged weights (EMA) exist in {averaged}. To use the "
+            f"averaged weights, run halfstep import diffusers {source} --ema",
             HalfstepWarning,
             stacklevel=3,
         )
@@ -166,27 +168,30 @@ def _origin(source: str | Path, weights: Path) -> str:
 
 
 def teacher_of(network: StockNetwork, schedule: Schedule, shape: Sequence[int], **facts: Any) -> Model:
-    """Return the model of an imported network; `facts` as for `Model.of`."""
+    """Return an imported network as a model; `facts` are further arguments of `Model.of`."""
     warn_of_signal(schedule.process)
     denoiser = NetworkDenoiser(network.eval(), schedule.process, schedule.prediction)
     return Model.of(denoiser, shape, clip=schedule.clip, objective="imported", start_steps=START_STEPS, **facts)
 
 
 def _parts(folder: Path) -> tuple[Path, Path]:
-    """Return a pixel pipeline's network folder and scheduler config."""
-    # In diffusers, a part without a folder is in the root.
+    """Return the network folder and the scheduler config of a pixel pipeline."""
+    # In diffusers, a part without its own folder is in the pipeline's root folder.
     network, scheduler = (folder / name if (folder / name).is_dir() else folder for name in ("unet", "scheduler"))
     return network, scheduler / "scheduler_config.json"
 
 
 def read_kind(folder: Path) -> str:
-    """Return the class of the pipeline in a folder, after checking that it needs no code in the folder.
+    """Return the class of the pipeline in a folder, after checking that the pipeline requires no custom code.
 
     Raises:
-        ValueError: if there is no pipeline, it requires custom code, is not a diffusers class, or lacks a part.
+        ValueError: if the folder contains no pipeline, or if the pipeline requires custom code, is not a diffusers
+            class, or lacks a part.
     """
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder} is not a pipeline (no model_index.json). Give one saved by diffusers")
+        raise ValueError(
+            f"{folder} has no model_index.json, so it is not a pipeline. Pass a pipeline saved by diffusers"
+        )
     index = disk.read_config(folder / "model_index.json")
     kind = index.get("_class_name")
     foreign = [
@@ -194,7 +199,7 @@ def read_kind(folder: Path) -> str:
         for name, value in index.items()
         if isinstance(value, list)
         and not (name.isidentifier() and value[:1] in ([None], ["diffusers"], ["transformers"]))
-        # Parts specific to a pipeline are in its module.
+        # Parts that are specific to one pipeline are in that pipeline's module.
         and not (value and isinstance(value[0], str) and hasattr(stock("pipelines"), value[0]))
     ]
     code = foreign or sorted(file.name for file in folder.rglob("*.py"))
@@ -209,7 +214,7 @@ def read_kind(folder: Path) -> str:
         raise ValueError(f"{folder} contains a {kind}, which diffusers {stock('__version__')} does not have")
     for name, value in index.items():
         if isinstance(value, list) and value[0] and name not in OPTIONAL and not (folder / name).is_dir():
-            raise ValueError(f"{folder} has no {name}, a part of its pipeline. Save the pipeline with it")
+            raise ValueError(f"{folder} has no {name}, a part of its pipeline. Save the pipeline with this part")
     return str(kind)
 
 
@@ -223,8 +228,9 @@ def load_pipeline(
     """Load a pipeline in float32.
 
     Args:
-        is_whole: whether to load the weights of its denoiser and VAE; without them it can only compute conditions.
-        places: folders of parts that are not in `folder`, by name.
+        is_whole: whether to load the weights of the denoiser and the VAE. Without these weights, the pipeline can only
+            compute conditions.
+        places: folders, by part name, of the parts that are not in `folder`.
 
     Raises:
         ValueError: if a part cannot be read.
@@ -238,7 +244,7 @@ def load_pipeline(
         elif list((folder / name).glob("*.safetensors")) or not is_light(folder / name):
             given[name] = _part(kind, name, value, (places or {}).get(name, folder / name), is_whole, device)
         elif (file := folder / name / "scheduler_config.json").is_file() and set(GONE) & set(disk.read_config(file)):
-            # Current schedulers ignore these fields.
+            # Current schedulers would ignore these old fields.
             given[name] = stock(value[1]).from_config(renewed(disk.read_config(file)))
     if "requires_safety_checker" in index:
         given["requires_safety_checker"] = False
@@ -248,7 +254,7 @@ def load_pipeline(
 def _part(
     pipeline: str, part: str, declared: Sequence[str], folder: Path, is_whole: bool, device: str | torch.device
 ) -> Any:
-    """Load a part with weights; `declared` are its library and class in the pipeline's index."""
+    """Load a part with weights; `declared` contains its library and class from the pipeline's index."""
     library, name = declared
     if library == "diffusers":
         if name in disk.OLD_NAMES:
@@ -265,12 +271,12 @@ def _part(
 
 
 def is_light(folder: Path) -> bool:
-    """Return whether a part has no weights (a tokenizer, processor or scheduler)."""
+    """Return whether a part has no weights, like a tokenizer, a processor or a scheduler."""
     return not (folder / "config.json").is_file()
 
 
 def on_meta(kind: str, config: Mapping[str, Any], device: str | torch.device) -> Any:
-    """Return a network that reports `device` as its device, but allocates no weights."""
+    """Return a network that reports `device` as its device but has no allocated weights."""
     with quiet(), torch.device("meta"):
         network = stock(kind).from_config(dict(config))
     here, own = torch.device(device), type(network)
@@ -279,30 +285,30 @@ def on_meta(kind: str, config: Mapping[str, Any], device: str | torch.device) ->
 
 
 def _plain_parts(folder: Path) -> tuple[Path, Path]:
-    """Return the folder and the scheduler config of a U-Net without a pipeline."""
+    """Return the folder and the scheduler config of a U-Net that was saved without a pipeline."""
     network = disk.plain_network(folder)
     if network is None:
         below = disk.networks_below(folder)
-        where = f". Give one of the folders in it, such as {below[-1]}" if below else ""
+        where = f". Pass one of its subfolders, such as {below[-1]}" if below else ""
         raise ValueError(f"{folder} contains neither a pipeline (model_index.json) nor a network (config.json){where}")
     kind = disk.read_config(network / "config.json").get("_class_name")
     if kind != UNET:
-        raise ValueError(f"{network} contains a {kind}, not a {UNET}. Give its whole pipeline")
+        raise ValueError(f"{network} contains a {kind}, not a {UNET}. Pass the whole pipeline")
     for place in (folder / "scheduler", folder, network, network.parent / "scheduler", network.parent):
         if (place / "scheduler_config.json").is_file():
             return network, place / "scheduler_config.json"
     raise ValueError(
-        f"{folder} has no scheduler_config.json, which gives the process and prediction. Write one, for example with "
+        f"{folder} has no scheduler_config.json, which defines the process and prediction. Write one, for example with "
         'diffusers\' DDPMScheduler(beta_schedule="linear", prediction_type="epsilon").save_pretrained(FOLDER)'
     )
 
 
 def _network(folder: Path, schedule: Schedule) -> UNet2D:
-    """Return the pixel U-Net in `folder`, without the channels of a learned variance."""
+    """Return the pixel U-Net in `folder`, without the output channels of a learned variance."""
     config = disk.check_config(folder, UNET)
     if schedule.is_flow:
         raise ValueError(
-            f"{folder} contains a {UNET}, but its timesteps are unknown for the process of its scheduler "
+            f"{folder} contains a {UNET}, but the timesteps of this network are unknown for its scheduler's process "
             f"({type(schedule.process).__name__}). Distil it in Python: halfstep.distill accepts any network"
         )
     if config.get("class_embed_type") is not None:
@@ -317,14 +323,15 @@ def _network(folder: Path, schedule: Schedule) -> UNet2D:
     num_outputs = int(config.get("out_channels") or channels)
     if num_outputs not in (channels, 2 * channels):
         raise ValueError(
-            f"{folder} takes {channels} channels and returns {num_outputs}: the numbers must be equal, or the second "
-            "twice the first with a learned variance"
+            f"{folder} takes {channels} channels and returns {num_outputs}: the two numbers must be equal, or the "
+            "second must be twice the first if the variance is learned"
         )
     if num_outputs == 2 * channels:
         if not schedule.learned_variance:
             raise ValueError(
                 f"{folder} returns {num_outputs} channels for {channels}, but its scheduler's variance_type does not "
-                'declare a learned variance. If the second half is one, set variance_type to "learned_range"'
+                "declare a learned variance. If the second half of the channels is a learned variance, set "
+                'variance_type to "learned_range"'
             )
         config["out_channels"] = channels
         for part in ("conv_out.weight", "conv_out.bias"):
@@ -335,10 +342,10 @@ def _network(folder: Path, schedule: Schedule) -> UNet2D:
 
 
 def shape_of(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the shape of one sample in a network's config.
+    """Return the shape of one sample according to a network's config.
 
     Raises:
-        ValueError: if the config does not contain one.
+        ValueError: if the config does not contain a valid shape.
     """
     size = config.get("sample_size")
     sides = [size, size] if isinstance(size, int) else size

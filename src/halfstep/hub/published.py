@@ -31,9 +31,9 @@ class Published(NamedTuple):
     """The recorded call."""
     scheduler: dict[str, Any]
     options: dict[str, Any]
-    """Pipeline call arguments that set the shape."""
+    """Pipeline call arguments that set the shape of the samples."""
     off: float | None = 1.0
-    """The guidance scale that disables guidance; None if the scale is an input of the network."""
+    """The guidance scale that disables guidance, or None if the scale is an input of the network."""
 
 
 def _call(**items: Any) -> dict[str, Any]:
@@ -53,7 +53,7 @@ _TIME: Final = {"is": "time", "dims": []}
 
 
 def _wan(title: str, heads: int, ffn: int, layers: int, height: int, width: int, shift: float) -> Published:
-    """Wan 2.1 at 81 frames."""
+    """Return a Wan 2.1 network for videos of 81 frames."""
     return Published(
         title, "WanPipeline", "WanTransformer3DModel",
         {

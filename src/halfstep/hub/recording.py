@@ -1,8 +1,9 @@
-"""Recording of the call of a diffusers pipeline's denoiser, verified against runs of the pipeline.
+"""Record how a diffusers pipeline calls its denoiser, and verify the recording against runs of the pipeline.
 
-The user's pipeline is run for a few steps with one prompt, with two, and with guidance (hub/trace.py). Inputs that
-change with the batch size have a batch axis; those that differ between prompts are conditions; those that change from
-step to step are the sample and the time. The result is a network that replays the call (`nets.Replay`).
+The user's pipeline is run for a few steps with one prompt, with two prompts, and with guidance (hub/trace.py). Inputs
+that change with the batch size have a batch axis, inputs that differ between prompts are conditions, and the inputs
+that change from step to step are the sample and the time. The result is a network that replays the call
+(`nets.Replay`).
 """
 
 import functools
@@ -30,17 +31,17 @@ from halfstep.nets import Replay, nodes_of, read_output, takes_scale
 from halfstep.samplers import sample
 
 TOLERANCE: Final = 1e-4
-"""Largest relative difference between replayed and recorded values."""
+"""Largest accepted relative difference between replayed and recorded values."""
 EXPORT_TOLERANCE: Final = 1e-3
-"""`TOLERANCE` after all steps of a sampler."""
+"""Largest accepted relative difference between an exported pipeline's samples and the model's samples."""
 SCALE: Final = 3.0
-"""Guidance scale of the guided recording."""
+"""Guidance scale that is used for the guided recording."""
 PROMPTS: Final = ("a", "a photograph of a small cat on a large mat, in the light of the morning")
 """Prompts of different lengths, so that their masks differ."""
 GUIDANCES: Final = ("guidance_scale", "true_cfg_scale")
-"""Names of the guidance scale among a pipeline's call arguments."""
+"""Names of the pipeline call arguments that set a guidance scale."""
 START, END = "audio_start_in_s", "audio_end_in_s"
-"""Names of the start and end of a sound in seconds among a pipeline's call arguments."""
+"""Names of the pipeline call arguments that set the start and the end of a sound, in seconds."""
 
 
 @final
@@ -54,20 +55,20 @@ class Recording:
     shape: tuple[int, ...]
     """Shape of one sample."""
     num_classes: int
-    """Number of classes; 0 for none."""
+    """Number of classes, or 0 for a network without classes."""
     null: dict[str, Tensor]
-    """One sample's conditions in the unconditional branch, without those that it shares with the conditional branch;
-    empty if the pipeline has none."""
+    """The conditions of one sample in the unconditional branch, except those that contain the end in seconds, which are
+    the same in both branches; or empty if the pipeline has no such branch."""
     guidance: str | None
-    """The pipeline's call argument for the guidance scale; None if it has no effect."""
+    """The name of the pipeline's call argument for the guidance scale, or None if no guidance scale has an effect."""
     off: float | None
-    """The value of `guidance` that disables it; None for one branch."""
+    """The value of the argument `guidance` that disables guidance, or None if the pipeline runs only one branch."""
     end: str | None
-    """The pipeline's call argument for the end in seconds, if each sample can have its own; else None."""
+    """The name of the pipeline's call argument for the end in seconds, or None if all samples have the same end."""
 
     @property
     def scale(self) -> float | None:
-        """The default of the network's own guidance input; None if it has none."""
+        """The default value of the network's own guidance input, or None if the network has no such input."""
         return next((float(node["default"]) for node in nodes_of(self.network.call, "guidance", "embedding")), None)
 
 
@@ -76,11 +77,12 @@ def record(pipe: Any, options: Mapping[str, Any]) -> Recording:
     """Record a pipeline's call.
 
     Args:
-        pipe: in float32; its scheduler is replaced by one that takes DDIM steps on the same noise levels.
-        options: further pipeline call arguments, such as height and width.
+        pipe: the pipeline in float32. Its scheduler is replaced with one that takes DDIM steps on the same noise
+            levels.
+        options: additional pipeline call arguments, such as height and width.
 
     Raises:
-        ValueError: if the replay differs; the message says where.
+        ValueError: if the replay differs from the recording; the message says where.
     """
     taken = inspect.signature(type(pipe).__call__).parameters
     clip = read_schedule(config_of(pipe.scheduler), mu=1.0).clip
@@ -91,7 +93,7 @@ def record(pipe: Any, options: Mapping[str, Any]) -> Recording:
     plain = {**dict.fromkeys(scales, 1.0), **{k: v for k, v in options.items() if k not in scales}}
     one = trace(pipe, 1, **prompted(pipe, prompts[:1]), **plain)
     if _is_guided(one.steps[0]):
-        # If guidance is c + s (c - u), 0 disables it.
+        # If the guided output is c + s (c - u), a scale of 0 disables guidance.
         plain |= dict.fromkeys(scales, 0.0)
         one = trace(pipe, 1, **prompted(pipe, prompts[:1]), **plain)
     two = trace(pipe, STEPS, **prompted(pipe, prompts), **plain)
@@ -100,7 +102,7 @@ def record(pipe: Any, options: Mapping[str, Any]) -> Recording:
         reading = Reading(two.steps[0].before, options.get("max_sequence_length", default))
         call = reading.node("", one.steps[0].calls[0].arguments, *(step.calls[0].arguments for step in two.steps[:2]))
         if any(len(step.calls) != 1 for step in two.steps):
-            raise ValueError(f"the denoiser is called {len(two.steps[0].calls)} times per step without guidance")
+            raise ValueError(f"without guidance, the denoiser is called {len(two.steps[0].calls)} times per step")
         schedule = replace(read_schedule(config_of(pipe.scheduler), two.mu), clip=clip)
         output = _output(two.steps[0])
         end, shorter = None, dict[str, Any]()
@@ -118,7 +120,7 @@ def record(pipe: Any, options: Mapping[str, Any]) -> Recording:
             except ValueError as error:
                 if not labels:
                     raise
-                # DiTPipeline always uses 1000 for the null class, and fails on networks with fewer classes.
+                # DiTPipeline always uses 1000 for the null class, so it fails with networks that have fewer classes.
                 warnings.warn(f"the teacher is imported without guidance: {error}", HalfstepWarning, stacklevel=2)
                 guidance, off = name, 1.0
                 break
@@ -157,7 +159,7 @@ def _num_classes(null: Mapping[str, Tensor], config: Mapping[str, Any]) -> int:
 
 
 def _is_guided(step: Step, batch: int = 1) -> bool:
-    """Return whether a step has several branches."""
+    """Return whether the denoiser was run for several branches in a step."""
     return len(step.calls) > 1 or any(len(made.output) > batch for made in step.calls)
 
 
@@ -170,15 +172,15 @@ def _guiding(
 ) -> tuple[float, bool, dict[str, Tensor]]:
     """Return how a guided step combines its branches.
 
-    Returns the guidance scale that disables guidance; whether the result is rescaled to the norm of the conditional
-    output, over the last axis; and one sample's conditions in the unconditional branch.
+    The result contains the guidance scale that disables guidance; whether the guided output is rescaled to the norm of
+    the conditional output, over the last axis; and the conditions of one sample in the unconditional branch.
 
     Args:
         alone: the conditions of both samples without guidance.
         output: which part of the denoiser's output is used, as in `Replay`.
 
     Raises:
-        ValueError: if it is not classifier-free guidance.
+        ValueError: if the step does not use classifier-free guidance.
     """
     branches = [
         (conditions_in(call, made.arguments, 2, first), made.output[first : first + 2])
@@ -187,7 +189,10 @@ def _guiding(
     ]
     others = [branch for branch in branches if not _same(branch[0], alone)]
     if len(branches) != 2 or len(others) != 1:
-        raise ValueError(f"a guided step has {len(branches)} branches, {len(others)} of which have other conditions")
+        raise ValueError(
+            f"a guided step has {len(branches)} branches, {len(others)} of which have conditions that differ from "
+            "those of a step without guidance"
+        )
     ((null, unconditional),) = others
     (conditional,) = (made for cond, made in branches if _same(cond, alone))
     if not _same({n: v[:1] for n, v in null.items()}, {n: v[1:] for n, v in null.items()}):
@@ -201,15 +206,16 @@ def _guiding(
         if difference(found, wanted) <= TOLERANCE:
             return 1 - more, is_rescaled, {name: value[0] for name, value in null.items()}
     raise ValueError(
-        f"at a guidance scale of {SCALE:g} it uses neither u + s (c - u) nor c + s (c - u) of its conditional output c "
-        "and unconditional output u, with or without rescaling to the norm of c"
+        f"at a guidance scale of {SCALE:g}, the output is neither u + s (c - u) nor c + s (c - u), where c is the "
+        "conditional and u the unconditional output, with or without rescaling to the norm of c"
     )
 
 
 def _has_ends(
     call: Mapping[str, Any], arguments: Mapping[str, Any], shorter: Mapping[str, Any], constants: dict[str, Tensor]
 ) -> bool:
-    """Return whether only arguments with a batch axis change with the end in seconds; mark these as conditions.
+    """Return whether the only arguments that change with the end in seconds have a batch axis. If so, mark these
+    arguments as conditions.
 
     Args:
         arguments: the arguments of the recorded call, for two prompts.
@@ -228,7 +234,7 @@ def _has_ends(
 
 
 def _equal(node: Mapping[str, Any], one: Any, other: Any) -> bool:
-    """Return whether two calls have the same value of a node; of samples, the same shape."""
+    """Return whether the value of a node is the same in two calls. For samples, only the shapes are compared."""
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return type(one) is type(other) and (node["is"] == "sample" or bool(one == other))
     return one.shape == other.shape if node["is"] == "sample" else torch.equal(one, other)
@@ -238,11 +244,11 @@ def _unshared(null: dict[str, Tensor], other: Mapping[str, Tensor], alone: Mappi
     """Return the conditions of the unconditional branch that do not change with the end in seconds.
 
     Args:
-        other: those of a call with another end.
+        other: the conditions of the unconditional branch in a call with another end.
         alone: the conditions of two samples without guidance.
 
     Raises:
-        ValueError: if a condition changes that is not that of the conditional branch.
+        ValueError: if a condition changes, but differs from that of the conditional branch.
     """
     changed = {name: value for name, value in null.items() if not torch.equal(value, other[name])}
     if not _same(changed, {name: alone[name][0] for name in changed}):
@@ -251,7 +257,7 @@ def _unshared(null: dict[str, Tensor], other: Mapping[str, Tensor], alone: Mappi
 
 
 def _embedded(call: dict[str, Any], arguments: Mapping[str, Any], scale: float, constants: dict[str, Tensor]) -> bool:
-    """Mark the recorded call's argument that changes with the guidance scale; return whether one exists."""
+    """Mark the argument of the recorded call that changes with the guidance scale, and return whether it exists."""
     for path, node in call["items"].items():
         value = arguments[path]
         if node["is"] != "constant" or not node.get("rows") or torch.equal(value[:1], constants[node["name"]]):
@@ -271,7 +277,7 @@ def fit_clock(schedule: Schedule, call: Mapping[str, Any], two: Trace) -> dict[s
     """Return the clock, which maps noise levels to the times passed to the denoiser.
 
     Raises:
-        ValueError: if no clock matches to 1e-6.
+        ValueError: if no clock matches to within 1e-6.
     """
     shown = [_shown(call, step) for step in two.steps]
     times, seen = grid_of(schedule, two)[:-1], torch.tensor(shown, dtype=torch.float64)
@@ -285,30 +291,30 @@ def fit_clock(schedule: Schedule, call: Mapping[str, Any], two: Trace) -> dict[s
             clock = {"of": of, "scale": scale, "offset": offset}
             return clock if of == "u" else clock | {"process": processes.describe(schedule.process)}
     raise ValueError(
-        f"its denoiser gets the times {', '.join(f'{x:.6g}' for x in shown)} at the noise levels "
-        f"{', '.join(f'{float(x):.6g}' for x in sigma)}, which are not affine in t, sigma or the angle"
+        f"its denoiser receives the times {', '.join(f'{x:.6g}' for x in shown)} at the noise levels "
+        f"{', '.join(f'{float(x):.6g}' for x in sigma)}, but these times are not affine in t, sigma or the angle"
     )
 
 
 def _snapped(number: float, allowed: float) -> float:
-    """Return the nearest round number if it is within `allowed`, which removes float32 rounding errors."""
+    """Return the nearest round number if it differs by at most `allowed`, to remove float32 rounding errors."""
     near = round(number, 3)
     return near + 0.0 if abs(near - number) <= allowed else number
 
 
 def _shown(call: Mapping[str, Any], step: Step) -> float:
-    """Return the time passed to the denoiser."""
+    """Return the time that was passed to the denoiser in a step."""
     for node, value in reached(call, step.calls[0].arguments):
         if node["is"] == "time":
             return float(value.flatten()[0])
-    raise ValueError("no argument of its denoiser changes from step to step like a time")
+    raise ValueError("no argument of its denoiser changes from step to step as a time does")
 
 
 def _output(step: Step) -> dict[str, Any]:
-    """Return which part of the denoiser's output is passed to the scheduler, and its sign.
+    """Return which part of the denoiser's output is passed to the scheduler, and with which sign.
 
     Raises:
-        ValueError: if something else is passed.
+        ValueError: if anything else is passed to the scheduler.
     """
     made, wanted = step.calls[0].output, step.output
     channels = wanted.shape[1]
@@ -317,13 +323,13 @@ def _output(step: Step) -> dict[str, Any]:
             if found.numel() == wanted.numel() and difference(sign * found.reshape(wanted.shape), wanted) <= TOLERANCE:
                 return {"sign": sign, "part": part}
     raise ValueError(
-        f"its denoiser returns {list(made.shape)}, but its scheduler gets {list(wanted.shape)}, which is neither this "
-        "output nor its first or last channels, with either sign"
+        f"its denoiser returns {list(made.shape)}, but its scheduler receives {list(wanted.shape)}, which is neither "
+        "this output nor the output's first or last channels, with either sign"
     )
 
 
 def grid_of(schedule: Schedule, made: Trace) -> Tensor:
-    """Return the times at which a trace's steps start and end, float64."""
+    """Return, in float64, the times at which the steps of a trace start and end."""
     starts = [schedule.time_of(step.timestep, step.sigma) for step in made.steps]
     return torch.tensor([*starts, schedule.last_time], dtype=torch.float64)
 
@@ -333,12 +339,12 @@ def verify(network: Replay, schedule: Schedule, made: Trace) -> None:
     """Replay each step of a trace without guidance and compare it with the recording.
 
     Raises:
-        ValueError: if anything differs; the message says what.
+        ValueError: if the replay differs from the recording; the message says where.
     """
 
     def check(found: Tensor, wanted: Tensor, problem: str) -> None:
         if not (off := difference(found, wanted)) <= TOLERANCE:
-            raise ValueError(f"{problem} (by {off:.2g} of its size)")
+            raise ValueError(f"{problem} (relative difference: {off:.2g})")
 
     denoiser = NetworkDenoiser(network, schedule.process, schedule.prediction)
     grid = grid_of(schedule, made)
@@ -347,37 +353,39 @@ def verify(network: Replay, schedule: Schedule, made: Trace) -> None:
         time = t.expand(batch).float()
         cond = conditions_in(network.call, step.calls[0].arguments, batch)
         if takes_scale(network.call):
-            # Calls with a single branch were recorded at scale 1.
+            # Calls with a single branch were recorded at a guidance scale of 1.
             cond[GUIDANCE] = torch.ones(batch)
         told, shown = float(network.timestep(time)[0]), _shown(network.call, step)
         if abs(told - shown) > TOLERANCE * max(1e-2, abs(shown)):
-            raise ValueError(f"at step {number} its denoiser got the time {shown:.6g}, but the clock gives {told:.6g}")
+            raise ValueError(
+                f"at step {number}, its denoiser received the time {shown:.6g}, but the clock gives {told:.6g}"
+            )
         check(
             network.raw(x_t, time, **cond), step.calls[0].output,
-            f"at step {number} its denoiser, called with the recorded conditions ({', '.join(cond) or 'none'}), "
-            "returns a different output than before",
+            f"at step {number}, its denoiser, called with the recorded conditions ({', '.join(cond) or 'none'}), "
+            "returns a different output than in the recording",
         )  # fmt: skip
         negated = "negated " * (network.output["sign"] < 0)
         check(
             network(x_t, time, **cond), step.output,
-            f"at step {number} the scheduler did not get the {negated}output, so the sign or the slice is different",
+            f"at step {number}, the scheduler did not receive the {negated}output, so the sign or the slice differs",
         )  # fmt: skip
         check(
             ddim_step(denoiser(x_t, t.expand(batch), cond), schedule.process, float(s)), step.after,
-            f"step {number} from t = {float(t):.4g} to {float(s):.4g} on {schedule.process} with the output as "
-            f"{type(schedule.prediction).__name__} gives a different sample than the scheduler's step",
+            f"step {number} from t = {float(t):.4g} to {float(s):.4g} on {schedule.process}, with the output "
+            f"interpreted as {type(schedule.prediction).__name__}, gives a different sample from the scheduler's step",
         )  # fmt: skip
 
 
 @torch.no_grad()
 def verify_export(pipe: Any, model: Model, **call: Any) -> None:
-    """Compare an exported pipeline's samples with the model's own, from the same noise and conditions.
+    """Compare an exported pipeline's samples with the model's samples from the same noise and conditions.
 
     Args:
-        call: the call arguments in its card, without prompts.
+        call: the call arguments in the exported card, without prompts.
 
     Raises:
-        ValueError: if they differ, or a step takes several network calls.
+        ValueError: if the samples differ, or if a step takes several network calls.
     """
     manifest, count, kind = model.manifest, int(call.pop("num_inference_steps")), type(pipe).__name__
     if "sigmas" not in call and manifest.process["type"] == "flow":
@@ -391,6 +399,6 @@ def verify_export(pipe: Any, model: Model, **call: Any) -> None:
     found = sample(model, made.steps[0].before, count, model.sampler, cond)
     if not (off := difference(found, made.steps[-1].after)) <= EXPORT_TOLERANCE:
         raise ValueError(
-            f"samples of the exported {kind} in {count} steps differ from the model's by {off:.2g} of their size. "
-            f"{USE_ONNX}"
+            f"with {count} steps, samples of the exported {kind} differ from the model's (relative difference: "
+            f"{off:.2g}). {USE_ONNX}"
         )

@@ -1,7 +1,7 @@
-"""Conversion of diffusers' scheduler configs to our processes and predictions, and back.
+"""Convert diffusers' scheduler configs to our processes and predictions, and back.
 
-Timestep k of T noise levels is our time t = (k + 1) / T; t = 0 is clean data. On the straight path of flow matching, a
-scheduler's sigma is ours, and its timestep is T sigma.
+Timestep k of T noise levels corresponds to our time t = (k + 1) / T, where t = 0 is clean data. On the straight path of
+flow matching, a scheduler's sigma equals our sigma, and the scheduler's timestep is T sigma.
 """
 
 import math
@@ -32,24 +32,24 @@ TABLES: Final = (
     "DEISMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
     "HeunDiscreteScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
 )  # fmt: skip
-"""Schedulers with a table of betas. They differ only in their steps, which are independent of the model."""
+"""Schedulers with a table of betas. They differ only in how they take a step, which does not depend on the model."""
 SHIFTED_TABLES: Final = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 """Schedulers that divide the signal-to-noise ratios of their table of betas by a constant."""
 COSINE: Final = "CosineDPMSolverMultistepScheduler"
-"""A scheduler with EDM's preconditioning, which passes the network the angle of (alpha, sigma) as the time."""
+"""A scheduler with EDM's preconditioning, which passes the angle of (alpha, sigma) to the network as the time."""
 FLOW: Final = "FlowMatchEulerDiscreteScheduler"
 """The flow-matching scheduler."""
 KNOWN: Final = (*TABLES, *SHIFTED_TABLES, COSINE, FLOW)
 PREDICTIONS: Final[dict[str, Prediction]] = {"epsilon": Eps(), "sample": X0(), "v_prediction": V()}
-"""diffusers' names of predictions on a table of betas."""
+"""diffusers' names for the predictions of schedulers with a table of betas."""
 GONE: Final = ("predict_epsilon", "tensor_format", "timestep_values")
-"""Fields of diffusers' schedulers in 2022."""
+"""Fields that diffusers' schedulers had in 2022 but no longer have."""
 USE_ONNX: Final = "Use --format onnx, or halfstep.load in Python"
 MATCH_TO_COSINE: Final = (
     "Match the model to the cosine process first (halfstep distill --matching.process cosine), or use --format onnx"
 )
 _RAMPS: Final = {"linear": linear_betas, "scaled_linear": scaled_linear_betas}
-"""diffusers' names of schedules that are defined by the first and last beta."""
+"""diffusers' names for the schedules that are defined by the first and last beta."""
 
 
 @final
@@ -65,7 +65,7 @@ class Schedule:
     learned_variance: bool
     """Whether the network also returns a variance."""
     last_time: float = 0.0
-    """Where the last step ends: at clean data, or at a table's first level."""
+    """The time at which the last step ends: 0 (clean data) or the time of a table's first level."""
 
     @property
     def is_flow(self) -> bool:
@@ -73,7 +73,7 @@ class Schedule:
         return isinstance(self.process, FlowMatching)
 
     def time_of(self, timestep: float, sigma: float | None) -> float:
-        """Return the time of a scheduler's step, from its sigma if it has one, otherwise from its timestep."""
+        """Return the time of a scheduler's step, from `sigma` if the process uses it, and otherwise from `timestep`."""
         if sigma is not None and isinstance(self.process, VPCosine):
             return float(self.process.time_at(torch.tensor(-2 * math.log(sigma), dtype=torch.float64)))
         if sigma is not None and isinstance(self.process, FlowMatching):
@@ -82,13 +82,13 @@ class Schedule:
 
 
 def read_schedule(config: Mapping[str, Any], mu: float | None = None) -> Schedule:
-    """Return the schedule in a scheduler's config; missing fields have diffusers' defaults.
+    """Return the schedule that a scheduler's config describes, with diffusers' defaults for missing fields.
 
     Args:
         mu: the dynamic shift that the pipeline set for its sample size.
 
     Raises:
-        ValueError: if the class or a field is not supported.
+        ValueError: if the scheduler's class or a field is not supported.
     """
     kind = config.get("_class_name")
     if kind not in KNOWN:
@@ -97,11 +97,11 @@ def read_schedule(config: Mapping[str, Any], mu: float | None = None) -> Schedul
     try:
         with quiet():
             full: dict[str, Any] = dict(stock(kind).from_config(current := renewed(config)).config)
-        # Configs are passed between schedulers, including fields that only some of them support.
+        # Configs are passed between schedulers, so they contain fields that only some schedulers support.
         foreign = [n for n in current if n[0] != "_" and not any(n in fields_of(one) for one in (kind, *KNOWN))]
         warn_of_fields("the scheduler's config", current, foreign)
         return _read(kind, full, mu)
-    except (TypeError, RuntimeError, OverflowError) as error:  # diffusers and torch raise these for a wrong type
+    except (TypeError, RuntimeError, OverflowError) as error:  # raised by diffusers and torch for a wrong type
         raise ValueError(
             f"the config of the {kind} is not valid ({in_one_line(error)}). Compare its fields with those of "
             f"diffusers.{kind}().config"
@@ -109,7 +109,7 @@ def read_schedule(config: Mapping[str, Any], mu: float | None = None) -> Schedul
 
 
 def renewed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a scheduler's config with the fields of 2022 replaced by today's.
+    """Return a scheduler's config with the fields of 2022 replaced by current fields.
 
     Raises:
         ValueError: if `predict_epsilon` and `prediction_type` contradict each other.
@@ -117,7 +117,7 @@ def renewed(config: Mapping[str, Any]) -> dict[str, Any]:
     current = {name: value for name, value in config.items() if name not in GONE}
     if (was := config.get("predict_epsilon")) is not None:
         meant = "epsilon" if was else "sample"
-        # Some diffusers releases wrote both fields, with the old one at its default.
+        # Some diffusers releases wrote both fields, with the old field at its default.
         if not was and current.setdefault("prediction_type", meant) != meant:
             raise ValueError(
                 f"the scheduler's config has predict_epsilon {was!r} and prediction_type "
@@ -141,7 +141,7 @@ def _read(kind: str, full: Mapping[str, Any], mu: float | None) -> Schedule:
         return Schedule(FlowMatching(shift), FlowVelocity(), False, num, False)
     if kind == COSINE:
         _refuse(kind, full, {"sigma_data": 1.0, "prediction_type": "v_prediction", "final_sigmas_type": "zero"})
-        # Its samples preserve variance if scaled like the network's input.
+        # This scheduler's samples are variance-preserving if they are scaled like the network's input.
         noisiest, cleanest = (-2 * math.log(float(full[name])) for name in ("sigma_max", "sigma_min"))
         return Schedule(VPCosine(noisiest, cleanest), V(), False, num, False)
     if name == "flow_prediction":
@@ -150,7 +150,7 @@ def _read(kind: str, full: Mapping[str, Any], mu: float | None) -> Schedule:
         raise ValueError(f"{kind} has prediction_type {name!r}, which is not one of {', '.join(PREDICTIONS)}")
     # A network with continuous time does not use a table's clock.
     _refuse(kind, full, {"timestep_type": "discrete"})
-    # With a maximum of 1, thresholding is clipping.
+    # With a maximum of 1, thresholding is the same as clipping.
     bounds = {"clip_sample": "clip_sample_range", "thresholding": "sample_max_value"}
     # CogVideoX's schedulers have these settings but ignore them.
     used = [bound for setting, bound in bounds.items() if full.get(setting) and kind not in SHIFTED_TABLES]
@@ -171,7 +171,9 @@ def _betas(kind: str, config: Mapping[str, Any], num: int) -> tuple[float, ...]:
     if config.get("trained_betas") is not None:
         betas = tuple(float(beta) for beta in config["trained_betas"])
         if len(betas) != num:
-            raise ValueError(f"{kind} has {len(betas)} trained_betas, but num_train_timesteps is {num}. Correct one")
+            raise ValueError(
+                f"{kind} has {len(betas)} trained_betas, but num_train_timesteps is {num}. Correct one of the two"
+            )
     elif schedule in _RAMPS:
         betas = _RAMPS[schedule](num, float(config["beta_start"]), float(config["beta_end"]))
     elif schedule == "squaredcos_cap_v2":
@@ -195,7 +197,7 @@ def config_of(scheduler: Any) -> dict[str, Any]:
 
 
 def first_order(scheduler: Any) -> Any:
-    """Return a scheduler that takes DDIM steps without clipping on the noise levels of a supported one."""
+    """Return a scheduler that takes DDIM steps, without clipping, on the noise levels of a supported scheduler."""
     config = config_of(scheduler)
     kind = config.pop("_class_name")
     fields = {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False, "steps_offset": 1}
@@ -216,7 +218,7 @@ def first_order(scheduler: Any) -> Any:
 def _step_without_noise(
     self: Any, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
 ) -> Any:
-    """Take a DDIM step, without drawing noise."""
+    """Take a DDIM step without drawing noise."""
     from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
     here, there = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
@@ -226,7 +228,7 @@ def _step_without_noise(
 
 
 def sigmas_of(num_steps: int) -> list[float]:
-    """Return our grid's sigmas before the shift, which flow-matching schedulers apply themselves."""
+    """Return our grid's sigmas before the shift, because flow-matching schedulers apply the shift themselves."""
     return [1 - k / num_steps for k in range(num_steps)]
 
 
@@ -240,18 +242,19 @@ class StockSchedule(NamedTuple):
 def write_schedule(
     process: NoiseProcess, prediction: Prediction, num_train_timesteps: int, clip: bool
 ) -> StockSchedule:
-    """Return the stock scheduler that takes DDIM steps on our grids, which are trailing and end at clean data.
+    """Return the stock scheduler that takes DDIM steps on our grids, which use trailing spacing and end at clean data.
 
     Raises:
-        ValueError: if diffusers has none for this process or prediction.
+        ValueError: if diffusers has no scheduler for this process or prediction.
     """
     if isinstance(process, FlowMatching) and isinstance(prediction, FlowVelocity):
         return StockSchedule(FLOW, {"num_train_timesteps": num_train_timesteps, "shift": process.shift})
     names = {type(member): name for name, member in PREDICTIONS.items()}
     if type(prediction) not in names:
         raise ValueError(
-            f"diffusers has no scheduler for {type(prediction).__name__} on {type(process).__name__}. Match the model "
-            "to v or x0 first (halfstep distill --matching.prediction v), or use --format onnx"
+            f"diffusers has no scheduler for the prediction {type(prediction).__name__} and the process "
+            f"{type(process).__name__}. Match the model to v or x0 first (halfstep distill --matching.prediction v), "
+            "or use --format onnx"
         )
     return StockSchedule(
         "DDIMScheduler",
@@ -261,7 +264,7 @@ def write_schedule(
             "prediction_type": names[type(prediction)],
             "timestep_spacing": "trailing",
             "set_alpha_to_one": True,
-            # Trailing spacing ignores the offset, but Stable Diffusion's pipeline warns unless it is 1.
+            # Trailing spacing ignores the offset, but Stable Diffusion's pipeline warns unless the offset is 1.
             "steps_offset": 1,
             "clip_sample": clip,
         },
@@ -290,21 +293,22 @@ SOLVERS: Final[dict[Sampler, dict[str, Any]]] = {
     DPMSolverPP2M(): {"algorithm_type": "dpmsolver++", "solver_order": 2},
     Ancestral(gamma=0.0): {"algorithm_type": "sde-dpmsolver++", "solver_order": 1},
 }
-"""Settings of diffusers' DPM-Solver++ that make it one of our samplers."""
+"""Settings with which diffusers' DPM-Solver++ takes the steps of one of our samplers."""
 
 
 def multistep(schedule: StockSchedule, solver: Mapping[str, Any], clip: bool) -> StockSchedule:
     """Return the DPM-Solver++ scheduler that takes the steps of `solver` on a DDIM scheduler's table.
 
-    Order 1 is DDIM with the noise recomputed from the clipped x0; `DDIMScheduler` recomputes it only if the pipeline
-    passes `use_clipped_model_output`. Order 2 is our DPM-Solver++(2M). The SDE solver of order 1 draws from the same
-    posterior as ancestral sampling with gamma = 0.
+    Order 1 is DDIM with the noise recomputed from the clipped x0. `DDIMScheduler` recomputes the noise only if the
+    pipeline passes `use_clipped_model_output`. Order 2 is our DPM-Solver++(2M). The SDE solver of order 1 draws from
+    the same posterior as ancestral sampling with gamma = 0.
 
     Raises:
-        ValueError: if the scheduler is not DDIM, or its table ends at zero signal, by which this solver would divide.
+        ValueError: if the scheduler is not DDIM, or if its table ends at zero signal, because this solver would then
+            divide by zero.
     """
     if schedule.kind != "DDIMScheduler":
-        # With use_flow_sigmas it starts at sigma = 1 - 1 / T and truncates its timesteps to integers.
+        # With use_flow_sigmas, DPM-Solver++ starts at sigma = 1 - 1 / T and truncates timesteps to integers.
         steps = f"{solver['algorithm_type']} steps of order {solver['solver_order']}"
         raise ValueError(
             f"diffusers has no scheduler for {steps} at this model's times on the flow-matching path. Use --format onnx"
@@ -317,6 +321,6 @@ def multistep(schedule: StockSchedule, solver: Mapping[str, Any], clip: bool) ->
 
 
 def exact_steps(schedule: StockSchedule) -> list[int]:
-    """Return the numbers of steps, up to 64, for which the scheduler's times equal our grid exactly."""
+    """Return the numbers of steps, up to 64, for which the scheduler's times are exactly our grid."""
     num = int(schedule.config["num_train_timesteps"])
     return [steps for steps in range(1, 65) if schedule.kind == FLOW or num % steps == 0]

@@ -1,4 +1,4 @@
-"""diffusers' classes, imported and called quietly."""
+"""Import and call diffusers' classes without warnings or progress bars."""
 
 import inspect
 import warnings
@@ -11,7 +11,7 @@ from halfstep.core.warnings import HalfstepWarning
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the warnings and progress bars of diffusers and transformers; calls can be nested."""
+    """Silence the warnings and progress bars of diffusers and transformers. The context manager can be nested."""
     from diffusers.utils import logging
 
     libraries = [logging]
@@ -35,7 +35,7 @@ def quiet() -> Iterator[None]:
 
 
 def stock(name: str, *default: Any) -> Any:
-    """Return diffusers' attribute with this name, imported quietly, or the default."""
+    """Quietly import diffusers and return its attribute with this name, or the default if no such attribute exists."""
     import diffusers
 
     with quiet():
@@ -60,5 +60,5 @@ def warn_of_fields(where: str, config: Mapping[str, Any], foreign: Sequence[str]
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return the start of an error's text without line breaks, to quote in a message."""
+    """Return the start of an error's text on a single line, to be quoted in a message."""
     return " ".join(str(error).split())[:200] or type(error).__name__

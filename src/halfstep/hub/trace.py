@@ -1,4 +1,4 @@
-"""Runs of a diffusers pipeline that record the inputs and outputs of its denoiser and scheduler."""
+"""Run a diffusers pipeline, and record the inputs and outputs of its denoiser and scheduler."""
 
 import copy
 import functools
@@ -14,7 +14,7 @@ from halfstep.hub.schedulers import COSINE
 from halfstep.hub.stock import in_one_line, quiet
 
 STEPS: Final = 4
-"""Steps of a recording: two more than the unknowns of an affine clock."""
+"""Number of steps in a recording, which is two more than the number of unknowns of an affine clock."""
 
 
 class Call(NamedTuple):
@@ -25,7 +25,7 @@ class Call(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One step of the scheduler, and the calls of the denoiser since the previous step."""
+    """One step of the scheduler, and the calls to the denoiser since the previous step."""
 
     calls: tuple[Call, ...]
     output: Tensor
@@ -40,7 +40,7 @@ class Step(NamedTuple):
 @final
 @dataclass
 class Trace:
-    """A run of a pipeline up to one of its scheduler's steps."""
+    """A recorded run of a pipeline, up to one of its scheduler's steps."""
 
     steps: list[Step] = field(default_factory=list)
     mu: float | None = None
@@ -48,20 +48,20 @@ class Trace:
 
 
 class _Enough(BaseException):
-    """Raised when everything requested is recorded."""
+    """Raised when everything that was requested has been recorded."""
 
 
 def component_of(pipe: Any) -> str:
     """Return the name of a pipeline's only denoiser.
 
     Raises:
-        ValueError: if it has none or several.
+        ValueError: if the pipeline has no denoiser or several denoisers.
     """
     names = ("transformer", "transformer_2", "unet", "prior", "decoder")
     found = [name for name in names if pipe.components.get(name) is not None]
     if len(found) != 1 or found[0] not in ("transformer", "unet"):
         parts = ", ".join(found) or "no transformer or unet"
-        raise ValueError(f"a {type(pipe).__name__} has {parts}, but one denoiser is needed")
+        raise ValueError(f"a {type(pipe).__name__} has {parts}, but exactly one denoiser is needed")
     return found[0]
 
 
@@ -82,7 +82,7 @@ def trace(pipe: Any, num_steps: int, *, of: int = STEPS, **call: Any) -> Trace:
     """Run the first `num_steps` of a pipeline's `of` steps with these call arguments, and return the trace.
 
     Raises:
-        ValueError: if the pipeline fails, or takes fewer steps.
+        ValueError: if the pipeline fails or takes fewer steps.
     """
     found, calls = Trace(), list[Call]()
     module, scheduler = getattr(pipe, component_of(pipe)), pipe.scheduler
@@ -102,7 +102,7 @@ def trace(pipe: Any, num_steps: int, *, of: int = STEPS, **call: Any) -> Trace:
         place, moved = getattr(scheduler, "step_index", None), result[0].clone()
         sigma = None if place is None else float(scheduler.sigmas[place - 1])
         if type(scheduler).__name__ == COSINE:
-            # Its samples grow with their noise; the denoiser gets them at unit variance.
+            # This scheduler's samples grow with the noise, but the denoiser receives them at unit variance.
             sample, moved = (
                 value / (float(scheduler.sigmas[at]) ** 2 + 1) ** 0.5
                 for value, at in ((sample, scheduler.step_index - 1), (moved, scheduler.step_index))
@@ -132,10 +132,10 @@ def trace(pipe: Any, num_steps: int, *, of: int = STEPS, **call: Any) -> Trace:
 
 
 def first_arguments(pipe: Any, **call: Any) -> dict[str, Any]:
-    """Return the arguments of the denoiser's first call, without running it, so that it needs no weights.
+    """Return the arguments of the denoiser's first call without running the denoiser, which therefore needs no weights.
 
     Raises:
-        ValueError: if the pipeline fails, or does not call its denoiser.
+        ValueError: if the pipeline fails or does not call its denoiser.
     """
     found: dict[str, Any] = {}
 
@@ -151,7 +151,7 @@ def first_arguments(pipe: Any, **call: Any) -> dict[str, Any]:
 
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of a call's arguments by name; the pipeline may change the originals later."""
+    """Return copies of a call's arguments by name, because the pipeline may change the originals later."""
     bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
     return {name: copy.deepcopy(value) for name, value in bound.items() if name not in ("self", "return_dict")}
 
@@ -165,5 +165,5 @@ def _run(pipe: Any, num_steps: int, call: dict[str, Any]) -> None:
             pipe(num_inference_steps=num_steps, generator=torch.Generator().manual_seed(0), **call)
     except _Enough:
         pass
-    except Exception as error:  # pipelines raise many types for wrong arguments or parts
+    except Exception as error:  # pipelines raise many exception types for wrong arguments or parts
         raise ValueError(f"the call of {type(pipe).__name__} failed ({in_one_line(error)})") from None

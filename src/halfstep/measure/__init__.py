@@ -1,1 +1,1 @@
-"""Samples of models and their metrics, each computed once and stored."""
+"""Samples of models, and metrics of these samples. Both are computed once and then stored."""

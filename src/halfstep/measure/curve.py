@@ -1,4 +1,4 @@
-"""The tables of an evaluation: the stored metrics of all models at all numbers of steps."""
+"""The tables of an evaluation, which contain the stored metrics of all models for all numbers of steps."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -23,24 +23,24 @@ from halfstep.runtime.files import InUse, json_digest, sweep, write_sealed
 
 
 class Entry(NamedTuple):
-    """A source at one number of steps: one row of every table."""
+    """A source with a given number of steps. An entry is one row of every table."""
 
     series: str
     stage: str | None
     source: Source
     num_steps: int | None
     gamma: float | None = None
-    """Gamma of ancestral sampling, if several are tried and only the best one is shown."""
+    """The gamma of ancestral sampling, if several values are tried and only the best one is shown."""
 
     def words(self) -> str:
-        """Return the entry in a few words."""
+        """Describe the entry in a few words."""
         return self.series if self.num_steps is None else f"{self.series} at {self.num_steps} steps"
 
 
 @final
 @dataclass(frozen=True)
 class CurveSpec:
-    """The subject of an evaluation and its protocol."""
+    """The subject and the protocol of an evaluation."""
 
     subject: str
     kind: Literal["run", "stage", "pipeline", "images"]
@@ -48,16 +48,16 @@ class CurveSpec:
     entries: Sequence[Entry]
     evaluation: Evaluation
     references: Sequence[Reference]
-    """The real data for each extractor, from the same rows."""
+    """The real data for each extractor. All extractors use the same rows of the data."""
     reference_split: str | None
     num_seeds: int = 1
-    """Number of sets of seeds. Set k starts at seed k * num_samples."""
+    """The number of sets of seeds. Set k starts at seed k * num_samples."""
     guidance_scale: float | None = None
     teacher: Entry | None = None
-    """The model that all others are compared with, from the same noise."""
+    """The model with which all other models are compared, starting from the same noise."""
     notices: Sequence[str] = ()
     run: str | None = None
-    """`Manifest.run` of the measured run."""
+    """The value of `Manifest.run` in the measured run."""
 
     @property
     def seeds(self) -> list[range]:
@@ -66,7 +66,7 @@ class CurveSpec:
         return [range(k * size, (k + 1) * size) for k in range(self.num_seeds)]
 
     def cells(self, entry: Entry) -> list[Cell]:
-        """Return an entry's cell for each set of seeds."""
+        """Return the cells of an entry, one for each set of seeds."""
         return [Cell(entry.source, entry.num_steps, seeds) for seeds in self.seeds]
 
 
@@ -76,14 +76,14 @@ class CellDone(NamedTuple):
     entry: Entry
     cell: Cell
     figures: dict[str, dict[str, float]]
-    """Metrics by extractor."""
+    """The metrics for each extractor, by name."""
     was_there: bool
     done: int
 
 
 @final
 class Curve:
-    """Runs an evaluation and writes it to the folder `out`. Several processes share the work."""
+    """Runs an evaluation, and writes the result to the folder `out`. The work is shared by all processes."""
 
     def __init__(self, spec: CurveSpec, store: Store, out: Path) -> None:
         self.spec, self.store, self.out = spec, store, out
@@ -92,15 +92,15 @@ class Curve:
         self._seconds = 0.0
         self.cells = [(entry, spec.cells(entry)[k]) for k in range(spec.num_seeds) for entry in spec.entries]
         self.result: EvaluationResult | None = None
-        """The version that was written last; None on processes that do not write."""
+        """The result that was written last, or None on processes that do not write."""
 
     def run(self) -> Iterator[CellDone]:
-        """Measure all missing cells, and update evaluation.json after each.
+        """Measure all missing cells, and update evaluation.json after each one.
 
         Raises:
-            InUse: if another process writes the folder.
+            InUse: if another process is writing to the folder.
             NonFinite: if no cell has finite samples.
-            Interrupted: if a stop was requested; measured cells are kept.
+            Interrupted: if a stop was requested. The cells that have been measured are kept.
         """
         lock = FileLock(self.out / ".lock")
 
@@ -109,7 +109,7 @@ class Curve:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                raise InUse(f"{self.out} is being written by another halfstep process: wait for it") from None
+                raise InUse(f"{self.out} is being written by another halfstep process: wait until it ends") from None
             # A run in progress may be writing to the same store, and its unfinished files must be kept.
             with (
                 contextlib.suppress(Timeout, FileNotFoundError),
@@ -130,7 +130,7 @@ class Curve:
             part = self.cells[first : first + at_once]
             there = [store.facts(c) is not None and all(store.kept(c, one) for one in against) for _, c in part]
             store.measure([cell for _, cell in part], against)
-            # Existing cells take no time, so writing after each of them would take most of the time.
+            # Existing cells take no time, so writing the file after each of them would take most of the time.
             if not all(there) or monotonic() - written > 5:
                 store.processes.on_main(partial(self._write, complete=False))
                 written = monotonic()
@@ -147,7 +147,7 @@ class Curve:
         store.processes.on_main(partial(self._write, complete))
 
     def _bases(self) -> list[tuple[Cell, SameNoise]]:
-        """Return the teacher's cell for each set of seeds, which all others are compared with."""
+        """Return the teacher's cell for each set of seeds, and the comparison of other cells with this cell."""
         spec = self.spec
         cells = [] if spec.teacher is None else spec.cells(spec.teacher)
         return [(base, SameNoise(base, spec.references[0].data.shape)) for base in cells]
@@ -162,7 +162,7 @@ class Curve:
             if cell.name in store.broken:
                 self._notices.append(f"{entry.words()} was skipped: {store.broken[cell.name]}.")
         if spec.teacher is not None and (why := [w for base, _ in bases if (w := store.broken.get(base.name))]):
-            self._notices.append(f"There is no same-noise comparison ({spec.teacher.words()}: {why[0]}).")
+            self._notices.append(f"The same-noise comparison is missing ({spec.teacher.words()}: {why[0]}).")
         chosen = self._chosen()
         tables = []
         for one in spec.references:
@@ -191,20 +191,20 @@ class Curve:
         write_sealed(self.out / "evaluation.json", self.result.model_dump(mode="json"))
 
     def _counted(self, kept: Kept) -> Kept:
-        """Add the time of these metrics, and a notice for each missing one."""
+        """Add the time that these metrics took, and a notice for each missing metric."""
         self._notices += kept.missing
         self._seconds += kept.seconds
         return kept
 
     def _figures(self, entry: Entry, against: Sequence[Against]) -> list[Kept]:
-        """Return an entry's metrics for each set of seeds; none if a set failed, because a row needs all sets."""
+        """Return an entry's metrics for each set of seeds. If a set failed, return [], because a row needs all sets."""
         pairs = list(zip(self.spec.cells(entry), against, strict=True))
         if any(cell.name in self.store.broken for cell, _ in pairs):
             return []
         return [kept for cell, one in pairs if (kept := self.store.kept(cell, one)) is not None]
 
     def _chosen(self) -> list[Entry]:
-        """Return the entries to show. If several differ only in gamma, only the best in the first table is shown."""
+        """Return the entries to show. If some differ only in gamma, only the best one in the first table is shown."""
         best: dict[tuple[str, int | None], tuple[float, Entry]] = {}
         chosen = [entry for entry in self.spec.entries if entry.gamma is None]
         for entry in self.spec.entries:
@@ -216,7 +216,7 @@ class Curve:
         return [*chosen, *(entry for _, entry in best.values())]
 
     def _rows(self, entries: Sequence[Entry], against: Sequence[Against]) -> list[Row]:
-        """Return the rows of a table. `against` has one reference for each set of seeds."""
+        """Return the rows of a table. `against` contains one reference for each set of seeds."""
         rows = []
         for entry in entries:
             kept = [self._counted(one).values for one in self._figures(entry, against)]

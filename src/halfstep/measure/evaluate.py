@@ -1,7 +1,7 @@
-"""How models are measured: the settings, and the real data for the comparison.
+"""The settings for measuring models, and the real data with which samples are compared.
 
-Images are measured as they would be saved: rounded to uint8. The seeds are 0, 1, 2, ..., so all models of a chain start
-from the same noise.
+Images are measured as they would be saved, that is, rounded to uint8. The seeds are 0, 1, 2, ..., so all models of a
+chain start from the same noise.
 """
 
 import re
@@ -40,15 +40,15 @@ if TYPE_CHECKING:
     from halfstep.measure.store import Cell
 
 MOST_SAMPLES: Final = 1_000_000
-"""Largest number of samples in a set, twenty times the usual one."""
+"""The largest number of samples in a set, which is twenty times the usual number."""
 FIGURES_FORMAT: Final = 1
-"""Version of the stored metrics. Increment it when a metric changes, so that old results are measured again."""
+"""The version of the stored metrics. Increment it when a metric changes, so that old results are measured again."""
 
 
 @final
 @dataclass(frozen=True)
 class Evaluation:
-    """How every model of the chain is measured.
+    """The settings for measuring each model of the chain.
 
     Raises:
         ValueError: if a count is out of range or the features are unknown.
@@ -59,24 +59,24 @@ class Evaluation:
     enabled: bool = True
     """Measure the models."""
     num_samples: int = 2000
-    """Samples to draw from each model."""
+    """Number of samples per model."""
     num_reference: int = 10_000
     """Maximum number of real samples to compare with."""
     features: str = "auto"
-    """Features for distances (see `halfstep ls extractors`), NAME or NAME=WEIGHTS; auto trains a classifier if the data
-    has labels and at least 20 samples, and otherwise uses the pixels."""
+    """Features for computing distances, as NAME or NAME=WEIGHTS (see `halfstep ls extractors`); auto trains a
+    classifier if the data has labels and at least 20 samples, and otherwise uses the pixels."""
     num_compared: int = 256
-    """Samples for comparing student and teacher from the same noise."""
+    """Number of samples for comparing student and teacher from the same noise."""
     num_shown: int = 64
-    """Samples stored with each stage for viewing."""
+    """Number of samples to store with each stage for viewing."""
     batch_size: int | None = None
-    """Samples per batch; by default large, halved until a batch fits into memory."""
+    """Samples per batch; by default, a large number, which is halved until a batch fits into memory."""
     precision: Literal["float32", "bf16"] = "float32"
-    """bf16 samples in bfloat16, which is faster, but a separate protocol."""
+    """bf16 draws samples in bfloat16, which is faster but makes the evaluation a separate protocol."""
     teacher_steps: tuple[int, ...] = ()
-    """Additional step counts of the undistilled teacher, besides the chain's start and its students' steps."""
+    """Additional step counts for the undistilled teacher, besides those of the chain's start and the students."""
     teacher_heun_steps: tuple[int, ...] = (32,)
-    """Step counts of the undistilled teacher with Heun's method."""
+    """Step counts for sampling from the undistilled teacher with Heun's method."""
 
     def __post_init__(self) -> None:
         check_switch("evaluation.enabled", self.enabled)
@@ -86,7 +86,7 @@ class Evaluation:
             check_whole("evaluation.batch_size", self.batch_size, most=MOST_SAMPLES)
         for name, steps in (("teacher_steps", self.teacher_steps), ("teacher_heun_steps", self.teacher_heun_steps)):
             if isinstance(steps, str) or not isinstance(steps, Sequence):
-                raise ValueError(f"evaluation.{name} must be a list of steps, got {steps!r}. Pass ({steps},)")
+                raise ValueError(f"evaluation.{name} must be a list of step counts, got {steps!r}. Pass ({steps},)")
             for number in steps:
                 check_whole(f"each of evaluation.{name}", number, most=MOST_STEPS)
         if self.precision not in ("float32", "bf16"):
@@ -98,44 +98,44 @@ class Evaluation:
 
 
 class Method(NamedTuple):
-    """How a model is sampled."""
+    """A sampler, and the number of steps that it takes."""
 
     sampler: Sampler
     num_steps: int
 
     @property
     def num_evals(self) -> int:
-        """Network calls per sample, without guidance."""
+        """The number of network calls per sample, without guidance."""
         return self.sampler.num_evals(self.num_steps)
 
 
 def teacher_methods(own: Sampler, steps: Iterable[int], evaluation: Evaluation) -> list[Method]:
-    """Return the methods for an undistilled model: its own sampler, then Heun, each in descending order of steps."""
+    """Return the methods for an undistilled model: first `own`, then Heun, each in descending order of steps."""
     methods = [Method(own, number) for number in sorted(set(steps), reverse=True)]
     methods += [Method(Heun(), number) for number in sorted(set(evaluation.teacher_heun_steps), reverse=True)]
     return list(dict.fromkeys(methods))
 
 
 def finest(methods: Sequence[Method]) -> Method:
-    """Return the first method with the most network calls: the reference for all others."""
+    """Return the first method with the most network calls, which is the reference for all other methods."""
     return max(methods, key=lambda method: method.num_evals)
 
 
 def features_for(data: Data, evaluation: Evaluation) -> str:
-    """Return the features of the evaluation, with `auto` resolved."""
+    """Return the name of the features for the evaluation, with `auto` resolved."""
     if evaluation.features != "auto":
         return evaluation.features
     return "classifier" if data.num_classes > 1 and len(data) >= LEAST else "pixels"
 
 
 def check_measurable(data: Data, evaluation: Evaluation) -> None:
-    """Raise ValueError if samples cannot be compared with this data; trains no classifier."""
+    """Raise ValueError if samples cannot be compared with this data. No classifier is trained for this check."""
     if not evaluation.enabled:
         return
     if len(data) < 2:
         raise ValueError(
-            f"{data.source} contains 1 sample, but a distance needs at least 2 real ones: add samples, or disable "
-            "measuring with --evaluation.no-enabled"
+            f"{data.source} contains only 1 sample, but computing a distance requires at least 2 real samples: add "
+            "samples, or disable evaluation with --evaluation.no-enabled"
         )
     features = features_for(data, evaluation)
     if features == "classifier":
@@ -147,33 +147,36 @@ def check_measurable(data: Data, evaluation: Evaluation) -> None:
 
 
 def few_samples(extractor: str, num_samples: int, num_reference: int, size: int) -> str | None:
-    """Return a warning if these are too few samples for a Frechet distance in `size` dimensions; None if not."""
-    where = f"In {extractor}, the Frechet distance from {num_samples:,} samples to {num_reference:,} real ones"
+    """Return a warning if there are too few samples for a Frechet distance in `size` dimensions, otherwise None."""
+    where = f"In {extractor}, the Frechet distance from {num_samples:,} samples to {num_reference:,} real samples"
     if too_few(num_samples, num_reference, size):
-        needed = f"{size} dimensions need more than {size} of each, preferably {10 * size}"
+        needed = f"{size} dimensions need more than {size} samples of each kind, preferably {10 * size}"
         return f"{where} is unreliable: {needed}. Use KID instead."
-    # By convention, the bias of 50,000 samples is ignored.
+    # By convention, the bias with 50,000 samples is ignored.
     if min(num_samples, num_reference) < 50_000:
-        return f"{where} is biased upwards, and more so with fewer samples. Compare it only within its table."
+        return (
+            f"{where} is biased upwards, and more so with fewer samples. Compare it only with distances in the same "
+            "table."
+        )
     return None
 
 
 class Against(ABC):
-    """The reference for a set of samples."""
+    """The reference with which a set of samples is compared."""
 
     name: str
-    """Part of file names. Identifies everything that the metrics depend on besides the samples."""
+    """A part of file names. It identifies everything that the metrics depend on besides the samples."""
     needs: Sequence["Cell"] = ()
-    """Cells with samples that `figures` needs."""
+    """The cells whose samples `figures` needs."""
 
     @abstractmethod
     def figures(self, samples: Tensor, others: Sequence[Tensor]) -> Figures:
-        """Return the metrics of `samples` `[n, *shape]`; `others` are the samples of `needs`."""
+        """Return the metrics of `samples` `[n, *shape]`. `others` contains the samples of the cells in `needs`."""
 
 
 @final
 class Reference(Against):
-    """The features of the real data and their extractor. `cache` is the folder for features and a classifier."""
+    """The features of the real data, and their extractor. `cache` is a folder that keeps features and classifiers."""
 
     def __init__(
         self, data: Data, evaluation: Evaluation, cache: Path | None = None, device: torch.device | str = "cpu"
@@ -183,7 +186,7 @@ class Reference(Against):
         rows = order[: evaluation.num_reference].sort().values
 
         def labelled() -> tuple[Tensor, Tensor]:
-            # Independent of `num_reference`, so that the classifier's features are too.
+            # These rows do not depend on `num_reference`, so the classifier's features do not depend on it either.
             batch = data.fetch(order[:10_000].sort().values)
             return batch.x0, batch.cond["class_labels"]
 
@@ -205,9 +208,9 @@ class Reference(Against):
         }
         counts = (evaluation.num_samples, len(rows), self.real.features.shape[1])
         self.note = few_samples(self.extractor.name, *counts)
-        """Warning about too few samples, as in `few_samples`."""
+        """A warning about too few samples, or None (see `few_samples`)."""
         self.too_few = too_few(*counts)
-        """Whether the samples are too few for a reliable Frechet distance."""
+        """Whether there are too few samples for a reliable Frechet distance."""
         if evaluation.precision != "float32":
             self.protocol["precision"] = evaluation.precision
         if isinstance(self.extractor, Classifier):
@@ -217,7 +220,7 @@ class Reference(Against):
 
     def figures(self, samples: Tensor, others: Sequence[Tensor] = ()) -> Figures:
         with told_when_out_of_memory(
-            f"out of memory while measuring in {self.extractor.name}: use fewer samples (--num-samples) or an "
+            f"out of memory while measuring with {self.extractor.name}: use fewer samples (--num-samples), or an "
             "extractor with fewer features"
         ):
             return figures_of(self.extractor, self.extractor.features(samples), self.real)
@@ -231,15 +234,15 @@ def references_for(
     device: torch.device,
     processes: Processes,
 ) -> list[Reference]:
-    """Return the reference for each of `features`, which must be the same on all processes.
+    """Return a reference for each extractor in `features`. All processes must create the same extractors.
 
     Raises:
-        ValueError: if the processes' extractors differ.
+        ValueError: if the extractors differ between processes.
     """
     made = processes.main_first(
         lambda: [Reference(data, replace(evaluation, features=one), cache, device) for one in features]
     )
     names = " and ".join(reference.extractor.name for reference in made)
-    remedy = "give all of them the same cache folder (HALFSTEP_CACHE)"
+    remedy = "give all processes the same cache folder (HALFSTEP_CACHE)"
     processes.check_same(names, "their feature extractors", remedy)
     return made

@@ -1,7 +1,7 @@
-"""The training samples nearest to a model's samples, which show whether it has memorised its training data.
+"""The training samples nearest to a model's samples, which show whether the model has memorised its training data.
 
-Distances are root mean square differences of all values, on the scale of x0 ([-1, 1] for images). A copy has distance
-0. For comparison, `real` contains the distances between training samples and their nearest other training samples.
+A distance is the root mean square difference over all values, at the scale of x0 ([-1, 1] for images). A copy has a
+distance of 0. For comparison, `real` contains the distances from training samples to the nearest other training sample.
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from halfstep.core.draw import generator_for
 from halfstep.data import Data
 
 MOST_VALUES = 200_000_000
-"""Maximum number of training values to search. In larger data, a fixed random subset is searched."""
+"""The maximum number of training values to search. In larger data, only a fixed random subset is searched."""
 NUM_REAL = 256
-"""Number of training samples for `real`."""
+"""The maximum number of training samples for which `real` contains a distance."""
 CHUNK = 16_000_000
-"""Number of training values in memory at a time."""
+"""The number of training values that are in memory at a time."""
 
 
 @final
@@ -27,25 +27,25 @@ class Neighbours:
     """The training samples nearest to each of n samples."""
 
     rows: Tensor
-    """Their indices in the data, int64 `[n, k]`, nearest first."""
+    """The indices of these training samples in the data, int64 `[n, k]`, nearest first."""
     x0: Tensor
-    """The training samples, float32 `[n, k, *shape]`, mirrored if that is nearer."""
+    """The training samples, float32 `[n, k, *shape]`. A training sample is mirrored if its mirror image is nearer."""
     distances: Tensor
-    """Their distances, float64 `[n, k]`, ascending."""
+    """The distances to the training samples, float64 `[n, k]`, in ascending order."""
     real: Tensor
-    """Distances from some training samples to the nearest other one, float64 `[m]`; empty if there is only one."""
+    """Distances, float64 `[m]`, from some training samples to their nearest neighbours; empty for a single sample."""
     num_searched: int
-    """Number of searched training samples."""
+    """The number of training samples that were searched."""
 
 
 def nearest_samples(data: Data, x0: Tensor, k: int = 3, flip: bool = False) -> Neighbours:
-    """Return the k nearest training samples of each sample in `x0` `[n, *shape]`, or all if there are fewer.
+    """Return the k training samples nearest to each sample in `x0` `[n, *shape]`, or all if there are fewer than k.
 
     Args:
         flip: whether the model was also trained on mirrored images, which are then searched too.
 
     Raises:
-        ValueError: if the samples are empty or differ from the data in shape, or k is below 1.
+        ValueError: if `x0` is empty or contains samples of another shape than the data, or if k is less than 1.
     """
     if tuple(x0.shape[1:]) != data.shape or len(x0) == 0:
         raise ValueError(f"samples of shape {list(x0.shape)} cannot be compared with data of shape {list(data.shape)}")
@@ -57,7 +57,7 @@ def nearest_samples(data: Data, x0: Tensor, k: int = 3, flip: bool = False) -> N
         searched = torch.randperm(len(data), generator=generator_for("nearest rows"))[:most].sort().values
     own = searched[torch.randperm(len(searched), generator=generator_for("nearest"))[:NUM_REAL]]
     samples = x0.float()
-    # Mirrored samples are searched separately. The 2 nearest rows of a real sample include the sample itself.
+    # Mirrored samples are searched separately. The 2 rows nearest to a real sample include the sample itself.
     near, mirrored = _Best(samples, k), _Best(samples.flip(-1) if flip else samples[:0], k)
     others = _Best(data.fetch(own).x0, 2)
     for part in searched.split(max(1, CHUNK // size)):
@@ -84,21 +84,21 @@ def nearest_samples(data: Data, x0: Tensor, k: int = 3, flip: bool = False) -> N
 
 
 class _Best:
-    """The k nearest rows so far of each sample in `query` `[n, *shape]`."""
+    """The k rows found so far that are nearest to each sample in `query` `[n, *shape]`."""
 
     def __init__(self, query: Tensor, k: int) -> None:
         self.query, self.k = query, k
         self.squared, self.rows = query.new_empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.int64)
 
     def offer(self, found: Tensor, rows: Tensor) -> None:
-        """Add the rows `found` `[m, values]`, and keep the k nearest."""
+        """Add the rows `found` `[m, values]`, and keep only the k nearest rows."""
         squared = torch.cat([self.squared, found.square().sum(1) - 2 * self.query.flatten(1) @ found.T], 1)
         rows = torch.cat([self.rows, rows.expand(len(self.query), -1)], 1)
         self.squared, order = squared.topk(min(self.k, squared.shape[1]), largest=False)
         self.rows = rows.gather(1, order)
 
     def exact(self, data: Data) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rows, distances and samples, nearest first. Distances are recomputed in higher precision."""
+        """Return the rows, distances and samples, nearest first. Distances are recomputed with higher precision."""
         found = data.fetch(self.rows.flatten()).x0.view(*self.rows.shape, *data.shape)
         distances = (found.double() - self.query.double()[:, None]).flatten(2).square().mean(2).sqrt()
         distances, order = distances.sort(dim=1, stable=True)

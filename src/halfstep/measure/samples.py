@@ -1,4 +1,4 @@
-"""Samples as arrays and images."""
+"""Convert samples to arrays and images, and write them to files."""
 
 import math
 from pathlib import Path
@@ -12,18 +12,18 @@ from halfstep.metrics import to_uint8
 from halfstep.runtime.files import replacing, write_arrays
 
 WIDTH: Final = 800
-"""Width of a grid of small images, in pixels."""
+"""The approximate width of a grid of small images, in pixels."""
 
 
 def samples_array(x0: Tensor, is_image: bool) -> np.ndarray:
-    """Return samples as stored in an .npz: uint8 `[n, h, w, c]` for images `[n, c, h, w]`, otherwise float32."""
+    """Convert samples for an .npz file: images `[n, c, h, w]` to uint8 `[n, h, w, c]`, and other samples to float32."""
     if is_image:
         return to_uint8(x0).permute(0, 2, 3, 1).contiguous().numpy()
     return x0.float().numpy()
 
 
 def grid_image(pixels: np.ndarray) -> Image.Image:
-    """Return a square grid of images uint8 `[n, h, w, c]`, enlarged by a whole number to a width near `WIDTH`."""
+    """Return a square grid of uint8 images `[n, h, w, c]`, enlarged by an integer factor to a width near `WIDTH`."""
     count, height, width, channels = pixels.shape
     across = math.ceil(math.sqrt(count))
     down = math.ceil(count / across)
@@ -38,13 +38,13 @@ def grid_image(pixels: np.ndarray) -> Image.Image:
 
 
 def write_png(path: Path, image: Image.Image) -> None:
-    """Write a PNG file, atomically."""
+    """Write a PNG file atomically."""
     with replacing(path) as temporary:
         image.save(temporary, "PNG")
 
 
 def keep_samples(folder: Path, name: str, x0: Tensor, is_image: bool) -> str:
-    """Write samples/NAME.npz to `folder`, and a .png for images; return the relative path of the .npz."""
+    """Write samples/NAME.npz to `folder`, plus a .png file for images; return the relative path of the .npz file."""
     name = f"samples/{name}.npz"
     array = samples_array(x0, is_image)
     write_arrays(folder / name, arr_0=array)

@@ -23,7 +23,7 @@ def weights_of(manifest: Manifest) -> str:
 
 
 def sampler_of(manifest: Manifest) -> Sampler:
-    """Return the sampler that a model was distilled for, the default for measuring it."""
+    """Return the sampler that a model was distilled for, which is also the default for measuring it."""
     sampler: Sampler = samplers.rebuild(manifest.outcome.sampler)
     return sampler
 
@@ -32,44 +32,44 @@ class Drawn(NamedTuple):
     """A batch of samples."""
 
     x0: Tensor
-    """`[n, *shape]` on the CPU."""
+    """The samples `[n, *shape]`, on the CPU."""
     seconds: float = 0.0
-    """Sampling time."""
+    """The sampling time in seconds."""
     num_evals: int | None = None
-    """Network calls per sample; None for samples in files."""
+    """The number of network calls per sample, or None for samples in files."""
 
 
 class Source(ABC):
     """Samples that are a function of their seeds."""
 
     name: str
-    """Prefix of the names of its cells."""
+    """The prefix for the names of the source's cells."""
     is_image: bool
     at_once: int
-    """Default batch size."""
+    """The default batch size."""
 
     @property
     @abstractmethod
     def content(self) -> dict[str, Any]:
-        """Everything that a seed's sample depends on, except the number of steps, as JSON values."""
+        """Everything that the sample for a seed depends on, except the number of steps, as JSON values."""
 
     @abstractmethod
     def draw(self, num_steps: int | None, seeds: range, batch_size: int | None) -> Drawn:
-        """Return the samples of `seeds`.
+        """Return the samples for `seeds`.
 
         Args:
-            batch_size: None halves the batch until it fits into memory.
+            batch_size: the number of samples per batch. If None, batches are halved until they fit into memory.
         """
 
 
 @final
 class ModelSource(Source):
-    """A model with a sampler, loaded only when a sample is missing.
+    """A model with a sampler. The model is loaded only when a sample is missing.
 
     Args:
         load: loads the model onto `device`.
-        data: source of the model's conditions (captions, latents), if it takes any.
-        name: name of the model; its stage by default.
+        data: the source of the model's conditions (captions, latents), if the model takes any.
+        name: the name of the model; by default, the stage of the model.
     """
 
     def __init__(
@@ -122,18 +122,18 @@ class ModelSource(Source):
         return Drawn(x0, seconds, model.num_evals(self.sampler, num_steps, self._guidance_scale))
 
     def _cond(self, model: Model, seeds: range) -> dict[str, Tensor]:
-        """Return the conditions of sample `seed % len(data)` in the data for each seed, if the model takes any."""
+        """For each seed, return the conditions of the sample `seed % len(data)` in the data, if the model takes any."""
         data = self._conditions
         if data is None:
             return {}
         cond = data.fetch(torch.tensor([seed % len(data) for seed in seeds])).cond
         for name in model.manifest.conditions:
             if name not in cond:
-                raise ValueError(f"the model is conditioned on {name}, which {data.source} lacks. Give other data")
+                raise ValueError(f"the model is conditioned on {name}, which {data.source} lacks. Use other data")
         return {name: cond[name] for name in model.manifest.conditions}
 
     def _ready(self, seeds: range) -> Model:
-        """Load the model and warm it up, so that the slower first call is not timed; return it."""
+        """Load the model, warm it up so that the slower first call is not timed, and return it."""
         if self._model is None:
             self._model = self._load()
             self._model.warm_up(self._cond(self._model, seeds), self._precision)
@@ -142,7 +142,7 @@ class ModelSource(Source):
 
 @final
 class DataSource(Source):
-    """Samples in files; a seed is an index into them."""
+    """Samples in files. A seed is the index of a sample."""
 
     name = "samples"
     at_once = 256

@@ -1,7 +1,7 @@
-"""The store of samples and metrics, used by runs, by `halfstep evaluate` and by the studies.
+"""The store of samples and metrics that runs, `halfstep evaluate` and the studies use.
 
-A *cell* is a source at one number of steps with one set of seeds. Its samples are stored, so that other extractors can
-use them too, and its metrics (figures) are stored for each protocol:
+A *cell* is a source with a given number of steps and a given set of seeds. The samples of a cell are stored, so that
+other extractors can use them too, and the metrics of a cell (figures) are stored for each protocol:
 
 FOLDER/
   cells/NAME/                 one cell; complete or absent
@@ -9,7 +9,8 @@ FOLDER/
       samples.npz             arr_0: uint8 [n, h, w, c] for images, float32 [n, *dims] otherwise
   figures/NAME.json           the metrics of one cell in one protocol
 
-Names contain a hash of everything that the content depends on. A run stores the cells of its models in RUN/evaluation.
+Each NAME contains a hash of everything that the content depends on. The cells of the models of a run are stored in
+RUN/evaluation.
 """
 
 import json
@@ -50,20 +51,20 @@ from halfstep.runtime.stop import StopSignal
 from halfstep.samplers import Ancestral, samplers
 
 PARTS: Final = 8
-"""Minimum number of batches in a cell, so that this many processes can share it. The batch size may change the last
-bits of a sample, so it must not depend on the number of processes."""
+"""The minimum number of batches in a cell, so that this many processes can share the cell. The batch size may change
+the last bits of a sample, so it must not depend on the number of processes."""
 HELD: Final = 2
-"""Number of cells with samples in memory."""
+"""The number of cells whose samples are kept in memory."""
 
 
 @final
 @dataclass(frozen=True)
 class Cell:
-    """A source at one number of steps with one set of seeds."""
+    """A source with a given number of steps and a given set of seeds."""
 
     source: Source
     num_steps: int | None
-    """None for samples in files."""
+    """The number of steps, or None for samples in files."""
     seeds: range
 
     @cached_property
@@ -73,23 +74,23 @@ class Cell:
 
     @cached_property
     def name(self) -> str:
-        """Name of the cell's folder."""
+        """The name of the cell's folder."""
         steps = "" if self.num_steps is None else f"-{self.num_steps:04d}"
         return f"{self.source.name}{steps}-{seeds_name(self.seeds)}-{json_digest(self.key, 10)}"
 
 
 def seeds_name(seeds: range) -> str:
-    """Return a set of seeds as `first-last`."""
+    """Return the name of a set of seeds, which is `first-last`."""
     return f"{seeds[0]}-{seeds[-1]}"
 
 
 @final
 class SameNoise(Against):
-    """The samples of another cell from the same noise."""
+    """The samples of another cell, which start from the same noise."""
 
     def __init__(self, base: Cell, shape: Sequence[int]) -> None:
         self.needs = (base,)
-        # Part of the name, so that LPIPS is measured as soon as its requirements are installed.
+        # The reason is part of the name, so that LPIPS is measured as soon as its requirements are installed.
         lacking = why_no_lpips(shape) if base.source.is_image else None
         self.name = f"same-noise-{json_digest((FIGURES_FORMAT, base.key, lacking), 10)}"
 
@@ -111,13 +112,13 @@ KEPT: Final = TypeAdapter(Kept)
 
 @final
 class Store:
-    """The samples and metrics in a folder, computed if they are missing.
+    """The samples and metrics in a folder, which are computed if they are missing.
 
-    If there are several processes, all must make the same calls. They share the work, and rank 0 writes.
+    If there are several processes, all of them must make the same calls. They share the work, and rank 0 writes files.
 
     Args:
-        batch_size: samples per batch; by default an eighth of a cell, but at most `Source.at_once`, and fewer if these
-            do not fit into memory.
+        batch_size: the number of samples per batch; by default, an eighth of a cell, but at most `Source.at_once`. The
+            default is reduced if a batch does not fit into memory.
         own_device: whether to redraw cells that were drawn on another kind of device.
     """
 
@@ -133,7 +134,7 @@ class Store:
         self.folder, self.batch_size, self._own_device = folder, batch_size, own_device
         self.processes, self._stop = processes or Processes(), stop
         self.pace = [device_name(), torch.get_num_threads()]
-        """Everything that sampling time depends on, except the model."""
+        """Everything that the sampling time depends on, except the model."""
         self.broken: dict[str, str] = {}
         """Messages about cells with non-finite samples, by cell name."""
         self._held: dict[str, Tensor] = {}
@@ -152,7 +153,7 @@ class Store:
         """Return the samples `[n, *shape]` of a filled cell for measuring, with images rounded to uint8.
 
         Raises:
-            DamagedFile: if they cannot be read.
+            DamagedFile: if the samples cannot be read.
         """
         held = self._held.pop(cell.name, None)
         if held is None:
@@ -173,7 +174,7 @@ class Store:
 
         Raises:
             Interrupted: if a stop was requested.
-            OutOfMemory: if a batch does not fit.
+            OutOfMemory: if a batch does not fit into memory.
         """
         wanted = {cell.name: cell for cell in cells if cell.name not in self.broken}
         for name in self.processes.on_main(lambda: [cell.name for cell in wanted.values() if self._read(cell) is None]):
@@ -217,10 +218,10 @@ class Store:
             return None
 
     def _keep(self, cell: Cell, parts: Sequence[tuple[Tensor, ...]]) -> str | None:
-        """Write the cell with these batches; return its problem, if any."""
+        """Write the cell with these batches, or return a message if samples are not finite."""
         x0 = torch.cat([samples for samples, _ in parts])
         if not bool(torch.isfinite(x0).all()):
-            return f"samples in {cell.num_steps} steps are not finite: the model diverged"
+            return f"samples drawn in {cell.num_steps} steps are not finite: the model diverged"
         times, evals = torch.stack([numbers for _, numbers in parts]).unbind(1)
         seconds, is_drawn = float(times.sum()), bool(evals[0] >= 0)
         facts = {
@@ -246,10 +247,10 @@ class Store:
     def measure(self, cells: Sequence[Cell], against: Sequence[Against]) -> None:
         """Measure all missing metrics, except those that need samples of `broken` cells.
 
-        Each process measures one pair at a time, and results are written after each round.
+        In each round, every process measures one pair, and then the results are written.
 
         Raises:
-            Interrupted, OutOfMemory: measured results are kept.
+            Interrupted, OutOfMemory: the results of completed rounds are kept.
         """
         pairs = {(cell.name, one.name): (cell, one) for cell in cells for one in against}
         absent = self.processes.on_main(lambda: [cell.name for cell in cells if self.facts(cell) is None])
@@ -269,15 +270,15 @@ class Store:
             self.processes.on_main(write)
 
     def is_broken(self, cell: Cell, one: Against) -> bool:
-        """Return whether these metrics need samples that are not finite."""
+        """Whether these metrics need samples that are not finite."""
         return any(needed.name in self.broken for needed in (cell, *one.needs))
 
     def kept(self, cell: Cell, one: Against) -> Kept | None:
-        """Return the metrics of a cell; None if they do not exist."""
+        """Return the metrics of a cell, or None if they do not exist."""
         return None if self.is_broken(cell, one) else self._kept(f"{cell.name}-{one.name}")
 
     def halves(self, reference: Reference) -> Kept:
-        """Return the metrics of one half of the real data against the other. Call this only on rank 0."""
+        """Return the metrics that compare one half of the real data with the other. Call this only on rank 0."""
         name = f"halves-{reference.name}"
         if kept := self._kept(name):
             return kept
@@ -286,7 +287,7 @@ class Store:
         return Kept(**held)
 
     def result(self, cell: Cell, reference: Reference) -> Result:
-        """Measure a model's cell, and return its metrics as a row of metrics.json.
+        """Measure the cell of a model, and return the metrics as a row of metrics.json.
 
         Raises:
             NonFinite: if a sample is not finite.
@@ -312,7 +313,7 @@ class Store:
         )
 
     def _measured(self, pair: tuple[Cell, Against]) -> tuple[Tensor]:
-        """Return the metrics of a pair as the bytes of their JSON."""
+        """Return the metrics of a pair as the bytes of a JSON string."""
         cell, one = pair
         held = _timed(lambda: one.figures(self.samples(cell), [self.samples(other) for other in one.needs]))
         return (torch.frombuffer(bytearray(json.dumps(held).encode()), dtype=torch.uint8),)
@@ -333,7 +334,7 @@ class Store:
 
 
 def _read_or_warn(file: Path) -> dict[str, Any] | None:
-    """Return the content of a sealed file; None, with a warning, if it is damaged."""
+    """Return the content of a sealed file. If the file is damaged, issue a warning and return None."""
     try:
         return read_sealed(file)
     except DamagedFile as error:

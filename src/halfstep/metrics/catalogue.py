@@ -26,29 +26,34 @@ def _higher(label: str, meaning: str) -> MetricInfo:
 METRICS: Final[Mapping[str, MetricInfo]] = {
     "frechet": _lower(
         "Frechet distance",
-        "Distance between Gaussians fitted to the features of the samples and the real data; the FID if `inception`.",
+        "Distance between Gaussians fitted to the features of the samples and of the real data; with `inception`, the "
+        "FID.",
     ),
     "kid": _lower(
-        "KID", "Squared kernel distance between the features; unbiased for any count, so it may be slightly negative."
+        "KID",
+        "Squared kernel distance between the features; unbiased for any number of samples, so it may be slightly "
+        "negative.",
     ),
     "inception_score": _higher(
-        "Inception score", "Certainty of the extractor's classifier about each sample, and diversity of its classes."
+        "Inception score",
+        "Certainty of the extractor's classifier about each sample, combined with the diversity of the predicted "
+        "classes.",
     ),
-    "precision": _higher("precision", "Share of samples within the neighbourhoods of the real data."),
-    "recall": _higher("recall", "Share of the real data within the neighbourhoods of the samples."),
+    "precision": _higher("precision", "Share of the samples that lie in a neighbourhood of the real data."),
+    "recall": _higher("recall", "Share of the real data that lies in a neighbourhood of the samples."),
     "density": _higher(
-        "density", "Number of real neighbourhoods that contain a sample, over the expected number; may exceed 1."
+        "density", "Number of real neighbourhoods that contain a sample, divided by the expected number; may exceed 1."
     ),
-    "coverage": _higher("coverage", "Share of the real data with a sample in the neighbourhood."),
+    "coverage": _higher("coverage", "Share of the real data that has a sample in its neighbourhood."),
     "sliced_wasserstein": _lower(
         "sliced Wasserstein", "Mean Wasserstein-1 distance between features projected on 128 fixed random directions."
     ),
-    "rmse": _lower("RMSE to teacher", "Root mean square difference from the teacher's samples from the same noise."),
-    "psnr": _higher("PSNR to teacher, dB", "The same, in decibels below the pixel range."),
+    "rmse": _lower("RMSE to teacher", "Root mean square difference to the teacher's samples from the same noise."),
+    "psnr": _higher("PSNR to teacher, dB", "The same difference, expressed in decibels below the pixel range."),
     "ssim": _higher(
         "SSIM to teacher", "Structural similarity to the teacher's images from the same noise; 1 for equal images."
     ),
-    "lpips": _lower("LPIPS to teacher", "Perceptual distance (AlexNet) from the teacher's images from the same noise."),
+    "lpips": _lower("LPIPS to teacher", "Perceptual distance (AlexNet) to the teacher's images from the same noise."),
 }
 """All metrics, in display order."""
 
@@ -61,10 +66,10 @@ class Figures(NamedTuple):
 
 
 def figures_of(extractor: FeatureExtractor, features: Tensor, real: RealFeatures) -> Figures:
-    """Return all metrics of `features` `[n, d]` with respect to the real data.
+    """Return all metrics that compare `features` `[n, d]` with the real data.
 
     Raises:
-        ValueError: if there are fewer than 2 samples, or features are not finite.
+        ValueError: if there are fewer than 2 samples, or if a feature is not finite.
     """
     missing = []
     values = {
@@ -76,37 +81,39 @@ def figures_of(extractor: FeatureExtractor, features: Tensor, real: RealFeatures
     if logits is not None and len(features) >= SPLITS:
         values["inception_score"] = inception_score(logits)
     elif logits is not None:
-        missing.append(f"The Inception score needs at least {SPLITS} samples, got {len(features)}.")
+        missing.append(f"The Inception score needs at least {SPLITS} samples, but there are only {len(features)}.")
     least = min(len(features), len(real.features))
     if real.radii is not None and least >= K + 2:
         values |= precision_recall(real.features, features, real.radii)._asdict()
     else:
-        missing.append(f"Precision, recall, density and coverage need at least {K + 2} samples, got {least}.")
+        missing.append(
+            f"Precision, recall, density and coverage need at least {K + 2} samples, but there are only {least}."
+        )
     return Figures({name: values[name] for name in METRICS if name in values}, missing)
 
 
 def figures_of_halves(extractor: FeatureExtractor, real: RealFeatures) -> Figures:
-    """Return the metrics of one half of the real data with respect to the other."""
+    """Return the metrics that compare one half of the real data with the other half."""
     first, second = halves(real.features)
     return figures_of(extractor, second, described(first))
 
 
 def paired_figures(samples: Tensor, others: Tensor, is_image: bool) -> Figures:
-    """Return the metrics of samples `[n, *dims]` with respect to another model's samples from the same noise.
+    """Return the metrics that compare samples `[n, *dims]` with another model's samples from the same noise.
 
     Raises:
-        ValueError: if their shapes differ.
+        ValueError: if the shapes of the samples differ.
     """
     values, missing = {"rmse": rmse(samples, others)}, []
     if is_image:
         values["psnr"] = psnr(samples, others)
         if math.isinf(values["psnr"]):
             del values["psnr"]
-            missing.append("PSNR is omitted, because it is infinite for equal images.")
+            missing.append("PSNR is omitted because it is infinite for equal images.")
         if min(samples.shape[2:]) >= SSIM_SIDE:
             values["ssim"] = ssim(samples, others)
         else:
-            missing.append(f"SSIM is omitted, because it needs images of at least {SSIM_SIDE} x {SSIM_SIDE} pixels.")
+            missing.append(f"SSIM is omitted because it needs images of at least {SSIM_SIDE} x {SSIM_SIDE} pixels.")
         if (lacking := why_no_lpips(samples.shape[1:])) is None:
             values["lpips"] = lpips(samples, others)
         else:

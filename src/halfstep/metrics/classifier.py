@@ -1,4 +1,4 @@
-"""Features of a small classifier, trained on the data's labels with a fixed seed."""
+"""Features of a small classifier, which is trained on the labels of the data with a fixed seed."""
 
 from pathlib import Path
 from typing import Final, final
@@ -12,37 +12,38 @@ from halfstep.metrics.features import FeatureExtractor, RealData, extractors, in
 from halfstep.runtime.tensors import digest_of, read_cached, write_cached
 
 CLASSIFIER: Final = "classifier-1"
-"""Name of the classifier's architecture and training. Increment its number when either changes, because old and new
-values are then not comparable."""
+"""A name for the classifier's architecture and training. Increment the number in it when either of them changes,
+because metrics from before and after the change are not comparable."""
 LEAST: Final = 20
-"""Minimum number of samples to train a classifier."""
+"""The minimum number of samples for training a classifier."""
 BATCH: Final = 128
 SEED: Final = 0
 
 
 def check_classes(num_samples: int, num_classes: int) -> None:
-    """Raise ValueError if there are too few samples or classes for a classifier."""
+    """Raise ValueError if there are too few samples or classes to train a classifier."""
     remedy = "Use the features `pixels` (--extractors pixels, or --evaluation.features pixels)"
     if not num_classes:
         raise ValueError(f"the features `classifier` need labels, but the data has none. {remedy}")
     if num_samples < LEAST or num_classes < 2:
         raise ValueError(
-            f"a classifier needs {LEAST} samples and 2 classes, got {num_samples} and {num_classes}. {remedy}"
+            f"a classifier needs at least {LEAST} samples and 2 classes, but the data has {num_samples} and "
+            f"{num_classes}. {remedy}"
         )
 
 
 @final
 class Classifier(FeatureExtractor):
-    """The 64 linear features before the last layer of a small network trained on labelled data (`train_classifier`).
+    """The 64 linear features before the last layer of a small network that `train_classifier` trains on labelled data.
 
-    The ReLU after them would hide errors in some directions.
+    The ReLU that follows these features would hide errors in some directions.
     """
 
     def __init__(self, name: str, network: "ClassifierNetwork", accuracy: float) -> None:
         self.name = name
         self.network = network.eval()
         self.accuracy = accuracy
-        """Accuracy on held-out samples."""
+        """The accuracy on held-out samples."""
         self.facts = {"accuracy": round(accuracy, 4)}
         self.resize = "none"
 
@@ -59,7 +60,7 @@ class Classifier(FeatureExtractor):
 
 @final
 class ClassifierNetwork(nn.Module):
-    """Three 3x3 convolutions and two poolings for images `[n, c, h, w]`, two dense layers for other samples."""
+    """Three 3x3 convolutions and two poolings for images `[n, c, h, w]`, or two dense layers for other samples."""
 
     def __init__(self, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
@@ -91,14 +92,15 @@ def train_classifier(
 ) -> Classifier:
     """Train a classifier on `x` `[n, *dims]` with int64 `labels` `[n]`. The result is deterministic on one machine.
 
-    A tenth of the data is held out to measure the accuracy. The extractor's name is `name` and a hash of the weights.
+    A tenth of the data is held out to measure the accuracy. The name of the extractor consists of `name` and a hash of
+    the weights.
 
     Args:
-        cache: safetensors file of the weights, with a name that is unique to the data.
-        num_updates: by default 4 epochs, but at least 300 and at most 3,000 updates.
+        cache: the safetensors file in which the weights are cached, with a name that is unique to the data.
+        num_updates: the number of updates; by default, 4 epochs, but at least 300 and at most 3,000 updates.
 
     Raises:
-        ValueError: as in `check_classes`.
+        ValueError: as described in `check_classes`.
     """
     check_classes(len(x), num_classes)
     with torch.random.fork_rng(devices=[]):
@@ -108,7 +110,7 @@ def train_classifier(
     held_out, kept = order[: len(x) // 10], order[len(x) // 10 :]
     try:
         network.load_state_dict(read_cached(cache))
-    except RuntimeError:  # no cache, or a damaged one
+    except RuntimeError:  # the cache is missing or damaged
         num_updates = num_updates or min(3000, max(300, 4 * len(kept) // BATCH))
         optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=num_updates)
@@ -122,13 +124,13 @@ def train_classifier(
     network.eval()
     with torch.no_grad():
         right = torch.cat([network(chunk.float()).argmax(1) for chunk in x[held_out].split(1000)]) == labels[held_out]
-    # On another machine, or with another number of threads, training gives a different network.
+    # On another machine, or with another number of threads, training results in a different network.
     return Classifier(f"{name}-{digest_of(network.state_dict())[:12]}", network, float(right.double().mean()))
 
 
 @extractors.register("classifier")
 def classifier(path: str | None, measured: RealData) -> FeatureExtractor:
-    """64 features of a small network trained on the labelled data; cached."""
+    """64 features of a small network, which is trained on the labelled data and then cached."""
     refuse_path("classifier", path)
     check_classes(LEAST if measured.num_classes else 0, measured.num_classes)
     x0, labels = measured.labelled()

@@ -1,8 +1,8 @@
-"""The features of DINOv2 (Oquab et al. 2023, arXiv:2304.07193), through transformers.
+"""The features of DINOv2 (Oquab et al. 2023, arXiv:2304.07193), computed with transformers.
 
-They are the class token after the last normalisation, of the image at 224 x 224, as in Stein et al. 2023
-(arXiv:2306.04675). That paper found that distances in them agree better with human judgement than in Inception
-features.
+As in Stein et al. 2023 (arXiv:2306.04675), the image is resized to 224 x 224 pixels, and the features are the class
+token after the last normalisation. According to that paper, distances between DINOv2 features agree better with human
+judgement than distances between Inception features.
 """
 
 from typing import ClassVar, Final, final
@@ -15,16 +15,16 @@ from halfstep.metrics.images import normalised
 from halfstep.runtime.files import first_line
 
 DEFAULT: Final = "facebook/dinov2-large"
-"""Model size as in Stein et al."""
+"""The model size that Stein et al. used."""
 
 
 @final
 @extractors.register("dinov2")
 class DINOv2(NetworkFeatures):
-    """The class token of DINOv2, with transformers; dinov2=FOLDER or a name on the Hub.
+    """The class token of DINOv2, computed with transformers; in dinov2=NAME, NAME is a folder or a model on the Hub.
 
     Args:
-        path: a folder saved with transformers, or a name on the Hub; only safetensors are read.
+        path: a folder saved with transformers, or a model name on the Hub. Only safetensors files are read.
 
     Raises:
         ValueError: if transformers is not installed, or the model is missing or not a DINOv2 model.
@@ -41,12 +41,12 @@ class DINOv2(NetworkFeatures):
         try:
             network, said = Dinov2Model.from_pretrained(source, use_safetensors=True, output_loading_info=True)
             if odd := sorted({*said["missing_keys"], *said["unexpected_keys"], *map(str, said["mismatched_keys"])}):
-                # transformers initialises missing weights at random.
-                raise ValueError(f"its weights are of another network: {len(odd)} differ, such as {odd[0]}")
+                # transformers initialises missing weights randomly.
+                raise ValueError(f"its weights belong to another network: {len(odd)} differ, such as {odd[0]}")
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(
-                f"dinov2={source}: no DINOv2 model could be read there ({first_line(error)}). Give "
-                "dinov2=FOLDER, or a reachable name on the Hub"
+                f"dinov2={source}: no DINOv2 model could be loaded from there ({first_line(error)}). Set "
+                "dinov2 to a folder or to a reachable name on the Hub"
             ) from None
         super().__init__("dinov2", network, measured.device)
         self.facts = {"weights": source, **self.facts}

@@ -1,16 +1,16 @@
-"""Distances between two sets of samples, from their features.
+"""Distances between two sets of samples, computed from features of the samples.
 
-* Frechet distance (Heusel et al. 2017, arXiv:1706.08500) of Gaussians fitted to the features,
-  |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). It is biased upwards for few samples, so compare only equal
-  counts.
-* Kernel distance, KID (Binkowski et al. 2018, arXiv:1801.01401): the squared maximum mean discrepancy for the kernel
-  (x . y / d + 1)^3. It is unbiased, and may be slightly negative.
-* Sliced Wasserstein distance (Bonneel et al. 2015): the mean Wasserstein-1 distance between the features projected on
-  random directions. It compares all moments and needs no Gaussians.
+* The Frechet distance (Heusel et al. 2017, arXiv:1706.08500) between Gaussians fitted to the features,
+  |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). It is biased upwards if there are few samples, so only compare
+  distances that are based on equal numbers of samples.
+* The kernel distance, KID (Binkowski et al. 2018, arXiv:1801.01401): the squared maximum mean discrepancy for the
+  kernel (x . y / d + 1)^3. It is unbiased, so it may be slightly negative.
+* The sliced Wasserstein distance (Bonneel et al. 2015): the mean Wasserstein-1 distance between the features, projected
+  on random directions. It compares all moments and does not assume Gaussians.
 
-torchmetrics computes KID, and scipy the one-dimensional distances, in float64 and with fixed random numbers. The
-Frechet distance is computed here from moments, because the moments of the real data are cached (`reference.py`), or
-from the samples if they are fewer than the dimensions.
+torchmetrics computes the KID, and scipy computes the one-dimensional distances, in float64 and with fixed random
+numbers. This module computes the Frechet distance, usually from moments, because the moments of the real data are
+cached (see `reference.py`). If there are fewer samples than dimensions, it uses the samples directly.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from halfstep.core.draw import generator_for
 
 @final
 class Given(nn.Module):
-    """The feature network that torchmetrics requires, for precomputed features."""
+    """A feature network, as required by torchmetrics, that returns precomputed features unchanged."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -39,18 +39,18 @@ class Given(nn.Module):
 
 @contextlib.contextmanager
 def importing_torchmetrics() -> Iterator[None]:
-    """Raise ValueError if torchmetrics cannot be imported, because torch-fidelity is installed without torchvision."""
+    """Raise ValueError if torchmetrics cannot be imported because torch-fidelity is installed without torchvision."""
     try:
         yield
     except ImportError as error:
         raise ValueError(
-            f"torchmetrics cannot be imported ({error}), because torch-fidelity is installed without torchvision. "
+            f"torchmetrics cannot be imported ({error}) because torch-fidelity is installed without torchvision. "
             "Install the torchvision for your torch version, or remove torch-fidelity"
         ) from None
 
 
 def check_shapes(a: Tensor, b: Tensor) -> None:
-    """Raise ValueError unless both are features `[n, d]` with the same d."""
+    """Raise ValueError unless both tensors are features `[n, d]` with the same d."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"features must be [n, d] with the same d, got {tuple(a.shape)} and {tuple(b.shape)}")
 
@@ -58,13 +58,15 @@ def check_shapes(a: Tensor, b: Tensor) -> None:
 def _check(a: Tensor, b: Tensor) -> None:
     check_shapes(a, b)
     if min(len(a), len(b)) < 2:
-        raise ValueError(f"a distance between sets needs at least 2 samples in each, got {len(a)} and {len(b)}")
+        raise ValueError(
+            f"computing a distance between sets requires at least 2 samples in each set, got {len(a)} and {len(b)}"
+        )
     if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
-        raise ValueError("features are not finite, so the samples are invalid. Check them")
+        raise ValueError("some features are not finite, so the samples are invalid. Check the samples")
 
 
 ALONE: Final[dict[str, Any]] = {"sync_on_compute": False}
-"""Keeps torchmetrics from waiting for other ranks, because only one rank calls it."""
+"""Prevents torchmetrics from waiting for other ranks, because only one rank calls it."""
 
 
 def metric_of_features(kind: Callable[..., Any], num_features: int, **settings: Any) -> Any:
@@ -85,7 +87,7 @@ def computed(metric: Any) -> float:
 @final
 @dataclass(frozen=True)
 class Moments:
-    """Mean float64 `[d]` and covariance float64 `[d, d]` (divided by n - 1) of `count` features."""
+    """The mean, float64 `[d]`, and the covariance with divisor n - 1, float64 `[d, d]`, of `count` feature vectors."""
 
     mean: Tensor
     covariance: Tensor
@@ -96,7 +98,7 @@ def moments_of(features: Tensor) -> Moments:
     """Return the moments of features `[n, d]`, in float64.
 
     Raises:
-        ValueError: if there are fewer than 2, or one is not finite.
+        ValueError: if there are fewer than 2 samples, or if a feature is not finite.
     """
     _check(features, features)
     x = features.double()
@@ -105,40 +107,41 @@ def moments_of(features: Tensor) -> Moments:
 
 
 def _root(matrix: Tensor) -> Tensor:
-    """Return the square root of a symmetric matrix, taking negative eigenvalues as rounding errors."""
+    """Return the square root of a symmetric matrix, treating negative eigenvalues as rounding errors."""
     values, vectors = torch.linalg.eigh(matrix)
     root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     return root
 
 
 def frechet_of_moments(a: Moments, b: Moments) -> float:
-    """Return the Frechet distance of two Gaussians.
+    """Return the Frechet distance between two Gaussians.
 
-    tr (C_a C_b)^(1/2) is the sum of the singular values of C_a^(1/2) C_b^(1/2). This form avoids the root of an
-    asymmetric product and imaginary parts, and is exact for singular covariances.
+    tr (C_a C_b)^(1/2) is the sum of the singular values of C_a^(1/2) C_b^(1/2). This form needs no root of an
+    asymmetric product, has no imaginary parts, and is exact for singular covariances.
 
     Raises:
-        ValueError: if their dimensions differ.
+        ValueError: if the dimensions of the Gaussians differ.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features must have the same dimension, got {len(a.mean)} and {len(b.mean)}")
     cross = torch.linalg.svdvals(_root(a.covariance) @ _root(b.covariance)).sum()
     spread = a.covariance.trace() + b.covariance.trace() - 2 * cross
-    # For equal sets, rounding can give about -1e-13.
+    # For equal sets, rounding can result in about -1e-13.
     return max(0.0, float((a.mean - b.mean).square().sum() + spread))
 
 
 def frechet_distance(a: Tensor, b: Tensor, moments: Moments | None = None) -> float:
     """Return the Frechet distance between feature sets `[n, d]` and `[m, d]`, computed in float64.
 
-    Let A and B be the centred rows over the roots of n - 1 and m - 1, so that C_a = A'A. Then tr (C_a C_b)^(1/2) is the
-    sum of the singular values of A B', which needs no matrix `[d, d]` for a set with fewer samples than dimensions.
+    Let A and B be the centred rows, divided by the square roots of n - 1 and m - 1, so that C_a = A'A. Then
+    tr (C_a C_b)^(1/2) is the sum of the singular values of A B'. If a set has fewer samples than dimensions, this form
+    needs no matrix `[d, d]`.
 
     Args:
-        moments: the moments of a, if known.
+        moments: the moments of `a`, if they are known.
 
     Raises:
-        ValueError: if the shapes do not match, a set has fewer than 2 rows, or a feature is not finite.
+        ValueError: if the shapes do not match, if a set has fewer than 2 rows, or if a feature is not finite.
     """
     _check(a, b)
     if min(len(a), len(b)) > a.shape[1]:
@@ -151,7 +154,7 @@ def frechet_distance(a: Tensor, b: Tensor, moments: Moments | None = None) -> fl
 
 
 def kernel_distance(a: Tensor, b: Tensor, subsets: int = 20, subset_size: int = 1000) -> float:
-    """Return the KID, the mean over fixed random subsets, between feature sets as in `frechet_distance`."""
+    """Return the KID between feature sets as in `frechet_distance`, averaged over fixed random subsets."""
     _check(a, b)
     with importing_torchmetrics():
         from torchmetrics.image.kid import KernelInceptionDistance
@@ -163,7 +166,7 @@ def kernel_distance(a: Tensor, b: Tensor, subsets: int = 20, subset_size: int = 
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, num_directions: int = 128) -> float:
-    """Return the sliced Wasserstein-1 distance, for fixed directions, between feature sets as in `frechet_distance`."""
+    """Return the sliced Wasserstein-1 distance between feature sets as in `frechet_distance`, for fixed directions."""
     from scipy.stats import wasserstein_distance
 
     _check(a, b)

@@ -1,7 +1,7 @@
-"""Feature extractors, which map samples `[n, *dims]` on the scale of the data to features `[n, d]`.
+"""Feature extractors, which map samples `[n, *dims]` at the scale of the data to features `[n, d]`.
 
-Distances in different features are never comparable, so every protocol contains the extractor's name. It is selected as
-`NAME` or `NAME=PATH`, where PATH is its weights (see `extractors`).
+Distances between different kinds of features are never comparable, so every protocol contains the extractor's name.
+Users select an extractor as `NAME` or `NAME=PATH`, where PATH contains the weights (see `extractors`).
 """
 
 import json
@@ -25,27 +25,27 @@ class FeatureExtractor(ABC):
     """A map from samples to features."""
 
     name: str
-    """Name in a protocol. Equal names mean comparable features."""
+    """The name in a protocol. Extractors with equal names return comparable features."""
     facts: Mapping[str, Any]
-    """More facts for a protocol, as JSON values, such as its accuracy or the source of its weights."""
+    """Additional facts for a protocol, as JSON values, such as the accuracy or the source of the weights."""
     resize: str
-    """Description of how samples are resized; "none" if they are not."""
+    """A description of how samples are resized, or "none" if they are not resized."""
 
     @abstractmethod
     def features(self, samples: Tensor) -> Tensor:
-        """Return features float32 `[n, d]` of `samples` `[n, *dims]`, on the CPU, without gradient.
+        """Return the features of `samples` `[n, *dims]` as float32 `[n, d]`, on the CPU and without gradients.
 
         Raises:
-            ValueError: if it takes only images, and the samples are not images.
+            ValueError: if the extractor only takes images, but the samples are not images.
         """
 
     def logits(self, features: Tensor) -> Tensor | None:
-        """Return the logits `[n, classes]` of `features`; None (the default) for an extractor without classes."""
+        """Return the logits `[n, classes]` of `features`, or None (the default) if the extractor has no classes."""
         return None
 
 
 class NetworkFeatures(FeatureExtractor):
-    """Features of a published network. Its name is `KIND-HASH`, with a hash of the weights."""
+    """The features of a published network. The extractor's name is `KIND-HASH`, where HASH is a hash of the weights."""
 
     batch_size: ClassVar[int]
 
@@ -58,7 +58,7 @@ class NetworkFeatures(FeatureExtractor):
 
     @abstractmethod
     def batch_features(self, samples: Tensor) -> Tensor:
-        """Return the features `[n, d]` of a batch, both on `device`."""
+        """Return the features `[n, d]` of a batch. Both tensors are on `device`."""
 
     @final
     def features(self, samples: Tensor) -> Tensor:
@@ -75,20 +75,21 @@ class RealData:
     labelled: Callable[[], tuple[Tensor, Tensor]]
     """Returns real samples `[n, *dims]` and their classes, int64 `[n]`, for extractors that are trained on them."""
     cache: Path | None = None
-    """Cache folder for trained weights."""
+    """The cache folder for trained weights."""
     device: torch.device | str = "cpu"
-    """Device of its network."""
+    """The device of the extractor's network."""
 
 
 extractors: Registry[Callable[[str | None, RealData], FeatureExtractor]] = Registry("feature extractor")
-"""Classes and functions that map the path of the weights, or None, and the real data to an extractor."""
+"""Classes and functions that create an extractor from the path of its weights (or None) and the real data."""
 
 
 def extractor_for(asked: str, measured: RealData) -> FeatureExtractor:
-    """Return the extractor `asked`, NAME or NAME=PATH.
+    """Return the extractor that `asked` selects in the form NAME or NAME=PATH.
 
     Raises:
-        ValueError: if it is unknown, its weights are missing or damaged, or the data do not meet its requirements.
+        ValueError: if the extractor is unknown, if its weights are missing or damaged, or if the data does not meet
+            its requirements.
     """
     name, _, path = asked.partition("=")
     return extractors[name](path or None, measured)
@@ -97,19 +98,19 @@ def extractor_for(asked: str, measured: RealData) -> FeatureExtractor:
 def refuse_path(name: str, path: str | None) -> None:
     """Raise ValueError if a path is given to an extractor without weights."""
     if path is not None:
-        raise ValueError(f"{name}={path}: the features `{name}` take no file. Remove ={path}")
+        raise ValueError(f"{name}={path}: the features `{name}` do not take a file. Remove ={path}")
 
 
 def read_weights(name: str, path: str | None, needed: str) -> dict[str, Tensor]:
-    """Return the tensors of the safetensors file `path`, the weights of the extractor `name`.
+    """Return the tensors in the safetensors file `path`, which are the weights of the extractor `name`.
 
     Args:
-        needed: the file to give, for messages.
+        needed: a description of the required file for messages.
 
     Raises:
-        ValueError: if the path or the file is missing, or if it is not a .safetensors file; the message contains the
-            command that converts it.
-        DamagedFile: if the file is not complete.
+        ValueError: if the path or the file is missing, or if the file is not a .safetensors file; the message then
+            contains the command that converts the file.
+        DamagedFile: if the file is incomplete.
     """
     if path is None:
         raise ValueError(f"the features `{name}` need weights. Give {name}=PATH, {needed}")
@@ -118,14 +119,14 @@ def read_weights(name: str, path: str | None, needed: str) -> dict[str, Tensor]:
         raise ValueError(f"{name}={path}: no such file. Give {needed}")
     if file.suffix != ".safetensors":
         raise ValueError(
-            f"{name}={path} is not a .safetensors file, and halfstep reads no pickles, because they can run code. If "
-            f"you trust it, convert it once: {conversion(file)}"
+            f"{name}={path} is not a .safetensors file, and halfstep does not read pickles, because they can run "
+            f"code. If you trust the file, convert it once: {conversion(file)}"
         )
     return read_tensors(file)
 
 
 def conversion(file: Path) -> str:
-    """Return the shell command that converts weights written by `torch.save` to a safetensors file next to them."""
+    """Return the shell command that converts a file written by `torch.save` to a safetensors file next to it."""
     source, target = json.dumps(str(file)), json.dumps(str(file.with_suffix(".safetensors")))
     tensors = f"{{name: value.contiguous() for name, value in torch.load({source}, weights_only=True).items()}}"
     code = f"import torch, safetensors.torch as s; s.save_file({tensors}, {target})"
@@ -139,18 +140,18 @@ def in_batches(network: Callable[[Tensor], Tensor], samples: Tensor, device: tor
 
 
 LARGEST: Final = 4096
-"""Largest size of a sample without averaged pixels, because the covariance of more does not fit into memory."""
+"""The maximum number of entries for which pixels are not averaged. A larger covariance does not fit into memory."""
 
 
 @final
 class Pixels(FeatureExtractor):
-    """The raw values of a sample. Suitable for low-dimensional data, but coarse for images.
+    """The raw values of a sample. They are suitable for low-dimensional data, but coarse for images.
 
     Samples with more than `LARGEST` entries must be images `[n, c, h, w]`, which are averaged to at most 32 x 32
     pixels.
 
     Raises:
-        ValueError: in a call, if samples have more values and are not images.
+        ValueError: in a call, if samples have more than `LARGEST` entries but are not images.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Conversion of images: between x0 in [-1, 1] and uint8 pixels, and to the inputs of feature networks."""
+"""Convert images between x0 in [-1, 1] and uint8 pixels, and to the inputs of feature networks."""
 
 import torch
 from torch import Tensor
@@ -16,11 +16,11 @@ def from_uint8(pixels: Tensor) -> Tensor:
 
 
 def as_rgb(x0: Tensor) -> Tensor:
-    """Return images `[n, 1 or 3, h, w]` as `[n, 3, h, w]`, with grey repeated; raise ValueError for other shapes."""
+    """Return images `[n, 1 or 3, h, w]` as `[n, 3, h, w]`, repeating grey; raise ValueError for other shapes."""
     if x0.ndim != 4 or x0.shape[1] not in (1, 3):
         raise ValueError(
-            f"samples of shape {list(x0.shape[1:])} are not images of 1 or 3 channels, which these features need. Use "
-            "the features `pixels`"
+            f"samples of shape {list(x0.shape[1:])} are not images with 1 or 3 channels, which these features need. "
+            "Use the features `pixels`"
         )
     return x0.expand(-1, 3, -1, -1)
 

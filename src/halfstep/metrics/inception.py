@@ -1,10 +1,10 @@
-"""The features of the FID: TensorFlow's Inception network of 2015, in torch-fidelity's port.
+"""The features of the FID, computed with TensorFlow's Inception network of 2015, as ported by torch-fidelity.
 
 torch-fidelity imports torchvision, which the network does not need and which only works with one build of torch. The
 network's module is therefore loaded without its package.
 
-Its constructor would download the published weights and unpickle them. This module passes it weights from a
-safetensors file instead, which users convert once from the published file.
+The network's constructor would download the published weights and unpickle them. Instead, this module passes weights
+from a safetensors file, to which users convert the published file once.
 """
 
 import importlib
@@ -33,8 +33,8 @@ def network_module() -> ModuleType:
         spec = importlib.util.find_spec(PACKAGE)
         if spec is None or spec.submodule_search_locations is None:
             raise ValueError(
-                "the features `inception` need torch-fidelity: pip install 'halfstep[inception]', with the torchvision "
-                "for your torch version"
+                "the features `inception` need torch-fidelity: run pip install 'halfstep[inception]', and install the "
+                "torchvision for your torch version"
             )
         bare = ModuleType(PACKAGE)
         bare.__path__ = list(spec.submodule_search_locations)
@@ -49,14 +49,15 @@ def network_module() -> ModuleType:
 @final
 @extractors.register("inception")
 class Inception(NetworkFeatures):
-    """2048 features of the network of the FID, with torch-fidelity; inception=PATH, its weights as safetensors.
+    """2048 features of the FID's network, computed with torch-fidelity; in inception=PATH, PATH is a safetensors file.
 
     Args:
         path: a safetensors file with the tensors of torch-fidelity's published file.
 
     Raises:
-        ValueError: if torch-fidelity or the weights are missing, or (DamagedFile) the weights are damaged or do not
-            match. The message contains the command that converts the published file.
+        ValueError: if torch-fidelity or the weights are missing. The message contains the command that converts the
+            published file.
+        DamagedFile: if the weights are damaged or do not match the network.
     """
 
     batch_size: ClassVar[int] = 50

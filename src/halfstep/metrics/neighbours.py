@@ -1,14 +1,15 @@
-"""Quality and diversity as separate metrics, from nearest neighbours in features.
+"""Separate metrics for quality and diversity, computed from nearest neighbours in feature space.
 
 The neighbourhood of a point extends to its k-th nearest neighbour in its own set.
 
-* Precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991): the share of samples in the neighbourhood of any
+* Precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991) are the share of samples in the neighbourhood of any
   real point, and the share of real points in the neighbourhood of any sample.
-* Density and coverage (Naeem et al. 2020, arXiv:2002.09797): the number of real neighbourhoods that contain a sample,
-  divided by k, and the share of real points with a sample in their neighbourhood. Both are more robust to outliers.
+* Density and coverage (Naeem et al. 2020, arXiv:2002.09797) are the mean number of real neighbourhoods that contain a
+  sample, divided by k, and the share of real points with a sample in their neighbourhood. They are more robust to
+  outliers than precision and recall.
 
-scikit-learn computes the distances in blocks, so memory grows linearly with the number of samples. The tests compare
-the results with `prdc`.
+scikit-learn computes the distances in blocks, so the required memory grows linearly with the number of samples. The
+tests compare the results with `prdc`.
 """
 
 from typing import Final, NamedTuple
@@ -21,9 +22,9 @@ from torch import Tensor
 from halfstep.metrics.distances import check_shapes
 
 K: Final = 5
-"""Number of neighbours recommended by Naeem et al."""
+"""The number of neighbours that Naeem et al. recommend."""
 BLOCK: Final = 1024
-"""Number of rows of the distance matrix in memory at a time."""
+"""The number of rows of the distance matrix that are in memory at a time."""
 
 
 class PRDC(NamedTuple):
@@ -60,10 +61,10 @@ def precision_recall(real: Tensor, fake: Tensor, real_radii: Tensor | None = Non
     """Return precision, recall, density and coverage of `fake` `[m, d]` with respect to `real` `[n, d]`, in float64.
 
     Args:
-        real_radii: `radii(real, k)`, if known.
+        real_radii: the result of `radii(real, k)`, if it is known.
 
     Raises:
-        ValueError: if the dimensions differ or a set has fewer than k + 2 rows.
+        ValueError: if the dimensions differ, or if a set has fewer than k + 2 rows.
     """
     from sklearn.metrics import pairwise_distances
 

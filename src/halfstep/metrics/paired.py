@@ -1,4 +1,4 @@
-"""Metrics of distillation, which compare pairs of samples from the same noise. Images are in [-1, 1]."""
+"""Metrics for distillation, which compare pairs of samples from the same noise. Image values are in [-1, 1]."""
 
 import functools
 import importlib.util
@@ -16,11 +16,11 @@ from halfstep.runtime.files import sha256_of
 
 WIDTH: Final = 2.0
 SSIM_SIDE: Final = 11
-"""Side of the window of Wang et al. 2004, and thus of the smallest image, in pixels."""
+"""The side in pixels of the window of Wang et al. 2004. Images must be at least as large."""
 LPIPS_SIDE: Final = 31
-"""Side of the smallest image that is not empty after AlexNet's two poolings, in pixels."""
+"""The smallest side in pixels of images that AlexNet's two poolings do not reduce to nothing."""
 AT_ONCE: Final = 64
-"""Number of pairs per call of SSIM or LPIPS."""
+"""The number of pairs for each call of SSIM or LPIPS."""
 
 
 def _check_pair(a: Tensor, b: Tensor) -> None:
@@ -29,17 +29,21 @@ def _check_pair(a: Tensor, b: Tensor) -> None:
 
 
 def rmse(a: Tensor, b: Tensor) -> float:
-    """Return the root mean square difference of paired samples, both `[n, *dims]`.
+    """Return the root mean square difference between paired samples, both `[n, *dims]`.
 
     Raises:
-        ValueError: if their shapes differ.
+        ValueError: if the shapes of the samples differ.
     """
     _check_pair(a, b)
     return float((a.double() - b.double()).square().mean().sqrt())
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Return the PSNR over all pairs of images, in dB; infinite if all pairs are equal. Raises as `rmse`."""
+    """Return the PSNR over all pairs of images in dB, which is infinite if all pairs are equal.
+
+    Raises:
+        ValueError: as described in `rmse`.
+    """
     difference = rmse(a, b)
     return math.inf if difference == 0 else 20 * math.log10(WIDTH / difference)
 
@@ -48,7 +52,8 @@ def ssim(a: Tensor, b: Tensor) -> float:
     """Return the mean structural similarity (Wang et al. 2004) of paired images `[n, c, h, w]` in [-1, 1].
 
     Raises:
-        ValueError: if their shapes differ, or they are not images of at least 11 x 11 pixels, the window's size.
+        ValueError: if the shapes differ, or if the samples are not images of at least 11 x 11 pixels, which is the size
+            of the window.
     """
     _check_pair(a, b)
     if a.ndim != 4 or min(a.shape[2:]) < SSIM_SIDE:
@@ -57,9 +62,9 @@ def ssim(a: Tensor, b: Tensor) -> float:
         from torchmetrics.functional.image import structural_similarity_index_measure
 
     total = 0.0
-    # A few pairs at a time, because SSIM makes about twenty copies of its input.
+    # Pairs are processed a few at a time, because SSIM makes about twenty copies of its input.
     for first, second in zip(a.split(AT_ONCE), b.split(AT_ONCE), strict=True):
-        # Shifted to [0, 2], because the constants of SSIM assume values of at least 0.
+        # Values are shifted to [0, 2], because the constants of SSIM assume that no value is negative.
         score = structural_similarity_index_measure(
             first.double() + 1, second.double() + 1, data_range=WIDTH, reduction="sum"
         )
@@ -69,7 +74,10 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
 
 def why_no_lpips(shape: Sequence[int]) -> str | None:
-    """Return why LPIPS cannot be measured here for images `(c, h, w)`; None if it can."""
+    """Return the reason why LPIPS cannot be measured here for images `(c, h, w)`, or None if it can be measured.
+
+    The names of stored metrics contain a hash of this reason, so a change of its wording invalidates stored metrics.
+    """
     if shape[0] not in (1, 3):
         return f"images with {shape[0]} channels are neither grey nor colour"
     if min(shape[1:]) < LPIPS_SIDE:
@@ -84,7 +92,7 @@ def why_no_lpips(shape: Sequence[int]) -> str | None:
 
 @functools.cache
 def _is_published(file: Path) -> bool:
-    """Whether the file has the hash in its name. torchvision itself would unpickle any file with this name."""
+    """Whether the file has the hash that its name contains. torchvision would unpickle any file with this name."""
     return sha256_of(file).startswith(file.stem.rpartition("-")[2])
 
 
@@ -92,7 +100,8 @@ def lpips(a: Tensor, b: Tensor) -> float:
     """Return the mean LPIPS (Zhang et al. 2018, arXiv:1801.03924) of paired images in [-1, 1], with AlexNet.
 
     Raises:
-        ValueError: if their shapes differ, they are not images, or a requirement is missing (`why_no_lpips`).
+        ValueError: if the shapes differ, if the samples are not images, or if a requirement is missing (see
+            `why_no_lpips`).
     """
     _check_pair(a, b)
     if (lacking := why_no_lpips(a.shape[1:])) is not None:

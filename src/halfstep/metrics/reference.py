@@ -1,4 +1,4 @@
-"""The features (float32) and statistics (float64) of the real data, cached for each data and extractor."""
+"""The features (float32) and statistics (float64) of real data, cached for each combination of data and extractor."""
 
 import hashlib
 from collections.abc import Callable
@@ -15,23 +15,23 @@ from halfstep.metrics.neighbours import K, radii
 from halfstep.runtime.tensors import read_cached, write_cached
 
 FORMAT = 1
-"""Version of the cached files. Increment it when their content changes."""
+"""The version of the cached files. Increment it when the content of these files changes."""
 
 
 @final
 @dataclass(frozen=True)
 class RealFeatures:
-    """The features of the real data, and their statistics."""
+    """The features of the real data, and statistics of these features."""
 
     features: Tensor
-    """Features, float32 `[n, d]`."""
+    """The features, float32 `[n, d]`."""
     moments: Moments
     radii: Tensor | None
-    """Neighbourhood radii, float64 `[n]` (`neighbours.radii`); None if there are too few samples."""
+    """The neighbourhood radii, float64 `[n]` (see `neighbours.radii`), or None if there are too few samples."""
 
 
 def described(features: Tensor) -> RealFeatures:
-    """Return features `[n, d]` and their statistics. Raises as `moments_of`."""
+    """Return features `[n, d]` together with their statistics. Raises the errors of `moments_of`."""
     return RealFeatures(features, moments_of(features), radii(features) if len(features) >= K + 2 else None)
 
 
@@ -41,8 +41,8 @@ def real_features(
     """Return the features of the samples that `fetch` returns, from the cache if possible.
 
     Args:
-        content: identity of the samples: the fingerprint of the data, and the rows.
-        cache: cache folder, or None. If a file in it cannot be read, the features are recomputed.
+        content: identifies the samples by the fingerprint of the data and by the rows.
+        cache: the cache folder, or None for no cache. If a cached file cannot be read, the features are recomputed.
     """
     key = hashlib.sha256(repr((FORMAT, extractor.name, content)).encode()).hexdigest()[:24]
     file = None if cache is None else cache / "reference" / f"{key}.safetensors"
@@ -59,7 +59,7 @@ def real_features(
 
 
 def halves(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a fixed random split of the rows into two halves of equal size."""
+    """Split the rows into two halves of equal size. The split is random, but always the same."""
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
     middle = len(features) // 2
     return features[order[:middle]], features[order[middle : 2 * middle]]

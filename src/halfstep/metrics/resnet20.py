@@ -1,8 +1,8 @@
 """The features of a ResNet-20 trained on CIFAR-10 (He et al. 2015, arXiv:1512.03385, section 4.2).
 
-The network has three groups of three blocks, with 16, 32 and 64 channels. If a block halves the size, its shortcut
-takes every second pixel and adds channels of zeros, half before and half after the old ones (option A, without
-parameters). The features are the 64 averages before the last layer.
+The network has three groups of three blocks, with 16, 32 and 64 channels. If a block halves the image size, its
+shortcut takes every second pixel and adds channels of zeros, half of them before and half of them after the existing
+channels. This is option A, which has no parameters. The features are the 64 averages before the last layer.
 """
 
 from typing import ClassVar, final
@@ -18,7 +18,7 @@ from halfstep.runtime.files import DamagedFile, last_line
 
 @final
 class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut without parameters."""
+    """A block of two 3x3 convolutions, with a shortcut that has no parameters."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Block(nn.Module):
 
 @final
 class ResNet20(nn.Module):
-    """A map from normalised RGB `[n, 3, 32, 32]` to features `[n, 64]`, which `linear` maps to logits."""
+    """A map from normalised RGB images `[n, 3, 32, 32]` to features `[n, 64]`, which `linear` maps to logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,10 +57,11 @@ class ResNet20(nn.Module):
 @final
 @extractors.register("resnet20-cifar10")
 class ResNet20Features(NetworkFeatures):
-    """64 features of a CIFAR-10 classifier; resnet20-cifar10=PATH, its weights as safetensors.
+    """64 features of a CIFAR-10 classifier; in resnet20-cifar10=PATH, PATH is a safetensors file of its weights.
 
     Raises:
-        ValueError: if there is no safetensors file at `path`, or (DamagedFile) if it is damaged or of another network.
+        ValueError: if there is no safetensors file at `path`.
+        DamagedFile: if the file is damaged or contains the weights of another network.
     """
 
     batch_size: ClassVar[int] = 250

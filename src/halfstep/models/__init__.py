@@ -1,1 +1,1 @@
-"""Models in stage folders: saving, loading and sampling, without the trainer."""
+"""Models in stage folders, which can be saved, loaded and sampled without the trainer."""

@@ -22,16 +22,16 @@ from halfstep.runtime.files import DamagedFile, last_line, refuse_file, user_pat
 from halfstep.runtime.tensors import check_finite, read_tensors, write_tensors
 
 PRETRAINED: Final = Path(__file__).parent.parent / "pretrained"
-"""Folder of the packaged students: stage folders by name, with float16 weights."""
+"""The folder of the packaged students, with a stage folder for each name. The weights are stored in float16."""
 
 
 def pretrained() -> dict[str, Path]:
-    """Return the folder of each packaged student, by name."""
+    """Return a mapping from the name of each packaged student to its folder."""
     return {found.parent.name: found.parent for found in sorted(PRETRAINED.glob("*/manifest.json"))}
 
 
 def model_path(path: str | Path) -> Path:
-    """Return `path` if it exists, otherwise the folder of the packaged student with that name, otherwise `path`."""
+    """Return `path`, or the folder of the packaged student with that name if `path` does not exist."""
     path = Path(path)
     return path if path.exists() else pretrained().get(str(path), path)
 
@@ -39,11 +39,12 @@ def model_path(path: str | Path) -> Path:
 def save_stage(
     folder: StageFolder, denoiser: NetworkDenoiser, manifest: Manifest, null: Mapping[str, Tensor] | None = None
 ) -> Manifest:
-    """Write model.safetensors (and null.safetensors), then manifest.json, which marks the stage as complete.
+    """Write model.safetensors, null.safetensors if needed, and then manifest.json, which marks the stage as complete.
 
     Raises:
-        OSError: if the disk is full or gone.
-        DamagedFile: if a weight is not finite, or a file differs from the written data. Then no manifest is written.
+        OSError: if the disk is full or no longer available.
+        DamagedFile: if a weight is not finite, or if a file differs from the data that was written to it. In this case,
+            no manifest is written.
     """
     contents = {folder.model: own_state(denoiser.network)}
     if null:
@@ -57,7 +58,10 @@ def save_stage(
 
 
 def drop_weights(folder: StageFolder) -> None:
-    """Record in a complete stage's manifest that its weights are dropped, then delete them. Can be repeated."""
+    """Record in the manifest of a complete stage that its weights are dropped, and then delete the weights.
+
+    It is safe to repeat this call.
+    """
     manifest = folder.manifest(verify=False)
     if manifest.weights_kept:
         dropped = manifest.model_copy(update={"weights_kept": False, "files": {}})
@@ -66,34 +70,36 @@ def drop_weights(folder: StageFolder) -> None:
 
 
 def find_stage(path: Path) -> StageFolder:
-    """Return the stage in `path`, the last complete stage of a run, or the packaged student with that name.
+    """Return the stage in `path`, the last complete stage of the run in `path`, or the packaged student of that name.
 
     Raises:
-        ValueError: if `path` is none of these.
+        ValueError: if `path` is neither a stage, nor a run with a complete stage, nor a packaged student.
     """
     path = model_path(path)
     if not path.exists():
         named = f", or the name of a packaged student ({', '.join(pretrained())})" if path.parts == (path.name,) else ""
-        raise ValueError(f"{path} does not exist. Give the folder of a run or of one of its stages{named}")
+        raise ValueError(f"{path} does not exist. Pass the folder of a run or of one of its stages{named}")
     if path.is_dir() and (path / "manifest.json").exists():
         return StageFolder(path)
     run = RunFolder(path)
     if path.is_dir() and (stages := run.stages()):
         if missing := [row.name for row in run.plan if not run.stage(row.name).is_complete()]:
             warnings.warn(
-                f"{path} is not complete (stage {missing[0]} is missing). Using its stage {stages[-1].name}",
+                f"{path} is not complete, because stage {missing[0]} is missing. Using its stage {stages[-1].name}",
                 HalfstepWarning,
                 stacklevel=2,
             )
         return stages[-1]
     if (path / "recipe.json").is_file():
-        raise ValueError(f"{path} is a run without a complete stage. Finish one first")
+        raise ValueError(f"{path} is a run without a complete stage. Finish a stage first")
     if (path / "model_index.json").is_file():
         raise ValueError(
-            f"{path} is a diffusers pipeline, not a model of halfstep. Import it (halfstep import diffusers {path}) or "
+            f"{path} is a diffusers pipeline, not a halfstep model. Import it (halfstep import diffusers {path}) or "
             f"distil it (halfstep distill {path}), and use the resulting folder"
         )
-    raise ValueError(f"{path} is not a model. Give the folder of a run or of one of its stages (with a manifest.json)")
+    raise ValueError(
+        f"{path} is not a model. Pass the folder of a run, or the folder of a stage, which contains a manifest.json"
+    )
 
 
 def blank_denoiser(manifest: Manifest, network: nn.Module | None = None) -> NetworkDenoiser:
@@ -123,20 +129,21 @@ def base_of(folder: StageFolder, manifest: Manifest) -> StageFolder:
     held = base.manifest() if base.is_complete() else None
     if held is None or not held.weights_kept or (held.stage, held.run) != (manifest.base, manifest.run):
         raise DamagedFile(
-            f"{folder.path} contains LoRA weights for {manifest.base}, which is missing next to it. Copy the whole run"
+            f"{folder.path} contains LoRA weights for the stage {manifest.base}, which is missing from the same run. "
+            "Copy the whole run"
         )
     return base
 
 
 def save(model: Model, path: str | Path) -> None:
-    """Save a model as a folder for `load` and the command line, with LoRA weights merged into the base weights.
+    """Save a model as a folder that `load` and the command line can use, with LoRA weights merged into the base.
 
     Args:
         path: a new folder, or the folder of a saved model, which is overwritten.
 
     Raises:
-        ValueError: if `model` is not a model, or `path` contains anything else.
-        OSError: if the disk is full or gone.
+        ValueError: if `model` is not a model, or if `path` contains anything other than a saved model.
+        OSError: if the disk is full or no longer available.
     """
     if not isinstance(model, Model):
         raise ValueError(
@@ -151,7 +158,9 @@ def save(model: Model, path: str | Path) -> None:
         raise ValueError(f"{path} is a stage of a run, and other stages depend on it. Choose another path")
     ours = {folder.manifest_path, folder.model, folder.null}
     if folder.path.is_dir() and (foreign := sorted(set(folder.path.iterdir()) - ours)):
-        raise ValueError(f"{path} contains {foreign[0].name}, which is not from a saved model. Choose another path")
+        raise ValueError(
+            f"{path} contains {foreign[0].name}, which does not belong to a saved model. Choose another path"
+        )
     folder.path.mkdir(parents=True, exist_ok=True)
     # Without a manifest, the folder is not a model until all files are written.
     folder.manifest_path.unlink(missing_ok=True)
@@ -168,16 +177,16 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", network: nn.Module | None = None) -> Model:
-    """Load the model in `path`, the folder of a stage or of a run (its last complete stage).
+    """Load the model of the stage in `path`, or of the last complete stage if `path` is the folder of a run.
 
     Args:
         path: the folder, or the name of a packaged student, such as "fashion".
-        network: a custom network like the trained one; it is copied.
+        network: a custom network built like the trained network; it is copied.
 
     Raises:
-        ValueError: if no model or device with this name exists, or `network` does not match the weights.
+        ValueError: if no model or device with this name exists, or if `network` does not match the weights.
         DamagedFile: if a file of the model is missing or altered, does not match its manifest, belongs to another stage
-            or run, or contains a weight that is not finite. A subclass of ValueError.
+            or run, or contains a weight that is not finite. DamagedFile is a subclass of ValueError.
     """
     if not isinstance(path, str | Path):
         raise ValueError(f"load needs a path, got {got(path)}. Pass the folder of a run or of a stage")
@@ -186,10 +195,13 @@ def load(path: str | Path, device: str | torch.device = "cpu", network: nn.Modul
     manifest = folder.manifest()
     if not manifest.weights_kept:
         raise ValueError(
-            f"{folder.path} no longer has weights, because its run does not keep them (chain.keep). Load another stage"
+            f"{folder.path} no longer has weights, because its run was set not to keep them (see chain.keep). Load "
+            "another stage"
         )
     if network is not None and manifest.network.get("type") != OWN:
-        raise ValueError(f"{folder.path} contains a halfstep network, so network has no effect. Remove network")
+        raise ValueError(
+            f"{folder.path} contains a halfstep network, so the argument network has no effect. Remove network"
+        )
     denoiser = blank_denoiser(manifest, network)
     try:
         if isinstance(denoiser.network, LoRA):
@@ -199,7 +211,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", network: nn.Modul
         if manifest.network.get("type") == OWN:
             raise ValueError(
                 f"the network does not match the weights of {folder.path} ({last_line(error)}). Build it like the "
-                "trained network"
+                "network that was trained"
             ) from None
         raise DamagedFile(f"{folder.model} does not match its manifest: {last_line(error)}; {folder.remedy}") from None
     denoiser.eval()

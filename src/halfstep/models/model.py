@@ -30,13 +30,14 @@ def samples_at_once(device: torch.device) -> int:
 
 @final
 class Model(Denoiser):
-    """A trained denoiser with its manifest.
+    """A trained denoiser together with its manifest.
 
-    A call clips x0 of images, and applies guidance if the conditions contain a guidance scale and the network does not
-    take it as an input. For targets and losses, `denoiser` does neither.
+    Calling the model clips x0 if the samples are images. A call also applies guidance if the conditions contain a
+    guidance scale that the network does not take as an input. For targets and losses, use the attribute `denoiser`,
+    which neither clips x0 nor applies guidance.
 
     Args:
-        null: values that mean "no condition", for one sample; a teacher's guidance needs them.
+        null: the values for one sample that mean "no condition", which a teacher needs for guidance.
     """
 
     _takes_number: ClassVar[bool] = True
@@ -58,12 +59,12 @@ class Model(Denoiser):
         return (self._guided if GUIDANCE in (cond or {}) else self._plain)(x_t, t, cond)
 
     def num_evals(self, sampler: Sampler, num_steps: int, guidance_scale: float | None = None) -> int:
-        """Return the network calls per sample, which guidance doubles unless the network takes the scale."""
+        """Return the number of network calls per sample, which guidance doubles unless the network takes the scale."""
         is_doubled = self.null and not self.takes_scale and self._scale(guidance_scale) is not None
         return sampler.num_evals(num_steps) * (2 if is_doubled else 1)
 
     def _scale(self, guidance_scale: float | None) -> float | None:
-        """Return the scale for the network or `Guided`, or None; warn if it is outside the learned range."""
+        """Return the scale for the network or `Guided`, or None, and warn if the scale is outside the learned range."""
         scale = self.manifest.guidance_scale if guidance_scale is None else guidance_scale
         if guidance_scale is not None:
             check_real(guidance_scale=guidance_scale)
@@ -72,7 +73,9 @@ class Model(Denoiser):
         if self.takes_scale:
             return scale
         if scale is not None and not self.null:
-            raise ValueError(f"guidance scale {scale:g} has no effect, because this model has no guidance. Remove it")
+            raise ValueError(
+                f"the guidance scale {scale:g} has no effect, because this model has no guidance. Remove it"
+            )
         # Scale 1 disables guidance, so one call is enough.
         return None if scale == 1 else scale
 
@@ -89,15 +92,15 @@ class Model(Denoiser):
         made: Made | None = None,
         **facts: Any,
     ) -> "Model":
-        """Return a model for a denoiser built in Python, which can then be saved and sampled with seeds.
+        """Return a model that wraps a denoiser built in Python, so that it can be saved and sampled with seeds.
 
         Args:
-            shape: shape of one sample.
-            num_classes: number of classes, if the denoiser takes `class_labels`.
-            conditions: shapes of other conditions for one sample, by name.
-            null: values that mean "no condition", for one sample; guidance needs them.
-            clip: whether samples are images; sampling then clips x0 to [-1, 1].
-            made: role, steps and sampler of the denoiser; a teacher's if None.
+            shape: the shape of one sample.
+            num_classes: the number of classes, if the denoiser takes `class_labels`.
+            conditions: the shapes of other conditions for one sample, by name.
+            null: the values for one sample that mean "no condition", which guidance needs.
+            clip: whether the samples are images, in which case sampling clips x0 to [-1, 1].
+            made: the role, number of steps and sampler of the denoiser; None uses those of a teacher.
             facts: additional fields of the manifest.
         """
         check_instance(
@@ -135,7 +138,7 @@ class Model(Denoiser):
 
     @property
     def takes_scale(self) -> bool:
-        """Whether this is a teacher with the guidance scale as an optional input of its network."""
+        """Whether this is a teacher whose network takes the guidance scale as an optional input."""
         pipeline = self.manifest.pipeline
         return (
             self.role is Role.TEACHER and self.guidance is None and pipeline is not None and pipeline.scale is not None
@@ -143,36 +146,36 @@ class Model(Denoiser):
 
     @property
     def network(self) -> Any:
-        """Network of the denoiser."""
+        """The network of the denoiser."""
         return self.denoiser.network
 
     @property
     def prediction(self) -> Prediction:
-        """Prediction of the network."""
+        """The prediction of the network."""
         return self.denoiser.prediction
 
     @property
     def guidance(self) -> Guidance | None:
-        """Guidance that the network has learned."""
+        """The guidance that the network has learned, or None."""
         return None if self.manifest.guidance is None else guidances.rebuild(self.manifest.guidance)
 
     @property
     def role(self) -> Role:
-        """Role of the model in its chain."""
+        """The role of the model in its chain."""
         return Role(self.manifest.outcome.role)
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; 0 without class conditioning."""
+        """The number of classes, or 0 if the model is not class-conditional."""
         return self.manifest.num_classes
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
+        """The device of the weights."""
         return next(self.denoiser.parameters()).device
 
     def merged(self) -> "Model":
-        """Return the model with LoRA weights merged into the base weights; the model itself without LoRA."""
+        """Return the model with its LoRA weights merged into the base weights, or the model itself if it has none."""
         network = merged(self.network)
         if network is self.network:
             return self
@@ -180,7 +183,7 @@ class Model(Denoiser):
         return Model(NetworkDenoiser(network, self.process, self.prediction).eval(), manifest, self.null)
 
     def noise(self, seeds: int | Sequence[int]) -> Tensor:
-        """Draw x_t at t = 1 `[len(seeds), *shape]`, scaled for the process; each row depends only on its seed."""
+        """Draw x_t at t = 1, `[len(seeds), *shape]`, scaled for the process. Each row depends only on its own seed."""
         return (sample_noise(seeds, self.shape) * self.process.start_scale).to(self.device)
 
     def cond(
@@ -190,15 +193,15 @@ class Model(Denoiser):
         guidance_scale: float | None = None,
         others: Cond | None = None,
     ) -> dict[str, Tensor]:
-        """Return the conditions of samples by name; empty if the model is unconditional.
+        """Return a mapping from names to the samples' conditions, which is empty if the model is unconditional.
 
         Args:
-            class_label: one class for all samples, or one for each; None cycles through the classes of the data.
-            guidance_scale: None uses the model's own.
+            class_label: one class for all samples, or one class per sample; None cycles through the data's classes.
+            guidance_scale: the guidance scale; None uses the model's own scale.
             others: the conditions of `manifest.conditions`, each `[len(seeds), ...]`.
 
         Raises:
-            ValueError: if the class or the scale is invalid, or a condition is missing or has the wrong shape.
+            ValueError: if the class or the scale is invalid, or if a condition is missing or has the wrong shape.
         """
         seeds = as_seeds(seeds)
         cond = {name: value.to(self.device) for name, value in (others or {}).items()}
@@ -207,10 +210,11 @@ class Model(Denoiser):
                 raise ValueError(f"this model needs the condition {name} of shape {[len(seeds), *shape]}. Pass it")
             if tuple(cond[name].shape) != (len(seeds), *shape):
                 raise ValueError(
-                    f"the condition {name} has shape {list(cond[name].shape)}, but {[len(seeds), *shape]} is needed"
+                    f"the condition {name} has shape {list(cond[name].shape)}, but the model needs shape "
+                    f"{[len(seeds), *shape]}"
                 )
         if foreign := sorted(set(cond) - set(self.manifest.conditions)):
-            raise ValueError(f"this model takes no condition {foreign[0]}. Remove it")
+            raise ValueError(f"this model does not take the condition {foreign[0]}. Remove it")
         if not self.num_classes:
             if class_label is not None:
                 raise ValueError("class_label has no effect, because this model is not class-conditional. Remove it")
@@ -228,36 +232,36 @@ class Model(Denoiser):
         try:
             labels = torch.as_tensor(class_label)
         except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"class_label must be one class or one per sample, got {class_label!r}") from None
+            raise ValueError(f"class_label must be one class or one class per sample, got {class_label!r}") from None
         if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape not in ((), (number,)):
             raise ValueError(
-                f"class_label must be one class, or one for each of {number} samples, got {labels.dtype} of shape "
-                f"{list(labels.shape)}. Pass class_label=3, or a list as long as the seeds"
+                f"class_label must be one class, or one class for each of the {number} samples, got {labels.dtype} of "
+                f"shape {list(labels.shape)}. Pass class_label=3, or a list with one class per seed"
             )
         outside = labels[(labels < 0) | (labels >= self.num_classes)]
         if outside.numel():
             raise ValueError(
-                f"class {int(outside.flatten()[0])} does not exist. Choose one of 0 to {self.num_classes - 1}"
+                f"class {int(outside.flatten()[0])} does not exist. Choose a class from 0 to {self.num_classes - 1}"
                 + (f" ({shortened(names)})" if (names := self.manifest.class_names) else "")
             )
         return labels.long().expand(number)
 
     def check_steps(self, num_steps: int | None) -> int:
-        """Return the number of sampler steps, by default the model's own; warn if they differ.
+        """Return the number of sampler steps, which defaults to the model's own, and warn if another number is used.
 
         Raises:
-            ValueError: if the number is invalid, or missing for a model that takes any number.
+            ValueError: if the number is invalid, or if it is missing for a model that works with any number.
         """
         own = self.num_steps
         if num_steps is None:
             if own is None:
-                raise ValueError(f"this {self.role} model takes any number of steps. Give the number (num_steps)")
+                raise ValueError(f"this {self.role} model works with any number of steps. Pass num_steps to choose one")
             return own
         check_num_steps(num_steps)
         if own is not None and num_steps != own:
             advice = "More steps do not improve it. Use an earlier" if num_steps > own else "Use a later"
             warnings.warn(
-                f"the model was distilled for num_steps {own}, not {num_steps}. {advice} stage of the chain",
+                f"the model was distilled for num_steps={own}, not {num_steps}. {advice} stage of the chain",
                 HalfstepWarning,
                 stacklevel=3,
             )
@@ -271,11 +275,11 @@ class Model(Denoiser):
 
     @torch.no_grad()
     def warm_up(self, others: Cond | None = None, precision: str = "float32") -> None:
-        """Call the network once, because the first call is slower and must not be timed.
+        """Call the network once, because the first call is slower and should not be timed.
 
         Args:
             others: the conditions of `manifest.conditions`, each `[1, ...]`.
-            precision: as for `sample`; each precision has a slow first call.
+            precision: the same as for `sample`; the first call is slow in each precision.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", HalfstepWarning)
@@ -293,15 +297,16 @@ class Model(Denoiser):
         cond: Cond | None = None,
         precision: str = "float32",
     ) -> Tensor:
-        """Return samples x0 `[len(seeds), *shape]` on the CPU; each depends only on its own seed.
+        """Return samples x0 `[len(seeds), *shape]` on the CPU, each of which depends only on its own seed.
 
         Args:
             seeds: one seed per sample; a single number draws one sample.
-            num_steps: number of sampler steps; None uses the model's own.
-            sampler: None uses the model's own.
-            class_label: one class for all samples, or one for each; None cycles through the classes.
-            batch_size: samples drawn at once; None starts with a large batch and halves it until it fits.
-            guidance_scale: None uses the model's own; 1 disables guidance.
+            num_steps: the number of sampler steps; None uses the model's own number.
+            sampler: the sampler; None uses the model's own sampler.
+            class_label: one class for all samples, or one class per sample; None cycles through the classes.
+            batch_size: the number of samples drawn at once; None starts with a large batch and halves it until it fits
+                in memory.
+            guidance_scale: the guidance scale; None uses the model's own scale, and 1 disables guidance.
             cond: the conditions of `manifest.conditions`, each `[len(seeds), ...]`.
             precision: "float32", or "bf16" to run the network in bfloat16 with samples in float32.
 
@@ -315,7 +320,7 @@ class Model(Denoiser):
             class_label = self._labels(class_label, len(seeds))
         warn_of_gain(self.process, self.denoiser.prediction, given=True)
         if any(part.training for part in self.modules()):
-            # Setting every submodule takes a millisecond.
+            # Switching every submodule takes a millisecond.
             self.eval()
         if batch_size is not None:
             check_whole("batch_size", batch_size)

@@ -1,11 +1,11 @@
-"""Student and teacher of a stage, from the model of the previous stage."""
+"""Create the student and the teacher of a stage from the model of the previous stage."""
 
 from halfstep.core.denoiser import Denoiser, NetworkDenoiser
 from halfstep.nets import InHalf, LoRA, Network, copy_denoiser, with_lora
 
 
 def start_student(teacher: Denoiser, lora_rank: int | None = None) -> Denoiser:
-    """Return a student with the teacher's weights: a copy, or LoRA on shared weights.
+    """Return a student that starts with the teacher's weights, either as a copy or as LoRA on shared weights.
 
     Raises:
         ValueError: if the teacher's network does not support LoRA.
@@ -14,7 +14,8 @@ def start_student(teacher: Denoiser, lora_rank: int | None = None) -> Denoiser:
         return copy_denoiser(teacher)
     if isinstance(teacher, NetworkDenoiser) and not isinstance(teacher.network, Network):
         raise ValueError(
-            f"LoRA supports only diffusers networks, but this is a {type(teacher.network).__name__}. Remove lora_rank"
+            f"LoRA supports only diffusers networks, but the teacher's network is a {type(teacher.network).__name__}. "
+            "Remove lora_rank"
         )
     if not isinstance(teacher, NetworkDenoiser):
         raise ValueError(f"{type(teacher).__name__} has no network for LoRA. Remove lora_rank")

@@ -1,4 +1,4 @@
-"""Networks as callables (x_t, time, **cond) -> output. Only this package and hub/ depend on diffusers."""
+"""Networks that can be called as (x_t, time, **cond) -> output. Only this package and hub/ depend on diffusers."""
 
 from halfstep.nets.base import OWN, Network, build_network, describe_network, networks, set_dropout
 from halfstep.nets.features import EncoderHalf, encoder_half

@@ -12,10 +12,10 @@ from halfstep.registry import Registry
 
 
 class Network(nn.Module, ABC):
-    """A module (x_t, time, **cond) -> output with its constructor's arguments as attributes of the same names."""
+    """A module (x_t, time, **cond) -> output that keeps the constructor's arguments as attributes of the same names."""
 
     def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments that rebuild this network, as JSON-ready data."""
+        """Return the keyword arguments that rebuild this network, in a form that can be written as JSON."""
         held = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in held.items()}
 
@@ -23,11 +23,11 @@ class Network(nn.Module, ABC):
 networks: Registry[type[Network]] = Registry("network")
 
 OWN: Final = "own"
-"""The type of a user's own module in a manifest; only the user can rebuild it."""
+"""The type that a manifest records for a user's own module, which only the user can rebuild."""
 
 
 def describe_network(network: nn.Module) -> dict[str, Any]:
-    """Return {"type": registered name, **arguments}, or only the name of the class or function of a user's network."""
+    """Return {"type": registered name, **arguments}, or only the class or function name of a user's own network."""
     if not isinstance(network, Network) or type(network) not in networks.values():
         named: Any = network.function if isinstance(network, CallableNetwork) else type(network)
         named = named if hasattr(named, "__qualname__") else type(named)
@@ -36,15 +36,15 @@ def describe_network(network: nn.Module) -> dict[str, Any]:
 
 
 def build_network(description: Mapping[str, Any]) -> Network:
-    """Return a network with fresh weights from the result of `describe_network`.
+    """Build a network with fresh weights from the result of `describe_network`.
 
     Raises:
-        ValueError: if the type is unknown, the arguments do not match it, or the network is a user's own.
+        ValueError: if the type is unknown, the arguments do not match the type, or the network is a user's own.
     """
     arguments = dict(description)
     if arguments.get("type") == OWN:
         raise ValueError(
-            f"the network is of your own class {arguments.get('class')}. Pass one: "
+            f"the network is an instance of your own class {arguments.get('class')}. Pass such a network: "
             "halfstep.load(path, network=MyNetwork())"
         )
     kind = networks[str(arguments.pop("type", "")) or "(none)"]
@@ -55,7 +55,7 @@ def build_network(description: Mapping[str, Any]) -> Network:
 
 
 def set_dropout(network: nn.Module, probability: float) -> None:
-    """Set the probability of all dropout layers, which is a setting of the stage and not of the weights."""
+    """Set the probability of all dropout layers, which depends on the stage and is not stored with the weights."""
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = probability

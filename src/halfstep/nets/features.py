@@ -1,8 +1,8 @@
-"""The encoder half of a network, which computes the features of a critic.
+"""The encoder half of a network, which computes the features for a critic.
 
-A U-Net's encoder half ends with its middle block; a transformer's or a perceptron's is the first half of its blocks.
-The decoder is dropped, so it costs neither memory nor time. For your own network, register a function with
-`encoder_half.register(MyNetwork)`.
+The encoder half of a U-Net ends with the middle block. The encoder half of a transformer or perceptron is the first
+half of the blocks. The decoder is dropped, so it costs neither memory nor time. For your own network, register a
+function with `encoder_half.register(MyNetwork)`.
 """
 
 import contextlib
@@ -26,20 +26,20 @@ class EncoderHalf(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
-        """Return the network's deepest features for noisy samples `[batch, *dims]` at times in [0, 1] `[batch]`."""
+        """Return the network's deepest features for noisy samples `[batch, *dims]` at times `[batch]` in [0, 1]."""
 
 
 @functools.singledispatch
 def encoder_half(network: Any) -> EncoderHalf:
-    """Return the encoder half of a network. Modifies the network, so pass a copy.
+    """Return the encoder half of a network. This modifies the network, so pass a copy.
 
     Raises:
         ValueError: if no function is registered for networks of this class.
     """
     kind = type(network).__name__
     raise ValueError(
-        f"a critic needs the teacher's encoder half, but that of a {kind} is unknown. Register a function that returns "
-        f"it: halfstep.nets.encoder_half.register({kind})"
+        f"a critic needs the teacher's encoder half, but the encoder half of a {kind} is unknown. Register a function "
+        f"that returns it: halfstep.nets.encoder_half.register({kind})"
     )
 
 
@@ -64,7 +64,7 @@ class _Reached(Exception):
 
 @final
 class _TransformerHalf(EncoderHalf):
-    """The first half of a transformer's blocks; the features are all tokens that they return."""
+    """The first half of a transformer's blocks. The features are all tokens that these blocks return."""
 
     def __init__(self, network: Replay) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class _TransformerHalf(EncoderHalf):
             named = dict(network.named_parameters(remove_duplicate=False))
             grads = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
         self.channels = features.shape[1]
-        # Parameters without a gradient are unused, and removed.
+        # Parameters without a gradient are unused, so they are removed.
         for path, grad in zip(named, grads, strict=True):
             if grad is None:
                 module, _, leaf = path.rpartition(".")
@@ -104,12 +104,12 @@ class _TransformerHalf(EncoderHalf):
 
 
 def _blocks_of(network: Replay) -> tuple[str, nn.ModuleList]:
-    """Return the name and the blocks of a transformer's longest list of blocks."""
+    """Return the name of a transformer's longest list of blocks, and the list itself."""
     lists = [(name, part) for name, part in network.model.named_children() if isinstance(part, nn.ModuleList) and part]
     if not lists:
         raise ValueError(
             f"a critic needs the teacher's encoder half, but {network.stock} has neither up blocks nor a list of "
-            "blocks. Use another teacher or no critic"
+            "blocks. Use another teacher, or train without a critic"
         )
     return max(lists, key=lambda found: len(found[1]))
 
@@ -130,7 +130,7 @@ class _MLPHalf(EncoderHalf):
 
 
 def _first_half(blocks: nn.ModuleList) -> nn.ModuleList:
-    """Return the first half of the blocks, at least one."""
+    """Return the first half of the blocks, rounded up."""
     return blocks[: -(-len(blocks) // 2)]
 
 

@@ -1,9 +1,9 @@
-"""LoRA: low-rank additions to a network's frozen weights, which need less memory than a full student.
+"""LoRA: low-rank additions to a network's frozen weights. Training them needs less memory than a full student.
 
 A layer's weight W becomes W + B A, where A has `rank` rows, B has `rank` columns and B starts at 0. All models of a
 chain share W and differ only in A and B.
 
-Source: Hu et al. 2022, LoRA (arXiv:2106.09685). The layers are those of peft.
+Source: Hu et al. 2022, LoRA (arXiv:2106.09685). The package peft implements the layers.
 """
 
 import copy
@@ -29,21 +29,22 @@ from halfstep.nets.replay import Replay
 from halfstep.nets.stock import StockNetwork
 
 TARGETS: Final = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
-"""Suffixes of the names of the layers with additions, in transformers and attention blocks."""
+"""The name suffixes of the layers in transformers and attention blocks that receive low-rank additions."""
 
 
 @final
 @networks.register("lora")
 class LoRA(Network):
-    """A diffusers network with low-rank additions; only these are trained and saved.
+    """A diffusers network with low-rank additions. Only the additions are trained and saved.
 
     Args:
-        base: the frozen network, or its description; it is modified in place.
-        rank: rank of each addition.
-        targets: suffixes of the layers' names.
+        base: the frozen network, which is modified in place, or its description.
+        rank: the rank of each addition.
+        targets: the name suffixes of the layers that receive additions.
 
     Raises:
-        ValueError: if peft is not installed, the network is not from diffusers, or no layer name has these suffixes.
+        ValueError: if peft is not installed, the network is not from diffusers, or no layer name has one of the
+            suffixes.
     """
 
     def __init__(self, base: Network | Mapping[str, Any], rank: int = 16, targets: Sequence[str] = TARGETS) -> None:
@@ -56,7 +57,7 @@ class LoRA(Network):
         if not isinstance(base, StockNetwork):
             raise ValueError(
                 f"low-rank additions need a diffusers network, got the class {type(base).__name__}. Train it without "
-                "them (remove --chain.lora-rank)"
+                "the additions (remove --chain.lora-rank)"
             )
         if rank < 1:
             raise ValueError(f"the rank must be at least 1, got {rank}")
@@ -68,9 +69,9 @@ class LoRA(Network):
             inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), base.model)
         except ValueError:
             names = ", ".join(targets)
-            raise ValueError(f"no layer name of {base.stock} ends in {names}. Choose other targets") from None
+            raise ValueError(f"no layer of {base.stock} has a name ending in {names}. Choose other targets") from None
         for _, parameter in self.own():
-            # peft creates them in their layer's dtype.
+            # peft creates the additions in the dtype of their layer.
             parameter.data = parameter.data.float()
 
     def arguments(self) -> dict[str, Any]:
@@ -84,7 +85,7 @@ class LoRA(Network):
         return [(name, p) for name, p in self.named_parameters() if ".lora_" in name]
 
     def load_base(self, state: Mapping[str, Tensor]) -> None:
-        """Load the base's weights from its own state.
+        """Load the weights of the base network from the state of that network.
 
         Raises:
             RuntimeError: if names or shapes do not match.
@@ -94,21 +95,21 @@ class LoRA(Network):
 
 
 def _plain(name: str) -> str:
-    """Return the name of a LoRA's tensor in the base's own state; peft moves layers into `base_layer`."""
+    """Return the name that a LoRA's tensor had in the base network before peft moved it into `base_layer`."""
     return name.replace(".base_layer.", ".").removeprefix("base.")
 
 
 def with_lora(network: Network, rank: int, targets: Sequence[str] = TARGETS) -> LoRA:
-    """Return the network with low-rank additions, which start at 0; it shares the network's weights."""
+    """Return a copy of the network with low-rank additions that start at 0. The copy shares the network's weights."""
     twin = copy.deepcopy(network, {id(p): p for p in network.parameters()} | shared_layers(network))
     with torch.random.fork_rng(devices=[]):
-        # A's random values depend only on its shape.
+        # The random values of A depend only on the shape of A.
         torch.manual_seed(0)
         return LoRA(twin, rank, targets)
 
 
 def share_base(network: nn.Module, lora: LoRA) -> None:
-    """Make `network` share all weights that equal those of a LoRA's base, which saves memory."""
+    """Save memory by making `network` share all weights that are equal to those of a LoRA's base network."""
     own = {name for name, _ in lora.own()}
     base = {_plain(name): value for name, value in lora.named_parameters() if name not in own}
     layers = {_plain(f"{path}."): module for path, module in lora.named_modules() if quantised(module)}
@@ -124,12 +125,12 @@ def share_base(network: nn.Module, lora: LoRA) -> None:
 
 
 def base_of(network: nn.Module) -> nn.Module:
-    """Return the base of a `LoRA`; any other network unchanged."""
+    """Return the base network of a `LoRA`, or any other network unchanged."""
     return network.base if isinstance(network, LoRA) else network
 
 
 def trainable(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return the trainable parameters by name: the additions of a `LoRA`, all parameters of other networks."""
+    """Return the trainable parameters by name: the additions of a `LoRA`, or all parameters of any other network."""
     return network.own() if isinstance(network, LoRA) else list(network.named_parameters())
 
 
@@ -141,7 +142,7 @@ def own_state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def load_own_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load a result of `own_state`.
+    """Load the tensors that `own_state` returned.
 
     Raises:
         RuntimeError: if names or shapes do not match.
@@ -157,7 +158,7 @@ def load_own_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def bare(network: LoRA) -> LoRA:
-    """Return a copy with the additions set to 0; it shares the frozen weights."""
+    """Return a copy that shares the frozen weights and has its additions set to 0."""
     twin = copy_network(network)
     assert isinstance(twin, LoRA)
     with torch.no_grad():
@@ -168,7 +169,7 @@ def bare(network: LoRA) -> LoRA:
 
 
 def merged(network: nn.Module) -> nn.Module:
-    """Return the base of a `LoRA` in float32 with the additions merged in; any other network unchanged."""
+    """Return the base network of a `LoRA` in float32 with the additions merged in, or any other network unchanged."""
     is_lowered = precision_of(network) != "float32"
     if not isinstance(network, LoRA) and not is_lowered:
         return network
@@ -184,13 +185,13 @@ def merged(network: nn.Module) -> nn.Module:
 
 
 def precision_of(network: nn.Module) -> BasePrecision:
-    """Return the precision of the frozen weights; float32 if no weights are frozen."""
+    """Return the precision of the frozen weights, or float32 if no weights are frozen."""
     stock = base_of(network)
     return stock.precision if isinstance(stock, Replay) else "float32"
 
 
 def weight_bytes_of(network: nn.Module) -> int:
-    """Return the size of a network's weights in bytes, from their shapes."""
+    """Return the size of a network's weights in bytes, computed from the shapes of the weights."""
     stock = base_of(network)
     return weight_bytes(stock.model if isinstance(stock, StockNetwork) else stock, precision_of(network))
 
@@ -199,7 +200,7 @@ def checkpoint_gradients(network: nn.Module) -> None:
     """Make a diffusers network recompute its activations in the backward pass.
 
     Raises:
-        ValueError: if the network does not support it.
+        ValueError: if the network does not support this.
     """
     stock = base_of(network)
     if not isinstance(stock, StockNetwork) or not getattr(stock.model, "_supports_gradient_checkpointing", False):
@@ -215,7 +216,7 @@ def checkpoints_gradients(network: nn.Module) -> bool:
 
 
 def copy_network(network: nn.Module) -> nn.Module:
-    """Return a copy with its own trainable weights; it shares the frozen weights of a `LoRA`."""
+    """Return a copy of a network that has its own trainable weights but shares the frozen weights of a `LoRA`."""
     own = {id(parameter) for _, parameter in trainable(network)}
     shared = shared_layers(network)
     shared |= {id(parameter): parameter for parameter in network.parameters() if id(parameter) not in own}
@@ -226,7 +227,7 @@ def copy_network(network: nn.Module) -> nn.Module:
 
 
 def copy_denoiser(denoiser: Denoiser) -> Denoiser:
-    """Return a copy of a denoiser with its own trainable weights, to start a student or helper."""
+    """Return a copy of a denoiser with trainable weights of its own, from which a student or helper can start."""
     check_denoiser("the model to copy", denoiser, Denoiser)
     if isinstance(denoiser, NetworkDenoiser):
         return NetworkDenoiser(copy_network(denoiser.network), denoiser.process, denoiser.prediction)

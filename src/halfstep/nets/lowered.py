@@ -1,9 +1,9 @@
 """Networks in lower precision: teachers in bfloat16, and quantised frozen weights for low-rank additions.
 
-Quantisation replaces linear layers by those of bitsandbytes or torchao, as with diffusers' `BitsAndBytesConfig` and
-`TorchAoConfig`. All other weights are stored in bfloat16, except those that their class keeps in float32. The network
-computes in bfloat16. Weights are always quantised on the CPU, so that a network computes the same function on every
-device.
+Quantisation replaces linear layers with those of bitsandbytes or torchao, as diffusers does with `BitsAndBytesConfig`
+and `TorchAoConfig`. All other weights are stored in bfloat16, except those that the network's class keeps in float32.
+The network computes in bfloat16. Weights are always quantised on the CPU, so that a network computes the same function
+on every device.
 """
 
 import copy
@@ -17,22 +17,22 @@ from halfstep.core.denoiser import GUIDANCE
 from halfstep.nets.base import Network
 
 BasePrecision = Literal["float32", "bf16", "int8", "nf4", "int8wo"]
-"""float32; bfloat16; 8 or 4 bits of bitsandbytes; 8-bit weights of torchao."""
+"""The precision of frozen weights: float32, bfloat16, 8 or 4 bits with bitsandbytes, or 8-bit weights with torchao."""
 PACKAGES: Final = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "int8wo": "torchao"}
-"""The package of each quantised precision."""
+"""The package that implements each quantised precision."""
 CONFIGS: Final = {
     "int8": "BitsAndBytesConfig(load_in_8bit=True)",
     "nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)',
     "int8wo": "TorchAoConfig(Int8WeightOnlyConfig())",
 }
-"""The diffusers configs of these precisions."""
+"""The diffusers config that corresponds to each quantised precision."""
 BLOCK: Final = 64
-"""Number of 4-bit weights that share a scale."""
+"""The number of 4-bit weights that share a scale."""
 
 
 @final
 class InHalf(nn.Module):
-    """A bfloat16 copy of a frozen teacher, with half the weight memory, called through `called_in_half`."""
+    """A bfloat16 copy of a frozen teacher, which needs half the weight memory and is called with `called_in_half`."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class InHalf(nn.Module):
 
 
 def called_in_half(network: Callable[..., Tensor], x_t: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-    """Call a network in bfloat16, with times and guidance scales in float32; the output has x_t's dtype."""
+    """Call a network in bfloat16, with times and guidance scales in float32, and return its output in x_t's dtype."""
     shown = {
         name: value.to(torch.bfloat16) if value.is_floating_point() and name != GUIDANCE else value
         for name, value in cond.items()
@@ -67,18 +67,18 @@ def same_layer(one: nn.Module, other: nn.Module) -> bool:
 
 
 def shared_layers(network: nn.Module) -> dict[int, Any]:
-    """Return the quantised layers by id, for a deep copy's memo: they are frozen, so copies share them."""
+    """Return the quantised layers by id, as a memo for deep copies. Copies share these layers, which are frozen."""
     return {id(module): module for module in network.modules() if quantised(module)}
 
 
 def lower(model: Any, precision: str) -> None:
-    """Convert a stock module's weights to a precision, in place, except for low-rank additions.
+    """Convert the weights of a stock module, except low-rank additions, to a precision in place.
 
-    Tensors are replaced, not modified, so modules that share them keep the old values. On the meta device, linear
-    layers become bfloat16 too.
+    Tensors are replaced rather than modified, so other modules that share a tensor keep the old values. On the meta
+    device, linear layers become bfloat16 as well.
 
     Raises:
-        ValueError: if the precision's package is missing.
+        ValueError: if the package for this precision is missing.
     """
     if precision == "float32":
         return
@@ -117,7 +117,7 @@ def _quantised(layer: nn.Linear, precision: str) -> nn.Linear:
             if precision == "nf4":
                 kind = {"quant_type": "nf4", "compress_statistics": False}
                 made = bnb.Linear4bit(*size, bias=False, compute_dtype=torch.bfloat16, device="meta", **kind)
-                # Otherwise, bitsandbytes repacks wide layers' codes in place in calls without gradients.
+                # Otherwise, bitsandbytes repacks the codes of wide layers in place when called without gradients.
                 made.support_avx512bf16_for_cpu = False
                 made.weight = bnb.Params4bit(weight, requires_grad=False, module=made, **kind).to("cpu")
             else:
@@ -132,7 +132,7 @@ def _quantised(layer: nn.Linear, precision: str) -> nn.Linear:
 
 
 def _parts(layer: Any) -> tuple[Tensor, Tensor]:
-    """Return a quantised layer's codes and scales, which are all that it stores."""
+    """Return the codes and scales of a quantised layer, which stores nothing else."""
     weight = layer.weight
     if hasattr(layer, "state"):
         return weight.data, layer.state.SCB
@@ -157,7 +157,7 @@ def packed_state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def load_packed(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load a result of `packed_state`, except low-rank additions.
+    """Load the tensors that `packed_state` returned, except low-rank additions.
 
     Raises:
         RuntimeError: if names or shapes do not match.
@@ -165,12 +165,12 @@ def load_packed(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = {name: value for name, value in packed_state(network).items() if ".lora_" not in name}
     for name in sorted(own.keys() | state.keys()):
         if name not in own or name not in state or own[name].shape != state[name].shape:
-            raise RuntimeError(f"{name} is missing, unexpected or of another shape")
+            raise RuntimeError(f"{name} is missing, is unexpected or has another shape")
         own[name].copy_(state[name])
 
 
 def settle(model: nn.Module) -> None:
-    """Update the 8-bit layers after a move to another device: they do not track their weights."""
+    """Update the 8-bit layers after a move to another device, because these layers do not track their weights."""
     layers: list[Any] = [module for module in model.modules() if quantised(module) and hasattr(module, "state")]
     for layer in layers:
         layer.weight.CB = layer.weight.SCB = None
@@ -178,7 +178,7 @@ def settle(model: nn.Module) -> None:
 
 
 def restore(model: Any) -> None:
-    """Dequantise a stock module's weights to float32, in place."""
+    """Dequantise the weights of a stock module to float32 in place."""
     for name, module in list(model.named_modules()):
         if quantised(module):
             made = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
@@ -200,7 +200,7 @@ def _restored(layer: Any) -> Tensor:
 
 
 def weight_bytes(model: Any, precision: str) -> int:
-    """Return the size in bytes of a stock module's weights in a precision, from their shapes."""
+    """Return how many bytes a stock module's weights need in a precision, computed from the shapes of the weights."""
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     total = 0
     for name, value in model.named_parameters():

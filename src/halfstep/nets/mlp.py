@@ -14,17 +14,17 @@ from halfstep.nets.base import Network, networks
 @final
 @networks.register("mlp")
 class MLP(Network):
-    """Residual blocks on the flattened sample, shifted by an embedding of the time and the conditions.
+    """Residual blocks that act on the flattened sample, shifted by an embedding of the time and the conditions.
 
     Args:
-        shape: shape of one sample, `[*dims]`.
-        width: width of the hidden layers.
-        depth: number of residual blocks.
-        channels: number of outputs for each entry of a sample (`Prediction.channels`).
-        num_classes: number of classes; 0 for an unconditional network.
-        dropout: dropout probability inside the blocks.
-        guided: whether the network takes a guidance scale, like a student distilled with guidance.
-        cond_width: width of the condition `observation`; 0 for none.
+        shape: the shape of one sample, `[*dims]`.
+        width: the width of the hidden layers.
+        depth: the number of residual blocks.
+        channels: the number of outputs for each entry of a sample (see `Prediction.channels`).
+        num_classes: the number of classes, or 0 for an unconditional network.
+        dropout: the dropout probability inside the blocks.
+        guided: whether the network takes a guidance scale, as does a student distilled with guidance.
+        cond_width: the width of the condition `observation`, or 0 for no such condition.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class MLP(Network):
             observation: `[batch, cond_width]`.
 
         Raises:
-            ValueError: if a condition is missing, or passed to a network that does not take it.
+            ValueError: if a condition is missing or the network does not take one of the conditions passed to it.
         """
         hidden = self.hidden(
             x_t, time, class_labels=class_labels, guidance_scale=guidance_scale, observation=observation
@@ -82,7 +82,7 @@ class MLP(Network):
         return self.leave(hidden).reshape(x_t.shape[0], x_t.shape[1] * self.channels, *x_t.shape[2:])
 
     def hidden(self, x_t: Tensor, time: Tensor, **cond: Tensor | None) -> Tensor:
-        """Return the output of the last block, `[batch, width]`; arguments and errors as for `forward`."""
+        """Return the output of the last block, `[batch, width]`, with the same arguments and errors as `forward`."""
         parts = {"class_labels": self.label, "guidance_scale": self.scale, "observation": self.observed}
         for name, part in parts.items():
             if (cond.get(name) is None) != (part is None):
@@ -91,7 +91,7 @@ class MLP(Network):
         if self.label is not None:
             signal = signal + self.label(cond["class_labels"])
         if self.scale is not None and (scale := cond["guidance_scale"]) is not None:
-            # Divided by 10, scales from 1 to 10 cover the same frequencies as times from 0 to 1.
+            # After division by 10, scales from 1 to 10 cover the same frequencies as times from 0 to 1.
             signal = signal + self.scale(self._sinusoids(scale.to(time) / 10))
         if self.observed is not None:
             signal = signal + self.observed(cond["observation"])
@@ -103,5 +103,5 @@ class MLP(Network):
 
     def _sinusoids(self, numbers: Tensor) -> Tensor:
         angles = numbers[:, None] * self.frequencies.to(numbers)
-        # Angles need the times' full precision, even if the layers compute in half precision.
+        # The angles need the full precision of the times, even if the layers compute in half precision.
         return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1).to(self.time.weight.dtype)

@@ -1,4 +1,4 @@
-"""A diffusers network that replays the recorded call of its pipeline with the values of the batch.
+"""A diffusers network that replays the recorded call of its pipeline with the values of each batch.
 
 The call is a tree of JSON-ready nodes. A node is an argument of the stock module's `forward`, or a part of one:
 
@@ -11,7 +11,7 @@ The call is a tree of JSON-ready nodes. A node is an argument of the stock modul
     {"is": "embedding", "width": ..., ...}      the guidance scale as sinusoids, as in latent consistency models
     {"is": "dict" | "list" | "tuple", "items": ...}, {"is": "value", "value": ...}
 
-`hub/recording.py` records it.
+`hub/recording.py` records the call.
 """
 
 import functools
@@ -29,13 +29,13 @@ from halfstep.nets.lowered import BasePrecision, called_in_half, lower, restore,
 from halfstep.nets.stock import StockNetwork
 
 Node = Mapping[str, Any]
-"""An argument of a recorded call (see the module)."""
+"""An argument of a recorded call, as described in the docstring of this module."""
 LENGTH: Final = ".length"
-"""Suffix for the condition with the unpadded lengths of another condition."""
+"""The name suffix of the condition that contains the unpadded lengths of another condition."""
 
 
 def nodes_of(call: Node, *kinds: str) -> Iterator[Node]:
-    """Yield all nodes of these kinds in a recorded call."""
+    """Yield all nodes of the given kinds in a recorded call."""
     if call["is"] in kinds:
         yield call
     items = call.get("items", ())
@@ -49,7 +49,7 @@ def takes_scale(call: Node) -> bool:
 
 
 def conditions_of(call: Node) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each condition in a recorded call, for one sample."""
+    """Return the shape that each condition in a recorded call has for one sample."""
     found: dict[str, tuple[int, ...]] = {}
     for node in nodes_of(call, "condition"):
         found[node["name"]] = tuple(node["shape"])
@@ -59,7 +59,10 @@ def conditions_of(call: Node) -> dict[str, tuple[int, ...]]:
 
 
 def read_output(output: Tensor, x_t: Tensor, reading: Mapping[str, Any]) -> Tensor:
-    """Return the prediction in a stock module's output, shaped as `x_t`; `reading` is `Replay.output`."""
+    """Return the prediction, shaped like `x_t`, from a stock module's output.
+
+    `reading` is `Replay.output`, which describes where the output contains the prediction.
+    """
     channels = x_t.shape[1] if x_t.ndim > 1 else 1
     if reading["part"] != "all":
         output = output[:, :channels] if reading["part"] == "first" else output[:, -channels:]
@@ -87,18 +90,18 @@ class Constants(nn.Module):
 @final
 @networks.register("replay")
 class Replay(StockNetwork):
-    """Any diffusers network, called with the arguments recorded from its pipeline.
+    """Any diffusers network, called with the arguments that were recorded from its pipeline.
 
-    If the recorded call has an input for the guidance scale, it accepts `guidance_scale` `[batch]`; the default is the
-    recorded scale.
+    If the recorded call has an input for the guidance scale, the network accepts `guidance_scale` `[batch]`, which
+    defaults to the recorded scale.
 
     Args:
         call: the recorded call.
         clock: {"of": "u", "sigma" or "angle", "scale": a, "offset": b}: the module's time is a g + b, where g is t,
-            sigma(t), or the angle of (alpha, sigma) in quarter turns, on "process" (its description).
+            sigma(t), or the angle of (alpha, sigma) in quarter turns. The entry "process" describes the noise process.
         output: {"sign": 1 or -1, "part": the output channels to use, "all", "first" or "last", "restores_norm":
             whether guidance restores the output's norm}.
-        precision: storage precision of the weights (see nets/lowered.py); all except float32 freeze them.
+        precision: the storage precision of the weights (see nets/lowered.py). Weights are frozen unless it is float32.
     """
 
     def __init__(
@@ -122,7 +125,7 @@ class Replay(StockNetwork):
         self.lower(precision)
 
     def lower(self, precision: BasePrecision) -> None:
-        """Convert the weights to a precision, and freeze them."""
+        """Convert the weights to a precision and freeze them."""
         lower(self.model, precision)
         self.precision = precision
 
@@ -147,7 +150,10 @@ class Replay(StockNetwork):
         return {"num_train_timesteps": num_train_timesteps, "clock": clock}
 
     def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
-        """Return the prediction, shaped as `x_t` `[batch, *dims]`, at times in [0, 1] `[batch]`; raises as `raw`."""
+        """Return the prediction, shaped like `x_t` `[batch, *dims]`, at times `[batch]` in [0, 1].
+
+        This method raises the same errors as `raw`.
+        """
         if self.precision == "float32":
             output = self.raw(x_t, time, **cond)
         else:
@@ -155,10 +161,10 @@ class Replay(StockNetwork):
         return read_output(output, x_t, self.output)
 
     def raw(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
-        """Return the stock module's own output.
+        """Return the unmodified output of the stock module.
 
         Raises:
-            ValueError: if a condition of the call is missing, or an unexpected one is passed.
+            ValueError: if a condition of the call is missing or an unexpected condition is passed.
         """
         needed = {*conditions_of(self.call)}
         if GUIDANCE in cond and takes_scale(self.call):
@@ -166,13 +172,13 @@ class Replay(StockNetwork):
         if odd := sorted(needed ^ set(cond)):
             raise ValueError(
                 f"a {self.stock} needs the conditions {', '.join(sorted(needed)) or 'none'}, got "
-                f"{', '.join(sorted(cond)) or 'none'} ({odd[0]})"
+                f"{', '.join(sorted(cond)) or 'none'}. Check {odd[0]}"
             )
         found = self.model(**self._filled(self.call, x_t, self.timestep(time), cond), return_dict=False)[0]
         return torch.stack(list(found)) if isinstance(found, list | tuple) else found
 
     def _filled(self, node: Node, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Any:
-        """Return the value of a node for this batch."""
+        """Return the value of a node for the current batch."""
         fill = functools.partial(self._filled, x_t=x_t, timestep=timestep, cond=cond)
         match node["is"]:
             case "sample":

@@ -1,8 +1,8 @@
-"""diffusers' networks as halfstep networks: the base class, and the U-Net for images.
+"""The networks of diffusers as halfstep networks: the base class, and the U-Net for images.
 
-The stock module is stored as `model`, so an export only copies weights. On a table of T noise levels, time t becomes
-the timestep T t - 1 of its scheduler. New networks use a power of two for T, so that the times i / N of every
-power-of-two grid with N <= T are whole timesteps.
+The stock module is stored as `model`, so exporting a network only copies weights. With a table of T noise levels, the
+time t becomes the scheduler's timestep T t - 1. New networks use a power of two for T, so that the times i / N of every
+power-of-two grid with N <= T correspond to whole timesteps.
 """
 
 from abc import abstractmethod
@@ -16,12 +16,12 @@ from halfstep.nets.base import Network, networks
 
 
 class StockNetwork(Network):
-    """A diffusers module, callable as (x_t, time, **cond).
+    """A diffusers module that can be called as (x_t, time, **cond).
 
     Args:
-        stock: name of the class in diffusers.
-        config: arguments of the stock class, JSON-ready.
-        num_train_timesteps: T of its scheduler.
+        stock: the name of the class in diffusers.
+        config: the arguments of that class, in a form that can be written as JSON.
+        num_train_timesteps: the number T of timesteps of the scheduler.
 
     Raises:
         ValueError: if T is not at least 1.
@@ -31,7 +31,7 @@ class StockNetwork(Network):
         super().__init__()
         if num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
-        # Imported here, because importing diffusers takes seconds and other networks do not need it.
+        # diffusers is imported here, because the import takes seconds and other networks do not need diffusers.
         import diffusers
 
         self.stock = stock
@@ -45,13 +45,14 @@ class StockNetwork(Network):
         self.model = model
         for part in model.modules():
             if hasattr(part, "dropout_prob"):
-                # DiT drops labels during training; on those, a student would unlearn its distilled guidance.
+                # DiT drops labels during training, and without labels, a student would unlearn its distilled guidance.
                 part.dropout_prob = 0.0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Store convolution weights channels-last on a GPU; every move to a device calls this.
+        """Store convolution weights in the channels-last format on a GPU. Every move to a device calls this method.
 
-        On the CPU, channels-last is up to 50 % slower in bfloat16, and a few percent in float32 (benchmarks/step.py).
+        On the CPU, channels-last is up to 50% slower in bfloat16 and a few percent slower in float32
+        (benchmarks/step.py).
         """
         super()._apply(fn, recurse)
         if next(self.parameters()).device.type == "cuda":
@@ -60,22 +61,22 @@ class StockNetwork(Network):
 
     @abstractmethod
     def timestep(self, time: Tensor) -> Tensor:
-        """Return the stock module's timesteps at times in [0, 1], both `[batch]`."""
+        """Return the stock module's timesteps `[batch]` at times `[batch]` in [0, 1]."""
 
     @abstractmethod
     def on_table(self, num_train_timesteps: int) -> dict[str, Any]:
-        """Return the arguments that change if this network is put on the clock T t - 1."""
+        """Return the constructor arguments that change if this network switches to the clock T t - 1."""
 
 
 @final
 @networks.register("unet2d")
 class UNet2D(StockNetwork):
-    """`UNet2DModel`, for images; it takes class labels if the config has `num_class_embeds`.
+    """The `UNet2DModel` of diffusers for images, which takes class labels if the config has `num_class_embeds`.
 
-    Its timestep is T u - 1, where u goes from one end of `clock_range` to the other.
+    The timestep of the network is T u - 1, where u goes from one end of `clock_range` to the other.
 
     Args:
-        clock_range: u at t = 0 and t = 1. Imported networks may have been trained on another clock.
+        clock_range: the values of u at t = 0 and t = 1. Imported networks may have been trained on another clock.
 
     Raises:
         ValueError: if T is not at least 1 or `clock_range` does not increase.
@@ -101,11 +102,11 @@ class UNet2D(StockNetwork):
         return {"num_train_timesteps": num_train_timesteps, "clock_range": (0.0, 1.0)}
 
     def forward(self, x_t: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Return the output `[batch, out_channels, h, w]` for images `x_t` at times in [0, 1] `[batch]`."""
+        """Return the output `[batch, out_channels, h, w]` for images `x_t` at times `[batch]` in [0, 1]."""
         return self.raw(x_t, time, class_labels=class_labels)
 
     def raw(self, x_t: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Return the stock module's own output."""
+        """Return the unmodified output of the stock module."""
         return self.model(x_t, self.timestep(time), class_labels=class_labels, return_dict=False)[0]
 
 
@@ -128,9 +129,9 @@ def unet2d_config(
     freq_shift: int = 0,
     num_classes: int = 0,
 ) -> dict[str, Any]:
-    """Return the config of a `diffusers.UNet2DModel` from settings per level, as in `recipes.UNetConfig`.
+    """Return the config of a `diffusers.UNet2DModel`, built from per-level settings like those of `recipes.UNetConfig`.
 
-    If `resample` is "resnet", levels without attention resample in a residual block.
+    If `resample` is "resnet", levels without attention change the resolution in a residual block.
     """
     plain_down, plain_up = "DownBlock2D", "UpBlock2D"
     if resample == "resnet":

@@ -1,7 +1,7 @@
-"""Networks built from a teacher's: the same weights with another clock or an additional input.
+"""Networks built from a teacher's network: the same weights with another clock or an additional input.
 
-A guidance input starts without effect; a new clock starts as close to the old network as its weights allow. The
-matching stage learns the rest.
+A new guidance input has no effect at first. A network with a new clock starts as close to the old network as its
+weights allow. The matching stage learns the rest.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from halfstep.nets.replay import Replay, takes_scale
 from halfstep.nets.stock import StockNetwork
 
 GUIDANCE_WIDTH: Final = 256
-"""Width of the guidance embedding, as in latent consistency models (arXiv:2310.04378)."""
+"""The width of the guidance embedding, as in latent consistency models (arXiv:2310.04378)."""
 SMALLEST_DIRECTION: Final = 1e-2
-"""Smallest singular value that is fitted, relative to the largest. The slow sinusoids are nearly equal, so an exact fit
-needs weights of 1e6 that cancel to 0.1 in float32, and reduces the error by less than a tenth."""
+"""The smallest singular value that is fitted, relative to the largest. The slow sinusoids are nearly equal, so an exact
+fit would need weights of 1e6 that cancel to 0.1 in float32. It would reduce the error by less than a tenth."""
 
 
 def takes_guidance(network: nn.Module) -> bool:
@@ -36,7 +36,7 @@ def with_guidance(network: nn.Module) -> Network:
     """Return a network that also takes `guidance_scale`, which has no effect before training.
 
     Raises:
-        ValueError: if this class cannot have the input.
+        ValueError: if networks of this class cannot have this input.
     """
     if isinstance(network, MLP):
         changes: dict[str, Any] = {"guided": True}
@@ -48,8 +48,8 @@ def with_guidance(network: nn.Module) -> Network:
         }
     else:
         raise ValueError(
-            f"a range of guidance scales needs an input for the scale, but {_name(network)} has none. Distil one fixed "
-            "scale (a guidance scale instead of a range)"
+            f"a range of guidance scales needs an input for the scale, but {_name(network)} has no such input. Distil "
+            "with a single guidance scale instead of a range"
         )
     grown = build_network(describe_network(network) | changes)
     new = {name: torch.zeros_like(value) for name, value in grown.state_dict().items()}
@@ -58,7 +58,7 @@ def with_guidance(network: nn.Module) -> Network:
 
 
 def has_movable_clock(network: nn.Module) -> bool:
-    """Return whether `on_clock` supports the network, which requires an embedding of a table's timesteps."""
+    """Return whether `on_clock` supports the network, that is, whether the network embeds the timesteps of a table."""
     if isinstance(network, Replay) and network.clock["of"] != "u":
         return False
     return isinstance(network, StockNetwork) and hasattr(network.model, "time_embedding")
@@ -67,15 +67,15 @@ def has_movable_clock(network: nn.Module) -> bool:
 def on_clock(network: nn.Module, times: Callable[[Tensor], Tensor], num_train_timesteps: int) -> Network:
     """Return a network in which timestep k of T corresponds to the old network's time `times((k + 1) / T)`.
 
-    The first linear layer of its time embedding is fitted by least squares, so that its output at all T new timesteps
-    equals that at the old ones. Directions in which the sinusoids hardly vary are ignored (`SMALLEST_DIRECTION`), which
-    keeps the weights as small as trained ones.
+    The first linear layer of the time embedding is fitted by least squares, so that its output at each of the T new
+    timesteps equals its output at the corresponding old timestep. Directions in which the sinusoids hardly vary are
+    ignored (see `SMALLEST_DIRECTION`), which keeps the weights as small as those of a trained layer.
 
     Raises:
-        ValueError: if this class has no timesteps.
+        ValueError: if networks of this class have no timesteps.
     """
     if not isinstance(network, StockNetwork) or not has_movable_clock(network):
-        raise ValueError(f"{_name(network)} has no table of timesteps to replace. Keep its own process")
+        raise ValueError(f"{_name(network)} has no table of timesteps to replace. Keep the network's own process")
     moved = build_network(describe_network(network) | network.on_table(num_train_timesteps))
     moved.load_state_dict(network.state_dict())
     assert isinstance(moved, StockNetwork)
@@ -95,9 +95,9 @@ def on_clock(network: nn.Module, times: Callable[[Tensor], Tensor], num_train_ti
 
 @final
 class OnProcess(nn.Module):
-    """A custom network on another process: called at the time with the same log-SNR, as in `Reprocessed`.
+    """A custom network that is used with another process and called at the time with the same log-SNR.
 
-    Its input is scaled to its own process's amplitudes.
+    The input of the network is scaled to the amplitudes of its original process, as in `Reprocessed`.
     """
 
     def __init__(self, network: Callable[..., Tensor], own: NoiseProcess, process: NoiseProcess) -> None:

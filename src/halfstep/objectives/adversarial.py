@@ -1,21 +1,24 @@
 """An adversarial term: a critic learns to distinguish the landing points of a student's steps from equally noisy data.
 
-Let y be the landing point with noise up to the level tau (`landing_points`), y+ data with the same noise level, and D
-the critic. The critic and the student take one turn each:
+Let y be a landing point with noise added up to the level tau (see `landing_points`), let y+ be data at the same noise
+level, and let D be the critic. In each update, the critic and the student take one turn each, with these losses:
 
     critic:    softplus(-D(y+)) + softplus(D(y)) + gamma / 2 (D(y+ + delta n) - D(y+))^2 / delta^2
     student:   its own loss + weight softplus(-D(y))
 
-The expectation of the critic's last term over the unit normal n is gamma / 2 |grad D(y+)|^2 up to order delta^2. This
-is the R1 penalty without a second derivative. Only the distributions of y and y+ matter, so both may come from the same
-sample of the batch. Both have that sample's conditions, which are also inputs of the critic.
+Averaged over n, which is standard normal noise, the critic's last term is gamma / 2 |grad D(y+)|^2 up to terms of order
+delta^2. This is the R1 penalty, computed without a second derivative. Only the distributions of y and y+ matter, so
+both may come from the same sample of the batch. Both then have that sample's conditions, which are also inputs of the
+critic.
 
-The critic is the encoder half of a copy of the teacher, and a small head on its deepest features. The head starts at 0,
-so a new critic has no effect. During the first updates, the critic learns and the student ignores it.
+The critic consists of the encoder half of a copy of the teacher and a small head on the encoder's deepest features. The
+head starts at 0, so a new critic has no effect. During the first updates, the critic already learns, but the student
+ignores it.
 
-Source: the non-saturating loss, Goodfellow et al. 2014 (arXiv:1406.2661); R1, Mescheder et al. 2018 (arXiv:1801.04406);
-noise on both, Wang et al. 2022 (arXiv:2206.02262); a critic built from the teacher, Lin et al. 2024 (arXiv:2402.13929).
-The use of the landing points is halfstep's own.
+Source: Goodfellow et al. 2014 (arXiv:1406.2661) for the non-saturating loss; Mescheder et al. 2018 (arXiv:1801.04406)
+for R1; Wang et al. 2022 (arXiv:2206.02262) for adding noise to both data and samples; Lin et al. 2024
+(arXiv:2402.13929) for building the critic from the teacher. Applying the critic to landing points is specific to
+halfstep.
 """
 
 from collections.abc import Mapping
@@ -57,11 +60,11 @@ CRITIC: Final = "critic"
 
 @final
 class Critic(nn.Module):
-    """A discriminator of noisy samples: (y, tau, cond) -> one number per sample, large for data.
+    """A discriminator of noisy samples: it maps (y, tau, cond) to one number per sample, which is large for data.
 
     Args:
         encoder: the network that computes the features.
-        takes_guidance: whether it has an input for the guidance scale. If not, that condition is dropped.
+        takes_guidance: whether the encoder has an input for the guidance scale. If not, that condition is dropped.
     """
 
     def __init__(self, encoder: EncoderHalf, takes_guidance: bool = False) -> None:
@@ -74,7 +77,7 @@ class Critic(nn.Module):
         nn.init.zeros_(self.leave.bias)
 
     def forward(self, y: Tensor, tau: Tensor, cond: Cond) -> Tensor:
-        """Return `[batch]` for samples `[batch, *dims]` at clock times `[batch]`."""
+        """Return one number per sample, `[batch]`, for samples `[batch, *dims]` at clock times `[batch]`."""
         time = tau.to(device=y.device, dtype=torch.promote_types(y.dtype, torch.float32))
         shown = {name: value for name, value in cond.items() if name != GUIDANCE or self.takes_guidance}
         features: Tensor = self.encoder(y, time, **shown)
@@ -87,10 +90,10 @@ class Critic(nn.Module):
 def critic_of(models: Models) -> Critic:
     """Return a trainable critic built from the unguided teacher, in float32.
 
-    It shares no weights with the student, not even the base of a LoRA student.
+    The critic shares no weights with the student, not even the base of a LoRA student.
 
     Raises:
-        ValueError: if no teacher exists, or the encoder half of its network is unknown.
+        ValueError: if no teacher is given, or the encoder half of the teacher's network is unknown.
     """
     twin: Denoiser = auxiliary_denoiser(models)
     network = twin.network if isinstance(twin, NetworkDenoiser) else twin
@@ -104,7 +107,7 @@ def critic_of(models: Models) -> Critic:
 class Adversarial(Objective):
     """An objective with an added adversarial term on the landing points of the student's steps.
 
-    The wrapped objective still determines its turns, their random numbers and the outcome.
+    The wrapped objective still determines its own turns, the random numbers of those turns, and the outcome.
 
     Source: Goodfellow et al. 2014 (arXiv:1406.2661) for the loss; Lin et al. 2024 (arXiv:2402.13929) for the critic.
 
@@ -118,11 +121,11 @@ class Adversarial(Objective):
     rate: float = 4.0
     """Constant learning rate of the critic, relative to the student's peak rate."""
     gamma: float = 1.0
-    """Weight of the critic's squared gradient at data; 0 disables it."""
+    """Weight of the penalty on the critic's squared gradient at data points; 0 disables the penalty."""
     delta: float = 0.1
-    """Size of the perturbation from which this gradient is estimated."""
+    """Size of the perturbation that is used to estimate the critic's gradient."""
     lead_updates: int = 60
-    """Number of updates at the start in which the student ignores the critic."""
+    """Number of initial updates during which the student ignores the critic."""
     needs_teacher: ClassVar[bool] = True
     loss_falls: ClassVar[bool] = False
 
@@ -130,8 +133,8 @@ class Adversarial(Objective):
         if not isinstance(self.objective, StepObjective):
             known = ", ".join(name for name, kind in objectives.items() if issubclass(kind, StepObjective))
             raise ValueError(
-                "an adversarial term needs a student that takes steps of its own. The student of "
-                f"{type(self.objective).__name__} does not. Choose one of {known}"
+                "an adversarial term needs an objective that trains the student on the student's own steps, which "
+                f"{type(self.objective).__name__} does not do. Choose one of {known}"
             )
         check_whole("lead_updates", self.lead_updates, 0)
         for name in ("weight", "rate", "delta", "gamma"):
@@ -144,7 +147,7 @@ class Adversarial(Objective):
 
     @property
     def label(self) -> str:
-        """Name of the wrapped objective and "-critic"."""
+        """The label of the wrapped objective, followed by "-critic"."""
         return f"{self.objective.label}-critic"
 
     @property
@@ -184,7 +187,7 @@ class Adversarial(Objective):
         )
 
     def turns(self, update: int) -> tuple[Turn, ...]:
-        # The critic is last, so that the objective's own turns keep their positions and thus their random numbers.
+        # The critic's turn is last, so the objective's own turns keep their positions and thus their random numbers.
         own, learning = self.objective.turns(update), Turn(CRITIC, self.critic_loss)
         if update >= self.lead_updates:
             own = tuple(Turn(STUDENT, self.loss) if turn.trains == STUDENT else turn for turn in own)
@@ -215,7 +218,7 @@ class Adversarial(Objective):
         shown = [real, landing.y]
         if self.gamma:
             shown.append(real + self.delta * draw.normal("critic_change", real.shape[1:]).to(real))
-        # One call for all samples, because DDP and FSDP2 expect one call of each trained network.
+        # All samples go through one call, because DDP and FSDP2 expect each trained network to be called once.
         count = len(shown)
         cond = {name: torch.cat([value] * count) for name, value in step.cond.items()}
         found = models.helpers[CRITIC](torch.cat(shown), landing.tau.repeat(count), cond).chunk(count)

@@ -25,20 +25,21 @@ AUXILIARY: Final = "auxiliary"
 def auxiliary_denoiser(models: Models) -> Denoiser:
     """Return a trainable denoiser that starts as the teacher without guidance.
 
-    It is a float32 copy of the teacher, whatever the teacher's precision. If the student has an input for the guidance
-    scale, the copy has one too, with no effect at first. For a LoRA student it is a second adapter on the student's own
-    base, equal to the teacher's adapter or to 0, so only one base is in memory. A custom denoiser is copied as it is.
+    The denoiser is a float32 copy of the teacher, regardless of the teacher's precision. If the student has an input
+    for the guidance scale, the copy also has this input, which has no effect at first. For a LoRA student, the denoiser
+    is a second adapter on the student's base, so that only one base is in memory. This adapter starts as a copy of the
+    teacher's adapter, or at 0 if the teacher has no adapter. A custom denoiser is copied as is.
 
     Raises:
-        ValueError: if no teacher exists, or its network has no input for the student's guidance scale.
+        ValueError: if no teacher is given, or the teacher's network has no input for the student's guidance scale.
     """
     if models.teacher is None:
-        raise ValueError("an auxiliary denoiser starts as a copy of the teacher, but no teacher exists. Pass one")
+        raise ValueError("an auxiliary denoiser starts as a copy of the teacher, but no teacher is given. Pass one")
     return _copied(models.teacher, models.student)
 
 
 def _copied(teacher: Denoiser, student: Denoiser) -> Denoiser:
-    """Return a trainable copy of the teacher without its guidance, on the process of its view."""
+    """Return a trainable copy of the teacher without guidance, on the noise process of the teacher's view."""
     if isinstance(teacher, Guided):
         return _copied(teacher.denoiser, student)
     if isinstance(teacher, Reprocessed):

@@ -1,11 +1,13 @@
-"""The interface of an objective, and the one loss that teacher training and distillation share.
+"""The interface of an objective, and the loss that teacher training and distillation share.
 
-An objective defines the trained networks, their turns and losses, and the result. It does not depend on devices or
-files. `Training` is the only declaration of the hyperparameters of an optimiser. Stages, helpers, recipes, the Python
-API and the command line use it, and its docstrings are the help texts of the flags.
+An objective defines which networks are trained, in which turns and with which losses, and what the result is. It does
+not depend on devices or files. `Training` is the only place where the hyperparameters of an optimiser are declared.
+Stages, helpers, recipes, the Python API and the command line all use this class, and the docstrings of its fields are
+the help texts of the flags.
 
 The shared loss of a sample is weight(log_snr) * mean((x0 - x0_target)^2), where the mean is over the sample's entries.
-A weighting makes it the squared error in eps or v, or the larger of two, for any prediction of the network.
+The weighting can turn this loss into the squared error in eps or v, or into the larger of two such errors, regardless
+of what the network predicts.
 """
 
 from abc import ABC, abstractmethod
@@ -33,22 +35,22 @@ MOST_AT_ONCE: Final = 2**20
 @final
 @dataclass(frozen=True)
 class Training:
-    """Hyperparameters of AdamW for one network over one stage.
+    """The hyperparameters of AdamW for one network in one stage.
 
     Raises:
-        ValueError: if one is out of range.
+        ValueError: if a hyperparameter is out of range.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
 
     num_updates: int
-    """Optimiser updates per stage."""
+    """Number of updates per stage."""
     learning_rate: float
     """Peak learning rate of AdamW."""
     batch_size: int = 128
-    """Samples per update, over all processes."""
+    """Number of samples per update, across all processes."""
     warmup_updates: int = 0
-    """Updates over which the learning rate rises from 0 to its peak, at most the whole stage."""
+    """Number of updates over which the learning rate rises from 0 to its peak; at most the whole stage."""
     anneal: bool = True
     """Decay the learning rate linearly to 0 over the stage."""
     weight_decay: float = 0.0
@@ -62,7 +64,7 @@ class Training:
     dropout: float = 0.0
     """Dropout probability during training."""
     early_end: EarlyEnd = EarlyEnd()
-    """Early stopping of the stage."""
+    """When to stop the stage early."""
 
     def __post_init__(self) -> None:
         check_whole("num_updates", self.num_updates)
@@ -81,15 +83,18 @@ class Training:
         check_instance("early_end", self.early_end, EarlyEnd, "halfstep.EarlyEnd(patience=3)")
 
     def of_helper(self, rate: float, **changes: Any) -> "Training":
-        """Return the hyperparameters of a helper: `rate` times the learning rate, and other `changes`.
+        """Return the hyperparameters of a helper, with the learning rate multiplied by `rate` and the other `changes`.
 
-        A helper has no EMA, because it is not passed on, and no early stopping, because its loss need not fall.
+        A helper has no EMA, because it is not passed on, and no early stopping, because its loss does not have to fall.
         """
         own: dict[str, Any] = {"learning_rate": rate * self.learning_rate, "ema_decay": 0.0, "early_end": EarlyEnd()}
         return replace(self, **own | changes)
 
     def rate_at(self, update: int) -> float:
-        """Return the learning rate of an update (from 0): linear warm-up, then constant or linear decay to 0."""
+        """Return the learning rate at an update, counted from 0.
+
+        The learning rate rises linearly during the warm-up, and is then constant or decays linearly to 0.
+        """
         rate = self.learning_rate
         if self.anneal:
             rate *= 1 - update / self.num_updates
@@ -104,7 +109,7 @@ STUDENT: Final = "student"
 
 
 class Batch(NamedTuple):
-    """Clean data `[batch, *dims]`, and conditions by name, each `[batch, ...]`."""
+    """A batch: clean data `[batch, *dims]`, and conditions, keyed by name, each `[batch, ...]`."""
 
     x0: Tensor
     cond: Mapping[str, Tensor] = {}
@@ -116,25 +121,25 @@ class Models:
 
     student: Denoiser
     teacher: Denoiser | None = None
-    """The teacher; None while training one."""
+    """The teacher, or None while a teacher is being trained."""
     helpers: Mapping[str, nn.Module] = field(default_factory=dict)
-    """The objective's own networks, keyed by the names in `Objective.helpers`."""
+    """The objective's additional networks, keyed by the names in `Objective.helpers`."""
 
 
 class Losses(NamedTuple):
-    """The losses of a turn for a batch."""
+    """The losses of one turn on a batch."""
 
     loss: Tensor
-    """Weighted losses `[batch]`. The engine minimises their mean over the global batch."""
+    """The weighted loss of each sample, `[batch]`. The engine minimises the mean loss over the global batch."""
     log_snr: Tensor
-    """Noise level of each sample, float64 `[batch]`, for statistics."""
+    """The log-SNR of each sample, float64 `[batch]`, which is used for statistics."""
 
 
 class Role(StrEnum):
-    """Role of a stage's model in the chain."""
+    """The role of a stage's model in the chain."""
 
     TEACHER = "teacher"
-    """Undistilled: it predicts x0 at all times and samples in any number of steps."""
+    """An undistilled model, which predicts x0 at all times and can sample with any number of steps."""
     MATCHED = "matched"
     """A teacher converted to another prediction, process or guidance."""
     STUDENT = "student"
@@ -142,24 +147,24 @@ class Role(StrEnum):
 
 
 class Outcome(NamedTuple):
-    """The role of a stage's model, and how to sample it. Stored in the manifest."""
+    """The role of a stage's model, and how to sample from the model. Both are stored in the manifest."""
 
     role: Role
     num_steps: int | None = None
-    """Number of sampler steps that the model is trained for; None for any number."""
+    """The number of sampler steps that the model is trained for, or None if it can sample with any number of steps."""
     sampler: Sampler = DDIM()
-    """Sampler used for sampling, evaluation, the explorer and export."""
+    """The sampler that is used for sampling and evaluation, in the explorer, and for export."""
 
 
 class Evals(NamedTuple):
-    """Calls of one network per sample and update."""
+    """The number of calls to one network per sample and update."""
 
     forward: float
     backward: float = 0.0
 
     @property
     def cost(self) -> float:
-        """Cost in forward passes; a backward pass counts as two."""
+        """The cost in forward passes, where a backward pass counts as two."""
         return self.forward + 2 * self.backward
 
 
@@ -169,19 +174,21 @@ class Auxiliary:
     """An additional network with its own optimiser: an auxiliary denoiser or a critic."""
 
     start: Callable[[Models], nn.Module]
-    """Creates the network before the first update: a copy, never the student or teacher itself. A copy of the student
-    has the teacher's weights in float32 or, on the base of a LoRA, its own adapter."""
+    """Creates the network before the first update. The network must be a copy, never the student or the teacher itself.
+    A copy of the student has the teacher's weights in float32. If the student is a LoRA, the copy shares the base and
+    has a separate adapter."""
     training: Callable[[Training], Training]
-    """Maps the student's hyperparameters to its own. Its budget and batch are those of the stage."""
+    """Maps the student's hyperparameters to those of this network. The number of updates and the batch size must be
+    those of the stage."""
 
 
 @final
 @dataclass(frozen=True)
 class Average:
-    """A moving average of a player's weights that the objective can call.
+    """A copy of a player with the moving average of the player's weights, which the objective can call.
 
     Args:
-        decay: final decay, in [0, 1); after n updates the decay is min(decay, (1 + n) / (10 + n)).
+        decay: final decay, in [0, 1). After n updates, the decay is min(decay, (1 + n) / (10 + n)).
         of: name of the player to average.
 
     Raises:
@@ -198,7 +205,7 @@ class Average:
 @final
 @dataclass(frozen=True)
 class Frozen:
-    """A frozen copy of a player's network before the first update, which the objective can call."""
+    """A frozen copy of a player's network, made before the first update, which the objective can call."""
 
     of: str = STUDENT
 
@@ -210,19 +217,19 @@ class Turn(NamedTuple):
     """One optimiser step of one player."""
 
     trains: str
-    """`STUDENT`, or the name of an `Auxiliary`."""
+    """The player that is trained in this turn: `STUDENT`, or the name of an `Auxiliary`."""
     loss: Callable[[Models, Batch, Draw], Losses]
-    """Returns its losses. The engine discards the gradients of all other players."""
+    """Returns the losses of that player. The engine discards the gradients of all other players."""
 
 
 class Objective(ABC):
-    """A training objective: players, turns, losses, and the resulting model."""
+    """A training objective, which defines the players, turns and losses of a stage and the resulting model."""
 
     needs_teacher: ClassVar[bool]
     """Whether `Models.teacher` is required."""
     loss_falls: ClassVar[bool] = True
-    """Whether the student has learned when its loss stops falling. False for a game between two players, and for a
-    student that is its own teacher. `EarlyEnd` ignores their losses."""
+    """Whether the student has finished learning once its loss has stopped falling. This is False for a game between two
+    players and for a student that is its own teacher; `EarlyEnd` ignores the losses of such objectives."""
 
     @property
     def learns_from_undistilled(self) -> bool:
@@ -238,32 +245,33 @@ class Objective(ABC):
 
     @property
     def label(self) -> str:
-        """Name of the stage in its folder's name. By default, the registered name of the class."""
+        """The stage's name, as used in its folder's name. By default, this is the registered name of the class."""
         return objectives.name_of(self)
 
     @property
     def guides_teacher(self) -> bool:
-        """Whether each call of the teacher is guided here. The teacher must then not have learned guidance."""
+        """Whether the objective guides each call to the teacher. If so, the teacher must not have learned guidance."""
         return False
 
     @property
     @abstractmethod
     def outcome(self) -> Outcome:
-        """Role, number of steps and sampler of the model that the stage passes on."""
+        """The role, number of steps and sampler of the model that the stage passes on."""
 
     @property
     @abstractmethod
     def evals(self) -> Mapping[str, Evals]:
-        """Calls of "student", "teacher" and each helper per sample and update. All cost estimates use these."""
+        """The number of calls to "student", "teacher" and each helper per sample and update. All cost estimates use
+        these numbers."""
 
     @property
     def guidance(self) -> Guidance | None:
-        """The guidance that the student learns or keeps; None for none."""
+        """The guidance that the student learns or keeps, or None if it has no guidance."""
         return None
 
     @property
     def helpers(self) -> Mapping[str, Helper]:
-        """Additional networks by name."""
+        """The additional networks, keyed by name."""
         return {}
 
     def turns(self, update: int) -> tuple[Turn, ...]:
@@ -271,7 +279,8 @@ class Objective(ABC):
         return (Turn(STUDENT, self.loss),)
 
     def start(self, teacher: Denoiser) -> Denoiser:
-        """Return the model that the student starts from: the teacher (which the engine copies), or one built from it.
+        """Return the model that the student starts from: the teacher, which the engine copies, or a model built from
+        it.
 
         Raises:
             ValueError: if the teacher cannot be converted to this kind of student.
@@ -279,13 +288,13 @@ class Objective(ABC):
         return teacher
 
     def view(self, teacher: Denoiser, student: Denoiser, null: Mapping[str, Tensor]) -> Denoiser:
-        """Return the teacher that the student learns from: the teacher itself, or guided, or on the student's process.
+        """Return the teacher that the student learns from: unchanged, with guidance, or on the student's noise process.
 
         Args:
-            null: values that mean "no condition", by name, for one sample; may be empty.
+            null: the values that mean "no condition" for one sample, keyed by name; may be empty.
 
         Raises:
-            ValueError: if the teacher has no such view.
+            ValueError: if the teacher cannot be guided or converted in this way.
         """
         return teacher
 
@@ -295,7 +304,7 @@ class Objective(ABC):
 
 
 class Step(NamedTuple):
-    """Steps of the student from x_t `[batch, *dims]` at times t to times s, each `[batch]`."""
+    """Steps of the student from x_t `[batch, *dims]` at the times t `[batch]` to the times s `[batch]`."""
 
     x_t: Tensor
     t: Tensor
@@ -306,14 +315,14 @@ class Step(NamedTuple):
 class StepObjective(Objective):
     """An objective that calls the student once per turn, at the start of one of the student's own DDIM steps.
 
-    A subclass defines `step_losses`; other objectives can add a term on the landing point (see `Adversarial`).
+    A subclass defines `step_losses`. Other objectives can add a loss term on the landing point, as `Adversarial` does.
     """
 
     needs_teacher: ClassVar[bool] = True
 
     @final
     def step(self, models: Models, batch: Batch, draw: Draw) -> Step:
-        """Return a step of the student for each sample of the batch, from times i / num_steps drawn uniformly."""
+        """Return one step of the student for each sample of the batch, from a uniformly drawn time i / num_steps."""
         num_steps = self.outcome.num_steps
         assert num_steps is not None
         index = as_clock(draw.integers("time", num_steps), batch.x0)
@@ -324,7 +333,7 @@ class StepObjective(Objective):
 
     @abstractmethod
     def step_losses(self, models: Models, step: Step, denoised: Denoised, draw: Draw) -> Losses:
-        """Return the losses of the student for its output `denoised` at the start of the steps."""
+        """Return the student's losses, given `denoised`, which is the student's output at the start of the steps."""
 
     @final
     def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
@@ -336,12 +345,12 @@ objectives: Registry[type[Objective]] = Registry("objective")
 
 
 def entry_mean(values: Tensor) -> Tensor:
-    """Return the mean over the entries of each sample, `[batch]`."""
+    """Return the mean over the entries of each sample, as a tensor `[batch]`."""
     return values.flatten(1).mean(1) if values.ndim > 1 else values
 
 
 def weighted_x0_loss(x0: Tensor, target: Tensor, log_snr: Tensor, weighting: Weighting) -> Tensor:
-    """Return weight * mean((x0 - target)^2) for each sample, `[batch]`."""
+    """Return weight * mean((x0 - target)^2) for each sample, as a tensor `[batch]`."""
     error = entry_mean((x0 - target).square())
     return per_sample(weighting(log_snr), error) * error
 
@@ -350,23 +359,23 @@ def check_deterministic(sampler: Sampler) -> None:
     """Raise ValueError unless the sampler is deterministic."""
     if sampler.stochastic:
         raise ValueError(
-            f"{type(sampler).__name__} draws noise, so one step cannot land where its steps land. "
+            f"{type(sampler).__name__} draws noise, so a student cannot learn to land where its steps land. "
             "Choose a deterministic sampler for the teacher, such as DDIM()"
         )
 
 
 def check_one_process(models: Models) -> Denoiser:
-    """Return the teacher, which must have the student's process.
+    """Return the teacher, which must have the same noise process as the student.
 
     Raises:
-        ValueError: if no teacher exists, or the processes differ.
+        ValueError: if no teacher is given, or its noise process differs from the student's.
     """
     if models.teacher is None:
         raise ValueError("a student learns from a teacher, but none is given. Pass one")
     if models.teacher.process != models.student.process:
         raise ValueError(
             f"a student learns to land where its teacher lands, so both need the same noise process. The teacher has "
-            f"{models.teacher.process}, the student {models.student.process}"
+            f"{models.teacher.process}, but the student has {models.student.process}"
         )
     return models.teacher
 
@@ -374,7 +383,7 @@ def check_one_process(models: Models) -> Denoiser:
 def noisy_student_loss(
     models: Models, x_t: Tensor, t: Tensor, target: Tensor, cond: Cond, weighting: Weighting
 ) -> Losses:
-    """Return the losses of the student's x0 at (x_t, t) against `target`."""
+    """Return the losses of the student's x0 at (x_t, t) with respect to `target`."""
     process: NoiseProcess = models.student.process
     log_snr = process.log_snr(t)
     return Losses(weighted_x0_loss(models.student(x_t, t, cond).x0, target, log_snr, weighting), log_snr)

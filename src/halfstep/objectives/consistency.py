@@ -1,31 +1,31 @@
-"""Multistep consistency distillation: from every time of the teacher's fine grid, step to the segment's boundary.
+"""Multistep consistency distillation: the student learns to step from any time on a fine grid to a segment boundary.
 
-The student takes N steps, so time has N segments, from j / N to (j + 1) / N. The teacher's grid has T times, a multiple
-of N. From a time t = b + n / T in the segment above the boundary b, the teacher takes one step to s = t - 1 / T, and
-the student covers the rest of the way to b, without gradients. The target is the x0 with which one DDIM step from
-t lands at the same point (`samplers/ddim.py`):
+The student takes N steps, so time is divided into N segments, from j / N to (j + 1) / N. The teacher's grid has T
+times, where T is a multiple of N. From a time t = b + n / T in the segment above the boundary b, the teacher takes one
+step to s = t - 1 / T, and the student covers the rest of the way to b, without gradients. The target is the x0 with
+which one DDIM step from t lands at the same point (see `samplers/ddim.py`):
 
     target = w x0_teacher(x_t, t) + (1 - w) x0_student(x_s, s),   w = (r_s - r_t) / (r_b - r_t),   r = alpha / sigma
 
-At s = b the weight is 1 and the student's value is ignored, so the target is the teacher's x0. This anchors the
-student, which is pulled towards its own predictions at all other times. Halving is the case T / N = 2, where the
-teacher instead of the student takes the second half of the step. One stage leads from the undistilled teacher to any N.
-A chain such as 8, 4, 2, 1, in which each student starts from the previous one, is optional.
+At s = b, the weight w is 1 and the student's value is ignored, so the target is the teacher's x0. This anchors the
+student, which at all other times is pulled towards its own predictions. Halving is the case T / N = 2, except that the
+teacher, not the student, takes the second half of the step. A single stage leads from the undistilled teacher to any N.
+A chain of students such as 8, 4, 2, 1, in which each student starts from the previous student, is optional.
 
 Other methods are special cases:
 
 * Latent consistency models (LCM): `Consistency(1, 50, 50, guidance=GuidanceRange(low, high), guide_teacher=True,
   self_teacher=0.95, weighting=Constant(), metric=PseudoHuber(1e-3))`. The boundary scaling of LCM, c_skip x_t + c_out
   x0, makes the student return x_s itself at s = 0, where x_s is the teacher's x0. This is the same anchor. At all other
-  times of this grid the scaling is the identity, because c_skip is at most 6e-6 (for sigma_data 0.5 and 1000 timesteps
-  scaled by 10).
-* TRACT: `Consistency(32, 1024, 1024, self_teacher=0.5)` is its first phase. In later phases of TRACT, the teacher is
-  the previous phase's student, on that student's grid. Here the undistilled teacher teaches every stage, on any grid,
-  so no stage inherits errors from the previous one. To run TRACT's own phases, start one run per phase, and use the
-  previous run's student as the teacher.
+  times of this grid, the scaling is practically the identity, because c_skip is at most 6e-6 (for sigma_data 0.5 and
+  1000 timesteps scaled by 10).
+* TRACT: `Consistency(32, 1024, 1024, self_teacher=0.5)` is the first phase of TRACT. In later phases of TRACT, the
+  teacher is the previous phase's student, on that student's grid. In halfstep, the undistilled teacher teaches every
+  stage, on any grid, so no stage inherits errors from the previous stage. To run the phases as in TRACT, start one run
+  per phase, and use the previous run's student as the teacher.
 
-The time is drawn uniformly from the T times. T grows during the stage, because students learn faster on a coarse grid,
-and the teacher's steps have smaller errors on a fine grid.
+The time t is drawn uniformly from the T times of the grid. T grows during the stage, because students learn faster on a
+coarse grid, but the teacher's steps have smaller errors on a fine grid.
 
 Source: Heek et al. 2024 (arXiv:2403.06807), algorithm 1, for deterministic steps of the teacher; Luo et al. 2023
 (arXiv:2310.04378) for LCM; Berthelot et al. 2023 (arXiv:2303.04248) for TRACT.
@@ -68,7 +68,7 @@ from halfstep.samplers import DDIM, Sampler
 from halfstep.samplers.ddim import Step, landing_x0, steps_of
 
 REFERENCE: Final = "reference"
-"""Name of the student's average, which is called at x_s instead of the student."""
+"""Name of the student's moving average, which is called at x_s instead of the student."""
 
 
 def consistency_target(
@@ -81,22 +81,23 @@ def consistency_target(
     cond: Cond | None = None,
     sampler: Sampler | None = None,
 ) -> Tensor:
-    """Return the x0 with which one DDIM step from t to the boundary lands where two steps land: the teacher's step to s
-    and the reference's DDIM step from there.
+    """Return the x0 with which one DDIM step from t to the boundary lands at the same point as two steps: the teacher's
+    step from t to s, followed by the reference's DDIM step from s to the boundary.
 
     Args:
         teacher: an unclipped denoiser.
-        reference: the student or its average. Its output is ignored where s is the boundary, even if it is not finite.
+        reference: the student or its moving average. Where s is the boundary, the output of the reference is ignored,
+            even if this output is not finite.
         x_t: noisy samples `[batch, *dims]`.
-        t, s, boundary: clock times, `[batch]` or one for all samples, 0 <= boundary <= s < t.
+        t, s, boundary: clock times with 0 <= boundary <= s < t, each `[batch]` or one time for all samples.
         cond: conditions by name, each `[batch, ...]`.
         sampler: the teacher's deterministic sampler; DDIM() if None.
 
     Returns:
-        Shaped as `x_t`, without gradient.
+        A tensor of the same shape as `x_t`, without gradients.
 
     Raises:
-        ValueError: if the times are not in this order, or the sampler is stochastic.
+        ValueError: if 0 <= boundary <= s < t does not hold, or the sampler is stochastic.
     """
     method = DDIM() if sampler is None else sampler
     check_deterministic(method)
@@ -114,12 +115,15 @@ def _target(
     cond: Cond | None,
     sampler: Sampler,
 ) -> Tensor:
-    """Return `consistency_target` for checked arguments."""
+    """Return `consistency_target` without checking the arguments."""
     return landing_x0(teacher.process, [steps_of(teacher, sampler, cond), _rest(reference, cond)], x_t, times)
 
 
 def _rest(reference: Denoiser, cond: Cond | None) -> Step:
-    """Return the reference's DDIM step. An empty step calls it at t = 1, because it may be undefined at t = 0."""
+    """Return the reference's DDIM step.
+
+    If a step is empty, the reference is called at t = 1, because its output may be undefined at t = 0.
+    """
 
     def step(x_t: Tensor, t: Tensor, s: Tensor) -> Denoised:
         return reference(x_t, torch.where(t > s, t, 1.0), cond)
@@ -129,9 +133,9 @@ def _rest(reference: Denoiser, cond: Cond | None) -> Step:
 
 @contextmanager
 def _rewound(device: torch.device) -> Iterator[None]:
-    """Rewind the random generator at the end, so that the following code draws the same dropout masks.
+    """Restore the state of the random generator on exit, so that the code that follows draws the same dropout masks.
 
-    The generator's state is on the host, even for a GPU, so nothing waits for the device.
+    The generator's state is stored on the host, even for a GPU, so the host does not wait for the device.
     """
     generator: Any = torch if device.type == "cpu" else torch.get_device_module(device)
     state = generator.get_rng_state()
@@ -139,8 +143,8 @@ def _rewound(device: torch.device) -> Iterator[None]:
         yield
     finally:
         generator.set_rng_state(state)
-        # In a pass without gradient, autocast may cache half-precision copies of the weights. The next pass would use
-        # them and have no gradients (pytorch #65766, fixed in #165068).
+        # During a pass without gradients, autocast may cache half-precision copies of the weights. The next pass would
+        # use these copies and have no gradients (pytorch #65766, fixed in #165068).
         torch.clear_autocast_cache()
 
 
@@ -148,38 +152,40 @@ def _rewound(device: torch.device) -> Iterator[None]:
 @objectives.register("consistency")
 @dataclass(frozen=True)
 class Consistency(Objective):
-    """Error with respect to `consistency_target` at times drawn uniformly from the teacher's grid.
+    """The student's error with respect to `consistency_target` at times drawn uniformly from the teacher's grid.
 
-    The default grid is the paper's, for stages of 200,000 updates. For a shorter stage, set `anneal_updates` to half
-    its updates. The loss is small from the first update and need not fall, so `EarlyEnd` ignores it.
+    The default grid is that of the paper, whose stages have 200,000 updates. For a shorter stage, set `anneal_updates`
+    to half the number of updates in the stage. The loss is small from the first update on and does not have to fall, so
+    `EarlyEnd` ignores it.
 
     Source: Heek et al. 2024 (arXiv:2403.06807), algorithm 1.
 
     Raises:
         ValueError: if a number is not a whole number in its range, `grid_start` or `grid_end` is not a multiple of
-            num_steps and at least twice as large, the decay is not in [0, 1), the teacher's sampler is stochastic, or a
-            setting has no effect.
+            num_steps and at least twice as large, `self_teacher` is not in [0, 1), the teacher's sampler is stochastic,
+            or a setting has no effect.
     """
 
     num_steps: int
     grid_start: int = 64
-    """Number of times in the teacher's grid at the first update."""
+    """Number of time points in the teacher's grid at the first update."""
     grid_end: int = 1280
-    """Number of times in the teacher's grid after `anneal_updates`."""
+    """Number of time points in the teacher's grid after `anneal_updates` updates."""
     anneal_updates: int = 100_000
-    """Updates over which the grid grows from start to end, linearly in log(T)."""
+    """Number of updates over which the grid grows from `grid_start` to `grid_end`, linearly in log(T)."""
     weighting: Weighting = field(default_factory=TruncatedSNR)
     metric: LossMetric = field(default_factory=Squared)
     """The loss as a function of the weighted squared error."""
     guidance: Guidance | None = None
-    """Guidance that the student learns or keeps; None for none."""
+    """The guidance that the student learns or keeps, or None if it has no guidance."""
     guide_teacher: bool = False
-    """Guide the teacher here, which takes two calls; False for a teacher that has learned guidance."""
+    """Whether to apply guidance to the teacher, which takes two calls. Leave this False if the teacher has learned
+    guidance."""
     teacher_sampler: Sampler = field(default_factory=DDIM)
     """The deterministic sampler of the teacher's step; the student uses DDIM."""
     self_teacher: float = 0.0
-    """Decay of the student's average that is called at x_s. 0 calls the student itself, with the same dropout masks as
-    in its pass with gradient."""
+    """Decay of the student's moving average, which is called at x_s. With 0, the student itself is called instead, with
+    the same dropout masks as in the pass with gradients."""
     needs_teacher: ClassVar[bool] = True
     learns_from_undistilled: ClassVar[bool] = True
     loss_falls: ClassVar[bool] = False
@@ -201,12 +207,12 @@ class Consistency(Objective):
                 f"{self.grid_end}. Remove it"
             )
         if self.guide_teacher and self.guidance is None:
-            raise ValueError("guide_teacher has no effect without guidance. Add it")
+            raise ValueError("guide_teacher has no effect without guidance. Add guidance")
         check_deterministic(self.teacher_sampler)
         check_number("self_teacher", self.self_teacher, below=1)
 
     def grid_steps(self, update: int) -> int:
-        """Return T, the number of times in the teacher's grid at an update: a multiple of num_steps."""
+        """Return T, the number of time points in the teacher's grid at an update, which is a multiple of num_steps."""
         done = min(update / self.anneal_updates, 1.0)
         grid: float = self.grid_start ** (1 - done) * self.grid_end**done
         return self.num_steps * round(grid / self.num_steps)
@@ -222,7 +228,7 @@ class Consistency(Objective):
     @property
     def evals(self) -> Mapping[str, Evals]:
         sampler = self.teacher_sampler
-        # A batch may contain steps onto clean data, and all its samples need the same number of calls.
+        # A batch may contain steps that land on clean data, and all samples of a batch need the same number of calls.
         calls = max(sampler.evals_per_step, sampler.evals_last_step) * (2 if self.guide_teacher else 1)
         own = {STUDENT: Evals(1, 1), REFERENCE: Evals(1)} if self.self_teacher else {STUDENT: Evals(2, 1)}
         return {**own, "teacher": Evals(calls)}
@@ -247,10 +253,10 @@ class Consistency(Objective):
     def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
         teacher = check_one_process(models)
         cond = batch.cond if self.guidance is None else self.guidance.shown(batch.cond, draw, batch.x0)
-        # Integers below T could not be drawn ahead, because T changes from update to update.
+        # Integers below T could not be drawn in advance, because T changes from update to update.
         grid = self.grid_steps(draw.update)
         index = (as_clock(draw.uniform("time"), batch.x0) * grid).floor().clamp(max=grid - 1)
-        # All three are quotients of integers, so that s can equal the boundary exactly.
+        # All three times are quotients of integers, so that s can be exactly equal to the boundary.
         boundary = torch.floor(index / (grid // self.num_steps)) / self.num_steps
         t, s = (index + 1) / grid, index / grid
         eps = draw.normal("noise", batch.x0.shape[1:]).to(batch.x0)

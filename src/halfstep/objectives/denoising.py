@@ -1,6 +1,7 @@
-"""Denoising: the student learns E[x0 | x_t] from data. This trains a teacher.
+"""Denoising: the student learns E[x0 | x_t] from data. This is how a teacher is trained.
 
-t ~ U[0, 1], x_t = alpha x0 + sigma eps, target x0. Source: Salimans & Ho 2022 (arXiv:2202.00512), algorithm 1.
+With t ~ U[0, 1] and x_t = alpha x0 + sigma eps, the target is x0. Source: Salimans & Ho 2022 (arXiv:2202.00512),
+algorithm 1.
 """
 
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ from halfstep.objectives.base import (
 @objectives.register("denoise")
 @dataclass(frozen=True)
 class Denoising(Objective):
-    """Squared error in x0 at uniformly drawn times. The default weighting is that of the paper's models.
+    """The squared error in x0 at uniformly drawn times. The default weighting is the one used for the paper's models.
 
     Source: Salimans & Ho 2022 (arXiv:2202.00512), algorithm 1.
     """

@@ -13,13 +13,14 @@ from halfstep.core.door import FORBID_EXTRA, check_number, check_whole
 class EarlyEnd:
     """Early stopping of a stage after its loss has stopped falling.
 
-    The mean loss of each window is compared with the lowest of all earlier windows. If `patience` consecutive windows
-    are not lower by the share `min_drop`, the learning rate decays linearly to 0 over one more window, and the stage
-    ends. This decay averages the student's weights; without it, the stage would pass on a worse student.
+    The mean loss of each window is compared with the lowest mean loss of all earlier windows. If it is not lower by at
+    least the fraction `min_drop` in `patience` consecutive windows, the learning rate decays linearly to 0 over one
+    more window, and the stage ends. The decay has the effect of averaging the student's weights; without it, the stage
+    would pass on a worse student.
 
     Raises:
-        ValueError: if a count is not a whole number in its range, the share is not in [0, 1), or a setting is changed
-            without `patience`.
+        ValueError: if a count is not a whole number in its range, `min_drop` is not in [0, 1), or another setting is
+            changed while `patience` is 0.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
@@ -27,9 +28,9 @@ class EarlyEnd:
     patience: int = 0
     """Number of consecutive windows without progress after which the stage ends; 0 disables early stopping."""
     window: int = 1000
-    """Updates per window."""
+    """Number of updates per window."""
     min_drop: float = 0.01
-    """Relative drop of a window's loss that counts as progress."""
+    """Smallest relative drop in a window's loss that counts as progress."""
 
     def __post_init__(self) -> None:
         check_whole("early_end.patience", self.patience, 0)

@@ -1,21 +1,22 @@
-"""Finishing: match a student's landing points to the teacher's distribution, and keep the map from noise to sample.
+"""Finishing: match a student's landing points to the teacher's distribution and preserve the map from noise to samples.
 
 A halved student lands where its teacher lands, up to an error that the squared loss spreads over neighbouring samples.
-Finishing changes the distribution of the landing points x_s instead. For x_t at one of the student's times t, it
-minimises the Kullback-Leibler divergence between x_s and data at noise level s, both with further noise up to a level
-tau. (`landing_points` explains why it uses the landing point and why tau is inside the step.)
+Finishing corrects the distribution of the landing points x_s. For x_t at one of the student's times t, it minimises the
+Kullback-Leibler divergence between x_s and data at noise level s, after noise up to a level tau is added to both. The
+module `landing_points` explains why the landing point is used and why tau is inside the step.
 
-The gradient of the divergence is the difference of two scores of y, the landing point with its noise. In x0 it is
-auxiliary(y) - teacher(y): the teacher's x0 is that of data, and the auxiliary denoiser's x0 is that of the student's
-landing points, on which it is trained by denoising score matching. Divided by the student's own error, the gradient is
-a step for x0 = student(x_t, t), because x_s moves in positive proportion to x0. The map term keeps x0 near its value
-before the finish. Different maps can have the same distribution, and without this term the training drifts among them.
+The gradient of the divergence is the difference between two scores at y, the landing point with added noise. Expressed
+in x0, it is auxiliary(y) - teacher(y). The teacher's x0 represents the data, and the auxiliary denoiser's x0 represents
+the student's landing points, on which the auxiliary denoiser is trained by denoising score matching. Divided by the
+student's error, the gradient becomes a step for x0 = student(x_t, t), because any change in x0 moves x_s proportionally
+in the same direction. The map term keeps x0 near its value before the finish. Without this term, training would drift
+between different maps that produce the same distribution.
 
-With one step this is distribution matching distillation with a regression to the student's own start instead of stored
-pairs. The student remains deterministic, with DDIM as its sampler.
+With one step, this is distribution matching distillation, except that the regression targets come from the student
+before the finish instead of from stored pairs. The student remains deterministic and still uses DDIM as its sampler.
 
-Source: Yin et al. 2023 (arXiv:2311.18828) for one step. The form for the landing points of inner steps is halfstep's
-own; compare Phased DMD (arXiv:2510.27684).
+Source: Yin et al. 2023 (arXiv:2311.18828) for one step. The extension to the landing points of inner steps is
+halfstep's own; compare Phased DMD (arXiv:2510.27684).
 """
 
 import math
@@ -57,18 +58,19 @@ from halfstep.samplers import DDIM
 START: Final = "start"
 
 SMALLEST_ERROR: Final = 1e-3
-"""Added to the mean error that divides the gradient. The error is about 0.1 for data of unit scale."""
+"""The constant that is added to the mean error by which the gradient is divided. This error is about 0.1 for data of
+unit scale."""
 LARGEST_RATIO: Final = 5.0
-"""Largest sigma / alpha that weights the auxiliary denoiser's error."""
+"""The largest value of sigma / alpha that is used to weight the auxiliary denoiser's error."""
 
 
 @final
 @objectives.register("finish")
 @dataclass(frozen=True)
 class Finishing(StepObjective):
-    """Distribution matching on the landing points of a student's steps, with a term that keeps its map.
+    """Distribution matching on the landing points of a student's steps, with a term that preserves the student's map.
 
-    The student starts from the latest student of `num_steps` steps and learns from the undistilled teacher.
+    The student starts from the latest student with `num_steps` steps and learns from the undistilled teacher.
 
     Source: Yin et al. 2023 (arXiv:2311.18828) for one step.
 
@@ -78,20 +80,20 @@ class Finishing(StepObjective):
 
     num_steps: int
     map_weight: float | None = None
-    """Weight of the squared distance from x0 before the finish; None is num_steps / 2. A student with more
-    steps has less to gain, and the auxiliary denoiser's errors move it more."""
+    """Weight of the squared distance between x0 and its value before the finish; None means num_steps / 2. A student
+    with more steps has less to gain, and errors of the auxiliary denoiser affect it more."""
     auxiliary_turns: int = 2
-    """Turns of the auxiliary denoiser per turn of the student."""
+    """Number of turns that the auxiliary denoiser takes per turn of the student."""
     auxiliary_rate: float = 6.0
     """Constant learning rate of the auxiliary denoiser, relative to the student's peak rate."""
     lead_updates: int = 60
-    """Number of updates at the start that train only the auxiliary denoiser."""
+    """Number of initial updates that train only the auxiliary denoiser."""
     inside_step: bool = True
-    """Draw tau inside the step, from s to t; if False, from s to 1."""
+    """Whether to draw tau inside the step, from s to t, rather than from s to 1."""
     whitened: bool = True
-    """Divide each sample's gradient by the student's mean distance from the teacher's x0."""
+    """Whether to divide each sample's gradient by the mean distance between the student's x0 and the teacher's x0."""
     guidance: Guidance | None = None
-    """Guidance that the teacher has learned; None for none."""
+    """The guidance that the teacher has learned, or None if it has not learned guidance."""
     learns_from_undistilled: ClassVar[bool] = True
     refines: ClassVar[bool] = True
     loss_falls: ClassVar[bool] = False
@@ -142,7 +144,8 @@ class Finishing(StepObjective):
                 towards = towards / per_sample(entry_mean((x0 - real).abs()) + SMALLEST_ERROR, towards)
             before = models.helpers[START](step.x_t, step.t, step.cond).x0
             target = x0 + towards
-        # The gradient of the first term is minus `towards` for each entry. Its value is the distance of the denoisers.
+        # The gradient of the first term is minus `towards` for each entry, and the value of this term measures the
+        # distance between the two denoisers.
         matching, moved = entry_mean((x0 - target).square()) / 2, entry_mean((x0 - before).square())
         weight = self.num_steps / 2 if self.map_weight is None else self.map_weight
         return Losses(matching + weight * moved, models.student.process.log_snr(landing.tau))
@@ -150,7 +153,7 @@ class Finishing(StepObjective):
     def auxiliary_loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
         """Return the denoising score matching losses of the auxiliary denoiser on the student's landing points.
 
-        The score of y given x_s is -eps' / b. The loss is the squared error in eps', weighted more at low signal.
+        The score of y given x_s is -eps' / b. The loss is the squared error in eps', with larger weights at low signal.
         """
         step, process = self.step(models, batch, draw), models.student.process
         with torch.no_grad():

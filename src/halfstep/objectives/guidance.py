@@ -1,4 +1,4 @@
-"""Classifier-free guidance that a network learns: one fixed scale, or a range of scales as an input.
+"""Classifier-free guidance that a network learns, either with one fixed scale or with the scale as an input.
 
 The guided prediction is uncond + scale (cond - uncond), so scale 1 disables guidance.
 
@@ -27,16 +27,18 @@ class Guidance(ABC):
     """The guidance scales that a network learns."""
 
     is_shown: ClassVar[bool]
-    """Whether the scale is an input of the network, the condition `guidance_scale`."""
+    """Whether the scale is an input of the network, given as the condition `guidance_scale`."""
 
     @property
     @abstractmethod
     def default_scale(self) -> float:
-        """Scale to sample with by default."""
+        """The scale that is used for sampling by default."""
 
     @abstractmethod
     def scale_for(self, scale: float | None) -> float | None:
-        """Return the scale to pass to the network if `scale` is requested (None: the default); None to pass no scale.
+        """Return the scale to pass to the network when `scale` is requested, or None to pass no scale.
+
+        If `scale` is None, the default scale is used.
 
         Warns if the network has not learned the scale.
 
@@ -49,7 +51,7 @@ class Guidance(ABC):
         """Return the guided teacher that a student learns from.
 
         Args:
-            null: values that mean "no condition", by name, for one sample.
+            null: the values that mean "no condition" for one sample, keyed by name.
 
         Raises:
             ValueError: if `null` is empty.
@@ -57,7 +59,8 @@ class Guidance(ABC):
 
     @abstractmethod
     def shown(self, cond: Cond, draw: Draw, like: Tensor) -> Cond:
-        """Return the conditions of the samples `like` `[batch, *dims]`, with a scale for each if it is an input."""
+        """Return the conditions of the samples `like` `[batch, *dims]`, with a scale for each if the network takes
+        one."""
 
 
 def _takes_scale(teacher: Denoiser) -> bool:
@@ -74,7 +77,7 @@ class FixedGuidance(Guidance):
     """One fixed scale, which is not an input of the network.
 
     Raises:
-        ValueError: if it is not a finite number of at least 0.
+        ValueError: if the scale is not a finite number of at least 0.
     """
 
     scale: float
@@ -98,8 +101,8 @@ class FixedGuidance(Guidance):
     def view(self, teacher: Denoiser, null: Mapping[str, Tensor]) -> Denoiser:
         if _takes_scale(teacher):
             raise ValueError(
-                "the teacher's network takes the guidance scale as an input, which was recorded with its pipeline. "
-                f"Choose another scale with --call guidance_scale={self.scale:g}, or choose a range"
+                "the teacher's network takes the guidance scale as an input, and one scale was recorded with its "
+                f"pipeline. Choose another scale with --call guidance_scale={self.scale:g}, or choose a range"
             )
         return Guided(teacher, null, self.scale)
 
@@ -111,7 +114,8 @@ class FixedGuidance(Guidance):
 @guidances.register("range")
 @dataclass(frozen=True)
 class GuidanceRange(Guidance):
-    """Scales from `low` to `high`, an input of the network. Each training sample draws a scale uniformly.
+    """Guidance scales from `low` to `high`, which the network takes as an input. In training, each sample's scale is
+    drawn uniformly from this range.
 
     Raises:
         ValueError: if not 0 <= low < high < infinity.
@@ -134,7 +138,7 @@ class GuidanceRange(Guidance):
         if scale is not None and not self.low <= scale <= self.high:
             warnings.warn(
                 f"a guidance scale of {scale:g} was requested, but this model has only learned scales from "
-                f"{self.low:g} to {self.high:g}. It extrapolates",
+                f"{self.low:g} to {self.high:g}. The model extrapolates",
                 HalfstepWarning,
                 stacklevel=5,
             )

@@ -1,7 +1,7 @@
 """Halving: one DDIM step of the student lands where K = 2 steps of the teacher land.
 
-The target is the mean of the teacher's x0 along its K steps; `samplers/ddim.py` has the formula. The teacher may take
-its steps with any deterministic sampler.
+The target is the mean of the teacher's x0 over these K steps; see `samplers/ddim.py` for the formula. The teacher may
+use any deterministic sampler for the steps.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), algorithm 2; the authors' dpm.py for s = 0.
 """
@@ -48,18 +48,19 @@ def halving_target(
     """Return the x0 with which one DDIM step from t to s lands where `num_teacher_steps` steps of the teacher land.
 
     Args:
-        teacher: an unclipped denoiser; it is called without gradient.
+        teacher: an unclipped denoiser, which is called without gradients.
         x_t: noisy samples `[batch, *dims]`.
-        t: clock times at which the step starts, `[batch]` or one for all samples.
-        s: clock times at which it lands, 0 <= s < t.
+        t: clock times at which the step starts, `[batch]` or one time for all samples.
+        s: clock times at which the step lands, with 0 <= s < t.
         cond: conditions by name, each `[batch, ...]`.
         sampler: the teacher's deterministic sampler; DDIM() if None.
 
     Returns:
-        A tensor shaped as `x_t`. With DDIM it is a weighted mean of the teacher's predictions, with weights >= 0.
+        A tensor of the same shape as `x_t`. With DDIM, it is a weighted mean of the teacher's predictions, with
+        nonnegative weights.
 
     Raises:
-        ValueError: if a time s is not in [0, t), `num_teacher_steps` is not at least 1, or the sampler is stochastic.
+        ValueError: if a time s is not in [0, t), `num_teacher_steps` is less than 1, or the sampler is stochastic.
     """
     check_num_steps(num_teacher_steps)
     method = DDIM() if sampler is None else sampler
@@ -79,7 +80,7 @@ def _target(
     num_teacher_steps: int,
     sampler: Sampler,
 ) -> Tensor:
-    """Return `halving_target` without checks, which would make the host wait for the device at every update."""
+    """Return `halving_target` without the checks, which would make the host wait for the device in every update."""
     times = [start + (end - start) * (k / num_teacher_steps) for k in range(num_teacher_steps)] + [end]
     return landing_x0(teacher.process, [steps_of(teacher, sampler, cond)] * num_teacher_steps, x_t, times)
 
@@ -88,9 +89,9 @@ def _target(
 @objectives.register("halve")
 @dataclass(frozen=True)
 class Halving(StepObjective):
-    """Squared error against `halving_target` at the student's own times i / num_steps, i = 1 ... num_steps.
+    """The squared error with respect to `halving_target` at the student's times i / num_steps, i = 1 ... num_steps.
 
-    Neither the target nor the loss clips x0. The default weighting is that of the paper's models.
+    Neither the target nor the loss clips x0. The default weighting is the one used for the paper's models.
 
     Source: Salimans & Ho 2022 (arXiv:2202.00512), algorithm 2.
 
@@ -102,7 +103,7 @@ class Halving(StepObjective):
     num_teacher_steps: int = 2
     weighting: Weighting = field(default_factory=TruncatedSNR)
     guidance: Guidance | None = None
-    """Guidance that the teacher has learned; None for none."""
+    """The guidance that the teacher has learned, or None if it has not learned guidance."""
     teacher_sampler: Sampler = field(default_factory=DDIM)
     """The deterministic sampler of the teacher's steps; the student uses DDIM."""
 
@@ -118,7 +119,7 @@ class Halving(StepObjective):
     @property
     def evals(self) -> Mapping[str, Evals]:
         sampler = self.teacher_sampler
-        # A batch may contain steps onto clean data, and all its samples need the same number of calls.
+        # A batch may contain steps that land on clean data, and all samples of a batch need the same number of calls.
         calls = self.num_teacher_steps * max(sampler.evals_per_step, sampler.evals_last_step)
         return {STUDENT: Evals(1, 1), "teacher": Evals(calls)}
 

@@ -1,13 +1,14 @@
-"""The landing point of the student's DDIM step, with more noise: shared by several objectives.
+"""The landing point of the student's DDIM step with added noise, which several objectives use.
 
-The student's x0 at (x_t, t) takes x_t to x_s, the landing point. With further noise up to the level tau >= s, it is
+The student's x0 at (x_t, t) takes x_t to x_s, the landing point. With noise added up to the level tau >= s, the landing
+point becomes
 
     y = k x_s + b eps',   k = alpha_tau / alpha_s,   b^2 = sigma_tau^2 - k^2 sigma_s^2,
 
-which is distributed as data at tau if x_s is distributed as data at s. Objectives use the landing point and not x0
-itself, because at s > 0 the student's x0 is a mean over samples, not a sample. tau is inside the step, s < tau < t,
-because more noise than in x_t would hide the effect of the step. The levels of two steps then never overlap, so one
-critic or auxiliary denoiser works for all steps.
+which is distributed like data at tau if x_s is distributed like data at s. Objectives use the landing point instead of
+x0 itself, because at s > 0 the student's x0 is a mean over samples rather than a sample. The level tau is inside the
+step, with s < tau < t, because more noise than in x_t would hide the effect of the step. The noise levels of different
+steps then never overlap, so one critic or one auxiliary denoiser works for all steps.
 """
 
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from halfstep.objectives.base import Step
 
 
 class Landing(NamedTuple):
-    """Landing points with further noise, y = k x_s + spread eps `[batch, *dims]`, at the noise level of tau."""
+    """Landing points with added noise, y = k x_s + spread eps `[batch, *dims]`, at the noise level of tau."""
 
     y: Tensor
     tau: Tensor
@@ -34,18 +35,18 @@ class Landing(NamedTuple):
 def noised_landing(
     denoised: Denoised, process: NoiseProcess, step: Step, draw: Draw, *, until: Tensor | float, purpose: str
 ) -> Landing:
-    """Return the landing points of the steps with noise up to tau, drawn uniformly from s to `until`.
+    """Return the landing points of the steps with noise added up to tau, which is drawn uniformly from s to `until`.
 
     Args:
         denoised: the student's output at (x_t, t); gradients flow through it.
-        purpose: prefix of the purposes for which tau and the noise are drawn.
+        purpose: prefix of the names under which the random tau and noise are drawn.
     """
     x_s = ddim_step(denoised, process, step.s)
     share = as_clock(draw.uniform(f"{purpose}tau"), x_s)
     tau = step.s + share * (until - step.s)
     (alpha, sigma), (alpha_s, _) = process.alpha_sigma(tau), process.landing(step.s)
     added = torch.where(step.s == 0, -torch.inf, process.log_snr(tau) - process.log_snr(step.s))
-    # sigma_tau^2 - k^2 sigma_s^2, without subtracting nearly equal numbers.
+    # The square root of sigma_tau^2 - k^2 sigma_s^2, computed without subtracting nearly equal numbers.
     spread = sigma * torch.sqrt(-torch.expm1(added))
     eps = draw.normal(f"{purpose}landing", x_s.shape[1:]).to(x_s)
     y = per_sample(alpha / alpha_s, x_s) * x_s + per_sample(spread, x_s) * eps

@@ -1,9 +1,9 @@
 """Matching: the student learns the teacher's own x0 at random times, before any step is distilled.
 
-It converts a teacher for halving: to another prediction (x0 or v instead of eps, which has no x0 at zero SNR), to
-another clock, or to classifier-free guidance in the weights, at one scale or at a range of scales that is an input of
-the network. The noisy samples follow the student's process. The teacher is called at the same noise levels, twice if it
-is guided.
+Matching converts a teacher for halving. It can change the prediction (to x0 or v, because eps determines no x0 at zero
+SNR), change the clock, or build classifier-free guidance into the weights. The guidance has either one scale or a range
+of scales, where the scale becomes an input of the network. The noisy samples follow the student's noise process. The
+teacher is called at the same noise levels as the student, twice if the teacher is guided.
 
 Source: Meng et al. 2023, "On Distillation of Guided Diffusion Models" (arXiv:2210.03142), section 3.1, for guidance;
 Salimans & Ho 2022 (arXiv:2202.00512), section 4, for the predictions that few steps need.
@@ -43,31 +43,31 @@ from halfstep.objectives.guidance import Guidance
 @objectives.register("match")
 @dataclass(frozen=True)
 class Matching(Objective):
-    """Squared error against the teacher's x0 at the times i / num_times, i = 1 ... num_times.
+    """The squared error with respect to the teacher's x0 at the times i / num_times, i = 1 ... num_times.
 
-    The teacher's x0 is clipped to `clip` after guidance. For data in that range, this moves no entry away from its true
-    mean, and keeps an eps teacher usable near pure noise, where sigma / alpha amplifies its error. If `num_times` is
-    the teacher's number of noise levels, the teacher is called only at these. With the default weighting, the loss is
-    the squared error in v, which is even over all noise levels.
+    After guidance, the teacher's x0 is clipped to `clip`. For data in that range, clipping moves no entry away from its
+    true mean. It also keeps an eps teacher usable near pure noise, where sigma / alpha amplifies the teacher's error.
+    If `num_times` is the number of the teacher's noise levels, the teacher is called only at those levels. With the
+    default weighting, the loss is the squared error in v, which is balanced across all noise levels.
 
     Source: Meng et al. 2023 (arXiv:2210.03142), section 3.1, for guidance.
 
     Raises:
-        ValueError: if the number of times is not a whole number of at least 1, or the bounds of `clip` do not increase.
+        ValueError: if `num_times` is not a whole number of at least 1, or `clip` is not a pair of increasing bounds.
     """
 
     num_times: int = 1024
     weighting: Weighting = field(default_factory=SNRPlusOne)
     guidance: Guidance | None = None
-    """The guidance that the student learns; None for none."""
+    """The guidance that the student learns, or None if it learns no guidance."""
     prediction: Prediction | None = None
     """The student's prediction; None keeps the teacher's."""
     process: NoiseProcess | None = None
-    """The student's process; None keeps the teacher's."""
+    """The student's noise process; None keeps the teacher's."""
     num_train_timesteps: int = 1024
     """Number of network timesteps if `process` differs from the teacher's."""
     clip: tuple[float, float] | None = None
-    """Bounds of the teacher's x0; None disables clipping."""
+    """The bounds to which the teacher's x0 is clipped; None disables clipping."""
     needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Loss metrics: the loss of a sample as a function of its weighted mean squared error."""
+"""Loss metrics, which map the weighted mean squared error of a sample to the loss of that sample."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from halfstep.registry import Registry
 
 
 class LossMetric(ABC):
-    """An increasing function of the weighted mean squared error, 0 at 0."""
+    """An increasing function of the weighted mean squared error, which is 0 at 0."""
 
     @abstractmethod
     def __call__(self, square: Tensor) -> Tensor:
-        """Return losses, shaped as the squared errors `[batch]`."""
+        """Return one loss for each squared error; both are tensors `[batch]`."""
 
 
 loss_metrics: Registry[type[LossMetric]] = Registry("loss metric")
@@ -36,9 +36,9 @@ class Squared(LossMetric):
 @loss_metrics.register("pseudo_huber")
 @dataclass(frozen=True)
 class PseudoHuber(LossMetric):
-    """sqrt(square + c^2) - c: smooth at 0, and about the norm of the error if that is above c.
+    """The loss sqrt(square + c^2) - c, which is smooth at 0 and close to the norm of the error if the norm exceeds c.
 
-    If the weight is large at low noise, the norm has less variance than its square.
+    If the weight is large at low noise levels, the norm of the error has less variance than its square.
 
     Source: Song & Dhariwal 2023 (arXiv:2310.14189), section 3.3.
 

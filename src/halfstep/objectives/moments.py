@@ -1,20 +1,21 @@
 """Moment matching: the student's samples match the teacher's conditional mean at every noise level.
 
-The student is a few-step ancestral sampler. Its x0 at x_t defines a step to s, which samples the posterior
-q(x_s | x_t, x0), as in `Ancestral(gamma=0)`. If the student's x0 are distributed as data given x_t, then x_s is
-distributed as noisy data, and the mean of these x0 given x_s is the teacher's x0 at (x_s, s). An auxiliary denoiser
-learns that mean, and the student learns to reduce the difference. An update has two turns, each with its own batch. Let
-D = auxiliary - teacher at (x_s, s), and let w be the weight at the log-SNR of s. The losses are
+The student is a few-step ancestral sampler. The student's x0 at x_t defines a step to s, which samples the posterior
+q(x_s | x_t, x0), as in `Ancestral(gamma=0)`. If, given x_t, the student's x0 is distributed like data, then x_s is
+distributed like noisy data, and the mean of x0 given x_s is the teacher's x0 at (x_s, s). An auxiliary denoiser learns
+that mean, and the student learns to reduce the difference between the auxiliary denoiser and the teacher. Each update
+has two turns, with a separate batch for each turn. Let D = auxiliary - teacher at (x_s, s), and let w be the weight at
+the log-SNR of s. The losses are
 
     auxiliary:  w (|auxiliary - x0|^2 + |auxiliary - teacher|^2),  minimal at the mean of E[x0 | x_s] and the teacher
     student:    w |x0 - sg(x0 - D)|^2 / 2,                         with the gradient w D in x0
 
-The second term of the auxiliary's loss keeps it near the teacher, and halves D at the minimum. The value of the
-student's loss is w |D|^2 / 2, the moment gap. It need not fall, because the auxiliary widens the gap while the student
-closes it.
+The second term of the auxiliary denoiser's loss keeps this denoiser near the teacher, and halves D at the minimum. The
+value of the student's loss is w |D|^2 / 2, the moment gap. This loss does not have to fall, because the auxiliary
+denoiser widens the gap while the student closes it.
 
-Times: s ~ U(0, 1), t = min(s + d, 1), d ~ U(0, 1 / num_steps). No step is longer than the student's own steps, and some
-start from pure noise.
+The times are s ~ U(0, 1) and t = min(s + d, 1) with d ~ U(0, 1 / num_steps). No step is longer than the steps that the
+student takes when sampling, and some steps start from pure noise.
 
 Source: Salimans, Mensink, Heek & Hoogeboom 2024, "Multistep Distillation of Diffusion Models via Moment Matching"
 (arXiv:2406.04103), algorithm 2, with means instead of sums over a sample's entries.
@@ -55,7 +56,7 @@ from halfstep.samplers import Ancestral, ancestral_step
 
 
 class _Step(NamedTuple):
-    """A step of the student: its x0 at x_t, `[batch, *dims]`, and a sample x_s from the posterior."""
+    """A step of the student: the student's x0 at x_t, `[batch, *dims]`, and a sample x_s from the posterior."""
 
     x0: Tensor
     x_s: Tensor
@@ -67,9 +68,9 @@ class _Step(NamedTuple):
 @objectives.register("moments")
 @dataclass(frozen=True)
 class MomentMatching(Objective):
-    """Alternating moment matching of a `num_steps`-step ancestral student.
+    """Alternating moment matching for an ancestral student with `num_steps` steps.
 
-    The default weighting, the squared error in v, is even over all noise levels.
+    With the default weighting, the loss is the squared error in v, which is balanced across all noise levels.
 
     Source: Salimans et al. 2024 (arXiv:2406.04103), algorithm 2.
 
@@ -80,9 +81,9 @@ class MomentMatching(Objective):
     num_steps: int
     weighting: Weighting = field(default_factory=SNRPlusOne)
     guidance: Guidance | None = None
-    """Guidance that the teacher has learned; None for none."""
+    """The guidance that the teacher has learned, or None if it has not learned guidance."""
     auxiliary_rate: float = 1.0
-    """Learning rate of the auxiliary denoiser, relative to the student's."""
+    """Learning rate of the auxiliary denoiser, relative to the student's learning rate."""
     needs_teacher: ClassVar[bool] = True
     learns_from_undistilled: ClassVar[bool] = True
     loss_falls: ClassVar[bool] = False
@@ -107,7 +108,7 @@ class MomentMatching(Objective):
         return Turn(AUXILIARY, self.auxiliary_loss), Turn(STUDENT, self.loss)
 
     def auxiliary_loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
-        """Return the losses of the auxiliary denoiser with respect to the student's x0 and the teacher."""
+        """Return the losses of the auxiliary denoiser with respect to the student's x0 and the teacher's x0."""
         teacher = check_one_process(models)
         with torch.no_grad():
             x0, x_s, s, cond = self._step(models.student, batch, draw)
@@ -123,7 +124,7 @@ class MomentMatching(Objective):
         with torch.no_grad():
             gap = teacher(x_s, s, cond).x0 - _auxiliary(models)(x_s, s, cond).x0
         log_snr = models.student.process.log_snr(s)
-        # x0 - sg(x0 + gap), with x0 cancelled so that a small gap is not rounded to the precision of x0.
+        # This is x0 - sg(x0 + gap), with x0 cancelled so that a small gap is not rounded to the precision of x0.
         return Losses(weighted_x0_loss(x0 - x0.detach(), gap, log_snr, self.weighting) / 2, log_snr)
 
     def _step(self, student: Denoiser, batch: Batch, draw: Draw) -> _Step:

@@ -1,6 +1,6 @@
 """The plan: a chain of stages as data.
 
-A stage is an objective and the hyperparameters of its student's optimiser. A chain of halvings is a list of stages.
+A stage is an objective and the hyperparameters of the student's optimiser. A chain of halvings is a list of stages.
 
 Source of the defaults: Salimans & Ho 2022 (arXiv:2202.00512), section 5.2 and appendix; the authors' configurations.
 """
@@ -21,18 +21,18 @@ from halfstep.objectives.halving import Halving
 from halfstep.samplers import DDIM, Sampler
 
 HALVING: Final = Training(num_updates=50_000, learning_rate=5e-5)
-"""The paper's hyperparameters for a student: no warm-up, and linear decay of the learning rate to 0."""
+"""The paper's hyperparameters for a student: no warm-up, and a learning rate that decays linearly to 0."""
 
 FINISHING: Final = Training(
     num_updates=260, batch_size=64, learning_rate=5e-5, adam_betas=(0.0, 0.99), grad_clip=1.0, ema_decay=0.98
 )
-"""Hyperparameters for finishing a student. The updates include those that train only the auxiliary denoiser."""
+"""Hyperparameters for finishing a student. `num_updates` includes updates that train only the auxiliary denoiser."""
 
 
 @final
 @dataclass(frozen=True)
 class Stage:
-    """One row of a plan. The student of a halving stage starts as a copy of its teacher, with a new optimiser.
+    """One stage of a plan. In a halving stage, the student starts as a copy of the teacher, with a new optimiser.
 
     Raises:
         ValueError: if the student has no turn in any update.
@@ -45,21 +45,21 @@ class Stage:
         check_instance("the objective", self.objective, Objective, "halfstep.Halving(4)")
         check_instance("training", self.training, Training, "halfstep.Training(num_updates=2000, learning_rate=2e-4)")
         updates = range(self.training.num_updates)
-        # The last update almost always has a turn of the student, so it is checked first.
+        # In the last update, the student almost always has a turn, so this update is checked first.
         if not any(turn.trains == STUDENT for update in reversed(updates) for turn in self.objective.turns(update)):
             raise ValueError(
                 f"a stage of {type(self.objective).__name__} ends before its student's first turn, because num_updates "
-                f"is {len(updates)}. Increase it, or decrease lead_updates"
+                f"is {len(updates)}. Increase num_updates, or decrease lead_updates"
             )
 
     @property
     def num_steps(self) -> int | None:
-        """Number of sampler steps that the stage's model is trained for; None for any number."""
+        """The number of sampler steps that the stage's model is trained for, or None if any number works."""
         return self.objective.outcome.num_steps
 
     @property
     def update_cost(self) -> float:
-        """Cost of an update per sample, in forward passes."""
+        """The cost of one update, as a number of forward passes for a single sample."""
         return sum(evals.cost for evals in self.objective.evals.values()) * self.training.batch_size
 
 
@@ -73,7 +73,7 @@ class Parents(NamedTuple):
 
 
 def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | None:
-    """Return the parents of a stage among the models of earlier stages; None for the first stage.
+    """Return the parents of a stage among the models of earlier stages, or None for the first stage.
 
     Raises:
         ValueError: if no earlier stage has a model that the objective needs.
@@ -91,14 +91,17 @@ def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | Non
             known = f"no student before it samples with {type(sampler).__name__}"
             if made:
                 known = f"the students before it take {', '.join(map(str, made))}"
-            raise ValueError(f"the stage {name} refines a student of {steps} steps, but {known}. Choose one of them")
+            raise ValueError(
+                f"the stage {name} refines a student of {steps} steps, but {known}. Choose the steps of an earlier "
+                "student"
+            )
         start = same[-1]
     if objective.learns_from_undistilled:
         whole = [place for place, model in enumerate(models) if model.role is not Role.STUDENT]
         if not whole:
             raise ValueError(
-                f"the stage {name} learns from an undistilled teacher, but the chain starts from a student. Start it "
-                "from that student's teacher"
+                f"the stage {name} learns from an undistilled teacher, but the chain starts from a student. Start the "
+                "chain from that student's teacher"
             )
         teacher = whole[-1]
     inner = objective.objective if isinstance(objective, Adversarial) else objective
@@ -109,7 +112,7 @@ def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | Non
             raise ValueError(
                 f"the stage {name} needs a teacher with {asked_steps} steps of {type(asked_sampler).__name__}, but the "
                 f"student before it was distilled for {known_steps} steps of {type(known_sampler).__name__} and can "
-                "take no others. Choose a chain that starts with these steps"
+                "take no others. Choose a chain that starts with the steps of that student"
             )
     return Parents(start, teacher)
 
@@ -117,7 +120,7 @@ def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | Non
 @final
 @dataclass(frozen=True)
 class Plan:
-    """Stages in the order in which they run, each with its folder's name."""
+    """The stages in the order in which they run, each with a folder name."""
 
     stages: tuple[Stage, ...] = field(default=())
 
@@ -145,13 +148,13 @@ class Plan:
         return Plan(self.stages + other.stages)
 
     def guided(self, guidance: Guidance | None) -> "Plan":
-        """Return the plan for teachers that have learned `guidance`."""
+        """Return the plan, adapted to teachers that have learned `guidance`."""
         if guidance is None:
             return self
         return self.changed(lambda objective: _guided(objective, guidance))
 
     def changed(self, change: Callable[[Objective], Objective]) -> "Plan":
-        """Return the plan with every objective replaced: `plan.changed(Adversarial)` adds a critic to each stage."""
+        """Return the plan with every objective replaced; `plan.changed(Adversarial)` adds a critic to each stage."""
         return Plan(tuple(replace(stage, objective=change(stage.objective)) for stage in self.stages))
 
     @classmethod
@@ -177,26 +180,27 @@ class Plan:
     ) -> "Plan":
         """Return the chain start -> start / 2 -> ... -> end, with one halving stage per student.
 
-        The first student may learn from another sampler of the teacher, or from more teacher steps. A student that
-        teaches the next one uses DDIM, the sampler that it was distilled for.
+        For the first student, the teacher may use another sampler or take more steps. A student that teaches the next
+        student uses DDIM, the sampler for which it was distilled.
 
         Args:
-            start: steps of the first teacher; the first student takes half of them.
-            end: steps of the last student.
-            training: hyperparameters of each stage. The paper has no warm-up, but a fresh Adam moves every weight by
-                the full learning rate at once, and a short stage does not recover from that.
-            factor: number of teacher steps that a student's step replaces, at every stage.
-            students: the steps of all students, such as 256, 64, 16, 8, 4; replaces `end` and `factor`.
+            start: number of steps of the first teacher; the first student takes half as many.
+            end: number of steps of the last student.
+            training: hyperparameters of each stage. The paper uses no warm-up, but the first update of a new Adam
+                optimiser moves every weight by the full learning rate, and a short stage does not recover from that.
+            factor: number of teacher steps that one student step replaces, in every stage.
+            students: the numbers of steps of all students, such as 256, 64, 16, 8, 4; overrides `end` and `factor`.
             updates_at: maps a student's number of steps to a different number of updates. By default, the students with
                 2 steps and 1 step get twice `training.num_updates`, as in the paper.
             learning_rate_at: maps a student's number of steps to a different learning rate.
-            guidance: guidance that the first teacher has learned.
+            guidance: the guidance that the first teacher has learned.
             teacher_sampler: deterministic sampler of the first teacher; DDIM if None.
-            teacher_steps: steps of the first teacher per step of the first student; None uses the chain's factor.
+            teacher_steps: number of steps that the first teacher takes per step of the first student; None uses the
+                chain's factor.
 
         Raises:
             ValueError: if `end` is not below `start`, the factors do not lead from `start` to `end`, `updates_at` or
-                `learning_rate_at` has a number of steps that is not in the chain, or the sampler is stochastic.
+                `learning_rate_at` contains a number of steps that is not in the chain, or the sampler is stochastic.
         """
         steps = [start, *students] if students is not None else divided(start, end, factor)
         factors = _factors(steps)
@@ -206,8 +210,8 @@ class Plan:
         for name, given in (("updates_at", updates_at or {}), ("learning_rate_at", rates)):
             if foreign := sorted(set(given) - set(steps[1:])):
                 raise ValueError(
-                    f"{name} has an entry for {foreign[0]} steps, but the chain's students take {steps[1:]}. Give "
-                    f"entries for these, or none ({name} None)"
+                    f"{name} has an entry for {foreign[0]} steps, but the chain's students take {steps[1:]} steps. "
+                    f"Give entries only for these numbers, or set {name} to None"
                 )
         factors[0] = factors[0] if teacher_steps is None else teacher_steps
         stages: list[Stage] = []
@@ -225,10 +229,10 @@ class Plan:
         training: Training = FINISHING,
         finishing: Callable[[int], Finishing] = Finishing,
     ) -> "Plan":
-        """Return one finishing stage for each student of `steps`, in order.
+        """Return one finishing stage for each number of steps in `steps`, in the same order.
 
         Args:
-            finishing: function that maps a number of steps to the objective.
+            finishing: a function that maps a number of steps to the objective.
 
         Raises:
             ValueError: if a number is not a whole number of at least 1, or appears twice.
@@ -243,8 +247,10 @@ class Plan:
 
 
 def _guided(objective: Objective, guidance: Guidance) -> Objective:
-    """Return a student's objective, wrapped or not, with the guidance that its teacher has learned. All others are
-    unchanged."""
+    """Return the objective with the guidance that the teacher has learned.
+
+    Only the objective of a student changes, whether it is wrapped or not. Any other objective is returned unchanged.
+    """
     if objective.outcome.role is not Role.STUDENT:
         return objective
     changes: dict[str, object] = {}
@@ -260,7 +266,7 @@ def divided(start: int, end: int, factor: int) -> list[int]:
     """Return the steps of a chain: start, start / factor, ..., end.
 
     Raises:
-        ValueError: if `end` is not below `start` or is not reached.
+        ValueError: if `end` is not below `start`, or cannot be reached by dividing by `factor`.
     """
     check_num_steps(start)
     check_num_steps(end)
@@ -287,16 +293,17 @@ def _factors(steps: Sequence[int]) -> list[int]:
     """Return the factor between each number of steps and the next.
 
     Raises:
-        ValueError: if one is not a factor of the previous one, or there are no students.
+        ValueError: if a number does not divide the previous number, or there are no students.
     """
     if len(steps) < 2:
-        raise ValueError("the list of students is empty. Give the steps of each, such as 256, 64, 16, 8, 4")
+        raise ValueError("the list of students is empty. Give the steps of each student, such as 256, 64, 16, 8, 4")
     for number in steps:
         check_num_steps(number)
     for teacher, student in pairwise(steps):
         if student >= teacher or teacher % student:
             raise ValueError(
-                f"a student of {student} steps cannot follow a teacher of {teacher}. Its steps must divide the "
-                f"teacher's, with a factor of at least 2; the chain is {', '.join(map(str, steps))}"
+                f"a student of {student} steps cannot follow a teacher of {teacher} steps. The student's number of "
+                "steps must divide the teacher's, with a factor of at least 2; the chain is "
+                f"{', '.join(map(str, steps))}"
             )
     return [teacher // student for teacher, student in pairwise(steps)]

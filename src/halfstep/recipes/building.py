@@ -1,4 +1,4 @@
-"""Build a run from a recipe; check that its parts, teacher and data fit together."""
+"""Build a run from a recipe, and check that the recipe's parts, the teacher and the data fit together."""
 
 from collections.abc import Mapping
 from typing import Any, Final, Literal
@@ -23,15 +23,15 @@ FREE_FIELDS: Final = (
     *FREE_SETTINGS,
 )
 """Fields that may change when a run resumes, because they do not change the trained models. Data is identified by its
-samples. Models are measured again if their protocol changes.
+samples. Models are measured again if the evaluation protocol changes.
 """
 
 
 def data_or_stand_in(recipe: Recipe) -> tuple[Data, str | None]:
-    """Return the recipe's data; if it is not on this machine, random pixels of the same shape and the reason.
+    """Return the recipe's data, or, if it is not on this machine, random pixels of the same shape and the reason why.
 
     Raises:
-        ValueError: if it cannot be opened and the recipe has no `facts`.
+        ValueError: if the data cannot be opened and the recipe has no `facts`.
     """
     data, facts = recipe.data, recipe.facts
     if facts is None:
@@ -56,15 +56,15 @@ def build(
     data: Data | None = None,
     parent: Mapping[str, Any] | None = None,
 ) -> RunSpec:
-    """Return the run of a recipe: the whole plan, only the teacher, or a chain from a given teacher.
+    """Return the run that a recipe describes: the whole plan, only the teacher, or a chain from a given teacher.
 
     Args:
-        data: replaces the recipe's own data.
-        parent: identity of the given teacher; its stage, source and files if None.
+        data: the data to use instead of the recipe's data.
+        parent: the identity of the given teacher, or None to use the teacher's stage, source and files.
 
     Raises:
-        ValueError: if the data cannot be opened, the recipe's parts do not fit each other or the data, or the models
-            could not be measured.
+        ValueError: if the data cannot be opened, the recipe's parts do not fit the data or each other, or the models
+            cannot be measured.
     """
     process: NoiseProcess = VPCosine(recipe.model.log_snr_min, recipe.model.log_snr_max)
     prediction: Prediction = predictions[recipe.model.prediction]()
@@ -118,11 +118,13 @@ def build(
 
 
 def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
-    """Return the teacher with its own null conditions, or with those of the recipe or the data."""
+    """Return the teacher with the null conditions of the teacher itself, of the recipe, or of the data."""
     null = dict(teacher.null)
     if config.null_class is not None:
         if not teacher.num_classes:
-            raise ValueError(f"matching.null_class {config.null_class}: this teacher has no classes. Remove it")
+            raise ValueError(
+                f"matching.null_class {config.null_class} has no effect, because this teacher has no classes. Remove it"
+            )
         last = max(int(null.get("class_labels", 0)), teacher.num_classes - 1)
         if config.null_class > last:
             raise ValueError(
@@ -141,7 +143,7 @@ def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
 
 
 def _check_classes(model: Manifest, data: Data) -> None:
-    """Raise ValueError if data and model number the classes differently, for example because labels have gaps."""
+    """Raise ValueError if data and model number the classes differently, for example because of gaps in the labels."""
     names = data.class_names
     known = model.class_names[: len(names)] or tuple(map(str, range(len(names))))
     # Without class names, only the number of classes can be compared.
@@ -153,7 +155,7 @@ def _check_classes(model: Manifest, data: Data) -> None:
 
 
 def encode_first(model: Manifest, source: str, pipeline: str) -> str:
-    """Return the error for images as the data of a latent model, with the command that encodes them."""
+    """Return the error message for a latent model whose data is images, with the command that encodes the images."""
     return (
         f"the model generates latents {list(model.shape)}, but {source} contains images. Encode them with "
         f"halfstep encode {pipeline} --data {source} --out latents, and use --data latents"
@@ -172,7 +174,7 @@ def check_fit(model: Manifest, data: Data) -> None:
         )
     if model.shape != data.shape:
         raise ValueError(
-            f"the model has samples of shape {list(model.shape)}, but {data.source} has {list(data.shape)}. "
+            f"the model has samples of shape {list(model.shape)}, but {data.source} has shape {list(data.shape)}. "
             "Give the training data (--data, --data.image-size)"
         )
     if model.num_classes and not 0 < data.num_classes <= model.num_classes:
@@ -191,6 +193,6 @@ def check_fit(model: Manifest, data: Data) -> None:
             )
         if tuple(held[name].shape[1:]) != shape:
             raise ValueError(
-                f"the model takes {name} of shape {list(shape)}, but {data.source} has {list(held[name].shape[1:])}. "
-                "Encode the data with the model's own pipeline"
+                f"the model takes {name} of shape {list(shape)}, but {data.source} has shape "
+                f"{list(held[name].shape[1:])}. Encode the data with the model's own pipeline"
             )

@@ -12,7 +12,7 @@ from halfstep.train.settings import Engine
 
 @recipes.register("digits")
 def digits() -> Recipe:
-    """The demo: scikit-learn's 1,797 digits, 8x8, from scratch to one step in minutes on two CPU cores."""
+    """The demo: train on scikit-learn's 1,797 digits (8x8) and distil to one step, in minutes on two CPU cores."""
     return Recipe(
         name="digits",
         data=DataConfig(source="digits"),
@@ -57,7 +57,8 @@ def digits() -> Recipe:
 
 @recipes.register("digits_long")
 def digits_long() -> Recipe:
-    """The demo with two to three times the updates: better students in a quarter of an hour on two CPU cores."""
+    """The demo with two to three times as many updates, for better students in a quarter of an hour on two CPU
+    cores."""
     demo = digits()
     return demo.model_copy(
         update={
@@ -79,7 +80,7 @@ def digits_long() -> Recipe:
 
 @recipes.register("fashion_mnist")
 def fashion_mnist() -> Recipe:
-    """28x28 grey images of clothes in 10 classes: from scratch to one step in two hours on two CPU cores."""
+    """Train on 28x28 grey images of clothes in 10 classes and distil to one step, in two hours on two CPU cores."""
     return Recipe(
         name="fashion_mnist",
         data=DataConfig(source="zalando-datasets/fashion_mnist"),
@@ -106,7 +107,7 @@ def fashion_mnist() -> Recipe:
                 "updates_at": {8: 600, 1: 700},
             }
         ),
-        # Finishing the student of 4 steps with 200 updates moved it away from the data.
+        # In a test, 200 updates of finishing moved the student with 4 steps away from the data.
         finish=FinishConfig(steps=(2, 1), training=replace(FINISHING, num_updates=250), updates_at={1: 350}),
         evaluation=Evaluation(num_samples=4000, batch_size=500),
     )
@@ -114,7 +115,7 @@ def fashion_mnist() -> Recipe:
 
 @recipes.register("cifar10")
 def cifar10() -> Recipe:
-    """32x32 colour images in 10 classes with a network of 15 million parameters: hours on one GPU."""
+    """Train a network with 15 million parameters on 32x32 colour images in 10 classes, in hours on one GPU."""
     return Recipe(
         name="cifar10",
         data=DataConfig(source="uoft-cs/cifar10", flip=True),
@@ -162,14 +163,14 @@ def cifar10_small() -> Recipe:
 
 @recipes.register("images")
 def images() -> Recipe:
-    """Your own images: `halfstep run images --data FOLDER --data.image-size 32`; sized for one GPU."""
+    """Train on your own images with one GPU: `halfstep run images --data FOLDER --data.image-size 32`."""
     data = DataConfig(source="images", image_size=32, channels=3, labels=False)
     return cifar10().model_copy(update={"name": "images", "data": data})
 
 
 @recipes.register("images_small")
 def images_small() -> Recipe:
-    """A few hundred of your own images, 32x32 in colour: under an hour on two CPU cores."""
+    """Train on a few hundred of your own images, in colour at 32x32, in under an hour on two CPU cores."""
     return Recipe(
         name="images_small",
         data=DataConfig(source="images", image_size=32, channels=3, labels=False, flip=True),
@@ -180,7 +181,7 @@ def images_small() -> Recipe:
             norm_num_groups=8,
             attention_head_dim=32,
         ),
-        # Many updates would memorise a few images; fewer updates need a shorter moving average.
+        # With many updates, the network would memorise the few images. Fewer updates need a shorter moving average.
         teacher=Training(
             num_updates=3000,
             batch_size=16,
@@ -216,7 +217,8 @@ def images_tiny() -> Recipe:
 
 @recipes.register("arrays")
 def arrays() -> Recipe:
-    """Data other than images: a .npy of shape [n, *dims] near unit scale, `halfstep run arrays --data x.npy`."""
+    """Train on data other than images, in a .npy of shape [n, *dims] near unit scale: `halfstep run arrays --data
+    x.npy`."""
     return Recipe(
         name="arrays",
         data=DataConfig(source="data.npy"),

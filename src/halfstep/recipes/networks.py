@@ -1,4 +1,4 @@
-"""Networks of recipes, as validated data."""
+"""The networks of recipes, as validated data."""
 
 from typing import Annotated, Literal
 
@@ -14,7 +14,7 @@ Rate = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 
 
 class Config(BaseModel):
-    """Frozen data; unknown fields are errors."""
+    """A base class for frozen data. Unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -25,31 +25,31 @@ class UNetConfig(Config):
     type: Literal["unet2d"] = "unet2d"
     """Kind of network."""
     block_out_channels: Annotated[tuple[Width, ...], Field(min_length=1, max_length=12)] = (64, 128)
-    """Channels at each resolution, finest first; each level halves the sides of the image."""
+    """Number of channels at each resolution, finest first; each level halves the sides of the image."""
     layers_per_block: Depth = 2
-    """Residual blocks at each resolution."""
+    """Number of residual blocks at each resolution."""
     attention: tuple[bool, ...] = (False, True)
     """Whether each resolution has self-attention."""
     mid_attention: bool = True
     """Whether the middle block has self-attention."""
     attention_head_dim: Width = 32
-    """Channels per attention head."""
+    """Number of channels per attention head."""
     norm_num_groups: Width = 32
-    """Groups of each group normalisation."""
+    """Number of groups in each group normalisation."""
     time_scale_shift: Literal["default", "scale_shift"] = "scale_shift"
-    """Use of the time embedding: default adds it, scale_shift scales and shifts after the second normalisation."""
+    """How to use the time embedding: default adds it, scale_shift scales and shifts after the second normalisation."""
     resample: Literal["conv", "resnet"] = "conv"
-    """Down- and upsampling: a convolution, or a residual block (as in the paper)."""
+    """How to change the resolution: conv uses a convolution; resnet uses a residual block, as in the paper."""
     norm_eps: Rate = 1e-5
     """Epsilon of the group normalisations."""
     time_embedding_dim: Width | None = None
-    """Width of the time embedding; by default, four times the channels at the finest resolution."""
+    """Width of the time embedding; by default, four times the number of channels at the finest resolution."""
     flip_sin_to_cos: bool = True
     """Put cosines before sines in the time embedding, as in most diffusers models; the paper puts sines first."""
     freq_shift: Literal[0, 1] = 0
-    """1 ends the frequencies of the time embedding at 1/10000, as in the paper."""
+    """With 1, the frequencies of the time embedding end at 1/10000, as in the paper."""
     num_train_timesteps: Steps = 1024
-    """Timesteps of the network, a power of two; chains up to this length use whole timesteps."""
+    """Number of the network's timesteps, a power of two; chains up to this length use whole timesteps."""
 
     @field_validator("num_train_timesteps")
     @classmethod
@@ -62,8 +62,8 @@ class UNetConfig(Config):
         """Return an untrained U-Net for images of `shape` `[c, h, w]`, with `channels` outputs per channel of x_t.
 
         Raises:
-            ValueError: if samples are not images, or sides, levels, channels, groups or attention heads do not fit
-                each other.
+            ValueError: if the samples are not images, or the sides, levels, channels, groups or attention heads do not
+                fit together.
         """
         widths, levels = self.block_out_channels, len(self.block_out_channels)
         if len(shape) != 3:
@@ -72,7 +72,7 @@ class UNetConfig(Config):
             )
         if len(self.attention) != levels:
             raise ValueError(
-                f"network.attention has {len(self.attention)} entries for {levels} resolutions. Give one for each"
+                f"network.attention has {len(self.attention)} entries for {levels} resolutions. Give one entry for each"
             )
         for channels_here, attention in zip(widths, self.attention, strict=True):
             for name in ("norm_num_groups", "attention_head_dim") if attention else ("norm_num_groups",):
@@ -84,7 +84,7 @@ class UNetConfig(Config):
         if self.mid_attention and widths[-1] % self.attention_head_dim:
             raise ValueError(
                 f"network.attention_head_dim {self.attention_head_dim} does not divide the middle block's {widths[-1]} "
-                "channels. Change it, or add --network.no-mid-attention"
+                "channels. Change the dimension, or add --network.no-mid-attention"
             )
         factor = 2 ** (levels - 1)
         if shape[1] % factor or shape[2] % factor:

@@ -1,9 +1,9 @@
-"""The paper's models at full scale: days of training on many accelerators.
+"""The paper's models at full scale, which take days of training on many accelerators.
 
-All published numbers are the authors': networks, batch sizes, learning rates, warm-up, decay, dropout, EMA, clipping,
-augmentation, updates. The released configurations override the paper (CIFAR-10 is distilled at a learning rate of
-5e-5). Two choices are ours: the warm-up is linear (the authors' shape is not public), and the number of timesteps is a
-power of two instead of 1000, so that every student uses whole timesteps.
+The networks, batch sizes, learning rates, warm-up, decay, dropout, EMA, clipping, augmentation and numbers of updates
+are those that the authors published. The released configurations take precedence over the paper: for example, CIFAR-10
+is distilled at a learning rate of 5e-5. Two choices are ours. The warm-up is linear, because the authors' shape is not
+public. The number of timesteps is a power of two instead of 1000, so that every student uses whole timesteps.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), section 5 and appendices, and the authors' configurations.
 """
@@ -48,7 +48,7 @@ EVALUATION: Final = Evaluation(
 
 @recipes.register("cifar10_paper")
 def cifar10_paper() -> Recipe:
-    """The paper's CIFAR-10: unconditional, x0-prediction, 60 million parameters, 8192 steps to 1."""
+    """The paper's unconditional CIFAR-10, with x0-prediction and 60 million parameters, from 8192 steps to 1."""
     return Recipe(
         name="cifar10_paper",
         data=DataConfig(source="uoft-cs/cifar10", flip=True),
@@ -62,7 +62,7 @@ def cifar10_paper() -> Recipe:
 
 
 def _large(name: str, data: DataConfig, facts: DataFacts, network: UNetConfig, num_updates: int) -> Recipe:
-    """Return a recipe for one of the larger data sets: both heads, batches of 2048, 1024 steps to 1."""
+    """Return a recipe for one of the larger data sets, with both heads, batches of 2048, and 1024 steps to 1."""
     return Recipe(
         name=name,
         data=data,
@@ -72,14 +72,15 @@ def _large(name: str, data: DataConfig, facts: DataFacts, network: UNetConfig, n
         teacher=replace(TEACHER, num_updates=num_updates, batch_size=2048, learning_rate=3e-4, dropout=0.1),
         chain=ChainConfig(training=Training(num_updates=50_000, batch_size=2048, learning_rate=1e-4)),
         evaluation=EVALUATION,
-        # A batch of 2048 does not fit one GPU. Only dropout masks depend on the micro batch.
+        # A batch of 2048 does not fit on one GPU. Only the dropout masks depend on the micro batch.
         engine=Engine(micro_batch=32),
     )
 
 
 @recipes.register("imagenet64_paper")
 def imagenet64_paper() -> Recipe:
-    """The paper's ImageNet 64x64: class-conditional, both heads, 296 million parameters, 1024 steps to 1."""
+    """The paper's class-conditional ImageNet 64x64, with both heads and 296 million parameters, from 1024 steps to
+    1."""
     data = DataConfig(source="ILSVRC/imagenet-1k", image_size=64, resample="area", channels=3, flip=True)
     facts = DataFacts(shape=(3, 64, 64), num_samples=1_281_167, num_classes=1000)
     return _large("imagenet64_paper", data, facts, PAPER_IMAGENET64, 550_000)
@@ -95,11 +96,11 @@ def _lsun(name: str, num_samples: int) -> Recipe:
 
 @recipes.register("lsun_bedroom128_paper")
 def lsun_bedroom128_paper() -> Recipe:
-    """The paper's LSUN bedrooms 128x128, from a folder (--data FOLDER): both heads, 140 million parameters."""
+    """The paper's LSUN bedrooms 128x128 from a folder (--data FOLDER), with both heads and 140 million parameters."""
     return _lsun("lsun_bedroom128_paper", 3_033_042)
 
 
 @recipes.register("lsun_church128_paper")
 def lsun_church128_paper() -> Recipe:
-    """The paper's LSUN churches 128x128, from a folder (--data FOLDER): both heads, 140 million parameters."""
+    """The paper's LSUN churches 128x128 from a folder (--data FOLDER), with both heads and 140 million parameters."""
     return _lsun("lsun_church128_paper", 126_227)

@@ -1,7 +1,7 @@
 """The recipe as validated data.
 
-Each field is a flag on the command line (`--chain.start-steps 256`), with its docstring as help. Choices are names,
-which `build` converts to objects.
+Each field is a flag on the command line, such as `--chain.start-steps 256`, and the field's docstring is the help text
+of the flag. Choices are given as names, which `build` converts to objects.
 """
 
 import re
@@ -53,7 +53,7 @@ def _member_of(family: Registry[Any]) -> AfterValidator:
 
 
 class DataFacts(Config):
-    """Shape and classes of a recipe's data, for a dry run without the data."""
+    """The shape and classes of a recipe's data, for a dry run without the data."""
 
     shape: tuple[Positive, ...]
     """Shape of one sample."""
@@ -64,12 +64,12 @@ class DataFacts(Config):
 
 
 class ModelConfig(Config):
-    """The network's prediction, and the noise process."""
+    """The prediction of the network, and the noise process."""
 
     prediction: Annotated[str, _member_of(predictions)] = "v"
-    """Prediction of the network: eps, x0, v or both (see `halfstep ls`)."""
+    """The network's prediction: eps, x0, v or both (see `halfstep ls`)."""
     weighting: Annotated[str, _member_of(weightings)] = "truncated_snr"
-    """Loss weight of the error in x0: constant, snr, truncated_snr or snr_plus_one."""
+    """Weighting of the error in x0: constant, snr, truncated_snr or snr_plus_one."""
     conditional: bool = True
     """Condition the network on the class, if the data has classes."""
     log_snr_min: LogSNR = -20.0
@@ -79,38 +79,38 @@ class ModelConfig(Config):
 
 
 Flat = Annotated[Training, tyro.conf.arg(name="")]
-"""Training hyperparameters without their own flag prefix: --chain.num-updates."""
+"""Training hyperparameters whose flags have no additional prefix, such as --chain.num-updates."""
 
 
 class ChainConfig(Config):
     """How to distil the students."""
 
     start_steps: Steps = 1024
-    """Steps of the first teacher."""
+    """Number of steps of the first teacher."""
     end_steps: Steps = 1
-    """Steps of the last student."""
+    """Number of steps of the last student."""
     factor: Annotated[int, Field(ge=2, le=MOST_STEPS)] = 2
-    """Teacher steps that one student step replaces: 2 halves, 4 quarters."""
+    """Number of teacher steps that one student step replaces: 2 for halving, 4 for quartering."""
     teacher_sampler: Annotated[str, _member_of(samplers)] = "ddim"
-    """Deterministic sampler of the first teacher; students teach with DDIM."""
+    """Deterministic sampler of the first teacher; students that teach use DDIM."""
     teacher_steps: Steps | None = None
-    """Steps of the first teacher per step of the first student; the factor by default."""
+    """Number of steps of the first teacher per step of the first student; the factor by default."""
     students: tuple[Steps, ...] | None = None
-    """Steps of all students, such as 256 64 16 8 4; replaces end and factor."""
+    """Numbers of steps of all students, such as 256 64 16 8 4; overrides end_steps and factor."""
     training: Flat = HALVING
-    """Training of each student."""
+    """Training hyperparameters of each student."""
     updates_at: dict[int, Positive] | None = None
-    """Updates of individual students, by their steps. By default, the students of 2 steps and 1 step get twice
-    num_updates."""
+    """Number of updates of individual students, keyed by number of steps. By default, the students with 2 steps and 1
+    step get twice num_updates."""
     learning_rate_at: dict[int, Rate] | None = None
-    """Learning rates of individual students, by their steps."""
+    """Learning rates of individual students, keyed by number of steps."""
     critic_weight: Rate | None = None
-    """Weight of an adversarial term on the students' outputs; none by default."""
+    """Weight of an adversarial term on the students' outputs; by default, no such term is added."""
     lora_rank: Width | None = None
-    """Train LoRA weights of this rank instead of whole students (diffusers networks only), also in the matching stage.
-    Teacher and students share the base weights."""
+    """Train LoRA weights of this rank instead of whole students, also in the matching stage. This works only for
+    networks of diffusers. The teacher and the students share the base weights."""
     keep: tuple[Steps, ...] | None = None
-    """Step counts of the students to keep on disk, besides the teacher and the last student; all by default."""
+    """Numbers of steps of the students to keep on disk, besides the teacher and the last student; all by default."""
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> "ChainConfig":
@@ -120,7 +120,9 @@ class ChainConfig(Config):
             if self.factor != 2:
                 raise ValueError(f"the students are listed, so a factor of {self.factor} has no effect. Remove it")
         if self.critic_weight is not None and self.training.early_end.patience:
-            raise ValueError("early_end has no effect with critic_weight, because the loss may then rise. Remove one")
+            raise ValueError(
+                "early_end has no effect with critic_weight, because the loss may then rise. Remove one of them"
+            )
         return self
 
     @field_validator("teacher_sampler")
@@ -132,41 +134,43 @@ class ChainConfig(Config):
 
 
 SECOND_ORDER: Final = ChainConfig(start_steps=16, teacher_sampler="heun")
-"""The chain 8, 4, 2, 1. Each step of the first student learns from two Heun steps of the teacher. This comes closer to
-the teacher's best samples than a longer chain, and saves three stages."""
+"""The chain of students with 8, 4, 2 and 1 steps. Each step of the first student learns from two Heun steps of the
+teacher. This chain comes closer to the teacher's best samples than a longer chain, and saves three stages."""
 
 
 def _with_critic(plan: Plan, weight: float | None) -> Plan:
-    """Return the plan with an adversarial term in every stage, or unchanged if the weight is None."""
+    """Return the plan with an adversarial term in every stage, or the unchanged plan if the weight is None."""
     return plan if weight is None else plan.changed(lambda objective: Adversarial(objective, weight))
 
 
 class MatchingConfig(Config):
-    """How to convert a teacher to another prediction, process or guidance before halving. The stage is only added if a
-    setting needs it, or if a given teacher predicts eps near zero SNR.
+    """How to convert a teacher to another prediction, process or guidance before halving. The matching stage is added
+    only if a setting needs it, or if a given teacher predicts eps near zero SNR.
     """
 
     prediction: Annotated[str, _member_of(predictions)] | None = None
-    """Prediction of the student: x0 or v; by default the teacher's, or v if that is eps near zero SNR."""
+    """The student's prediction: x0 or v. The default is the teacher's prediction, or v if the teacher predicts eps near
+    zero SNR."""
     process: Literal["own", "cosine"] | None = None
-    """The student's noise process: own keeps the teacher's, cosine covers the teacher's noise levels with a power of
-    two timesteps. Cosine is the default for a U-Net with a discrete noise schedule, if it needs matching and has no
-    LoRA: its steps lose less, and every power of two is exact."""
+    """The student's noise process: own keeps the teacher's process; cosine covers the teacher's noise levels with a
+    power of two timesteps. For a U-Net with a discrete noise schedule that needs matching and has no LoRA, the default
+    is cosine, because each step then loses less and every power of two is exact."""
     guidance_scale: Scale | None = None
-    """Guidance scale for the student to learn, which halves its network calls; 1 disables guidance."""
+    """Guidance scale for the student to learn, which halves the number of network calls; 1 disables guidance."""
     guidance_range: tuple[Scale, Scale] | None = None
-    """Lowest and highest guidance scale to learn; the scale becomes an input of the student."""
+    """Lowest and highest guidance scales to learn; the scale becomes an input of the student."""
     null_class: int | None = Field(default=None, ge=0, le=MOST_UPDATES)
     """The null class, if the teacher's files do not specify it."""
     num_times: Steps = 1024
-    """Times at which to compare teacher and student; a teacher with a discrete noise schedule uses its timesteps."""
+    """Number of times at which teacher and student are compared. A teacher with a discrete noise schedule is compared
+    at its timesteps instead."""
     training: Flat = Training(num_updates=10_000, learning_rate=1e-4)
-    """Training of the matched student."""
+    """Training hyperparameters of the matched student."""
 
     @model_validator(mode="after")
     def _one_guidance(self) -> "MatchingConfig":
         if self.guidance_scale is not None and self.guidance_range is not None:
-            raise ValueError("guidance_scale and guidance_range cannot be combined. Remove one")
+            raise ValueError("guidance_scale and guidance_range cannot be combined. Remove one of them")
         if self.guidance_range is not None:
             GuidanceRange(*self.guidance_range)
         return self
@@ -193,23 +197,23 @@ class FinishConfig(Config):
     """How to finish students: move their outputs towards the teacher's distribution."""
 
     steps: tuple[Steps, ...] = ()
-    """Step counts of the students to finish, such as 2 1."""
+    """Numbers of steps of the students to finish, such as 2 1."""
     training: Flat = FINISHING
-    """Training of each finished student."""
+    """Training hyperparameters of each finished student."""
     updates_at: dict[int, Positive] | None = None
-    """Updates of individual students, by their steps."""
+    """Number of updates of individual students, keyed by number of steps."""
     learning_rate_at: dict[int, Rate] | None = None
-    """Learning rates of individual students, by their steps."""
+    """Learning rates of individual students, keyed by number of steps."""
     map_weight: float | None = Finishing.map_weight
-    """Weight of the loss that preserves the map from noise to samples; half the number of steps by default."""
+    """Weight of the loss that preserves the map from noise to samples; by default, half the number of steps."""
     auxiliary_turns: Positive = Finishing.auxiliary_turns
-    """Updates of the auxiliary denoiser before each student update."""
+    """Number of updates of the auxiliary denoiser before each student update."""
     auxiliary_rate: Rate = Finishing.auxiliary_rate
-    """Learning rate of the auxiliary denoiser, relative to the student's."""
+    """Learning rate of the auxiliary denoiser, relative to the student's learning rate."""
     lead_updates: int = Field(default=Finishing.lead_updates, ge=0, le=MOST_UPDATES)
-    """Initial updates that train only the auxiliary denoiser."""
+    """Number of initial updates that train only the auxiliary denoiser."""
     critic_weight: Rate | None = None
-    """Weight of an adversarial term on the students' outputs; none by default."""
+    """Weight of an adversarial term on the students' outputs; by default, no such term is added."""
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> "FinishConfig":
@@ -225,7 +229,7 @@ class FinishConfig(Config):
         return self
 
     def plan(self) -> Plan:
-        """Return the finishing stages; raise ValueError if they contradict each other."""
+        """Return the finishing stages, or raise ValueError if the settings contradict each other."""
 
         def finishing(num_steps: int) -> Finishing:
             return Finishing(num_steps, self.map_weight, self.auxiliary_turns, self.auxiliary_rate, self.lead_updates)
@@ -249,7 +253,7 @@ class StageConfig(Config):
     objective: dict[str, Any]
     """The registered objective as data: {"type": name, **fields}, as `objectives.describe` returns it."""
     training: Training
-    """Training of the student."""
+    """Training hyperparameters of the student."""
 
     @field_validator("objective")
     @classmethod
@@ -259,7 +263,7 @@ class StageConfig(Config):
 
 
 TEACHER: Final = Training(num_updates=100_000, learning_rate=2e-4, warmup_updates=1000, anneal=False, ema_decay=0.9999)
-"""The paper's training of a CIFAR-10 teacher, without weight decay and dropout, and with fewer updates."""
+"""The paper's training of a CIFAR-10 teacher, but with fewer updates and without weight decay or dropout."""
 
 
 class Recipe(Config):
@@ -272,30 +276,30 @@ class Recipe(Config):
     data: DataConfig = DataConfig()
     """Training data."""
     facts: DataFacts | None = None
-    """Shape and classes of the data, for a dry run without the data."""
+    """The shape and classes of the data, for a dry run without the data."""
     network: UNetConfig | MLPConfig = Field(default=UNetConfig(), discriminator="type")
-    """Network of teacher and students."""
+    """The network of the teacher and the students."""
     model: ModelConfig = ModelConfig()
-    """Prediction and noise process."""
+    """The prediction of the network, and the noise process."""
     teacher: Training = TEACHER
-    """Training of the teacher."""
+    """Training hyperparameters of the teacher."""
     matching: MatchingConfig = MatchingConfig()
-    """Conversion of the teacher before halving."""
+    """How to convert the teacher before halving."""
     chain: ChainConfig = ChainConfig()
     """The chain of students."""
     further: tuple[StageConfig, ...] = ()
-    """Stages after the chain, with any objective."""
+    """Additional stages after the chain, with any objective."""
     finish: FinishConfig = FinishConfig()
-    """Finishing of students, after all other stages."""
+    """How to finish students after all other stages."""
     evaluation: Evaluation = Evaluation()
-    """Evaluation of the models."""
+    """How to evaluate the models."""
     engine: Engine = Engine()
-    """Use of the machine."""
+    """How to use the machine."""
 
     @field_validator("name")
     @classmethod
     def _file_name(cls, name: str) -> str:
-        # It becomes a folder's name.
+        # The recipe's name becomes the name of a folder.
         if (
             name.startswith((".", "-"))
             or len(name.encode(errors="replace")) > 100
@@ -313,10 +317,10 @@ class Recipe(Config):
         return Plan.of(Denoising(weightings[self.model.weighting]()), self.teacher)
 
     def chain_plan(self, guidance: Guidance | None = None) -> Plan:
-        """Return the halving stages; raise ValueError if the start cannot be halved to the end.
+        """Return the halving stages, or raise ValueError if no chain leads from the start to the end.
 
         Args:
-            guidance: guidance that the first teacher has learned.
+            guidance: the guidance that the first teacher has learned.
         """
         chain, students = self.chain, self.chain.students
         if students is None:
@@ -340,13 +344,13 @@ class Recipe(Config):
         foreign = [number for number in chain.keep or () if number not in steps]
         if foreign:
             raise ValueError(
-                f"chain.keep contains a student of {foreign[0]} steps, which the chain does not have. Choose from "
+                f"chain.keep contains a student of {foreign[0]} steps, which is not in the chain. Choose from "
                 f"{', '.join(map(str, steps))}"
             )
         return _with_critic(plan, chain.critic_weight)
 
     def fitted(self, given: Collection[str]) -> "Recipe":
-        """Remove settings for students that are not in the chain; raise the errors of `chain_plan`.
+        """Return the recipe without settings for students that are not in the chain. Raises the errors of `chain_plan`.
 
         Args:
             given: dotted names of the fields that the user has set, which do not change.
@@ -366,7 +370,7 @@ class Recipe(Config):
         return self.model_copy(update=changes)
 
     def make_network(self, data: Data) -> Network:
-        """Return an untrained network for this data; raise ValueError if the network does not support it."""
+        """Return an untrained network for this data, or raise ValueError if the network does not support this data."""
         num_classes = data.num_classes if self.model.conditional else 0
         return self.network.build(data.shape, num_classes, predictions[self.model.prediction].channels)
 

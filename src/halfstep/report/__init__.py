@@ -1,4 +1,4 @@
-"""Builds a run's report (one self-contained HTML file) and tables of metrics from its folder, without torch."""
+"""Build a run's report (a single self-contained HTML file) and tables of metrics from the run folder, without torch."""
 
 from halfstep.report.nearest import save_nearest
 from halfstep.report.page import headline, write_report

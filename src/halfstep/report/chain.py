@@ -1,4 +1,4 @@
-"""The chain, stage by stage: training, time, and each student's distance from its teacher."""
+"""Rows and figures about the stages of the chain: training, time, and each student's distance from its teacher."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,30 +17,30 @@ from halfstep.runs import PlannedStage, finite, is_finite
 
 @dataclass(frozen=True)
 class StageRow:
-    """One stage, complete or not."""
+    """One stage, which may be incomplete."""
 
     name: str
     label: str
-    """The role, a student's steps, or "?" if neither is known."""
+    """The label: a student's number of steps, the role of another stage, or "?" if neither is known."""
     status: str
-    """complete, damaged, not started, or the updates done."""
+    """The status: complete, damaged, not started, or the number of updates done."""
     stage: StageFacts | None
-    """None for an incomplete stage."""
+    """The facts about the stage, or None for an incomplete stage."""
     log: Sequence[LogPoint]
     num_updates: int
     learning_rate: float | None
-    """Maximum in the log."""
+    """Maximum learning rate in the log."""
     to_teacher: float | None
     """Root mean square difference between the kept samples of the student and of its teacher, from the same noise, each
-    at its own steps. Equals `to_first` if the teacher is the first model."""
+    in its own number of steps. Equals `to_first` if the teacher is the first model."""
     to_first: float | None
-    """The same for the first model of the chain, from metrics.json."""
+    """Root mean square difference from the first model of the chain, as stored in metrics.json."""
     num_compared: int
-    """Number of kept samples in `to_teacher`; 0 if it is from metrics.json."""
+    """Number of kept samples from which `to_teacher` is computed, or 0 if it is read from metrics.json."""
 
 
 def stage_rows(facts: RunFacts) -> list[StageRow]:
-    """Return the stages of the plan, the folder and the log, in order."""
+    """Return the stages in the plan, the folder and the log, in order."""
     stages = {stage.name: stage for stage in facts.stages}
     planned = {row.name: row for row in facts.plan}
     rows = []
@@ -84,7 +84,7 @@ def _distances(
     measured = stage.metrics.results if stage.metrics is not None else ()
     to_first = next((finite(one.teacher_rmse) for one in measured if one.num_steps == steps), None)
     teacher = stages.get(stage.manifest.teacher or "")
-    # An undistilled teacher may have no samples from the sampler that it taught with.
+    # An undistilled teacher may have no samples from the sampler with which it taught its student.
     if teacher is None or teacher.manifest.num_steps is None:
         return to_first, to_first, 0
     own = stage.samples.get(steps)
@@ -100,17 +100,17 @@ def _rmse(a: np.ndarray | None, b: np.ndarray | None) -> float | None:
 
 
 def progress(rows: Sequence[StageRow]) -> str | None:
-    """Return a sentence about an unfinished run; None for a finished run."""
+    """Return a sentence about an unfinished run, or None for a finished run."""
     missing = [row for row in rows if row.status not in ("complete", "damaged")]
     if not missing:
         return None
     done = sum(row.status == "complete" for row in rows)
     names = ", ".join(row.name if row.status == "not started" else f"{row.name} ({row.status})" for row in missing)
-    return f"This run is not finished: {done} of {count(len(rows), 'stage')} complete. Missing: {names}."
+    return f"This run is not finished: it has completed {done} of {count(len(rows), 'stage')}. Missing: {names}."
 
 
 def loss_figure(rows: Sequence[StageRow]) -> Markup | None:
-    """Draw the loss and the learning rate of all stages; None without losses."""
+    """Draw the loss and the learning rate of all stages, or return None if there are no losses."""
     stages = []
     for row in rows:
         length = max([row.num_updates, *(point.update for point in row.log)])
@@ -123,11 +123,11 @@ def loss_figure(rows: Sequence[StageRow]) -> Markup | None:
 
 
 def distance_figure(rows: Sequence[StageRow]) -> Markup | None:
-    """Draw the students' distances against their steps; None if no distance is above 0."""
+    """Draw the students' distances against their numbers of steps, or return None if no distance is above 0."""
     students = [row for row in rows if row.to_teacher is not None or row.to_first is not None]
 
     def curve(label: str, distances: Sequence[float | None]) -> figures.Curve:
-        # The last of several students with equal steps is drawn.
+        # If several students have the same number of steps, the last one is drawn.
         last = {int(row.label): value for row, value in zip(students, distances, strict=True)}
         return figures.Curve.through(label, sorted((steps, value) for steps, value in last.items() if value))
 
@@ -147,11 +147,11 @@ SECTIONS: Final = (
     ("Matching", "matched", ("matching",)),
     ("Students", "student", ("chain", "finish")),
 )
-"""Heading, role, and sections of the recipe with the hyperparameters."""
+"""For each kind of stage, the heading, the role, and the recipe sections that contain the hyperparameters."""
 
 
 def cost(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> tuple[list[tuple[str, str]], str | None]:
-    """Return the costs as (name, text) pairs, and a sentence on when training the students pays off."""
+    """Return the costs as (name, text) pairs, along with a sentence on when training the students pays off."""
     pairs = []
     given = {row.name for row in facts.plan if row.num_updates == 0}
     given |= {stage.name for stage in facts.stages if stage.manifest.num_updates == 0}
@@ -187,7 +187,7 @@ def cost(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> tuple[li
 
 
 def _batch_size(recipe: Mapping[str, Any], sections: Sequence[str]) -> int | None:
-    """Return the common batch size of these sections; None if it is unknown or differs."""
+    """Return the batch size that these sections share, or None if it is unknown or if the sections differ."""
     sizes = []
     for settings in map(recipe.get, sections):
         # A finish without steps trains nothing.
@@ -199,7 +199,7 @@ def _batch_size(recipe: Mapping[str, Any], sections: Sequence[str]) -> int | Non
 
 
 def _paid(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> str | None:
-    """Return a sentence on the number of samples after which the summary's student pays off."""
+    """Return a sentence that states after how many samples the summary's student pays off."""
     group = next((group for group in groups if group.best is not None), None)
     if group is None or group.best is None or summary.best is None:
         return None

@@ -1,6 +1,7 @@
-"""Presents an `EvaluationResult` as evaluation.md, .csv, .svg and .png and as a section of the report.
+"""Present an `EvaluationResult` as evaluation.md, .csv, .svg and .png, and as a section of the report.
 
-Each protocol has its own table, with the protocol below it, because results of two protocols are not comparable.
+Each protocol has its own table, followed by a description of the protocol, because results from different protocols are
+not comparable.
 """
 
 import csv
@@ -22,7 +23,7 @@ from halfstep.runs.evaluation import EvaluationTable, MetricInfo, Protocol, Seri
 from halfstep.runtime.files import write_text
 
 DRAWN = ("frechet", "rmse")
-"""Metrics to draw, in order of preference; a table with neither draws its first metric."""
+"""Metrics to draw, in order of preference. If a table has neither of them, its first metric is drawn."""
 
 
 def metrics_of(table: EvaluationTable, result: EvaluationResult) -> list[str]:
@@ -50,7 +51,7 @@ def cells_of(table: EvaluationTable, series: Iterable[Series]) -> list[Best]:
 
 
 def best_of_table(table: EvaluationTable, result: EvaluationResult) -> Best | None:
-    """Return the teacher at its best in a table; None if its Frechet distance is missing."""
+    """Return the teacher's best cell in a table, or None if the table contains no Frechet distance for the teacher."""
     teachers = [series for series in result.series if series.role == "teacher"]
     return teacher_best(cells_of(table, teachers), is_too_few(table))
 
@@ -68,13 +69,14 @@ def title_of(table: EvaluationTable) -> str:
 
 
 Cell = tuple[str, float | None]
-"""A cell's text, and its value if it was measured."""
+"""The text of a cell, and either the cell's value or None if the value was not measured."""
 
 
 def rows_of(table: EvaluationTable, result: EvaluationResult) -> list[list[Cell]]:
     """Return the cells of a table.
 
-    A row's label is its series, its gamma if that was tuned, and its stage if a later one has the same steps.
+    A row's label consists of its series, its gamma if gamma was tuned, and its stage if a later stage has the same
+    number of steps.
     """
     names, best = metrics_of(table, result), best_of_table(table, result)
     labels = {series.name: series.label for series in result.series}
@@ -102,12 +104,14 @@ def text_table(table: EvaluationTable, result: EvaluationResult) -> Table:
     if best is None:
         return Table(headings, rows)
     return Table(
-        headings, rows, [f"Ratio: Frechet distance relative to the teacher's best, {method_words(*best[:3])}."]
+        headings,
+        rows,
+        [f"The ratio is the Frechet distance relative to the teacher's best, {method_words(*best[:3])}."],
     )
 
 
 def protocol_words(protocol: Protocol) -> str:
-    """Return a paragraph on how a table was measured."""
+    """Return a paragraph that describes how a table was measured."""
     sets = f"{count(len(protocol.seeds), 'set')} of seeds ({', '.join(protocol.seeds)})"
     guidance = "" if protocol.guidance_scale is None else f", guidance scale {protocol.guidance_scale:g}"
     bf16 = "" if protocol.precision == "float32" else f", sampled in {protocol.precision}"
@@ -124,7 +128,7 @@ def protocol_words(protocol: Protocol) -> str:
 
 
 def curves_of(table: EvaluationTable, result: EvaluationResult, metric: str) -> list[tuple[Series, Curve]]:
-    """Return each series' curve of a metric against network calls, without points that a log scale cannot show."""
+    """Return, for each series, the curve of a metric against network calls, without points that a log scale hides."""
     curves = []
     for place, series in enumerate(result.series):
         points = sorted(
@@ -142,7 +146,7 @@ def curves_of(table: EvaluationTable, result: EvaluationResult, metric: str) -> 
 
 
 def write_evaluation(result: EvaluationResult, folder: Path) -> list[Path]:
-    """Write evaluation.md and .csv, and .svg and .png if they have a curve; return the paths."""
+    """Write evaluation.md and .csv, and .svg and .png if there is a curve to draw, and return the paths."""
     texts = {folder / "evaluation.md": markdown(result), folder / "evaluation.csv": comma_separated(result)}
     for path, text in texts.items():
         write_text(path, text)
@@ -161,7 +165,7 @@ def markdown(result: EvaluationResult) -> str:
     """Return the tables, their protocols and the notices in Markdown."""
     lines = [f"# Evaluation of {result.subject}", ""]
     if not result.complete:
-        lines += ["Interrupted or still running; these are the results so far.", ""]
+        lines += ["The evaluation was interrupted or is still running; these are the results so far.", ""]
     for table in result.tables:
         lines += [f"## {title_of(table)}", "", text_table(table, result).markdown(), protocol_words(table.protocol), ""]
         if table.halves is not None:
@@ -171,8 +175,8 @@ def markdown(result: EvaluationResult) -> str:
                 if name in result.metrics
             )
             lines += [
-                f"Two disjoint halves of the real data, {table.halves.num_each:,} samples each: {shown}. With fewer "
-                "samples than above, their Frechet distance has more upward bias.",
+                f"For two disjoint halves of the real data, with {table.halves.num_each:,} samples each: {shown}. "
+                "Because the halves contain fewer samples than above, their Frechet distance has more upward bias.",
                 "",
             ]
     if result.notices:
@@ -217,7 +221,7 @@ class Shown(NamedTuple):
     """The role of each row's series."""
     rows: Sequence[Sequence[Cell]]
     notes: Sequence[str]
-    """Notes on the ratios; empty without ratios."""
+    """Notes on the ratios, or empty if the table has no ratios."""
     figure: Markup | None
     figure_alt: str
     protocol: Mapping[str, str]
@@ -240,7 +244,7 @@ def shown_tables(result: EvaluationResult | None) -> list[Shown]:
 
 
 def _figure(name: str, table: EvaluationTable, result: EvaluationResult) -> tuple[Markup | None, str]:
-    """Return the chart and its description, which counts the series for which the chart has no colour."""
+    """Return the chart and its description, which states how many series the chart omits for lack of colours."""
     names = metrics_of(table, result)
     if not names:
         return None, ""
@@ -252,7 +256,7 @@ def _figure(name: str, table: EvaluationTable, result: EvaluationResult) -> tupl
     others = [curve for _, curve in curves if curve not in (teacher, student)]
     more = len(others) - len(figures.OTHERS)
     rest = f", and {more} more series that are not in the chart" if more > 0 else ""
-    text = f"Line chart: {info.label} against the number of network calls; the table below has its values{rest}."
+    text = f"Line chart: {info.label} against the number of network calls; the table below contains its values{rest}."
     best = best_of_table(table, result) if metric == "frechet" else None
     label, level = f"{info.label} ({info.better} is better)", None if best is None else best.frechet
     return figures.steps_figure(name, label, teacher, student, others, level), text

@@ -1,4 +1,4 @@
-"""Figures as inline SVG in the page's colours, and samples as images.
+"""Draw figures as inline SVG in the page's colours, and samples as images.
 
 matplotlib draws in placeholder colours, which CSS variables then replace, so that one figure suits light mode, dark
 mode and print. The colours are from the colour-blind-safe palette of Okabe and Ito.
@@ -17,10 +17,10 @@ from markupsafe import Markup
 from PIL import Image
 
 STYLE = {"svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-"""matplotlib settings of every figure."""
+"""matplotlib settings for every figure."""
 INK, FAINT, TEACHER, STUDENT = "#010101", "#020202", "#030303", "#040404"
 OTHERS = ("#050505", "#060606", "#070707", "#080808")
-"""Placeholder colours of further series."""
+"""Placeholder colours for additional series."""
 VARIABLES = {
     INK: "var(--ink)",
     FAINT: "var(--faint)",
@@ -29,29 +29,29 @@ VARIABLES = {
     **{stand_in: f"var(--other-{index})" for index, stand_in in enumerate(OTHERS)},
 }
 MARKERS = "D^vP"
-"""Markers of further series, so that they differ not only in colour."""
+"""Markers for additional series, so that these series differ not only in colour."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7F7F7F")
 SMALLEST_TILE, LARGEST_TILE = 64, 96
-"""Approximate sizes in pixels to which small images are enlarged and large images reduced."""
+"""Approximate sizes in pixels to which small images are enlarged and large images are reduced."""
 GAP = 4
 """Gap in pixels between images."""
 MOST_POINTS = 400
-"""Maximum points in a curve or scatter plot, to limit the size of the page."""
+"""Maximum number of points in a curve or scatter plot, which limits the size of the page."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a figure."""
+    """A line in a figure."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     spread: Sequence[float] = ()
-    """Half the length of the error bar at each point; empty for none."""
+    """Half the length of the error bar at each point, or empty for no error bars."""
     colour: int | None = None
-    """Index of the colour in a study's figure; None for the curve's own index."""
+    """Index of the colour in a study's figure, or None to use the index of the curve."""
     names: Sequence[str] = ()
-    """Labels of the points; empty for none."""
+    """Labels of the points, or empty for no labels."""
 
     @classmethod
     def through(cls, label: str, points: Iterable[Sequence[float]], colour: int | None = None) -> "Curve":
@@ -61,10 +61,10 @@ class Curve:
 
 
 def _figure(name: str, height: float, draw: Any, panels: Sequence[float] = (1.0,)) -> Markup:
-    """Return the SVG of `draw`, with ids that start with `name`; the same data always give the same SVG.
+    """Return the SVG that `draw` produces, with ids that start with `name`. The same data always give the same SVG.
 
     Args:
-        draw: called with the axes, stacked with a shared x.
+        draw: function that is called with the axes, which are stacked and share the x-axis.
         panels: relative heights of the axes.
     """
     import matplotlib
@@ -80,7 +80,8 @@ def _figure(name: str, height: float, draw: Any, panels: Sequence[float] = (1.0,
         "grid.linewidth": 0.6,
     }
     with matplotlib.rc_context(settings):
-        # At a width of 5 inches, text matches the page's with two figures per row and is legible on a phone.
+        # At a width of 5 inches, the text is as large as the page's text if a row has two figures, and it is legible
+        # on a phone.
         figure = Figure(figsize=(5.0, height), layout="constrained")
         draw(*figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=list(panels))[:, 0])
         buffer = io.StringIO()
@@ -95,12 +96,12 @@ def _figure(name: str, height: float, draw: Any, panels: Sequence[float] = (1.0,
     svg = re.sub(r'href="#', f'href="#{name}-', svg)
     for stand_in, variable in VARIABLES.items():
         svg = svg.replace(stand_in, variable)
-    # The enclosing element carries the alternative text.
+    # The enclosing element contains the alternative text.
     return Markup(svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1).strip())
 
 
 def log_axis(axis: Any, values: Sequence[float]) -> None:
-    """Set plain-number ticks at 1, 2 and 5, or evenly spaced ticks if the values span too little for those."""
+    """Set ticks with plain numbers at 1, 2 and 5, or evenly spaced ticks if the range of the values is too small."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     wide = max(values) / min(values)
@@ -149,12 +150,12 @@ def steps_figure(
     earlier: Curve | None = None,
     x_label: str = "network calls",
 ) -> Markup | None:
-    """Draw curves against steps or calls on log-log axes; None without points.
+    """Draw curves against steps or calls on log-log axes, or return None if there are no points.
 
     Args:
-        others: further curves; the first `len(OTHERS)` are drawn.
+        others: additional curves, of which only the first `len(OTHERS)` are drawn.
         level: height of a horizontal line for the teacher at its best.
-        earlier: points of students that later ones replaced, drawn faintly.
+        earlier: points of students that later students replaced, which are drawn faintly.
     """
     lines = [(teacher, TEACHER, "s--"), (student, STUDENT, "o-")]
     lines += [(curve, c, f"{marker}-.") for curve, c, marker in zip(others, OTHERS, MARKERS, strict=False)]
@@ -176,10 +177,10 @@ def steps_figure(
 
 
 def shares_figure(name: str, curves: Sequence[Curve], levels: Mapping[str, float]) -> Markup | None:
-    """Draw shares from 0 to 1 against network calls on a logarithmic axis; None without points.
+    """Draw shares from 0 to 1 against network calls on a logarithmic axis, or return None if there are no points.
 
     Args:
-        levels: height of a horizontal line for each curve, by the curve's label.
+        levels: height of the horizontal line for each curve, by the curve's label.
     """
     looks = zip(curves, OTHERS, MARKERS, strict=False)
     shown = [(curve, colour, f"{marker}-") for curve, colour, marker in looks if curve.x]
@@ -198,10 +199,10 @@ def shares_figure(name: str, curves: Sequence[Curve], levels: Mapping[str, float
 
 
 def chain_figure(name: str, stages: Sequence[tuple[Curve, Curve, float]]) -> Markup | None:
-    """Draw the training loss of consecutive stages, with the learning rate below; None if no loss is above 0.
+    """Draw the loss of consecutive stages, with the learning rate below, or return None if no loss is above 0.
 
     Args:
-        stages: loss and learning rate of each stage over its updates, and its number of updates.
+        stages: for each stage, the loss and the learning rate over its updates, and its number of updates.
     """
     if not any(loss.x for loss, _, _ in stages):
         return None
@@ -218,7 +219,7 @@ def chain_figure(name: str, stages: Sequence[tuple[Curve, Curve, float]]) -> Mar
                 if curve.x:
                     stride = -(-len(curve.x) // MOST_POINTS)
                     shifted = [start + x for x in curve.x[::-stride]]
-                    # A single point does not draw a line.
+                    # A single point does not draw a line, so it gets a marker.
                     mark = "o" if len(shifted) == 1 else None
                     panel.plot(shifted, curve.y[::-stride], color=colour, linewidth=1.5, marker=mark, markersize=4)
                 if index:
@@ -241,7 +242,7 @@ def chain_figure(name: str, stages: Sequence[tuple[Curve, Curve, float]]) -> Mar
         lowest.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         lowest.xaxis.set_major_formatter("{x:,.0f}")
         top = axes.secondary_xaxis("top")
-        # The axes are about 290 points wide. If a label is wider than its stage, all are rotated.
+        # The axes are about 290 points wide. If a label is wider than its stage, all labels are rotated.
         room = [290 * length / start for _, _, length in stages]
         upright = any(6.5 * len(label) > space for label, space in zip(labels, room, strict=True))
         labels = [label if space > 11 else "" for label, space in zip(labels, room, strict=True)]
@@ -281,7 +282,8 @@ def data_url(content: bytes, kind: str) -> str:
 def image_grid(samples: np.ndarray, columns: int, alt: str, in_full: bool = False) -> tuple[Markup, str]:
     """Return a grid of images uint8 `[n, h, w, c]` as an <img>, and the URL of its PNG.
 
-    Small images are enlarged by an integer factor without smoothing; large ones are reduced unless `in_full`.
+    Small images are enlarged by an integer factor without smoothing, and large images are reduced unless `in_full` is
+    true.
     """
     large = max(samples.shape[1:3]) > LARGEST_TILE
     height, width = samples.shape[1:3] if in_full and large else tile_size(samples)
@@ -301,7 +303,7 @@ def image_grid(samples: np.ndarray, columns: int, alt: str, in_full: bool = Fals
 
 
 def limits(points: np.ndarray) -> tuple[float, float, float]:
-    """Return the centre (x, y) and half the side of the square around points `[n, 2]`."""
+    """Return the centre (x, y) of the square around points `[n, 2]`, and half the length of the square's side."""
     points = points[np.isfinite(points).all(axis=1)].astype(np.float64)
     if not len(points):
         return 0.0, 0.0, 1.0
@@ -311,7 +313,7 @@ def limits(points: np.ndarray) -> tuple[float, float, float]:
 
 
 def scatter(points: np.ndarray, box: tuple[float, float, float], num_seeds: int, alt: str) -> Markup:
-    """Draw points `[n, 2]` in the square `box` (`limits`); the first `num_seeds` are large and coloured."""
+    """Draw points `[n, 2]` in the square `box` (from `limits`). The first `num_seeds` points are large and coloured."""
     x, y, half = box
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = np.stack([points[:, 0] - x, y - points[:, 1]], axis=1).astype(np.float64) / half * 50 + 50

@@ -15,7 +15,7 @@ from halfstep.runs import Best
 
 WALKED_COLUMNS = 5
 MODELS = {"student": "the student", "matched": "the matched teacher", "teacher": "the undistilled teacher"}
-"""Names of the models in alternative texts."""
+"""Names of the models in the alternative texts of images."""
 
 
 @dataclass(frozen=True)
@@ -23,21 +23,21 @@ class Sizes:
     """Limits on the samples to show."""
 
     num_seeds: int = 8
-    """Rows in the strip."""
+    """Number of rows in the strip."""
     num_walked: int = 20
-    """Seeds in the slider, for small images."""
+    """Number of seeds in the slider if the images are small."""
     most_pixels: int = 100_000
-    """Maximum pixels of one image in the slider."""
+    """Maximum number of pixels of one image in the slider."""
 
     def smaller(self) -> "Sizes | None":
-        """Return sizes about half as large; None for a single seed."""
+        """Return limits that are about half as large, or None if there is only one seed."""
         if self.num_seeds == 1:
             return None
         return Sizes(self.num_seeds // 2, max(1, self.num_walked // 2), self.most_pixels // 2)
 
 
 class Picture(NamedTuple):
-    """Samples of a model at one number of steps."""
+    """Samples of a model with a given number of steps."""
 
     who: str
     """"student", "matched" or "teacher"."""
@@ -50,7 +50,7 @@ class Column(NamedTuple):
 
     steps: int
     by: str | None = None
-    """Sampler of the teacher at its best, unless it is the teacher's own."""
+    """Sampler of the teacher at its best, or None for the teacher's own sampler."""
 
     @property
     def label(self) -> str:
@@ -63,7 +63,8 @@ class Walked(NamedTuple):
 
     column: Column
     student: Picture | None
-    """The first student's teacher (the matched model or the start of the chain) at more steps than that student's."""
+    """The student with this number of steps, or the first student's teacher (the matched model or the start of the
+    chain) if no student has as many steps."""
     teacher: Picture | None
 
 
@@ -71,10 +72,10 @@ class Gallery(NamedTuple):
     """Samples of every model from the same noise."""
 
     kind: str
-    """"images", "points", or the reason why nothing is shown."""
+    """The kind of samples shown, "images" or "points", or the reason why nothing is shown."""
     columns: Sequence[Column] = ()
     students: Sequence[Picture | None] = ()
-    """`Walked.student` for each column; empty without students."""
+    """`Walked.student` for each column, or empty if there are no students."""
     teachers: Sequence[Picture | None] = ()
     num_seeds: int = 0
     row_height: int = 0
@@ -87,7 +88,7 @@ class Gallery(NamedTuple):
 
 
 def gallery(facts: RunFacts, summary: Summary, sizes: Sizes, best: Best | None = None) -> Gallery | None:
-    """Return the gallery; None if no stage has samples.
+    """Return the gallery, or None if no stage has samples.
 
     Args:
         best: the teacher at its best, which gets a column if its samples were kept.
@@ -98,7 +99,7 @@ def gallery(facts: RunFacts, summary: Summary, sizes: Sizes, best: Best | None =
         if best is not None and (at_best := first.by_others.get((best.sampler, best.num_steps))) is not None:
             held["teacher"][Column(best.num_steps, best.sampler)] = at_best, best.frechet
     for stage in facts.others:
-        # The last of several students with equal steps is shown.
+        # If several students have the same number of steps, the last one is shown.
         held["student" if stage.role == "student" else "matched"] |= _samples(stage)
     students = held["student"]
     arrays = [array for by_column in held.values() for array, _ in by_column.values()]
@@ -108,12 +109,12 @@ def gallery(facts: RunFacts, summary: Summary, sizes: Sizes, best: Best | None =
         return Gallery("The stages have samples of different shapes, so they are not shown side by side.")
     if not (all(map(figures.is_images, arrays)) or all(map(figures.is_points, arrays))):
         shape = " × ".join(str(size) for size in arrays[0].shape[1:])
-        return Gallery(f"Samples of this kind cannot be shown as images: shape {shape}, {arrays[0].dtype}.")
+        return Gallery(f"Samples of shape {shape} and type {arrays[0].dtype} cannot be shown as images.")
     columns = sorted(set().union(*held.values()), key=lambda column: (column.by is None, -column.steps))
     images = figures.is_images(arrays[0])
     fewest = min(len(array) for array in arrays)
     num_seeds = min(sizes.num_seeds, fewest)
-    # Only the first model sets the frame, so that outliers of the others do not shrink everything to a dot.
+    # Only the first model sets the frame, so that outliers of the other models do not shrink all points to a dot.
     box = (0.0, 0.0, 1.0) if images else figures.limits(arrays[0])
 
     def picture(who: str, column: Column, length: int, columns: int) -> Picture | None:
@@ -166,7 +167,7 @@ def gallery(facts: RunFacts, summary: Summary, sizes: Sizes, best: Best | None =
 
 
 def _samples(stage: StageFacts) -> dict[Column, tuple[np.ndarray, float | None]]:
-    """Return the samples of a stage's own sampler and their Frechet distances, in descending order of steps."""
+    """Return the samples from a stage's own sampler and their Frechet distances, in descending order of steps."""
     results, own = stage.metrics.results if stage.metrics is not None else (), stage.manifest.outcome.sampler_name
     frechet = {result.num_steps: result.frechet for result in results if result.sampler == own}
     return {Column(steps): (stage.samples[steps], frechet.get(steps)) for steps in sorted(stage.samples, reverse=True)}

@@ -1,4 +1,4 @@
-"""Nearest training samples: their file, and the report's section on memorisation."""
+"""Store the nearest training samples, and present them in the report's section on memorisation."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -21,7 +21,7 @@ def save_nearest(run: RunFolder, facts: NearestFacts, key: str) -> None:
 
 
 def nearest_key(run: RunFolder) -> str | None:
-    """Return the key in report/nearest.npz; None if the file cannot be read."""
+    """Return the key in report/nearest.npz, or None if the file cannot be read."""
     try:
         return str(read_arrays(run.nearest_path, "key")["key"])
     except DamagedFile:
@@ -33,23 +33,23 @@ class Nearest(NamedTuple):
 
     sentence: str
     rows: Sequence[tuple[Markup, Sequence[tuple[Markup, str]]]]
-    """For each seed, the sample and its nearest training samples with their distances; empty unless they are images."""
+    """For each seed, the sample and its nearest training samples with distances; empty if they are not images."""
 
 
 def shown_nearest(facts: NearestFacts | None) -> Nearest | None:
-    """Return the section, or None without facts."""
+    """Return the section, or None if there are no facts."""
     if facts is None:
         return None
     closest = facts.distances[:, 0]
     text = (
         f"The distance from {count(len(closest), 'sample')} to the nearest of {facts.num_searched:,} training samples "
-        f"has a median of {number(float(np.median(closest)))} and a minimum of {number(float(closest.min()))} (root "
-        "mean square difference; 0 for a copy). "
+        f"has a median of {number(float(np.median(closest)))} and a minimum of {number(float(closest.min()))} (the "
+        "root mean square difference, which is 0 for a copy). "
     )
     if len(facts.real):
         text += (
             f"From {len(facts.real):,} training samples to the nearest other training sample, the median is "
-            f"{number(float(np.median(facts.real)))} and the minimum {number(float(facts.real.min()))}. "
+            f"{number(float(np.median(facts.real)))} and the minimum is {number(float(facts.real.min()))}. "
         )
     rows = []
     if figures.is_images(facts.samples) and facts.neighbours.dtype == np.uint8:

@@ -1,4 +1,4 @@
-"""The page of a run: its facts as sentences, tables, images and figures, in one HTML file."""
+"""Write the page of a run, which presents the run as sentences, tables, images and figures in one HTML file."""
 
 import base64
 import functools
@@ -22,15 +22,15 @@ from halfstep.runs import RunFolder
 from halfstep.runtime.files import write_text
 
 MOST_BYTES = 7_500_000
-"""Maximum size of a page, which limits its images."""
+"""Maximum size of a page in bytes, which limits the number and the size of its images."""
 
 
 def write_report(run: Path, studies: Path | None = None, without_nearest: str | None = None) -> Path:
-    """Write RUN/report/index.html and return its path; the same folder always gives the same file.
+    """Write RUN/report/index.html and return its path. The same run folder always gives the same file.
 
     Args:
-        studies: folder of studies to show; RUN/studies if None.
-        without_nearest: reason why nearest training samples are missing.
+        studies: folder of studies to show, or None for RUN/studies.
+        without_nearest: the reason why the nearest training samples are missing.
 
     Raises:
         ValueError: if the folder contains neither a readable stage nor the log of a stage in training.
@@ -41,7 +41,10 @@ def write_report(run: Path, studies: Path | None = None, without_nearest: str | 
 
 
 def headline(facts: RunFacts) -> tuple[str, int] | None:
-    """Return the stage and steps that represent the run: the best student, or else the last stage with samples."""
+    """Return the stage and the number of steps that represent the run.
+
+    They are those of the best student or, if no student is rated, of the last stage with samples.
+    """
     best = summarise(facts, quality_groups(facts.stages, facts.start)).best
     if best is not None:
         for stage in reversed(facts.students):
@@ -55,7 +58,7 @@ def headline(facts: RunFacts) -> tuple[str, int] | None:
 
 
 def page(facts: RunFacts, without_nearest: str | None = None) -> str:
-    """Return the HTML of a report, with fewer images if it would exceed `MOST_BYTES`."""
+    """Return the HTML of a report, with fewer images if it would otherwise exceed `MOST_BYTES`."""
     sizes = Sizes()
     while len(html := _page(facts, without_nearest, sizes)) > MOST_BYTES and (smaller := sizes.smaller()) is not None:
         sizes = smaller
@@ -64,7 +67,7 @@ def page(facts: RunFacts, without_nearest: str | None = None) -> str:
 
 @functools.cache
 def _template() -> Template:
-    """Return the page's template; it and those that it includes are compiled once."""
+    """Return the page's template, which is compiled only once, like the templates that it includes."""
     environment = Environment(
         loader=PackageLoader("halfstep.report", "templates"),
         autoescape=True,

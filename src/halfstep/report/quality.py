@@ -1,6 +1,6 @@
-"""The results of a run's own measurements (metrics.json), with a table and figures per protocol.
+"""The results of a run's own measurements (metrics.json), with a table and figures for each protocol.
 
-Ratios are relative to the teacher at its best (`teacher_best`) in the same protocol.
+Ratios are relative to the teacher at its best (`teacher_best`) with the same protocol.
 """
 
 import json
@@ -20,13 +20,13 @@ from halfstep.runs.schema import Result
 
 @dataclass(frozen=True)
 class Pair:
-    """A student or matched model next to the teacher with the same number of steps; either may be missing."""
+    """A student or matched model, and the teacher with the same number of steps. Either may be missing."""
 
     steps: int
     sampler: str
-    """Label of the student's sampler, and of the teacher's if it differs."""
+    """Label of the student's sampler, and of the teacher's sampler if the two differ."""
     teacher: Result | None
-    """First model of the chain, with the student's sampler if that was measured, otherwise with its own."""
+    """First model of the chain, with the student's sampler if that was measured, and otherwise with its own sampler."""
     student: Result | None
     student_stage: str | None
     is_matched: bool
@@ -38,7 +38,8 @@ class Pair:
     ratio: float | None
     """Ratio of the student's Frechet distance to that of the teacher at its best."""
     measured: Result
-    """The student, or the teacher in a row without one. The row shows its network calls and time."""
+    """The student, or the teacher if the row has no student. The row shows the network calls and time of this
+    result."""
     speed_up: float | None
     """Ratio of the speed of `measured` to that of the teacher at its best."""
 
@@ -84,19 +85,19 @@ class Group:
 
     @property
     def students(self) -> list[tuple[str, Result]]:
-        """The students' stages and results, without students that a later one replaces."""
+        """The students' stages and results, without students that later students replace."""
         rows = [row for row in self.rows if not (row.is_matched or row.is_earlier)]
         return [(str(row.student_stage), row.student) for row in rows if row.student is not None]
 
     def note_of(self, row: Pair) -> str:
-        """Return the sampler, role or stage of a row if others have the same steps, otherwise an empty string."""
+        """Return the sampler, role or stage of a row if other rows have the same steps, otherwise an empty string."""
         by = [] if row.sampler == sampler_label(self.teacher_sampler) else [row.sampler]
         of = ["matched"] if row.is_matched else [str(row.student_stage)] if row.is_repeated else []
         return ", ".join([*by, *of])
 
     @property
     def figure(self) -> Markup | None:
-        """Frechet distances of teacher and students against network calls."""
+        """The Frechet distances of the teacher and the students against network calls."""
         teacher = [row.teacher for row in self.rows if row.teacher is not None]
         names = sorted({result.sampler for result in teacher}, key=lambda name: name != self.teacher_sampler)
         curves = [
@@ -134,7 +135,7 @@ def are_earlier(keys: Sequence[Hashable]) -> list[bool]:
 
 
 def quality_groups(stages: Sequence[StageFacts], start: StageFacts | None) -> list[Group]:
-    """Return a group for each protocol of the stages' metrics, all compared with `start`."""
+    """Return a group for each protocol in the stages' metrics, and compare all stages with `start`."""
     by_protocol: dict[str, list[tuple[StageFacts, Metrics]]] = {}
     for stage in stages:
         if stage.metrics is not None and stage.metrics.results:
@@ -180,7 +181,7 @@ def _group(name: str, start: StageFacts | None, stages: Sequence[tuple[StageFact
                 speed_up=ratio(best.seconds_per_1000 if best else None, held[0].seconds_per_1000),
             )
         )
-    # Rows with equal steps and sampler keep the order of the plan.
+    # Rows with the same number of steps and the same sampler keep the order of the plan.
     rows.sort(key=lambda row: (row.steps, row.sampler), reverse=True)
     return Group(
         name=name,
@@ -226,10 +227,12 @@ def text_table(group: Group) -> Table:
     if group.best is not None:
         notes.append(f"Ratio and speed-up are relative to the teacher at its best, {group.best_words}.")
     if group.base is not None:
-        notes.append(f"RMSE is between student and teacher ({group.base_words}) from the same noise.")
+        notes.append(
+            f"RMSE is the difference between student and teacher ({group.base_words}) samples from the same noise."
+        )
     sizes = [group.protocol.get(name, "?") for name in ("num_samples", "num_reference")]
-    bias = "are biased upwards, more so with fewer samples. Compare them only within this table"
-    notes.append(group.note or f"Distances between {sizes[0]} samples and {sizes[1]} real ones {bias}.")
+    bias = "are biased upwards, more so with fewer samples. Compare distances only within this table"
+    notes.append(group.note or f"Distances between {sizes[0]} samples and {sizes[1]} real samples {bias}.")
     return Table(headings, rows, notes)
 
 
@@ -237,7 +240,7 @@ def _curve(label: str, results: Sequence[Result | None], named: Sequence[Pair] =
     """Return the curve against network calls, without results that a logarithmic axis cannot show.
 
     Args:
-        named: rows of students that are labelled with their stages.
+        named: rows of students whose points are labelled with their stages.
     """
     drawn = [r for r in results if r is not None and r.num_evals > 0 and is_finite(r.frechet) and r.frechet > 0]
     held = sorted(dict.fromkeys(drawn), key=lambda result: (result.num_evals, result.frechet))
@@ -257,6 +260,6 @@ def protocol_notices(groups: Sequence[Group]) -> list[str]:
     differing = ", ".join(name for name in names if len({group.protocol.get(name) for group in groups}) > 1)
     return [
         *notes,
-        f"Not all stages were measured with the same protocol (different: {differing}). Results of different "
+        f"Not all stages were measured with the same protocol (they differ in: {differing}). Results from different "
         "protocols are not comparable, so each protocol has its own table and figure.",
     ]

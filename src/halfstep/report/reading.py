@@ -1,4 +1,4 @@
-"""Reads a run folder for the report. Damaged and missing files become notices.
+"""Read a run folder for the report. Damaged and missing files are reported as notices.
 
 The files may be truncated, edited or malicious, so nothing is unpickled and no path in a file is followed. Weights are
 not hashed, because the report does not certify the models.
@@ -29,15 +29,15 @@ class StageFacts:
     manifest: Manifest
     metrics: Metrics | None
     samples: Mapping[int, np.ndarray]
-    """Samples by sampler steps, from the same seeds: uint8 `[n, h, w, c]` for images, float `[n, *dims]` otherwise."""
+    """Samples from the same seeds, by number of steps: uint8 `[n, h, w, c]` for images, or float `[n, *dims]`."""
     num_parameters: int | None = None
-    """Number of values in model.safetensors; None if it cannot be read."""
+    """Number of values in model.safetensors, or None if the file cannot be read."""
     by_others: Mapping[tuple[str, int], np.ndarray] = field(default_factory=dict)
-    """Samples from other samplers, by sampler name and steps."""
+    """Samples from other samplers, by sampler name and number of steps."""
 
     @property
     def role(self) -> str:
-        """teacher, matched or student."""
+        """The role: teacher, matched or student."""
         return self.manifest.outcome.role
 
 
@@ -58,9 +58,9 @@ class NearestFacts:
     stage: str
     num_steps: int
     samples: np.ndarray
-    """`[n, *dims]`, as for a stage's samples."""
+    """Samples `[n, *dims]` in the same format as a stage's samples."""
     neighbours: np.ndarray
-    """`[n, k, *dims]`, nearest first."""
+    """Nearest training samples `[n, k, *dims]`, in order of increasing distance."""
     distances: np.ndarray
     """Root mean square differences `[m, k]` on the scale of x0, for the first m >= n samples."""
     real: np.ndarray
@@ -89,7 +89,7 @@ class RunFacts:
     recipe: Mapping[str, Any]
     environment: Mapping[str, Any]
     plan: Sequence[PlannedStage]
-    """Empty if recipe.json contains no plan."""
+    """The planned stages, or empty if recipe.json contains no plan."""
     stages: Sequence[StageFacts]
     """Complete and readable stages, in order."""
     damaged: frozenset[str]
@@ -98,24 +98,24 @@ class RunFacts:
     """Log rows by stage name, sorted by update."""
     notices: Sequence[str]
     start_name: str | None = None
-    """Name of the first stage of the chain; None if unknown."""
+    """Name of the first stage of the chain, or None if it is unknown."""
     evaluation: EvaluationResult | None = None
     nearest: NearestFacts | None = None
     studies: Sequence[StudyFacts] = ()
 
     @property
     def start(self) -> StageFacts | None:
-        """The first stage of the chain; None if it is missing or damaged."""
+        """The first stage of the chain, or None if it is missing or damaged."""
         return next((stage for stage in self.stages if stage.name == self.start_name), None)
 
     @property
     def others(self) -> list[StageFacts]:
-        """All stages but the start."""
+        """All stages except the start of the chain."""
         return [stage for stage in self.stages if stage.name != self.start_name]
 
     @property
     def students(self) -> list[StageFacts]:
-        """All students but the start."""
+        """All students except the start of the chain."""
         return [stage for stage in self.others if stage.role == "student"]
 
 
@@ -123,10 +123,10 @@ def read_run(path: Path, studies: Path | None = None) -> RunFacts:
     """Read the run folder `path`.
 
     Args:
-        studies: folder of studies (`halfstep study`) to show; RUN/studies if None.
+        studies: folder of studies (from `halfstep study`) to show, or None for RUN/studies.
 
     Raises:
-        ValueError: if it contains neither a readable stage nor the log of a stage in training.
+        ValueError: if the folder contains neither a readable stage nor the log of a stage in training.
     """
     folder = RunFolder(path)
     if not path.is_dir():
@@ -143,15 +143,19 @@ def read_run(path: Path, studies: Path | None = None) -> RunFacts:
             damaged[stage_folder.name] = inside(path, error)
     log = _log(folder)
     if not stages and not log:
-        why = "; ".join(damaged.values()) or "no stages/*/manifest.json, no log.jsonl"
-        raise ValueError(f"{path} has nothing to report on ({why}). Pass the folder of a run that `halfstep run` began")
+        why = "; ".join(damaged.values()) or "it has no stages/*/manifest.json and no log.jsonl"
+        raise ValueError(
+            f"{path} contains nothing to report on ({why}). Pass the folder of a run that `halfstep run` started"
+        )
     notices += [f"Stage {name} is damaged and was skipped: {why}." for name, why in damaged.items()]
     for what, without in (
         ("figures (metrics.json)", [s.name for s in stages if s.metrics is None]),
         ("samples", [s.name for s in stages if not s.samples]),
     ):
         if without:
-            notices.append(f"No {what} for {'stage' if len(without) == 1 else 'stages'} {', '.join(without)}.")
+            notices.append(
+                f"There are no {what} for {'stage' if len(without) == 1 else 'stages'} {', '.join(without)}."
+            )
     evaluation = None
     with _noting(notices, "The evaluation is not shown: ", path):
         evaluation = folder.evaluation()
@@ -181,7 +185,7 @@ def read_run(path: Path, studies: Path | None = None) -> RunFacts:
 
 @contextlib.contextmanager
 def _noting(notices: list[str], what: str, path: Path) -> Iterator[None]:
-    """Turn an error about a file below `path` into a notice that starts with `what`."""
+    """Turn an error about a file in the folder `path` into a notice that starts with `what`."""
     try:
         yield
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The figure of a study, as PNG and SVG: panels of curves or bars, side by side."""
+"""Draw the figure of a study as PNG and SVG, with panels of curves or bars side by side."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,15 +8,15 @@ from typing import Any, Final, final
 from halfstep.report.figures import COLOURS, STYLE, Curve, log_axis, powers_of_two
 
 MARKERS: Final = "osD^vPX*"
-"""One for each colour."""
+"""Markers of curves, one for each colour."""
 MOST_INSIDE: Final = 5
-"""Maximum number of curves for a legend inside the panels."""
+"""Maximum number of curves for which legends are drawn inside the panels."""
 
 
 @final
 @dataclass(frozen=True)
 class Panel:
-    """Curves, or bars over `categories` with indices into them as x."""
+    """A panel with curves, or with bars whose x values are indices into `categories`."""
 
     title: str
     x_label: str
@@ -30,7 +30,7 @@ class Panel:
 
 
 def draw_panels(panels: Sequence[Panel], path: Path) -> None:
-    """Write `path` with the suffixes .png and .svg; the same panels always give the same files."""
+    """Write `path` with the suffixes .png and .svg. The same panels always give the same files."""
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The first sentence of a report: the network calls that a student saves, and its quality."""
+"""The first sentence of a report, which states how many network calls a student saves and how good the student is."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -10,12 +10,13 @@ from halfstep.report.words import count, duration, method_words, number, times
 from halfstep.runs import Best, finite
 
 KEPT = 1.5
-"""A student keeps the teacher's quality up to this multiple of its Frechet distance or KID."""
+"""A student keeps the teacher's quality if its Frechet distance or KID is at most this multiple of the teacher's."""
 NO_GAIN = 1.05
-"""A student gains nothing if the undistilled teacher at equal network calls is at most this much worse."""
+"""A student gains nothing if the undistilled teacher with equally many network calls is worse by at most this
+factor."""
 LEARNED = 0.25
-"""Minimum coverage of the real data by the samples of a teacher that has learned the data. Coverage is near 1 if both
-have the same distribution."""
+"""Minimum coverage of the real data by the samples of a teacher that has learned the data. Coverage is near 1 if the
+samples and the data have the same distribution."""
 
 
 class Rated(NamedTuple):
@@ -24,18 +25,19 @@ class Rated(NamedTuple):
     steps: int
     num_evals: int
     quality: float
-    """Ratio of its Frechet distance to that of the teacher at its best; its KID if that distance is unreliable."""
+    """Ratio of the student's Frechet distance to that of the teacher at its best, or the student's KID if the Frechet
+    distance is unreliable."""
     alone: float | None
-    """The same for the undistilled teacher at equal network calls; None if not measured."""
+    """The quality of the undistilled teacher with the same number of network calls, or None if it was not measured."""
 
     @property
     def gains(self) -> bool:
-        """Whether the student is closer to the data than the undistilled teacher at equal network calls."""
+        """Whether the student is closer to the data than the undistilled teacher with the same number of calls."""
         return self.alone is None or self.alone > NO_GAIN * self.quality
 
 
 class Comparison(NamedTuple):
-    """The students that can be compared with the teacher, at least one."""
+    """One or more students that can be compared with the teacher."""
 
     students: Sequence[Rated]
     teacher: Best
@@ -68,7 +70,7 @@ class Summary(NamedTuple):
 
 
 def summarise(facts: RunFacts, groups: Sequence[Group]) -> Summary:
-    """Summarise a run by its first reliable comparison in metrics.json or evaluation.json, otherwise by the first."""
+    """Summarise a run by the first reliable comparison in metrics.json or evaluation.json, or else by the first one."""
     tiles = [(duration(sum(stage.manifest.seconds for stage in facts.others)), "training time of all students")]
     comparisons = [found for found in (*map(_of_group, groups), *_of_evaluation(facts)) if found is not None]
     found = min(comparisons, key=lambda one: one.by_kid, default=None)
@@ -126,7 +128,7 @@ def _of_group(group: Group) -> Comparison | None:
 def _of_evaluation(facts: RunFacts) -> list[Comparison | None]:
     """Return a comparison for each table.
 
-    If several students have the same number of steps, the last one counts, in its first series.
+    If several students have the same number of steps, the last one in the first such series counts.
     """
     result, comparisons = facts.evaluation, []
     for table in result.tables if result is not None else ():
@@ -144,7 +146,7 @@ def _of_evaluation(facts: RunFacts) -> list[Comparison | None]:
 def _comparison(
     best: Best | None, teacher: Iterable[Best], students: Iterable[Best], by_kid: bool
 ) -> Comparison | None:
-    """Compare students with the teacher's cells, which include `best`; None if no student can be compared."""
+    """Compare students with the teacher's cells, which include `best`, or return None if no student can be compared."""
     if best is None:
         return None
 
@@ -168,7 +170,7 @@ def _unrated(facts: RunFacts) -> str:
     """Return the sentence for a run without a comparison of teacher and students."""
     steps = sorted({s.manifest.num_steps for s in facts.students if s.manifest.num_steps is not None}, reverse=True)
     if not facts.stages:
-        return "A run in progress; no stage is complete yet."
+        return "The run is in progress; no stage is complete yet."
     if not facts.students:
         first = facts.stages[0]
         what = "teacher" if first.role == "teacher" else f"{first.role} model"
@@ -176,4 +178,4 @@ def _unrated(facts: RunFacts) -> str:
     what = count(len(facts.students), "student")
     if steps:
         what += f", from {steps[0]:,} steps to {steps[-1]:,}" if steps[1:] else f" with {count(steps[0], 'step')}"
-    return f"{what}. There are no comparable results of teacher and students."
+    return f"{what}. There are no comparable results for the teacher and the students."

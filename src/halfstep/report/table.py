@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 
 class Table(NamedTuple):
-    """Headings, rows and notes. The first column is text, the others are numbers."""
+    """Headings, rows and notes. The first column contains text, and the others contain numbers."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -25,7 +25,7 @@ class Table(NamedTuple):
 
     @classmethod
     def from_json(cls, data: Any) -> "Table":
-        """Return the table from the JSON of its `_asdict`.
+        """Restore a table from the JSON data of its `_asdict`.
 
         Raises:
             ValueError: if the data is not a table.

@@ -1,4 +1,4 @@
-"""Formats numbers, durations and counts for display."""
+"""Format numbers, durations and counts for display."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def number(value: float | None) -> str:
 
 
 def with_spread(mean: float, spread: float | None) -> str:
-    """Format a mean, with its standard deviation unless that is None."""
+    """Format a mean, followed by the standard deviation unless that is None."""
     return number(mean) + ("" if spread is None else f" ± {number(spread)}")
 
 
@@ -70,12 +70,12 @@ def count(num: int, noun: str) -> str:
 
 
 def inside(folder: Path, error: Exception) -> str:
-    """Return an error's message with paths relative to `folder`, which reveal nothing about the machine."""
+    """Return an error's message with paths relative to `folder`, so that it reveals nothing about the machine."""
     return str(error).replace(f"{folder}/", "")
 
 
 def flatten(data: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten nested data to strings with dotted names."""
+    """Flatten nested data into a mapping from dotted names to strings."""
     flat: dict[str, str] = {}
     for key, value in data.items():
         if isinstance(value, Mapping) and value:

@@ -1,4 +1,4 @@
-"""A call of `halfstep.fit` or `halfstep.distill`: runs its stages in memory or in a run folder."""
+"""Runs the stages of a `halfstep.fit` or `halfstep.distill` call, either in memory or in a run folder."""
 
 import contextlib
 import copy
@@ -65,7 +65,7 @@ class Call:
         if self.evaluation is not None:
             check_instance("evaluation", self.evaluation, Evaluation, "halfstep.Evaluation()")
         if self.out is None and self.evaluation is not None:
-            raise ValueError("evaluation has no effect without out, the run folder for its results. Pass out")
+            raise ValueError("evaluation has no effect without out, the run folder that stores the results. Pass out")
         if self.out is not None:
             refuse_file(self.out, "Choose another path")
         for name, hook in (("on_window", self.on_window), ("on_stage", self.on_stage)):
@@ -79,19 +79,19 @@ class Call:
         """Open and check the data.
 
         Raises:
-            ValueError: if they cannot be used, or not with `out`.
+            ValueError: if the data cannot be used, or cannot be combined with `out`.
         """
         found = as_source(data)
         if self.out is not None and isinstance(found, StreamedBatches):
             raise ValueError(
-                "out needs data that can be resumed, which an iterable of batches cannot. Pass a tensor, "
+                "out needs data that can be resumed, but an iterable of batches cannot be resumed. Pass a tensor, "
                 "(x0, {name: tensor}), a path or opened data, or remove out"
             )
         return found
 
     @contextlib.contextmanager
     def placed(self) -> Iterator[Engine]:
-        """Make the requested device the current one, and yield the engine that uses it.
+        """Make the requested device current, and yield the engine settings for this device.
 
         Raises:
             ValueError: if the device cannot be used.
@@ -105,9 +105,14 @@ class Call:
             return
         here = torch.accelerator.current_accelerator()
         if self.engine.cpu or here is None or here.type != found.type:
-            raise ValueError(f"device {found} cannot be used: engine.cpu is set, or torch uses {here}. Remove one")
+            raise ValueError(
+                f"device {found} cannot be used, because engine.cpu is set or torch uses {here}. Remove device or "
+                "engine.cpu"
+            )
         if world_size() > 1 and found.index is not None:
-            raise ValueError(f"device {found} cannot be used: the launcher assigns one to each process. Remove it")
+            raise ValueError(
+                f"device {found} cannot be used, because the launcher assigns a device to each process. Remove device"
+            )
         module = torch.get_device_module(found)
         with module.device(found.index) if found.index is not None else contextlib.nullcontext():
             yield self.engine
@@ -130,7 +135,7 @@ class Call:
                     warnings.warn(event.text, HalfstepWarning, stacklevel=4)
 
     def into_folder(self, spec: RunSpec) -> Model:
-        """Run or resume the plan in `out`, and return its last model; Ctrl-C saves the state first."""
+        """Run or resume the plan in `out`, and return its last model. Ctrl-C saves the state before the call ends."""
         out, folder = self.out, RunFolder(self.out or Path())
         assert out is not None
 
@@ -178,7 +183,7 @@ class Call:
             "engine": dataclasses.asdict(self.engine),
         }
         return RunSpec(
-            # As recipe.json will be read back: tuples become lists.
+            # The recipe as it will be read back from recipe.json, where tuples become lists.
             recipe=json.loads(json.dumps(recipe | told)),
             plan=plan,
             data=data,
@@ -194,7 +199,7 @@ class Call:
 
 
 def call_of(seed: int, engine: Engine, device: Any, out: Any, *rest: Any) -> Call:
-    """Check the arguments, the fields of `Call`, and return the call.
+    """Check the arguments, which are the fields of `Call`, and return the call.
 
     Raises:
         ValueError: if an argument has the wrong type.
@@ -211,7 +216,7 @@ class Chain:
     """Runs the stages of one call in memory.
 
     Args:
-        like: the model of the denoiser `first`; None for a custom denoiser.
+        like: the model that contains the denoiser `first`, or None for a custom denoiser.
     """
 
     def __init__(
@@ -233,7 +238,10 @@ class Chain:
         self.names: list[str] = []
 
     def run(self, plan: Plan, lora_rank: int | None) -> Iterator[Event]:
-        """Train the stages in order: students, or the given denoiser itself if the objective needs no teacher."""
+        """Train the stages in order.
+
+        Each stage trains a student, or the given denoiser itself if the objective of the stage needs no teacher.
+        """
         needs_teacher = plan.stages[0].objective.needs_teacher
         for index, (name, stage) in enumerate(zip(plan.names(int(needs_teacher)), plan.stages, strict=True)):
             student, seen = self.made[0], None
@@ -266,7 +274,7 @@ class Chain:
             yield StageEnd(name, trainer.seconds, False)
 
     def model_of(self, name: str) -> Any:
-        """Return a copy of a stage's result, so that callbacks cannot change the chain's own."""
+        """Return a copy of a stage's result, so that callbacks cannot change the original."""
         return copy.deepcopy(self.models[self.names.index(name)])
 
     def _model(self, trainer: StageTrainer, denoiser: Denoiser) -> Any:

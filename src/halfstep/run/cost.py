@@ -1,4 +1,7 @@
-"""Estimates the cost of a run: FLOPs and memory of an update, counted without running it, and its time."""
+"""Estimates the cost of a run.
+
+The FLOPs and the memory of an update are counted without running it. The time of an update is measured.
+"""
 
 import time
 from collections.abc import Callable, Mapping
@@ -24,40 +27,43 @@ from halfstep.train.player import network_of
 from halfstep.train.settings import Engine
 
 FLOPS_OF_A_TRIAL = 1e11
-"""FLOPs of a timed update: seconds on a CPU, a fraction of a second on a GPU."""
+"""The number of FLOPs in a timed update, which takes seconds on a CPU and a fraction of a second on a GPU."""
 
 SECONDS_OF_A_TRIAL = 10.0
-"""Once an update takes longer than this, no larger one is timed."""
+"""Once an update takes longer than this, no larger batch is timed."""
 
 
 @final
 class Size(NamedTuple):
-    """Parameters of a network."""
+    """The parameter counts of a network."""
 
     parameters: int
     trainable: int
-    """Trained parameters: all, or only the LoRA weights of a student."""
+    """The number of trained parameters: all of them, or only the LoRA weights of a LoRA student."""
     held: int
-    """Parameters that are not shared with the student."""
+    """The number of parameters that are not shared with the student."""
 
 
 @final
 class Forward(NamedTuple):
-    """One forward pass of the network on one sample, in float32, or in bfloat16 if weights have a lower precision."""
+    """The cost of a forward pass of the network on one sample.
+
+    It is counted in float32, or in bfloat16 if the weights have a lower precision.
+    """
 
     parameters: int
     trainable: int
-    """As in `Size`."""
+    """The number of trained parameters, as in `Size`."""
     flops: int
-    """Multiplications and additions."""
+    """The number of multiplications and additions."""
     saved_bytes: int
-    """Bytes that autograd keeps for the backward pass, besides the parameters."""
+    """The number of bytes that autograd keeps for the backward pass, in addition to the parameters."""
     weight_bytes: int
-    """Bytes of the parameters, with frozen ones in their own precision."""
+    """The size of the parameters in bytes. Frozen parameters count in the precision in which they are stored."""
 
 
 def count_forward(spec: RunSpec) -> Forward:
-    """Count a forward pass on the meta device, without computing it or allocating memory.
+    """Count the cost of a forward pass on the meta device, without computing the pass or allocating memory.
 
     Raises:
         ValueError: if the spec has neither a network nor a teacher.
@@ -77,14 +83,14 @@ def count_forward(spec: RunSpec) -> Forward:
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()._cdata
             if storage not in own and storage not in kept:
-                # Kept alive, so that no later storage reuses its address.
+                # The tensor is kept alive so that no later storage reuses its address.
                 held[storage] = tensor
             return tensor
 
         return keep
 
     def recomputed(block: nn.Module, *args: Any) -> Any:
-        """Call a block, keeping only its inputs; the backward pass stores the activations of one block at a time."""
+        """Call a block and keep only its inputs, as the backward pass recomputes the activations block by block."""
         nonlocal largest
         for value in args:
             if isinstance(value, Tensor):
@@ -119,7 +125,7 @@ def _bytes(held: Mapping[int, Tensor]) -> int:
 
 @final
 class _Fused(TorchFunctionMode):
-    """Attention on the meta device as fused kernels compute it, without storing the attention matrix."""
+    """Computes attention on the meta device as fused kernels do, without storing the attention matrix."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return (_fused if func is scaled_dot_product_attention else func)(*args, **(kwargs or {}))
@@ -145,7 +151,7 @@ def _student(spec: RunSpec) -> Denoiser:
 
 
 def helper_sizes(spec: RunSpec, stage: Stage) -> dict[str, Size]:
-    """Return the parameters of a stage's helpers, counted on the meta device."""
+    """Count the parameters of a stage's helper networks on the meta device."""
     if not stage.objective.helpers:
         return {}
     with torch.device("meta"):
@@ -166,26 +172,29 @@ def helper_sizes(spec: RunSpec, stage: Stage) -> dict[str, Size]:
 
 @final
 class Memory(NamedTuple):
-    """Memory of an update of one stage on one device, in bytes; bfloat16 autocast about halves the activations."""
+    """The memory that an update of one stage needs on one device, in bytes.
+
+    With bfloat16 autocast, the activations need about half as much memory.
+    """
 
     weights: int
-    """The student's weights, with frozen ones in their own precision."""
+    """The student's weights. Frozen weights count in the precision in which they are stored."""
     gradients: int
-    """Gradients of all trained parameters."""
+    """The gradients of all trained parameters."""
     moments: int
-    """AdamW's two moments for each trained network, in float32 or 8 bits."""
+    """AdamW's two moments for each trained network, in float32 or in 8 bits."""
     average: int
     """The moving average of the student's weights, if enabled."""
     teacher: int
     """The teacher's weights that are not shared with the student."""
     helpers: int
-    """Weights of the objective's auxiliary networks that are not shared with the student."""
+    """The weights of the objective's auxiliary networks, without the weights that are shared with the student."""
     activations: int
-    """Activations kept for the backward pass of one micro batch."""
+    """The activations that are kept for the backward pass of one micro batch."""
 
 
 def memory_of_update(stage: Stage, forward: Forward, engine: Engine, helpers: Mapping[str, Size]) -> Memory:
-    """Return the memory as counted, not measured: the allocator and convolution workspaces need extra memory."""
+    """Count the memory that an update needs, without the extra memory of the allocator and convolution workspaces."""
     training = stage.training
     samples = min(engine.set_micro_batch or training.batch_size, training.batch_size)
     own, all_ = forward.trainable, forward.parameters
@@ -204,7 +213,10 @@ def memory_of_update(stage: Stage, forward: Forward, engine: Engine, helpers: Ma
 
 
 def update_flops(stage: Stage, forward: Forward, helpers: Mapping[str, Size]) -> float:
-    """Return the FLOPs of an update. A helper's call is scaled by its parameter count relative to the student's."""
+    """Return the FLOPs of an update.
+
+    The cost of a call to a helper network is scaled by the helper's parameter count relative to the student's.
+    """
     each = sum(
         evals.cost * (helpers[name].parameters / forward.parameters if name in helpers else 1)
         for name, evals in stage.objective.evals.items()
@@ -214,23 +226,26 @@ def update_flops(stage: Stage, forward: Forward, helpers: Mapping[str, Size]) ->
 
 @final
 class Rate(NamedTuple):
-    """Measured time of an update of a plan's first stage on this machine."""
+    """The measured time of an update in the plan's first stage on this machine."""
 
     seconds: float
     batch_size: int
-    """The largest batch that was timed; other sizes are estimated from it and a batch of half its size."""
+    """The size of the largest batch that was timed.
+
+    Times for other sizes are estimated from this batch and from a batch of half its size.
+    """
 
 
 def time_updates(spec: RunSpec, forward: Forward) -> Rate:
-    """Return the time of an update of the plan's first stage, estimated if measuring it would take minutes."""
+    """Return how long an update in the plan's first stage takes, or an estimate if measuring it would take minutes."""
     stage = spec.plan.stages[0]
     batch_size = stage.training.batch_size
     per_sample = stage.update_cost / batch_size * max(1, forward.flops)
     trial = max(1, min(batch_size, int(FLOPS_OF_A_TRIAL / per_sample)))
     if trial == batch_size:
         return Rate(_seconds(spec, stage), trial)
-    # An update has a fixed cost (optimiser, kernel launches) and a cost per sample, which shows only once a doubled
-    # batch takes markedly longer.
+    # An update has a fixed cost (optimiser, kernel launches) and a cost per sample. The cost per sample only becomes
+    # visible once doubling the batch makes the update markedly slower.
     small = _seconds(spec, _of_batch(stage, trial))
     most = min(spec.engine.set_micro_batch or batch_size, batch_size)
     while True:
@@ -247,9 +262,9 @@ def _of_batch(stage: Stage, batch_size: int) -> Stage:
 
 
 def _seconds(spec: RunSpec, stage: Stage, num_updates: int = 3) -> float:
-    """Time a few updates after one warm-up update; return the seconds of the fastest."""
+    """Time a few updates after one warm-up update, and return the duration of the fastest in seconds."""
     accelerator = make_accelerator(spec.engine.precision, spec.engine.cpu)
-    # Timed in a single process, which stores all weights.
+    # The updates are timed in a single process, which stores all weights.
     alone = replace(spec, engine=replace(spec.engine, sharding="none"))
     trainer = trainer_for(alone, stage, "timing", spec.teacher, accelerator)
     times = []

@@ -1,7 +1,8 @@
 """Builds the plan of a chain from a teacher, for recipes and for `halfstep.distill`.
 
-A teacher that amplifies its errors at t = 1 is matched to v before halving. If a U-Net with a discrete noise schedule
-needs matching, it also moves to the cosine schedule, where a step loses less and every power of two is exact.
+A teacher that amplifies its errors at t = 1 is matched to v-prediction before it is halved. If a U-Net with a discrete
+noise schedule needs matching, it also moves to the cosine schedule. There, each step loses less accuracy, and every
+power of two is an exact number of steps.
 """
 
 import warnings
@@ -22,14 +23,14 @@ from halfstep.objectives import Guidance, Matching, Objective, Outcome, Plan, Ro
 from halfstep.samplers import DDIM, Sampler
 
 MATCHED_GAIN: Final = 10.0
-"""Gain at t = 1 (see `output_gain`) above which a given teacher is matched to v before halving. With eps it is 15 for
-Stable Diffusion and 160 for DDPM."""
+"""The gain at t = 1 (see `output_gain`) above which a given teacher is matched to v-prediction before halving. With
+eps-prediction, the gain is 15 for Stable Diffusion and 160 for DDPM."""
 IMAGE_RANGE: Final = (-1.0, 1.0)
-"""Range of x0 for images."""
+"""The range of x0 for images."""
 
 
 def cosine_within(process: NoiseProcess) -> VPCosine:
-    """Return the cosine process from pure noise (or the process's last noise level) down to its first noise level."""
+    """Return a cosine process from the last noise level of `process`, or pure noise, down to its first noise level."""
     first = 1 / len(process.betas) if isinstance(process, VPTable) else 0.0
     bounds = process.log_snr(torch.tensor([1.0, first], dtype=torch.float64)).clamp(-20, 20)
     return VPCosine(*bounds.tolist())
@@ -41,28 +42,30 @@ class Start:
     """The teacher that a chain starts from.
 
     Args:
-        given: whether it already exists, rather than being trained by the same plan.
+        given: whether the teacher already exists, rather than being trained by the same plan.
     """
 
     process: NoiseProcess
     prediction: Prediction | None
-    """None for a custom denoiser, which can only be halved as it is."""
+    """The teacher's prediction, or None for a custom denoiser, which can only be halved as it is."""
     name: str = "the teacher"
     role: Role = Role.TEACHER
     num_steps: int | None = None
     guidance: Guidance | None = None
-    """Guidance that it has already learned."""
+    """The guidance that the teacher has already learned."""
     may_move: bool = False
-    """Whether its network can be converted to another process."""
+    """Whether the teacher's network can be converted to another process."""
     sampler: Sampler = DDIM()
     """The sampler that a student was distilled for."""
     given: bool = True
     clip: tuple[float, float] | None = None
-    """Bounds to which sampling clips its x0, which a matched student learns; None for no clipping."""
+    """The bounds to which sampling clips the teacher's x0, or None for no clipping. A matched student learns the
+    clipped x0."""
     is_clipped: bool = False
-    """Whether it is a `Clipped` denoiser. Halving does not support these, so a student is matched to it first."""
+    """Whether the teacher is a `Clipped` denoiser. Halving does not support such teachers, so a student is first
+    matched to the teacher."""
     is_stock: bool = False
-    """Whether it is a diffusers network, so that students can be exported to diffusers."""
+    """Whether the teacher is a diffusers network, so that its students can be exported to diffusers."""
 
     @classmethod
     def of(cls, model: Model) -> "Start":
@@ -82,31 +85,32 @@ class Start:
 
     @property
     def outcome(self) -> Outcome:
-        """The outcome of the stage that trained it."""
+        """The outcome of the stage that trained the teacher."""
         return Outcome(self.role, self.num_steps, self.sampler)
 
     @property
     def is_finished(self) -> bool:
-        """Whether it is halved without matching: a student, or a network that has learned its guidance."""
+        """Whether the teacher can only be halved without matching, because it is a student or has learned guidance."""
         return self.role is Role.STUDENT or self.guidance is not None
 
 
 @final
 @dataclass(frozen=True)
 class Match:
-    """How to convert a teacher before halving; None lets the builder choose."""
+    """How to convert a teacher before halving. Settings that are None are chosen by the builder."""
 
     training: Training
     prediction: Prediction | None = None
-    """Prediction of the student; v if the teacher's own is unfit for few steps."""
+    """The student's prediction. None selects the teacher's prediction, or v if that is unsuitable for few steps."""
     process: Callable[[NoiseProcess], NoiseProcess] | None = None
-    """Maps the teacher's process to the student's."""
+    """A function that maps the teacher's process to the student's process."""
     guidance: Guidance | None = None
     num_times: int = 1024
-    """Times at which both are compared; a teacher with a discrete noise schedule is called at its own times."""
+    """The number of time points at which the student and the teacher are compared. A teacher with a discrete noise
+    schedule is called at the time points of its schedule instead."""
 
     def objective(self, start: Start, lora_rank: int | None = None) -> Matching | None:
-        """Return the matching objective that `start` needs; None if it needs none.
+        """Return the matching objective that `start` needs, or None if it needs no matching.
 
         Raises:
             ValueError: if the teacher cannot be matched, or LoRA students cannot be matched to it.
@@ -125,7 +129,7 @@ class Match:
             what = (
                 "has learned its guidance"
                 if start.role is not Role.STUDENT
-                else f"is a student of {start.num_steps} steps, which predicts x0 only at its own times"
+                else f"is a student of {start.num_steps} steps, which predicts x0 only at the times of these steps"
             )
             raise ValueError(
                 f"the matching stage calls a teacher at all times and guides it, but {start.name} {what}. Match its "
@@ -134,14 +138,14 @@ class Match:
         if self.guidance is not None and not start.given:
             raise ValueError(
                 "matching.guidance_scale and matching.guidance_range need a given teacher with a null class, but this "
-                "recipe trains its own teacher, without one. Remove them"
+                "recipe trains its own teacher, which has no null class. Remove both settings"
             )
         may_move = isinstance(own, VPTable) and start.may_move and lora_rank is None
         if self.process is None and may_move:
             clock = cosine_within(own)
         if lora_rank is not None and (clock != own or (self.guidance is not None and self.guidance.is_shown)):
             raise ValueError(
-                "LoRA needs unchanged network inputs, which a guidance range or another process changes. Use one "
+                "LoRA needs unchanged network inputs, but a guidance range or another process changes them. Use one "
                 "--matching.guidance-scale and --matching.process own, or remove --chain.lora-rank"
             )
         # A teacher with a discrete noise schedule was trained only at the levels of its table.
@@ -161,8 +165,9 @@ def course(
     Warns if the chain's first step from t = 1 amplifies the network's error too much.
 
     Args:
-        halvings: returns the halving stages, given the guidance that the chain's first teacher has learned.
-        after: stages that follow the halvings, such as finishes; they get the guidance of the chain's teacher.
+        halvings: a function that returns the halving stages, given the guidance that the chain's first teacher has
+            learned.
+        after: stages that follow the halvings, such as finishes. They get the guidance of the chain's teacher.
 
     Raises:
         ValueError: as for `Match.objective`, or if the halvings are impossible, a stage needs a model that does not
@@ -202,14 +207,15 @@ def _warn_of_export(start: Start, process: NoiseProcess, num_steps: int | None, 
     match = "Match the teacher to the cosine process (--matching.process cosine), end" if may_move else "End"
     warnings.warn(
         f"a student of {num_steps} steps on the teacher's {num} timesteps cannot be exported to diffusers, which "
-        f"needs one of {', '.join(map(str, exact))}. {match} at one of these (--to), or use --format onnx later",
+        f"only supports {', '.join(map(str, exact))} steps. {match} at one of these numbers of steps (--to), or use "
+        "--format onnx later",
         HalfstepWarning,
         stacklevel=3,
     )
 
 
 def _check_guidance(objective: Objective, of_start: Guidance | None, of_teacher: Guidance | None) -> None:
-    """Raise ValueError if a teacher would be guided twice, or a student refined without its learned guidance."""
+    """Raise ValueError if a teacher would be guided twice, or a student would be refined without learned guidance."""
     if objective.guides_teacher and of_teacher is not None:
         raise ValueError(
             f"the stage {objective.label} guides a teacher that has already learned {of_teacher}. Remove guide_teacher"
@@ -217,12 +223,13 @@ def _check_guidance(objective: Objective, of_start: Guidance | None, of_teacher:
     if objective.refines and objective.guidance != of_start:
         raise ValueError(
             f"the stage {objective.label} has {objective.guidance or 'no guidance'}, but its student has learned "
-            f"{of_start or 'none'}. Set that if the stage's teacher has it too; otherwise match the teacher first"
+            f"{of_start or 'none'}. Set the same guidance if the stage's teacher has learned it too; otherwise match "
+            "the teacher first"
         )
 
 
 def check_start(teacher: Model, plan: Plan) -> None:
-    """Raise if the first stage cannot build its student from the teacher, without allocating its weights.
+    """Check that the first stage can build its student from the teacher, without allocating weights.
 
     Raises:
         ValueError: as for `Objective.start`.

@@ -1,4 +1,4 @@
-"""Training and distillation of models built in Python, in memory or in a run folder."""
+"""Trains and distils models that are built in Python, in memory or in a run folder."""
 
 import copy
 import dataclasses
@@ -43,7 +43,7 @@ KINDS: Final[Mapping[str, tuple[type, str]]] = {
     "guidance": (Guidance, "halfstep.FixedGuidance(4.0)"),
     "teacher_sampler": (Sampler, "halfstep.Heun()"),
 }
-"""Types of the arguments of `distill` that are objects, each with an example for error messages."""
+"""The types of those arguments of `distill` that are objects, each with an example for error messages."""
 
 
 def fit(
@@ -61,13 +61,13 @@ def fit(
     on_stage: OnStage | None = None,
     progress: bool = True,
 ) -> Any:
-    """Train a denoiser in place to denoise the data, and return it as a teacher: a `Model`.
+    """Train a denoiser in place on the data, and return it as a `Model` that can serve as a teacher.
 
     Args:
-        denoiser: a `NetworkDenoiser`, or a custom denoiser, which is returned itself. It ends with the averaged weights
-            if `training` averages them.
+        denoiser: a `NetworkDenoiser`, or a custom denoiser, which is returned as it is. After training, the denoiser
+            has the averaged weights if `training` averages them.
         data: as for `distill`.
-        weighting: weight of the squared error in x0; truncated SNR if None.
+        weighting: the weight of the squared error in x0. None selects truncated SNR.
         seed, engine, device, out, evaluation, on_window, on_stage, progress: as for `distill`.
 
     Raises:
@@ -97,7 +97,7 @@ def fit(
         samples,
         network,
         {},
-        # A copy, so that an interrupted call does not change the weights that the next call starts from.
+        # The network is copied, so that an interrupted call does not change the weights that the next call starts from.
         network=lambda: copy.deepcopy(network.network),
         own_conditions=conditions_of(samples),
         clip=isinstance(samples, Data) and samples.is_image,
@@ -183,36 +183,42 @@ def distill(
     it, or if the teacher is clipped or predicts eps at a signal-to-noise ratio near 0.
 
     Args:
-        teacher: a denoiser or a model; it is not changed. If it is `Clipped`, a student is first matched to its x0.
-        data: clean samples as a tensor or an array `[n, *dims]` (floats as they are; uint8 as images), (samples, {name:
-            condition}) with conditions `[n, ...]`, opened data, a path such as a folder of images, or any iterable of
-            batches x0 `[batch, *dims]` or (x0, {name: condition}), such as a DataLoader, which is restarted at its end.
-            If None, samples of the teacher (see `samples_of`).
-        to: DDIM steps of the student.
-        start: DDIM steps of the teacher, `to` times a power of two; if None, a student's own or 16 times `to`.
-        training: settings of each halving stage, with twice as many updates at 2 steps and at 1.
-        plan: the halving stages instead of `to`, `start` and `training`.
-        prediction: prediction of the student's network; the teacher's if None.
-        process: the student's noise process; if None, the teacher's, or the cosine process for a matched U-Net.
-        guidance: guidance for the student to learn: `FixedGuidance`, or a `GuidanceRange`, whose scale becomes an input
-            of its network, the condition `guidance_scale` `[batch]`.
-        null: null conditions of one sample, by name; needed for guidance.
-        matching: training of the matching stage; `training` if None.
-        finish: step counts of the students to finish after the chain, or the stages of `Plan.finishes`; the last of
-            these students is returned.
-        teacher_sampler: deterministic sampler of the first teacher; DDIM if None. Students teach with DDIM steps.
-        teacher_steps: steps of that sampler for each step of the first student; 2 if None.
-        lora_rank: train LoRA weights of this rank instead of whole students (diffusers networks only). They are merged
-            into the returned student; the stages of `out` store them separately.
-        seed: determines every random number, together with the update's number.
+        teacher: a denoiser or a model, which is not changed. If the teacher is `Clipped`, a student is first matched to
+            its clipped x0.
+        data: the clean samples: a tensor or an array `[n, *dims]` (floats are used as they are, uint8 values as
+            images), (samples, {name: condition}) with conditions `[n, ...]`, opened data, a path such as a folder of
+            images, or an iterable of batches such as a DataLoader. Each batch is x0 `[batch, *dims]` or (x0, {name:
+            condition}), and the iterable is restarted at its end. If None, samples of the teacher are used (see
+            `samples_of`).
+        to: the number of DDIM steps of the student.
+        start: the number of DDIM steps of the teacher, which must be `to` times a power of two. If None, it is the
+            number of steps of a teacher that is itself a student, and otherwise 16 times `to`.
+        training: the settings of each halving stage. The stages with 2 steps and with 1 step have twice as many
+            updates.
+        plan: the halving stages to use instead of `to`, `start` and `training`.
+        prediction: what the student's network predicts. None selects the teacher's prediction.
+        process: the student's noise process. None selects the teacher's process, or the cosine process for a matched
+            U-Net.
+        guidance: the guidance that the student learns: `FixedGuidance` or `GuidanceRange`. With a `GuidanceRange`, the
+            scale becomes an input of the student's network, the condition `guidance_scale` `[batch]`.
+        null: the null conditions of one sample by name. They are required for guidance.
+        matching: the training settings of the matching stage. None selects `training`.
+        finish: the step counts of the students to finish after the chain, or the stages from `Plan.finishes`. The last
+            of these students is returned.
+        teacher_sampler: the deterministic sampler of the first teacher; DDIM if None. When students act as teachers,
+            they are sampled with DDIM.
+        teacher_steps: the number of steps of `teacher_sampler` for each step of the first student; 2 if None.
+        lora_rank: train LoRA weights of this rank instead of whole students (diffusers networks only). The LoRA weights
+            are merged into the returned student, but the stages in `out` store them separately.
+        seed: the seed that determines every random number, together with the number of the update.
         engine: precision, micro batch, compilation and logging interval (`log_every`).
-        device: where to train; if None, on an accelerator if one is available.
-        out: a run folder as the command line writes it, with a log, checkpoints and the model of every stage. The same
-            call resumes it; Ctrl-C saves the state first.
-        evaluation: how to measure the stages in `out`; None measures nothing.
+        device: the device to train on. None selects an accelerator if one is available.
+        out: a run folder like those of the command line, with a log, checkpoints and the model of every stage. Repeat
+            the call to resume the run. Ctrl-C saves the state first.
+        evaluation: how to measure the stages in `out`. If None, nothing is measured.
         on_window: called with a stage's name and its `Window` of statistics at every `engine.log_every`th update.
         on_stage: called with a stage's name and its model when the stage is complete, for example to evaluate it.
-        progress: show progress bars, if stderr is a terminal.
+        progress: whether to show progress bars if stderr is a terminal.
 
     Returns:
         The last student as a `Model`, which `save` accepts, or as a custom denoiser if the teacher is one.
@@ -220,7 +226,7 @@ def distill(
     Raises:
         ValueError: if `start` cannot be halved to `to`, the data cannot be used, an argument has the wrong type, or
             settings contradict each other.
-        DifferentRecipe: a ValueError, if `out` contains the run of a different call.
+        DifferentRecipe: if `out` contains the run of a different call. This is a subclass of ValueError.
         NonFinite: if training diverged.
     """
     _check_plan_arguments(
@@ -263,7 +269,9 @@ def distill(
         raise ValueError("matching has no effect without prediction, process, guidance or a Clipped teacher. Remove it")
     bare = None if call.out is None else _network_of(current)
     if bare is not None and clip not in (None, IMAGE_RANGE):
-        raise ValueError(f"a run folder supports teachers clipped to [-1, 1], got {list(clip or ())}. Remove `out`")
+        raise ValueError(
+            f"a run folder only supports teachers clipped to [-1, 1], got {list(clip or ())}. Remove `out`"
+        )
     if data is None:
         first_stage = chain.stages[0].objective
         student = start_student(first_stage.start(current), lora_rank)
@@ -303,7 +311,8 @@ def distill(
             trained = Chain(call, used, samples, current, known.outcome, held_null, like)
             call.watch(trained.run(chain, lora_rank), trained.model_of)
     finally:
-        # Stages freeze the teacher, set evaluation mode and move it to their device: undo that, even after an error.
+        # Stages freeze the teacher, set it to evaluation mode and move it to their device. Undo all of this, even after
+        # an error.
         current.train(was_training)
         for parameter, needed in zip(current.parameters(), frozen, strict=True):
             parameter.requires_grad_(needed)
@@ -312,10 +321,10 @@ def distill(
 
 
 def _as_model(denoiser: Denoiser, data: Data | StreamedBatches) -> Model | None:
-    """Return the denoiser as a model of the data; None for a custom denoiser.
+    """Return the denoiser as a model of the data, or None for a custom denoiser.
 
     Raises:
-        ValueError: if its process or prediction is not registered.
+        ValueError: if the denoiser's process or prediction is not registered.
     """
     if not isinstance(denoiser, NetworkDenoiser):
         return None
@@ -352,7 +361,7 @@ def _drawn(teacher: Denoiser, call: Call) -> Data:
 def _check_plan_arguments(
     to: Any, start: Any, finish: Any, teacher_steps: Any, lora_rank: Any, null: Any, **objects: Any
 ) -> None:
-    """Raise ValueError if an argument of `distill` has the wrong type; `objects` are those in `KINDS`."""
+    """Raise ValueError if an argument of `distill` has the wrong type. `objects` are the arguments in `KINDS`."""
     check_whole("to", to)
     check_whole("start", to if start is None else start)
     if isinstance(finish, str) or not isinstance(finish, Plan | Sequence):
@@ -371,11 +380,11 @@ def _check_plan_arguments(
 
 
 def _check_data(model: Model, data: Data | StreamedBatches) -> None:
-    """Raise ValueError unless the data have the shape of the model's samples and exactly its conditions."""
+    """Raise ValueError unless the data have the shape of the model's samples and exactly the model's conditions."""
     if data.shape != model.shape:
         raise ValueError(
-            f"the teacher has samples of shape {list(model.shape)}, but the data have {list(data.shape)}. Pass the "
-            "data that it was trained on"
+            f"the teacher has samples of shape {list(model.shape)}, but the data have the shape {list(data.shape)}. "
+            "Pass the data that it was trained on"
         )
     classes = data.num_classes if isinstance(data, Data) else 0
     shapes = conditions_of(data)
@@ -391,11 +400,11 @@ def _check_data(model: Model, data: Data | StreamedBatches) -> None:
     for name, shape in model.manifest.conditions.items():
         if shapes.get(name, shape) != shape:
             raise ValueError(
-                f"the teacher takes {name} of shape {list(shape)} per sample, but the data contain "
+                f"the teacher takes {name} of shape {list(shape)} per sample, but the data contain {name} of shape "
                 f"{list(shapes[name])}. Pass the data that it was trained on"
             )
     if model.num_classes and classes > model.num_classes:
         raise ValueError(
-            f"the data have the classes 0 to {classes - 1}, but the teacher has 0 to {model.num_classes - 1}. Pass "
-            "the data that it was trained on"
+            f"the data have the classes 0 to {classes - 1}, but the teacher has the classes 0 to "
+            f"{model.num_classes - 1}. Pass the data that it was trained on"
         )

@@ -1,4 +1,4 @@
-"""Events of a run, for displaying its progress."""
+"""The events of a run, which are used to display its progress."""
 
 from dataclasses import dataclass
 from typing import final
@@ -19,9 +19,9 @@ class StageStart(Event):
     index: int
     stage: Stage
     resumed_at: int
-    """Update of the checkpoint that the stage resumed from; 0 for a fresh start."""
+    """The update of the checkpoint from which the stage resumed, or 0 if the stage started from scratch."""
     seconds: float
-    """Training time of the stage up to that update."""
+    """How many seconds the stage had trained up to this update."""
 
 
 @final
@@ -48,9 +48,9 @@ class Measuring(Event):
 
     name: str
     what: str
-    """The samples or the comparison in progress, in words."""
+    """A description of the samples or the comparison in progress."""
     number: int
-    """Counted from 1; 0 for the real data, before the first."""
+    """The number of the measurement, counted from 1, or 0 for the real data, which are measured first."""
     total: int
 
 
@@ -60,9 +60,9 @@ class Measured(Event):
     name: str
     result: Result
     num_left: int = 0
-    """Further results of the stage."""
+    """The number of results of the stage that are still to come."""
     seconds: float = 0.0
-    """Wall time of sampling and measuring since the first result."""
+    """The wall time of sampling and measuring the results of the stage so far."""
     too_few: bool = False
     """Whether the samples are too few for a reliable Frechet distance."""
 

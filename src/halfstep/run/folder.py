@@ -33,7 +33,7 @@ class DifferentRecipe(ValueError):
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested data to dotted names."""
+    """Flatten nested data into a dictionary with dotted names."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, Mapping) and value:
@@ -64,7 +64,7 @@ def differences(
 
 
 def identity(spec: RunSpec) -> str:
-    """Return a digest of what determines the learned weights: the data, and the recipe without its free fields."""
+    """Return a digest of everything that determines the learned weights: the data, and the recipe's fixed fields."""
     fields = flatten(spec.defaults) | flatten(spec.recipe)
     ignored = set(spec.free)
     if not fields.get("finish.steps"):
@@ -74,7 +74,10 @@ def identity(spec: RunSpec) -> str:
 
 
 def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, str]:
-    """Check that the folder belongs to the run and lock it; return recipe.json's `run` and the data's fingerprint."""
+    """Check that the folder belongs to the run, and lock it.
+
+    Return the `run` that is recorded in recipe.json and the fingerprint of the data.
+    """
     path = folder.path
     refuse_file(path)
     _check_folder(spec, folder)
@@ -108,7 +111,7 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, 
         )
         finishes = {name: value for name, value in held["recipe"].items() if name == "finish"}
         described |= {"recipe": described["recipe"] | finishes, "plan": held["plan"]}
-    # `evaluate` and the report later read the current evaluation settings and the current path of the data here.
+    # `evaluate` and the report later read the current evaluation settings and the current data path from recipe.json.
     now, old = flatten(dict(spec.recipe)), flatten(held["recipe"])
     moved = any(now[name] != old.get(name) for name in now if name.startswith(("evaluation.", "data.")))
     if moved or len(held["plan"]) < len(spec.stages) or held.get("data_fingerprint") != spec.data.fingerprint:
@@ -123,23 +126,25 @@ def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
         changed = differences(held["recipe"], spec.recipe, free, spec.defaults)
         if changed:
             raise DifferentRecipe(
-                f"{folder.path} contains a run of a different recipe; choose another --out. Different: "
+                f"{folder.path} contains a run of a different recipe; choose another --out. Differences: "
                 + "; ".join(changed[:8])
                 + (f"; and {len(changed) - 8} more" if len(changed) > 8 else "")
             )
         if held.get("data_fingerprint") not in (None, spec.data.fingerprint):
             _accept(spec, folder, held)
         return
-    # A run that was killed before it wrote recipe.json leaves these two.
+    # A run that was killed before it wrote recipe.json leaves these files behind.
     ours = {folder.path / ".lock", *leftovers(folder.path, "recipe.json")}
     if folder.path.is_dir() and set(folder.path.iterdir()) - ours:
         before_finishing = replace(spec, recipe={n: v for n, v in spec.recipe.items() if n != "finish"})
         if _held_by(folder) not in (identity(spec), identity(before_finishing)):
-            raise ValueError(f"{folder.path} is not empty and not a run folder (no recipe.json): choose another --out")
+            raise ValueError(
+                f"{folder.path} is not empty, but it is not a run folder (it has no recipe.json): choose another --out"
+            )
 
 
 def _held_by(folder: RunFolder) -> str | None:
-    """Return the `run` of all stages and checkpoints in a folder without recipe.json; None unless all are equal."""
+    """Return the `run` that all stages and checkpoints in a folder without recipe.json share; None if they differ."""
     found = set()
     for file in (*folder.path.glob("stages/*/manifest.json"), *folder.path.glob("stages/*/checkpoint-*/manifest.json")):
         with contextlib.suppress(DamagedFile):
@@ -151,27 +156,27 @@ def _accept(spec: RunSpec, folder: RunFolder, held: Mapping[str, Any]) -> None:
     """Warn that the run's data have changed.
 
     Raises:
-        DifferentRecipe: unless the recipe accepts that, and the shape and the classes of the data are unchanged.
+        DifferentRecipe: unless the recipe accepts changed data, and the shape and the classes are unchanged.
     """
     before, now = held.get("data"), _form(spec)
     changed = changed_since(spec.data.source, folder.recipe_path.stat().st_mtime)
     files = "file" if len(changed) == 1 else "files"
     said = [f"{len(changed):,} changed {files}: {', '.join(map(str, changed[:3]))}"] if changed else []
-    # None if the caller, such as halfstep.fit, has no such setting.
+    # This is None if the caller, such as halfstep.fit, has no such setting.
     accepts = dict(spec.recipe.get("data") or {}).get("accept_changed")
     fits = isinstance(before, dict) and all(before.get(name) == now[name] for name in ("shape", "class_names"))
     fits = fits and accepts is not None
     if isinstance(before, dict):
         other = [name for name in now if before.get(name) != now[name]]
-        said += [f"{name.replace('_', ' ')} {before.get(name)} then, {now[name]} now" for name in other]
+        said += [f"{name.replace('_', ' ')} changed from {before.get(name)} to {now[name]}" for name in other]
     what = f"{spec.data.source} has changed since" + (f" ({'; '.join(said)})" if said else "")
     if fits and accepts:
-        warnings.warn(f"{folder.path} resumes on changed data: {what}", HalfstepWarning, stacklevel=2)
+        warnings.warn(f"{folder.path} resumes with changed data: {what}", HalfstepWarning, stacklevel=2)
         return
     remedy = "restore the old data, choose another --out" + (
         ", or add --data.accept-changed to resume with the data as they are now" if fits else ""
     )
-    raise DifferentRecipe(f"{folder.path} contains a run on other data: {what}; {remedy}")
+    raise DifferentRecipe(f"{folder.path} contains a run with different data: {what}; {remedy}")
 
 
 def _form(spec: RunSpec) -> dict[str, Any]:
@@ -184,9 +189,10 @@ def _form(spec: RunSpec) -> dict[str, Any]:
 
 
 def _growing(spec: RunSpec, held: Mapping[str, Any]) -> list[str]:
-    """Return the fields that may differ because the recipe or the folder has more finishing stages at its end.
+    """Return the fields that may differ because the recipe or the folder has additional finishing stages at the end.
 
-    These are all finishing fields if one of the two has no such stage, otherwise only the list of steps.
+    If the recipe or the folder has no finishing stage, all finishing fields may differ. Otherwise, only the list of
+    steps may differ.
     """
     new = flatten(spec.recipe)
     old = flatten(spec.defaults) | flatten(held["recipe"])

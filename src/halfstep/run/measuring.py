@@ -1,4 +1,4 @@
-"""Measures the stages of a run: writes metrics.json and a few samples, both taken from the store."""
+"""Measures the stages of a run, and writes metrics.json and a few samples from the results in the store."""
 
 import functools
 import time
@@ -63,9 +63,9 @@ def calls_of_measuring(spec: RunSpec) -> int:
 
 @final
 class Measuring:
-    """Measures one stage after another, and compares students with the first model from the same noise.
+    """Measures one stage after another, and compares each student with the first model on the same noise.
 
-    For the comparison, the first model uses the measured sampler and step count with the most network calls.
+    For this comparison, the first model uses the measured sampler and step count that need the most network calls.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class Measuring:
         place, size = folder.evaluation_path.parent, spec.evaluation.batch_size
         self.store = Store(place, batch_size=size, own_device=True, processes=processes, stop=stop)
         self._base: Cell | None = None
-        """The finest samples of the chain's first model, to compare all others with."""
+        """The finest samples of the chain's first model, with which the samples of all other models are compared."""
 
     def measured(self, folder: StageFolder, model: Model, updates_before: int) -> Iterator[Event]:
-        """Measure a stage, unless its metrics exist; trackers log them at update `updates_before` of the plan."""
+        """Measure a stage unless its metrics exist. Trackers log the metrics at update `updates_before` of the plan."""
         own = Outcome(model.role, model.num_steps, model.sampler)
         methods = methods_of(self.spec, own, is_first=self._base is None)
         if not methods:
@@ -96,7 +96,7 @@ class Measuring:
                 yield Notice(note)
         protocol = self._reference.protocol | {"device": str(self.device)}
         if self._base is None:
-            # Reloaded on demand, so that it does not take device memory while students are measured.
+            # The first model is reloaded on demand, so that it takes no device memory while students are measured.
             self._base = self._cell(model, finest(methods), folder.path)
 
         damage: list[str] = []
@@ -149,7 +149,7 @@ class Measuring:
         self.processes.on_main(write)
 
     def _cell(self, model: Model, method: Method, path: Path | None = None) -> Cell:
-        """Return the cell of a model, which is loaded from `path` if given."""
+        """Return the cell of a model. If `path` is given, the model is loaded from there on demand."""
         source = ModelSource(
             model.manifest,
             (lambda: model) if path is None else functools.partial(load, path, self.device, self.spec.own_network),
@@ -167,7 +167,7 @@ class Measuring:
         self.store.fill([cell, base])
 
         def look() -> dict[str, object]:
-            """Compare with the first model, and keep some samples."""
+            """Compare the samples with those of the first model, and keep some of the samples."""
             samples, count = self.store.samples(cell), self.evaluation.num_compared
             apart = None if cell.name == base.name else rmse(samples[:count], self.store.samples(base)[:count])
             shown = samples[: self.evaluation.num_shown]

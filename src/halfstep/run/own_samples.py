@@ -1,4 +1,4 @@
-"""Samples of the teacher as training data, for distillation without a data set."""
+"""Generates samples of the teacher as training data, for distillation without a data set."""
 
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -15,9 +15,10 @@ from halfstep.models.model import Model, samples_at_once
 from halfstep.samplers import DDIM, Heun, Sampler, sample
 
 NUM_SAMPLES: Final = 4096
-"""Number of samples from a teacher that is distilled without data."""
+"""The number of samples that are generated from a teacher if it is distilled without data."""
 NUM_STEPS: Final = 32
-"""Heun steps for an undistilled teacher: 63 network calls, with the quality of 256 DDIM steps."""
+"""The number of Heun steps for an undistilled teacher. They take 63 network calls and match the quality of 256 DDIM
+steps."""
 
 
 def samples_of(
@@ -32,17 +33,18 @@ def samples_of(
     """Sample training data from the teacher, for `distill` without other data.
 
     The cost is `num_samples` times the sampler's network calls: 4,096 samples with 32 Heun steps take 258,048 forward
-    passes, the same as 400 finishing updates of 64 samples. No student can be better than these samples: they have
-    the teacher's errors and gaps, and a small set is memorised.
+    passes, the same as 400 finishing updates of 64 samples. No student can be better than these samples, which contain
+    the teacher's errors and gaps. A student memorises the samples if there are only a few of them.
 
-    A class-conditional model samples its classes in turn, without guidance unless it has learned a scale. The noise
-    streams differ from those of sample seeds, so evaluations never use the same noise.
+    A class-conditional model generates samples of all its classes in turn. It is sampled without guidance unless it has
+    learned a guidance scale. The noise streams differ from the streams of sample seeds, so evaluations never use the
+    same noise.
 
     Args:
-        shape: shape of one sample; a loaded model's own if None.
-        num_steps: sampler steps; if None, a student's own or 32.
-        sampler: deterministic sampler; if None, a student's own or Heun.
-        seed: seed of the noise.
+        shape: the shape of one sample. None selects the shape of a loaded model.
+        num_steps: the number of sampler steps. None selects the number that a student was distilled for, or 32.
+        sampler: a deterministic sampler. None selects the sampler that a student was distilled for, or Heun.
+        seed: the seed of the noise.
 
     Raises:
         ValueError: if the shape is unknown, the sampler draws noise, the model needs conditions other than classes,
@@ -83,7 +85,8 @@ def check_can_sample(teacher: Denoiser, shape: Sequence[int] | None = None) -> t
     """Return the shape of the teacher's samples.
 
     Raises:
-        ValueError: if it is unknown or not the teacher's own, or the teacher needs conditions other than classes.
+        ValueError: if the shape is unknown or differs from the teacher's, or the teacher needs conditions other than
+            classes.
     """
     check_denoiser("the teacher", teacher, Denoiser)
     if isinstance(teacher, Model) and teacher.manifest.conditions:
@@ -110,12 +113,14 @@ def prompted_by(
     guidance_scale: float | None = None,
     seed: int = 0,
 ) -> Callable[[range, Cond], Tensor]:
-    """Return a function from indices below `num_samples` and their conditions to the teacher's samples on the CPU.
+    """Return a function that samples the teacher, given indices below `num_samples` and the conditions for them.
+
+    The samples are returned on the CPU.
 
     Args:
-        num_steps: Heun steps; if None, a student's own or 32.
-        guidance_scale: None disables guidance.
-        seed: seed of the noise.
+        num_steps: the number of Heun steps. None selects the number that a student was distilled for, or 32.
+        guidance_scale: the guidance scale. None disables guidance.
+        seed: the seed of the noise.
     """
     steps = num_steps or teacher.num_steps or NUM_STEPS
     method = teacher.sampler if teacher.num_steps else Heun()
@@ -132,5 +137,5 @@ def prompted_by(
 
 
 def _unguided(model: Model) -> float | None:
-    """Return the scale that disables guidance; None if the model has learned a scale or does not support guidance."""
+    """Return the scale that disables guidance, or None if the model has learned a scale or supports no guidance."""
     return 1.0 if model.null and model.guidance is None and not model.takes_scale else None

@@ -1,4 +1,4 @@
-"""Checks before training for errors that would otherwise appear only once the teacher is trained."""
+"""Checks, before training starts, for errors that would otherwise only appear once the teacher has been trained."""
 
 import torch
 
@@ -11,7 +11,7 @@ from halfstep.run.start import fresh_denoiser
 
 
 def preflight(spec: RunSpec) -> None:
-    """Build every student and helper of the plan without allocating weights, and compute features of two samples.
+    """Build every student and helper of the plan without allocating weights, and compute the features of two samples.
 
     Raises:
         ValueError: if the teacher's precision does not fit the settings, low-rank additions or a helper do not fit the

@@ -1,4 +1,4 @@
-"""Checks a denoiser against its data before training, with one call."""
+"""Checks a denoiser against its data in a single call, before training starts."""
 
 import inspect
 from collections.abc import Mapping
@@ -18,11 +18,15 @@ from halfstep.run.sources import CLASSES, StreamedBatches
 from halfstep.runtime.failures import is_out_of_memory
 
 MOST_WEIGHTS: Final = 10**8
-"""Number of weights above which a diffusers network is not called, because it may still be on a CPU."""
+"""A diffusers network with more weights than this is not called, because it may still be on a CPU."""
 
 
 def _two_of(data: Data | StreamedBatches) -> Batch:
-    """Return two samples: of the lowest and the highest class if labels are in memory, otherwise first and last."""
+    """Return two samples of the data.
+
+    If the labels are in memory, one sample has the lowest class and the other has the highest class. Otherwise, these
+    are the first and the last sample.
+    """
     if isinstance(data, StreamedBatches):
         x0, cond = data.first
         rows = _extremes(cond.get(CLASSES), len(x0))
@@ -37,7 +41,7 @@ def _extremes(labels: Any, length: int) -> Tensor:
 
 
 def _parameters_of(network: Any) -> Mapping[str, inspect.Parameter] | None:
-    """Return the parameters of a network's call after x_t and time; None if unknown."""
+    """Return the parameters of a network's call that follow x_t and the time, or None if they are unknown."""
     called = network.function if isinstance(network, CallableNetwork) else network
     try:
         found = inspect.signature(called.forward if isinstance(called, nn.Module) else called).parameters
@@ -47,7 +51,7 @@ def _parameters_of(network: Any) -> Mapping[str, inspect.Parameter] | None:
 
 
 def _check_names(network: nn.Module, data: Data | StreamedBatches, held: list[str]) -> None:
-    """Raise ValueError unless the network takes these conditions and requires no others."""
+    """Raise ValueError unless the network takes the conditions in `held` and requires no other conditions."""
     parameters = _parameters_of(network)
     if parameters is None or isinstance(network, StockNetwork | LoRA):
         return
@@ -85,17 +89,17 @@ def check_called(denoiser: Denoiser, data: Data | StreamedBatches, null: Cond | 
     Diffusers networks with more than `MOST_WEIGHTS` weights are not called.
 
     Args:
-        null: null conditions of one sample, used instead of those of the data.
+        null: the null conditions of one sample, which are used instead of the conditions of the data.
 
     Raises:
-        ValueError: if it does not take the data's conditions, requires others, fails, or does not return finite
-            estimates with the shape of the samples and a gradient with respect to its weights.
+        ValueError: if the denoiser does not take the conditions of the data, requires other conditions, fails, or does
+            not return finite estimates with the shape of the samples and a gradient with respect to its weights.
     """
     network = denoiser.network if isinstance(denoiser, NetworkDenoiser) else denoiser
     what = "network" if isinstance(denoiser, NetworkDenoiser) else "denoiser"
     x0, cond = _two_of(data)
     if foreign := sorted(set(null or {}) - set(cond)):
-        raise ValueError(f"null contains {foreign[0]}, but the data do not. Use conditions of {sorted(cond)}")
+        raise ValueError(f"null contains {foreign[0]}, but the data do not. Use only conditions from {sorted(cond)}")
     cond = {name: (null or {}).get(name, value).to(value).expand_as(value) for name, value in cond.items()}
     if isinstance(denoiser, NetworkDenoiser):
         _check_names(network, data, list(cond))

@@ -1,4 +1,4 @@
-"""Progress bars for calls from Python: one line per stage, only on a terminal."""
+"""Progress bars for calls from Python, with one line per stage. They are only shown on a terminal."""
 
 import contextlib
 import math
@@ -11,7 +11,7 @@ from rich.console import Console
 
 @final
 class Bars:
-    """The bars of the stages, drawn in a display."""
+    """The progress bars of the stages, which are all drawn in one display."""
 
     def __init__(self, display: rich.Progress) -> None:
         self._display = display
@@ -33,7 +33,7 @@ class Bars:
 
 @contextlib.contextmanager
 def bars(wanted: bool) -> Iterator[Bars]:
-    """Yield bars, which are drawn only if `wanted` and if stderr is a terminal."""
+    """Yield progress bars that are only drawn if `wanted` is true and stderr is a terminal."""
     console = Console(stderr=True)
     if not wanted or not console.is_terminal or console.is_dumb_terminal:
         console.quiet = True

@@ -1,7 +1,7 @@
 """Runs a plan in a run folder as a generator of events, so that the caller decides what to display.
 
-The same call on the same folder resumes: complete stages are loaded, an unfinished one continues from its latest good
-checkpoint, and existing metrics are not measured again.
+The same call on the same folder resumes the run: complete stages are loaded, an unfinished stage continues from its
+latest good checkpoint, and existing metrics are not measured again.
 """
 
 import contextlib
@@ -43,20 +43,21 @@ from halfstep.train.window import Window
 def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[Event]:
     """Run or resume a plan in the run folder `path`: train, halve and measure.
 
-    With several processes, each must call this and have access to the folder; only rank 0 writes.
+    If there are several processes, each of them must call this function and have access to the folder. Only rank 0
+    writes to the folder.
 
     Raises:
         DifferentRecipe: if the folder contains a run of a different recipe or of other data; nothing is changed.
         DamagedFile: if a file is altered or belongs to another run or stage, and cannot be recreated.
         ValueError: if the folder is neither empty nor a run folder.
-        InUse: if another process is writing it.
+        InUse: if another process is writing to the folder.
         NonFinite: if training diverged; the last checkpoint is kept, and the stage's non-finite.json describes the
             batch.
         OutOfMemory: if an update or the sampling of an evaluation does not fit into memory.
         Interrupted: if `stop` was set; the state is saved.
         NoStorage: if the disk is full or gone; the message gives the last good checkpoint.
         LostProcess: if another process of the run is gone; the message gives the last good checkpoint.
-        FailedElsewhere: on the other ranks, if rank 0 had one of these errors.
+        FailedElsewhere: on the other ranks, if rank 0 raised one of these errors.
     """
     folder = RunFolder(path)
     accelerator = make_accelerator(spec.engine.precision, spec.engine.cpu, spec.engine.timeout_minutes)
@@ -68,8 +69,8 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
         (odd,) = processes.agree(processes.index if spec.data.fingerprint != fingerprint else 0)
         if odd:
             raise ValueError(
-                f"process {odd} of the run reads other data from {spec.data.source} than process 0: give all processes "
-                "the same files"
+                f"process {odd} of the run reads different data from {spec.data.source} than process 0: give all "
+                "processes the same files"
             )
         runner = _Runner(spec, folder, own, stop, accelerator, processes)
         beat = Heartbeat(folder.heartbeat_path, {Interrupted: "stopped", NonFinite: "diverged"})
@@ -82,7 +83,7 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
         if not is_lost(error):
             raise
         reason = " ".join(str(error).split())[:160]
-        # Rank 0 may be pruning them at the same time.
+        # Rank 0 may be pruning the checkpoints at the same time.
         saved = (file for name, _ in reversed(spec.stages) for file in folder.stage(name).checkpoints())
         last = next(saved, None if runner is None else runner.last)
         raise LostProcess(
@@ -94,10 +95,11 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
 
 
 STARVED: Final = 0.2
-"""Share of the time spent waiting for data above which a run warns."""
+"""A run warns if its updates spend more than this share of the time waiting for data."""
 
 STARVED_WINDOWS: Final = 3
-"""Consecutive log lines above that share before the warning, because a stage's first updates wait for a new thread."""
+"""The number of consecutive log lines that must exceed `STARVED` before a run warns. A single line is not enough,
+because a stage's first updates wait for a new thread."""
 
 
 def _of_starving(progress: Progress, data: Data) -> Notice:
@@ -109,7 +111,7 @@ def _of_starving(progress: Progress, data: Data) -> Notice:
 
 
 def _is_before(row: Mapping[str, Any], resumed: int) -> bool:
-    """Return whether a log row is from update `resumed` or before; False for a damaged row."""
+    """Return whether a log row is intact and belongs to update `resumed` or an earlier update."""
     update = row.get("update")
     return isinstance(update, int) and update <= resumed
 
@@ -133,7 +135,7 @@ class _Runner:
     ) -> None:
         self.spec, self.folder, self.stop = spec, folder, stop
         self.own = own
-        """`Manifest.run` of the run's stages."""
+        """The `Manifest.run` that all stages of this run share."""
         self.accelerator, self.processes = accelerator, processes
         self.log = RunLog(folder.log_path if processes.is_main else None)
         name = str(spec.recipe.get("name", folder.path.name))
@@ -142,7 +144,7 @@ class _Runner:
         self.measuring = Measuring(spec, folder, stop, accelerator.device, processes, self.trackers)
         self._models: dict[Path, Model] = {}
         self._updates_before = 0
-        """Updates of the plan before the current stage."""
+        """The number of updates in the plan before the current stage."""
         self.last: Path | None = None
         """The latest good checkpoint or complete stage."""
 
@@ -177,10 +179,10 @@ class _Runner:
         return [held[folder.path] for folder in folders]
 
     def _found(self, folder: StageFolder, stage: Stage | None, needed: list[StageFolder]) -> str:
-        """Return whether a stage is "complete", "absent", or has "dropped" its weights."""
+        """Return "complete" or "absent" for a stage, or "dropped" if the weights of the stage were removed."""
         self._still_there()
         if folder.is_complete() and not folder.manifest().weights_kept:
-            # Its weights were removed only once it was measured and the next stage trained.
+            # The weights were only removed once the stage had been measured and the next stage had been trained.
             drop_weights(folder)
             return "dropped"
         if folder.is_complete():
@@ -192,14 +194,14 @@ class _Runner:
                 if not parent.manifest(verify=False).weights_kept:
                     raise ValueError(
                         f"{folder.path} must be trained, but the weights of {parent.name}, which it starts or learns "
-                        "from, were not kept (chain.keep): start a new run, or remove the stages after the last one "
+                        "from, were not kept (chain.keep): start a new run, or remove the stages after the last stage "
                         "that still has its weights"
                     )
             return "absent"
         return "complete"
 
     def _keep_teacher(self, folder: StageFolder) -> None:
-        """Save the given teacher as the run's own first stage."""
+        """Save the given teacher as the first stage of the run."""
         teacher = self.spec.teacher
         assert teacher is not None
         changes: dict[str, Any] = {"run": self.own, "stage": folder.name, "start_steps": self.spec.start_steps}
@@ -212,13 +214,13 @@ class _Runner:
             changes["class_names"] = self._class_names(teacher.manifest)
         denoiser = teacher.denoiser
         if isinstance(denoiser.network, LoRA):
-            # The base weights of its LoRA are in another run.
+            # The base weights of the teacher's LoRA are in another run.
             denoiser = NetworkDenoiser(merged(denoiser.network).eval(), denoiser.process, denoiser.prediction)
             changes |= {"network": describe_network(denoiser.network), "base": None}
         save_stage(folder, denoiser, teacher.manifest.model_copy(update=changes), teacher.null)
 
     def _prune(self, students: list[tuple[StageFolder, Stage | None]]) -> None:
-        """Remove the weights of measured students that are neither needed nor to be kept."""
+        """Remove the weights of measured students that are no longer needed and should not be kept."""
         for folder, stage in students:
             if self.spec.keep is not None and stage is not None and stage.num_steps not in self.spec.keep:
                 drop_weights(folder)
@@ -226,14 +228,15 @@ class _Runner:
     def _trained(self, index: int, folder: StageFolder, stage: Stage, parents: list[Model]) -> Iterator[Event]:
         spec, notices = self.spec, list[str]()
         if spec.engine.sharding != "none":
-            # They were measured on the device, which may not have memory for two whole networks.
+            # The parents were measured on the device, which may not have memory for two whole networks.
             parents = [parent.to("cpu") for parent in parents]
         start, teacher = parents or (None, None)
         with self.processes.at_once(self.stop):
             trainer = trainer_for(spec, stage, folder.name, start, self.accelerator, teacher)
-            # Only their manifests are still needed: the networks in training are copies, or share their weights.
+            # Only the manifests of the parents are still needed: the networks in training are copies or share weights.
             if teacher is not None and spec.engine.teacher_precision != "float32":
-                # A bfloat16 copy teaches and another copy is trained (a LoRA keeps what it shares): free the original.
+                # A bfloat16 copy teaches and another copy is trained, so free the original. A LoRA keeps the weights
+                # that it shares with the original.
                 teacher.to("meta")
                 self._models.clear()
             try:
@@ -254,7 +257,7 @@ class _Runner:
                 refused = fit_micro_batch(trainer, micro_batch_of(held))
             if refused:
                 did_not = f"{' and '.join(map(str, refused))} did not fit into memory"
-                yield Notice(f"{folder.name}: micro batch {trainer.micro_batch}, because {did_not}")
+                yield Notice(f"{folder.name}: the micro batch is {trainer.micro_batch} samples, because {did_not}")
         writer = CheckpointWriter(folder, self.own, self.processes)
         writer.last = held
         try:
@@ -329,13 +332,13 @@ class _Runner:
             self.stop.check()
 
     def _logged(self, trainer: StageTrainer) -> Progress:
-        """Log the statistics since the last log line."""
+        """Log the statistics of the updates since the last log line."""
         window = trainer.window()
         self.processes.on_main(lambda: self._write_log(trainer.stream, window))
         return Progress(trainer.stream, trainer.last_update, window)
 
     def _still_there(self) -> None:
-        """Raise OSError if the run folder is gone: a write would recreate it on the disk under a lost mount."""
+        """Raise OSError if the run folder is gone, because a write would recreate it under a lost mount point."""
         if not self.folder.recipe_path.exists():
             raise OSError(errno.ESTALE, "it is gone", str(self.folder.path))
 
@@ -368,7 +371,7 @@ class _Runner:
         self.trackers.log(stage, figures, self._updates_before + window.update)
 
     def _class_names(self, origin: Manifest | None) -> tuple[str, ...]:
-        """Return the class names of a model: its parent's, or the data's if the parent has none."""
+        """Return the class names of a model: those of its parent or, if the parent has none, those of the data."""
         spec = self.spec
         if not spec.num_classes:
             return ()
@@ -382,7 +385,7 @@ class _Runner:
             origin = start.manifest
             inherited = {"parent": origin.stage, "pipeline": origin.pipeline, "source": origin.source}
             if isinstance(denoiser.network, LoRA):
-                # The base weights are those of the model that it started from, or of that model's own base.
+                # The base weights are those of the model that the student started from, or of that model's base.
                 inherited["base"] = origin.base or origin.stage
         return Model.of(
             denoiser,

@@ -1,4 +1,4 @@
-"""Training data of the Python API, opened and checked before training starts."""
+"""Opens and checks the training data of the Python API before training starts."""
 
 import functools
 import warnings
@@ -20,23 +20,23 @@ from halfstep.objectives import Batch
 
 Array = Tensor | np.ndarray
 Source = Array | tuple[Array, Mapping[str, Array]] | Data | str | Path | Iterable[Any]
-"""Where batches come from; see `distill`."""
+"""The kinds of training data that the Python API accepts, which `distill` describes."""
 
 CLASSES: Final = "class_labels"
 MOST_CLASSES: Final = 10**6
-"""Largest number of classes."""
+"""The largest number of classes that is accepted."""
 
 
 @final
 class StreamedBatches:
-    """Batches of any size from an iterable, regrouped to the training batch size. The iterable restarts at its end.
+    """Regroups batches of any size from an iterable to the training batch size, and restarts the iterable at its end.
 
-    Unlike other data, samples arrive in order, whatever the update's number. Each process must get the same batches and
-    takes its own share of them.
+    Unlike with other data, samples arrive in order, whatever the number of the update. Every process must get the same
+    batches, and uses only its share of each batch.
 
     Raises:
-        ValueError: if an item (the first is checked here) is neither x0 nor (x0, cond), its parts differ in length, or
-            the iterable is empty (as a generator is the second time).
+        ValueError: if an item is neither x0 nor (x0, cond), the parts of an item differ in length, or the iterable is
+            empty, as a generator is the second time. The first item is checked at once.
     """
 
     def __init__(self, batches: Iterable[Any]) -> None:
@@ -49,17 +49,17 @@ class StreamedBatches:
 
     @property
     def first(self) -> Batch:
-        """The next batch, of the iterable's own size."""
+        """The next batch from the iterable, before it is regrouped."""
         return self._held[0]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one sample."""
+        """The shape of one sample."""
         return tuple(self.first.x0.shape[1:])
 
     @property
     def conditions(self) -> dict[str, tuple[int, ...]]:
-        """Conditions by name, with the shape of each for one sample."""
+        """The names of the conditions, and the shape of each condition for one sample."""
         return _forms(self.first.cond)
 
     def __call__(self, draw: Draw) -> Batch:
@@ -92,7 +92,7 @@ class StreamedBatches:
                     f"the batches ended after {self._seen} samples and cannot be restarted: pass a list, a "
                     "DataLoader or another restartable iterable, not a generator"
                 ) from None
-        # A DataLoader over a TensorDataset yields lists, of one tensor if the data set has one.
+        # A DataLoader over a TensorDataset yields lists, which contain a single tensor if the data set has only one.
         x0, cond = (*item, None)[:2] if isinstance(item, tuple | list) and len(item) in (1, 2) else (item, None)
         cond = {} if cond is None else cond
         if isinstance(cond, Tensor):
@@ -104,7 +104,7 @@ class StreamedBatches:
             x0 = _numbers("a batch's x0", x0)
         if not isinstance(x0, Tensor) or not isinstance(cond, Mapping):
             raise ValueError(
-                f"a batch must be x0 or (x0, cond), a tensor [batch, *dims] and a mapping of names to tensors "
+                f"a batch must be x0 or (x0, cond), where x0 is a tensor [batch, *dims] and cond maps names to tensors "
                 f"[batch, ...], got {type(x0).__name__} and {type(cond).__name__}"
             )
         _check_dense("a batch's x0", x0)
@@ -120,7 +120,7 @@ class StreamedBatches:
             )
         if x0.ndim < 2:
             raise ValueError(
-                f"a batch must be [batch, *dims], got one of shape {list(x0.shape)}. Stack single samples: "
+                f"a batch must have the shape [batch, *dims], got {list(x0.shape)}. Stack single samples: "
                 "torch.stack(samples)"
             )
         cond = {name: _condition(name, value) for name, value in cond.items()}
@@ -140,14 +140,14 @@ class StreamedBatches:
         if self._held and x0.shape[1:] != self._held[0].x0.shape[1:]:
             raise ValueError(
                 f"every batch needs samples of the same shape, got {list(x0.shape[1:])} after "
-                f"{list(self._held[0].x0.shape[1:])}. Resize them"
+                f"{list(self._held[0].x0.shape[1:])}. Resize the samples"
             )
         self._seen += len(x0)
         return Batch(x0, cond)
 
 
 def _condition(name: str, value: Any) -> Tensor:
-    """Return the values of a condition as a tensor: floats of at most 32 bits, whole numbers as int64."""
+    """Return the values of a condition as a tensor. Floats have at most 32 bits, and whole numbers become int64."""
     if not isinstance(value, Tensor | np.ndarray):
         raise ValueError(f"the condition {name} must be a tensor or an array, got {got(value)}. Pass torch.tensor(...)")
     if isinstance(value, np.ndarray):
@@ -192,13 +192,13 @@ def _numbers(what: str, array: np.ndarray) -> Tensor:
 
 def _check_labels(labels: Tensor) -> None:
     """Raise ValueError unless the condition class_labels contains classes or one row of numbers per sample."""
-    usual = "Pass whole numbers from 0, int64 [n]"
+    usual = "Pass whole numbers that start at 0, as int64 [n]"
     if labels.ndim == 2 and labels.shape[1] == 1:
         raise ValueError(f"{CLASSES} has the shape {list(labels.shape)}. Pass labels.flatten()")
     if labels.ndim != 1 or not len(labels):
         return
     if labels.dtype != torch.int64:
-        raise ValueError(f"{CLASSES} must be classes, got {labels.dtype}. {usual}, or give them another name")
+        raise ValueError(f"{CLASSES} must be classes, got {labels.dtype}. {usual}, or give the condition another name")
     if int(labels.min()) < 0:
         raise ValueError(f"{CLASSES} has the label {int(labels.min())}. {usual}")
     number = int(labels.max()) + 1
@@ -219,11 +219,11 @@ def _warn_of_gaps(labels: Tensor) -> None:
 
 
 def in_memory(x0: Array, cond: Mapping[str, Array] | None = None) -> MemoryData:
-    """Return samples and their conditions as data: floats of any kind as float32, uint8 as images.
+    """Return samples and their conditions as data. Floats of any kind become float32, and uint8 values become images.
 
     Raises:
-        ValueError: if samples are integers, not finite or lack an axis besides the batch, or a condition does not have
-            one row per sample.
+        ValueError: if the samples are integers other than uint8 images, are not finite or have no axis besides the
+            batch axis, or if a condition does not have one row per sample.
     """
     if isinstance(x0, np.ndarray):
         x0 = _numbers("samples", x0)
@@ -238,7 +238,7 @@ def in_memory(x0: Array, cond: Mapping[str, Array] | None = None) -> MemoryData:
         )
     elif x0.shape[1] not in (1, 3, 4) and x0.shape[3] in (1, 3, 4):
         raise ValueError(
-            f"images must be [n, channels, height, width], got {list(x0.shape)}. Move the channels: "
+            f"images must have the shape [n, channels, height, width], got {list(x0.shape)}. Move the channels: "
             "x.permute(0, 3, 1, 2)"
         )
     if x0.ndim == 1:
@@ -257,10 +257,10 @@ def in_memory(x0: Array, cond: Mapping[str, Array] | None = None) -> MemoryData:
 
 
 def as_source(data: Source | StreamedBatches) -> Data | StreamedBatches:
-    """Open and check the user's data; warn if their scale is far from that of the noise.
+    """Open and check the user's data, and warn if the scale of the data is far from the scale of the noise.
 
     Raises:
-        ValueError: if they cannot be used.
+        ValueError: if the data cannot be used.
     """
     opened = _opened(data)
     warn_of_scale(opened if isinstance(opened, Data) else MemoryData("the first batch", opened.first.x0))
@@ -298,7 +298,7 @@ def _opened(data: Source | StreamedBatches) -> Data | StreamedBatches:
 
 
 def conditions_of(data: Data | StreamedBatches) -> dict[str, tuple[int, ...]]:
-    """Return the data's conditions other than integer class labels, with the shape of one sample."""
+    """Return the data's conditions other than integer class labels, each with its shape for one sample."""
     if isinstance(data, StreamedBatches):
         return data.conditions
     first = data.fetch(torch.zeros(1, dtype=torch.int64)).cond
@@ -309,10 +309,12 @@ def conditions_of(data: Data | StreamedBatches) -> dict[str, tuple[int, ...]]:
 def as_batches(
     data: Data | StreamedBatches, device: torch.device, flip: bool = False, shown: Container[str] | None = None
 ) -> tuple[Batches, int]:
-    """Return the training batches, from a copy on the device if the data is small, and the updates to prepare ahead.
+    """Return the training batches, and the number of updates for which to prepare batches ahead.
+
+    If the data is small, the batches come from a copy of the data on the device.
 
     Args:
-        flip, shown: as for `training_batch`; not for streamed batches.
+        flip, shown: as for `training_batch`. They are ignored for streamed batches.
     """
     if isinstance(data, StreamedBatches):
         return data, updates_ahead(device, reads_files=False)

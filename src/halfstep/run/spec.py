@@ -16,63 +16,64 @@ from halfstep.objectives import Outcome, Parents, Plan, Stage, parents_of
 from halfstep.train.settings import IDLE, Engine
 
 GIVEN_TEACHER: Final = "00-teacher"
-"""Name of the stage of a given teacher."""
+"""The name of the stage that contains a given teacher."""
 FREE_SETTINGS: Final = (
     *(f"evaluation.{setting.name}" for setting in fields(Evaluation)),
     *(f"engine.{name}" for name in IDLE),
 )
-"""Settings of evaluation and engine that may change when a run resumes: they do not change what is learned."""
+"""Evaluation and engine settings that may change when a run resumes, because they do not affect what is learned."""
 
 
 @final
 @dataclass(frozen=True)
 class RunSpec:
-    """Everything that a run needs, as objects; built from a recipe or a Python call."""
+    """Everything that a run needs, as objects that are built from a recipe or a Python call."""
 
     recipe: Mapping[str, Any]
-    """The recipe as data: stored in recipe.json, and compared to decide whether a folder belongs to this run."""
+    """The recipe as plain data. It is stored in recipe.json, which shows whether a folder belongs to this run."""
     plan: Plan
     data: Data
     process: NoiseProcess
     prediction: Prediction
     network: Callable[[], nn.Module] | None = None
-    """Builds an untrained network for the first stage; not called if `teacher` is given."""
+    """A function that builds an untrained network for the first stage. It is not called if `teacher` is given."""
     teacher: Model | None = None
-    """The model to start the chain from, instead of a first stage."""
+    """The model that the chain starts from, instead of training a teacher in a first stage."""
     own_network: nn.Module | None = None
-    """Network of a user's own class, which no manifest can rebuild: each model gets a copy."""
+    """A network of the user's own class. Each model gets a copy, because no manifest can rebuild such a network."""
     own_conditions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Conditions other than the class, with the shape of one sample, if no teacher is given."""
+    """The conditions other than the class, each with its shape for one sample, if no teacher is given."""
     start_steps: int | None = None
-    """Steps of the chain's first teacher."""
+    """The number of steps of the chain's first teacher."""
     conditional: bool = True
     """Whether models are conditioned on the class, if the data has classes."""
     flip: bool = False
     clip: bool = False
     seed: int = 0
     lora_rank: int | None = None
-    """LoRA rank of the students; None trains all their weights."""
+    """The LoRA rank of the students, or None to train all weights of the students."""
     engine: Engine = Engine()
     """How the run uses the machine."""
     keep: tuple[int, ...] | None = None
-    """Step counts of the students to keep on disk; None for all. The chain's first and last models are always kept."""
+    """The step counts of the students to keep on disk, or None for all students. The first and the last model of the
+    chain are always kept."""
     evaluation: Evaluation = field(default_factory=lambda: Evaluation(enabled=False))
     cache: Path | None = None
-    """Folder for the feature classifier's weights."""
+    """The folder for the feature classifier's weights."""
     free: tuple[str, ...] = ()
-    """Dotted names of recipe fields that may change when a run resumes."""
+    """The dotted names of the recipe fields that may change when a run resumes."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Recipe fields with their defaults, which also apply to recipes written before a field existed."""
+    """The defaults of recipe fields. They also apply to recipes that were written before a field existed."""
 
     @property
     def stages(self) -> list[tuple[str, Stage | None]]:
-        """Folder names and stages in order; the stage of a given teacher is None."""
+        """The stages in order, each with the name of its folder. The stage of a given teacher is None."""
         given: list[tuple[str, Stage | None]] = [] if self.teacher is None else [(GIVEN_TEACHER, None)]
         return [*given, *zip(self.plan.names(len(given)), self.plan.stages, strict=True)]
 
     @property
     def parents(self) -> list[Parents | None]:
-        """Parents of each stage, as indices into `stages`; None for the first.
+        """The parents of each stage as indices into `stages`, or None for the first stage.
 
         Raises:
             ValueError: if a stage needs a model that does not precede it.
@@ -91,12 +92,12 @@ class RunSpec:
 
     @property
     def num_classes(self) -> int:
-        """Classes that the models are conditioned on; 0 for none."""
+        """The number of classes that the models are conditioned on, or 0 for unconditional models."""
         if self.teacher is not None:
             return self.teacher.num_classes
         return self.data.num_classes if self.conditional else 0
 
     @property
     def conditions(self) -> Mapping[str, tuple[int, ...]]:
-        """Conditions of the models other than the class, with the shape of one sample."""
+        """The conditions of the models other than the class, each with its shape for one sample."""
         return self.own_conditions if self.teacher is None else self.teacher.manifest.conditions

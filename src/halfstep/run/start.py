@@ -19,7 +19,7 @@ from halfstep.train.settings import Engine
 
 
 def fresh_denoiser(spec: RunSpec) -> NetworkDenoiser:
-    """Return the run's untrained denoiser. Only the seed determines its weights.
+    """Return the run's untrained denoiser, whose weights depend only on the seed.
 
     Raises:
         ValueError: if the spec has no network.
@@ -50,11 +50,11 @@ def trainer_for(
     accelerator: Accelerator,
     teacher: Model | None = None,
 ) -> StageTrainer:
-    """Return a stage's trainer, for an untrained network or a student.
+    """Return the trainer of a stage, which trains an untrained network or a student.
 
     Args:
-        start: the model that the student is initialised from; None for an untrained network.
-        teacher: the model that it learns from; `start` if None.
+        start: the model from which the student is initialised, or None to train an untrained network.
+        teacher: the model that the student learns from. None selects `start`.
     """
     student: Denoiser
     seen: Denoiser | None
@@ -83,7 +83,10 @@ def trainer_for(
 
 
 def facts_of(trainer: StageTrainer, start: Manifest | None) -> dict[str, Any]:
-    """Return the arguments of `Model.of` for the result of a stage; the student started from the model of `start`."""
+    """Return the arguments of `Model.of` for the result of a stage.
+
+    `start` is the manifest of the model from which the stage's student was initialised.
+    """
     objective = trainer.stage.objective
     guidance = None if start is None else start.guidance
     if objective.guidance is not None:

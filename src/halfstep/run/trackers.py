@@ -1,6 +1,6 @@
 """Logs a run and its images to TensorBoard, Weights & Biases or Trackio, through accelerate's trackers.
 
-Steps count the updates of the whole plan. Names start with the stage: "01-halve-0512/loss".
+Steps count the updates of the whole plan. Names start with the name of the stage, as in "01-halve-0512/loss".
 """
 
 import re
@@ -23,10 +23,10 @@ from halfstep.train.settings import Tracker
 
 
 def chosen_trackers(names: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the names of the trackers without duplicates; for None, TensorBoard if it is installed.
+    """Return the names of the trackers without duplicates. None selects TensorBoard if it is installed.
 
     Raises:
-        ValueError: if one is unknown or its package is missing.
+        ValueError: if a tracker is unknown or its package is missing.
     """
     if names is None:
         return ("tensorboard",) if find_spec("tensorboard") else ()
@@ -42,9 +42,9 @@ def chosen_trackers(names: Sequence[str] | None) -> tuple[str, ...]:
 
 @final
 class Trackers:
-    """The trackers of a run, by the names that `chosen_trackers` returns.
+    """The trackers of a run, which are selected by the names that `chosen_trackers` returns.
 
-    Each writes into a subfolder of `folder` under its own name, and stores the `recipe` as the run's settings.
+    Each tracker writes into a subfolder of `folder` with the tracker's name, and stores `recipe` as the run's settings.
     """
 
     def __init__(self, names: Sequence[str], folder: Path, name: str, recipe: Mapping[str, Any]) -> None:
@@ -52,9 +52,9 @@ class Trackers:
         self._started: list[Any] = []
 
     def start(self, step: int) -> None:
-        """Start, or resume the same run, at this update of the plan.
+        """Start the trackers, or resume the same run in them, at update `step` of the plan.
 
-        TensorBoard drops what was logged after the checkpoint; the others log it again.
+        TensorBoard drops everything that was logged after the checkpoint. The other trackers log it again.
         """
         if self._started or not self._names:
             return
@@ -78,7 +78,7 @@ class Trackers:
                     tracker.start()
             except (Interrupted, OSError):
                 raise
-            except Exception as error:  # each library has its own errors
+            except Exception as error:  # each library has its own error types
                 remedy = "run `wandb login`, or set WANDB_MODE=offline" if name == "wandb" else "choose another --out"
                 raise ValueError(
                     f"the tracker {name} cannot write into {self._folder} ({first_line(error)}). Remove it from "
@@ -89,7 +89,7 @@ class Trackers:
             self._started.append(tracker)
 
     def _identity(self) -> str:
-        """Return the run's unique id, which is generated once and stored in its folder."""
+        """Return the run's unique id, which is generated once and stored in the run folder."""
         file = self._folder / "tracking-id"
         held = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
         if not re.fullmatch("[0-9a-f]{12}", held):
@@ -98,11 +98,11 @@ class Trackers:
         return held
 
     def log(self, stage: str, values: Mapping[str, float], step: int) -> None:
-        """Log numbers of a stage at an update of the plan."""
+        """Log the values of a stage at update `step` of the plan."""
         named = {f"{stage}/{key}": value for key, value in values.items()}
         for tracker in self._started:
             if isinstance(tracker, WandBTracker):
-                # Weights & Biases ignores repeated steps, so the update is logged as a value of its own.
+                # Weights & Biases ignores repeated steps, so the update is logged as a separate value.
                 tracker.log(named | {"update": step})
             else:
                 tracker.log(named, step=step)
@@ -124,6 +124,6 @@ class Trackers:
             with redirect_stdout(StringIO()):
                 tracker.finish()
                 if isinstance(tracker, TrackioTracker):
-                    # Otherwise it would finish the run again, with a message, when Python exits.
+                    # Otherwise, Trackio would finish the run again and print a message when Python exits.
                     with suppress(RuntimeError):
                         import_module("trackio").finish()

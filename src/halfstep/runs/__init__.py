@@ -1,25 +1,25 @@
-"""The run folder as a schema: the contract between engine, report and export. No torch here.
+"""The run folder as a schema: the contract between engine, report and export. This package does not import torch.
 
 RUN/
   recipe.json                 {"run": digest of recipe and data, "recipe": ..., "plan": [`PlannedStage`, ...],
                               "environment": ...}
-  heartbeat.json              `Heartbeat`: whether a process is working on the run, or how the last one ended
+  heartbeat.json              `Heartbeat`: whether a process is working on the run, or how the last process ended
   log.jsonl                   one row per log interval, with flat keys
   tracking-id                 the run's id at Weights & Biases and Trackio, if they are used
   stages/00-denoise/ 01-halve-0128/ ...
       model.safetensors
       manifest.json           `Manifest`; its presence marks the stage as complete
       metrics.json            `Metrics`
-      samples/steps-0008.npz  arr_0: the first samples at 8 steps, the same seeds in every stage; .png next to it;
+      samples/steps-0008.npz  arr_0: the first samples with 8 steps, from the same seeds in every stage; also as .png;
                               steps-0032-heun.npz if the sampler is not the model's own
       checkpoint-00000400/    state of an unfinished stage; manifest.json with a sha256 of each file
-      non-finite.json         of a stage that diverged: statistics of the batch
+      non-finite.json         statistics of the batch, if the stage diverged
   report/index.html           and nearest.npz, the training samples nearest to some samples
   evaluation/evaluation.json  `EvaluationResult`, and the cells that it was computed from (`evaluation.py`)
 
-recipe.json, manifests, metrics.json, evaluation.json, cell.json and figures are sealed (`files.write_sealed`), so their
-own content is verified too. Manifests and metrics.json contain their stage and run, which every reader compares with
-the folder that they are in. heartbeat.json and log.jsonl only affect what is displayed.
+recipe.json, manifests, metrics.json, evaluation.json, cell.json and figures are sealed (`files.write_sealed`), so that
+the content of these files is verified too. Manifests and metrics.json record their stage and run, which every reader
+compares with the folder that contains the file. heartbeat.json and log.jsonl only affect what is displayed.
 """
 
 from halfstep.runs.best import Best, teacher_best, too_few

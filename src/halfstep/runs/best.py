@@ -1,4 +1,4 @@
-"""The teacher at its best, which is the reference for the quality of every student."""
+"""The teacher's best result, which is the reference for the quality of every student."""
 
 import math
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 from halfstep.runs.schema import Result
 
 BEST_OF: Final = ("ddim", "heun")
-"""Samplers that count for the teacher's best result: students follow the same deterministic trajectories."""
+"""The samplers that count for the teacher's best result, because students follow the same deterministic paths."""
 
 
 class Best(NamedTuple):
@@ -16,29 +16,35 @@ class Best(NamedTuple):
     sampler: str
     num_steps: int
     num_evals: int
-    """Network calls per sample."""
+    """The number of network calls per sample."""
     frechet: float
     seconds_per_1000: float | None = None
     coverage: float | None = None
-    """Share of the real samples with a generated sample in their neighbourhood."""
+    """The share of real samples that have a generated sample in their neighbourhood."""
     kid: float | None = None
 
     @classmethod
     def of(cls, result: Result) -> "Best":
-        """Return the compared fields of a row of metrics.json."""
+        """Return those fields of a row of metrics.json that are compared."""
         return cls(**{name: getattr(result, name) for name in cls._fields})
 
     def ratio(self, frechet: float) -> float | None:
-        """Return the ratio of a Frechet distance (same protocol) to the teacher's; None if it is undefined."""
+        """Return the ratio of a Frechet distance to the teacher's, or None if the ratio is undefined.
+
+        Both distances must be measured with the same protocol.
+        """
         return frechet / self.frechet if math.isfinite(frechet) and self.frechet > 0 else None
 
 
 def teacher_best(cells: Iterable[Best], by_kid: bool = False) -> Best | None:
-    """Return the teacher's DDIM or Heun cell with the smallest finite distance; ties go to the fewest network calls.
+    """Return the teacher's DDIM or Heun cell with the smallest finite distance.
+
+    If several cells have the same distance, return the one with the fewest network calls.
 
     Args:
-        cells: cells of the undistilled teacher, all measured with the same protocol.
-        by_kid: compare KID, not the Frechet distance, which is unreliable for too few samples (`too_few`).
+        cells: cells of the undistilled teacher, which must all be measured with the same protocol.
+        by_kid: whether to compare KID instead of the Frechet distance, which is unreliable for too few samples
+            (`too_few`).
     """
 
     def rank(cell: Best) -> tuple[float, int]:
@@ -50,5 +56,5 @@ def teacher_best(cells: Iterable[Best], by_kid: bool = False) -> Best | None:
 
 
 def too_few(num_samples: int, num_reference: int, dimension: int) -> bool:
-    """Return whether a Frechet distance is unreliable, because a covariance of so few features is singular."""
+    """Return whether there are too few samples for a reliable Frechet distance, because a covariance is singular."""
     return min(num_samples, num_reference) <= dimension

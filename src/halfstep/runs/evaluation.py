@@ -1,9 +1,9 @@
-"""evaluation/evaluation.json: the results of `halfstep evaluate`, one table per protocol.
+"""The results of `halfstep evaluate` in evaluation/evaluation.json, with one table per protocol.
 
 Results of different protocols (extractor, reference, counts, seeds) are not comparable, so they never share a table.
 
-It is rewritten after every cell, so an interrupted evaluation shows what exists. evaluation.md, .csv and .svg present
-the same results to readers; cells/ and figures/ next to it are the store (`measure/store.py`).
+The file is rewritten after every cell, so an interrupted evaluation shows all results so far. evaluation.md, .csv and
+.svg present the same results to readers. The folders cells/ and figures/ next to it are the store (`measure/store.py`).
 """
 
 from typing import Any, Literal
@@ -11,11 +11,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 EVALUATION_FORMAT = 1
-"""Version of evaluation.json; readers reject any other."""
+"""The version of evaluation.json. Readers reject any other version."""
 
 
 class Record(BaseModel):
-    """Data of a JSON file; unknown fields are rejected."""
+    """The data of a JSON file. Unknown fields are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -25,7 +25,7 @@ class Figure(Record):
 
     mean: float
     spread: float | None = None
-    """Standard deviation over the sets of seeds (n - 1); None for one set."""
+    """The standard deviation over the sets of seeds (with n - 1), or None if there is only one set."""
     values: list[float]
     """One value per set of seeds measured so far, in the order of `Protocol.seeds`."""
 
@@ -39,7 +39,7 @@ class MetricInfo(Record):
 
 
 class Series(Record):
-    """One line of the curve: models with a sampler, at several numbers of steps."""
+    """One line of the plot: models with the same sampler and different numbers of steps."""
 
     name: str
     """`student`, `teacher-ddim`, `teacher-ancestral`, `teacher-heun`, ...; `samples` for a folder of images."""
@@ -47,66 +47,68 @@ class Series(Record):
     role: Literal["student", "teacher", "other"]
     """`teacher`: the undistilled model with the given sampler; `other`: a single model from elsewhere, or a folder."""
     sampler: str | None = None
-    """None for a folder of images."""
+    """The name of the sampler, or None for a folder of images."""
     gamma: float | None = None
-    """Gamma of ancestral sampling: 0 is the lower bound of the variance, 1 the upper."""
+    """The gamma of ancestral sampling: 0 selects the lower bound of the variance, and 1 the upper bound."""
 
 
 class Protocol(Record):
     """How the metrics of one table were measured."""
 
     kind: Literal["sets", "same_noise"]
-    """`sets`: samples against real data, in features. `same_noise`: each against the teacher's from the same noise."""
+    """`sets` compares the features of samples with those of real data. `same_noise` compares each sample with the
+    teacher's sample from the same noise."""
     extractor: str
-    """`pixels`, `classifier-1-<data>`, `resnet20-cifar10-<weights>`, ...: equal names mean comparable features."""
+    """`pixels`, `classifier-1-<data>`, `resnet20-cifar10-<weights>`, ... Features with the same name are comparable."""
     extractor_facts: dict[str, Any]
-    """Dimension of the features, sha256 of the weights and accuracy, if known."""
+    """The dimension of the features, and the sha256 and the accuracy of the extractor's weights if they are known."""
     resize: str
     """How samples are resized for the extractor."""
     reference: str
-    """Real data, or the teacher with its sampler and steps."""
+    """The real data, or the teacher with its sampler and number of steps."""
     reference_split: str | None
     reference_fingerprint: str
-    """sha256 of the reference's content."""
+    """The sha256 of the reference's content."""
     num_reference: int
     reference_rows: str
-    """`all`, or how they were chosen."""
+    """`all`, or a description of how the rows were chosen."""
     num_samples: int
-    """Samples in a set of seeds."""
+    """The number of samples in a set of seeds."""
     seeds: list[str]
     """The sets of seeds, each as `first-last`."""
     images: str
-    """`rounded to uint8` or `as they are`."""
+    """Whether images are `rounded to uint8` or compared `as they are`."""
     guidance_scale: float | None = None
-    """None uses each model's own scale."""
+    """The guidance scale. If it is None, each model is sampled with its own scale."""
     precision: str = "float32"
-    """Precision of the networks while sampling."""
+    """The precision of the networks during sampling."""
 
 
 class Row(Record):
-    """One series at one number of steps, in one protocol."""
+    """The results of one series with a given number of steps, in one protocol."""
 
     series: str
-    """`Series.name`."""
+    """The name of the series (`Series.name`)."""
     num_steps: int | None
-    """None for a folder of images."""
+    """The number of steps, or None for a folder of images."""
     num_evals: int | None
-    """Network calls per sample."""
+    """The number of network calls per sample."""
     stage: str | None
-    """Name of the stage's folder; None outside a run."""
+    """The name of the stage's folder, or None outside a run."""
     gamma: float | None = None
-    """Gamma of ancestral sampling in this row if it was tuned; `Series.gamma` is None then."""
+    """The gamma of ancestral sampling in this row if gamma was tuned. `Series.gamma` is None in that case."""
     seconds_per_1000: float | None
-    """Wall time for 1,000 samples, averaged over the sets of seeds."""
+    """The wall time for 1,000 samples, averaged over the sets of seeds."""
     figures: dict[str, Figure]
-    """Results by metric name. A metric that could not be measured is absent, and a notice says why."""
+    """The results by metric name. A metric that could not be measured is missing, and a notice gives the reason."""
 
 
 class Halves(Record):
-    """One half of the real data against the other. Smaller distances than these mean nothing."""
+    """The distances between two halves of the real data. Distances smaller than these are meaningless."""
 
     num_each: int
-    """Samples in each of two disjoint halves: fewer than in a row, which biases its Frechet distance further up."""
+    """The number of samples in each of two disjoint halves. It is smaller than in a row, which biases the Frechet
+    distance of the halves further upwards."""
     figures: dict[str, float]
 
 
@@ -115,30 +117,31 @@ class EvaluationTable(Record):
 
     protocol: Protocol
     rows: list[Row]
-    """Students first, then the teacher's series; each from most steps to fewest."""
+    """The rows of the students, followed by the teacher's series. The rows of each series are sorted from most steps to
+    fewest."""
     halves: Halves | None = None
-    """None for `same_noise`, or if the reference is too small."""
+    """The distances between halves of the real data, or None for `same_noise` or if the reference is too small."""
 
 
 class EvaluationResult(Record):
-    """evaluation.json."""
+    """The content of evaluation.json."""
 
     format: int = EVALUATION_FORMAT
     run: str | None = None
-    """`run` of the recipe.json of the run that was measured; None for any other subject."""
+    """The `run` in recipe.json of the run that was measured, or None for any other subject."""
     subject: str
-    """As the user typed it."""
+    """The subject of the evaluation, as the user typed it."""
     kind: Literal["run", "stage", "pipeline", "images"]
     complete: bool
-    """Whether every requested cell was measured; False while it runs, or if it was interrupted."""
+    """Whether every requested cell was measured. False while the evaluation is running, or if it was interrupted."""
     metrics: dict[str, MetricInfo]
     """All metrics that a row may contain, in the order in which they are shown."""
     series: list[Series]
     tables: list[EvaluationTable]
-    """Tables of `sets` first, in the order of the requested extractors, then `same_noise`."""
+    """The tables of `sets` in the order of the requested extractors, followed by the table of `same_noise`."""
     notices: list[str]
-    """Notices, one sentence each: skipped damaged stages, small-sample bias, ..."""
+    """Notices of one sentence each, for example about skipped damaged stages or small-sample bias."""
     environment: dict[str, Any]
-    """Versions, commit, machine, command line."""
+    """The versions, commit, machine and command line."""
     seconds: float
-    """Wall time of sampling and measuring, over all calls."""
+    """The total wall time of sampling and measuring, over all calls."""

@@ -1,7 +1,7 @@
-"""Heartbeat of the process that writes a run, for readers in other shells and on other machines.
+"""The heartbeat of the process that is writing a run, for readers in other shells and on other machines.
 
-A file lock would not work: a reader that tests it may take it from a run that is starting, and shared disks may not
-support locks. A small file that is rewritten every few seconds can be read by anyone.
+A file lock would not work: a reader that tests the lock may take it from a run that is starting, and shared disks may
+not support locks. A small file that is rewritten every few seconds can be read by anyone.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ from typing import Final, Self, final
 from halfstep.runtime.files import DamagedFile, write_json
 
 SECONDS: Final = 5.0
-"""Time between two heartbeats."""
+"""The number of seconds between two heartbeats."""
 SILENT_SECONDS: Final = 60.0
-"""Time without a heartbeat after which a process on another machine counts as dead."""
+"""The number of seconds without a heartbeat after which a process on another machine counts as dead."""
 
 
 def this_machine() -> list[str]:
-    """Return the host, boot id and PID namespace; process ids are comparable only if all are equal."""
+    """Return the host, boot id and PID namespace. Process ids are comparable only if all of these are equal."""
     parts = [platform.node()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
@@ -33,14 +33,14 @@ def this_machine() -> list[str]:
 
 @final
 class Heartbeat:
-    """A file that is rewritten every few seconds while entered, and finally records how the process ended.
+    """A file that is rewritten every few seconds inside a `with` block, and finally records how the process ended.
 
     {"state": "running", "finished", "stopped", "diverged" or "failed"; "message": of the error, or null; "pid";
-    "machine": see `this_machine`; "started", "updated": seconds since 1970}. Failed writes are ignored: a full disk is
-    reported where it loses data. A folder that was removed is not recreated.
+    "machine": see `this_machine`; "started", "updated": seconds since 1970}. Failed writes are ignored, because a full
+    disk is reported by the write that loses data. A folder that was removed is not recreated.
 
     Args:
-        ends: states by type of error; any other error is "failed", and no error is "finished".
+        ends: the state for each type of error. Any other error gives "failed", and no error gives "finished".
     """
 
     def __init__(self, path: Path, ends: Mapping[type[BaseException], str]) -> None:

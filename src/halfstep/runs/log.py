@@ -1,4 +1,4 @@
-"""The log of a run: JSON lines that stay readable if the run is killed, and that a resumed run continues."""
+"""The log of a run, whose JSON lines stay readable if the run is killed. A resumed run continues the log."""
 
 import json
 import os
@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 
 def is_finite(value: object) -> TypeGuard[int | float]:
-    """Return whether the value is a number that can be plotted; JSON may contain integers larger than any float."""
+    """Return whether the value is a number that can be plotted. JSON may contain integers larger than any float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
@@ -48,7 +48,7 @@ def read_log(path: Path, last_bytes: int | None = None) -> list[Row]:
 
 
 class RunLog:
-    """A log file to which rows are appended; nothing is written if the path is None."""
+    """A log file to which rows are appended. If the path is None, nothing is written."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path

@@ -12,46 +12,48 @@ from halfstep.runs.evaluation import EVALUATION_FORMAT, EvaluationResult, Record
 from halfstep.runtime.files import DamagedFile, check_files, read_json, read_sealed, unsealed
 
 FORMAT = 4
-"""Version of the layout; readers reject any other."""
+"""The version of the layout. Readers reject any other version."""
 
 RoleName = Literal["teacher", "matched", "student"]
-"""teacher: undistilled; matched: converted to another prediction, process or guidance; student: distilled."""
+"""A teacher is not distilled, a matched model was converted to another prediction, process or guidance, and a student
+was distilled."""
 
 
 class Pipeline(Record):
     """A diffusers pipeline in a folder or on the Hub."""
 
     kind: str
-    """Class of the pipeline."""
+    """The class of the pipeline."""
     folder: str
     component: str
     """The part that the model replaces: unet or transformer."""
     averaged: bool = False
-    """Whether the weights are the averaged ones stored next to it (unet_ema)."""
+    """Whether the weights are the averaged weights that are stored next to the component (unet_ema)."""
     options: dict[str, Any] = Field(default={})
-    """Arguments of its call that are the same for all samples."""
+    """The arguments of the pipeline's call that are the same for all samples."""
     guidance: str | None = None
-    """Name of its call argument for the guidance scale."""
+    """The name of the argument of the pipeline's call that sets the guidance scale."""
     off: float | None = None
-    """Its value that disables guidance; None if the network itself takes the scale."""
+    """The value of this argument that disables guidance, or None if the network itself takes the scale."""
     scale: float | None = None
-    """For a network that takes the scale itself: the scale that it was trained at."""
+    """The scale at which the network was trained, if the network itself takes the scale."""
     end: str | None = None
-    """Name of its call argument for the end of a sound in seconds, if each sample can have its own."""
+    """The name of the argument of the pipeline's call that sets the end of a sound in seconds, if each sound can have
+    its own end."""
 
 
 class Outcome(Record):
-    """Role of a stage's model, and how it is sampled, as its objective declares."""
+    """The role of a stage's model and how the model is sampled, as the stage's objective declares."""
 
     role: RoleName
     num_steps: int | None = None
-    """Sampler steps that the model was distilled for; None for any number."""
+    """The number of sampler steps that the model was distilled for, or None for any number."""
     sampler: dict[str, Any] = Field(default={"type": "ddim"})
-    """{"type": name in the registry of samplers, and its fields}."""
+    """The sampler as {"type": its name in the registry of samplers, and its fields}."""
 
     @property
     def sampler_name(self) -> str:
-        """Name in the registry of samplers."""
+        """The name of the sampler in the registry of samplers."""
         return str(self.sampler.get("type"))
 
 
@@ -60,154 +62,160 @@ class PlannedStage(NamedTuple):
 
     name: str
     role: RoleName | None = None
-    """None if the row has none."""
+    """The role of the stage's model, or None if the row contains no role."""
     num_steps: int | None = None
     num_updates: int = 0
-    """0 for a given model."""
+    """The number of updates, or 0 for a given model."""
     update_cost: float = 1.0
-    """Cost of an update in forward passes of one sample."""
+    """The cost of an update in forward passes of one sample."""
 
 
 class Manifest(Record):
-    """manifest.json of a stage: everything needed to rebuild its model, and its origin."""
+    """The manifest.json of a stage, which contains everything needed to rebuild the model, and the model's origin."""
 
     format: int = FORMAT
     run: str | None = None
-    """`run` of the recipe.json of the run that trained it; None outside a run."""
+    """The `run` in recipe.json of the run that trained the model, or None outside a run."""
     stage: str
     objective: str
     parent: str | None
-    """The stage that it was initialised from."""
+    """The stage from which the model was initialised."""
     teacher: str | None = None
-    """The stage that it learned from."""
+    """The stage from which the model learned."""
     outcome: Outcome
-    """Role, steps and sampler: the only record of what the model is."""
+    """The role, number of steps and sampler of the model, which are recorded nowhere else."""
     start_steps: int | None = None
-    """Steps of the first teacher in the stage's chain."""
+    """The number of steps of the first teacher in the stage's chain."""
     num_updates: int
     seconds: float
-    """Training time of the stage, over all its restarts."""
+    """The training time of the stage, over all its restarts."""
     shape: tuple[int, ...]
-    """Shape of one sample."""
+    """The shape of one sample."""
     num_classes: int = 0
-    """Classes that the model is conditioned on; 0 for an unconditional model."""
+    """The number of classes that the model is conditioned on, or 0 for an unconditional model."""
     classes_shown: int | None = None
-    """Number of classes in the training data, always the first ones, which samples cycle through. None for all."""
+    """The number of classes in the training data, which are always the first classes, or None for all classes. Samples
+    cycle through these classes."""
     class_names: tuple[str, ...] = ()
-    """Labels or folder names of its classes, in order; empty if unknown."""
+    """The labels or folder names of the model's classes, in order. They are empty if unknown."""
     conditions: dict[str, tuple[int, ...]] = Field(default={})
-    """Further conditions of the model, with the shape of each for one sample."""
+    """The further conditions of the model, each with its shape for one sample."""
     guidance: dict[str, Any] | None = None
-    """{"type": name in the registry of guidances, and its fields}: guidance learned by the network; None for none."""
+    """The guidance that the network has learned, as {"type": its name in the registry of guidances, and its fields}, or
+    None if the network has learned no guidance."""
     guidance_scale: float | None = None
-    """The default scale; None for no guidance."""
+    """The default guidance scale, or None without guidance."""
     is_image: bool
-    """Whether samples are images, in [-1, 1]."""
+    """Whether samples are images with values in [-1, 1]."""
     clip: bool
     """Whether sampling clips x0 to [-1, 1]."""
     network: dict[str, Any]
-    """{"type": name in the registry of networks, and its arguments}."""
+    """The network as {"type": its name in the registry of networks, and its arguments}."""
     process: dict[str, Any]
-    """{"type": name in the registry of processes, and its fields}."""
+    """The noise process as {"type": its name in the registry of processes, and its fields}."""
     prediction: dict[str, Any]
-    """{"type": name in the registry of predictions, and its fields}."""
+    """The prediction as {"type": its name in the registry of predictions, and its fields}."""
     base: str | None = None
-    """The stage of the same run with the base weights of this LoRA; None if the stage is not a LoRA."""
+    """The stage of the same run that contains the base weights of this LoRA, or None if the model is not a LoRA."""
     pipeline: Pipeline | None = None
-    """The diffusers pipeline that the model came from; an export copies its other parts."""
+    """The diffusers pipeline that the model came from. An export copies the other parts of the pipeline."""
     files: dict[str, str]
-    """sha256 of each file."""
+    """The sha256 of each file."""
     source: str | None = None
     """Where the model, or the teacher of its chain, was imported from."""
     data: str | None = None
-    """Training data of the stage: its source and the number of samples."""
+    """The training data of the stage: the source and the number of samples."""
     weights_kept: bool = True
-    """False once the weights were removed because `chain.keep` does not include the stage."""
+    """False once the weights have been removed because `chain.keep` does not include the stage."""
 
     @property
     def num_steps(self) -> int | None:
-        """Sampler steps that the model was distilled for; None for any number."""
+        """The number of sampler steps that the model was distilled for, or None for any number."""
         return self.outcome.num_steps
 
     def guidance_words(self) -> str:
-        """The meaning of `guidance_scale`, the effect of negative prompts, and the network calls per step."""
+        """Explain `guidance_scale`, the effect of negative prompts, and the number of network calls per step."""
         if not self.num_classes and not self.conditions:
-            return "The model is unconditional, so guidance has no effect: one network call per step."
+            return "The model is unconditional, so guidance has no effect. Each step takes one network call."
         if self.guidance is None and self.pipeline is not None and self.pipeline.scale is not None:
             return (
-                f"The network takes the scale itself and was distilled at {self.pipeline.scale:g}: pass "
-                f"{self.pipeline.guidance} {self.pipeline.scale:g}, one network call per step."
+                f"The network itself takes the scale as an input and was distilled at scale {self.pipeline.scale:g}: "
+                f"pass {self.pipeline.guidance} {self.pipeline.scale:g}. Each step takes one network call."
             )
         if self.guidance is None and self.outcome.role == "teacher":
             return (
-                "A teacher: guidance_scale 1 disables guidance, with one network call per step. Any other scale needs "
-                "two, with and without the condition (uncond + scale (cond - uncond)), and negative prompts work."
+                "The model is a teacher. guidance_scale 1 disables guidance, and each step takes one network call. "
+                "With any other scale, each step takes two network calls, with and without the condition "
+                "(uncond + scale (cond - uncond)), and negative prompts work."
             )
         if self.guidance is None:
             return (
-                "The model has learned no guidance: leave guidance_scale at 1, one network call per step. A scale "
-                "above 1 would call it twice per step, with and without its condition, for which it was not distilled."
+                "The model has learned no guidance: leave guidance_scale at 1, so that each step takes one network "
+                "call. A scale above 1 would call the model twice per step, with and without the condition, but the "
+                "model was not distilled for that."
             )
         if self.guidance["type"] == "fixed":
             scale = self.guidance["scale"]
             return (
                 f"The model has learned the teacher's guidance at scale {scale:g} (uncond + {scale:g} (cond - "
-                "uncond)). Pass guidance_scale 1, which disables a pipeline's own guidance: one network call per step, "
-                "where the teacher needed two. Any other scale would guide twice. Negative prompts have no effect."
+                "uncond)). Pass guidance_scale 1, which disables a pipeline's own guidance. Each step then takes one "
+                "network call, while the teacher needed two. With any other scale, guidance would be applied twice. "
+                "Negative prompts have no effect."
             )
         low, high = self.guidance["low"], self.guidance["high"]
         return (
             "The model has learned the teacher's guidance (uncond + scale (cond - uncond)) at all scales from "
-            f"{low:g} to {high:g} and takes the scale as an input: pass guidance_scale in that range, because it was "
-            "not trained outside. One network call per step, where the teacher needed two. Negative prompts have no "
-            "effect."
+            f"{low:g} to {high:g} and takes the scale as an input: pass guidance_scale in that range, because the "
+            "model was not trained outside it. Each step takes one network call, while the teacher needed two. "
+            "Negative prompts have no effect."
         )
 
 
 class Result(Record):
-    """One row of metrics.json: a model sampled with some number of steps."""
+    """One row of metrics.json: the results of a model with a given sampler and number of steps."""
 
     sampler: str
     gamma: float | None = None
-    """Gamma of ancestral sampling: 0 is the lower bound of the variance, 1 the upper."""
+    """The gamma of ancestral sampling: 0 selects the lower bound of the variance, and 1 the upper bound."""
     num_steps: int
     num_evals: int
-    """Network calls per sample."""
+    """The number of network calls per sample."""
     frechet: float
     kid: float
     precision: float | None = None
-    """None, as are the next two, for too few samples or in results of an earlier halfstep."""
+    """Precision, recall and coverage are None if there are too few samples, or in results of an earlier halfstep."""
     recall: float | None = None
     coverage: float | None = None
     teacher_rmse: float | None = None
-    """RMS difference on [-1, 1] from the finest same-noise samples of the chain's start; None for those samples."""
+    """The RMS difference on [-1, 1] from the finest samples of the chain's first model with the same noise, or None for
+    those samples themselves."""
     seconds_per_1000: float
-    """Wall time for 1,000 samples."""
+    """The wall time for 1,000 samples."""
     samples: str | None = None
-    """Path of the .npz with the first samples, relative to the stage's folder."""
+    """The path of the .npz with the first samples, relative to the stage's folder."""
 
 
 class Metrics(Record):
-    """metrics.json of a stage."""
+    """The metrics.json of a stage."""
 
     run: str | None = None
-    """`Manifest.run`."""
+    """The same as `Manifest.run`."""
     stage: str
     protocol: dict[str, Any]
-    """Extractor, counts, reference data, seed, device: figures of different protocols must not be compared."""
+    """The extractor, counts, reference data, seed and device. Results of different protocols must not be compared."""
     results: list[Result]
     files: dict[str, str] = Field(default={})
-    """sha256 of each sample file, keyed by its path in the stage's folder."""
+    """The sha256 of each sample file, keyed by the path of the file in the stage's folder."""
     seconds: float | None = None
-    """Wall time of sampling and measuring, excluding results that already existed."""
+    """The wall time of sampling and measuring, excluding results that already existed."""
     note: str | None = None
-    """Warning if the samples are too few for reliable distances."""
+    """A warning, if there are too few samples for reliable distances."""
     too_few: bool = False
-    """Whether the samples are too few for a reliable Frechet distance (`best.too_few`)."""
+    """Whether there are too few samples for a reliable Frechet distance (`best.too_few`)."""
 
 
 def shortened(names: Sequence[str]) -> str:
-    """Return names on one line: all, or the first three and the last."""
+    """Return the names on one line. If there are more than ten, only the first three and the last are shown."""
     return ", ".join(names if len(names) <= 10 else (*names[:3], "...", names[-1]))
 
 
@@ -227,7 +235,7 @@ class StageFolder:
 
     @property
     def null(self) -> Path:
-        """Null conditions, for models that guidance calls twice."""
+        """The file with the null conditions of a model that guidance calls twice."""
         return self.path / "null.safetensors"
 
     @property
@@ -244,37 +252,37 @@ class StageFolder:
 
     @property
     def run(self) -> "RunFolder | None":
-        """The run that contains the stage; None outside a run."""
+        """The run that contains the stage, or None outside a run."""
         place = self.path.resolve().parent
         return RunFolder(place.parent) if place.name == "stages" else None
 
     @property
     def remedy(self) -> str:
-        """Remedy for a damaged or foreign file of the stage."""
+        """How to recover from a damaged or foreign file of the stage."""
         if self.run is None:
             return "restore a copy of it, or import or train the model again"
         return (
-            f"restore a copy of it, or remove {self.path} and the stages after it and rerun the command of its run, "
-            "which trains them again"
+            f"restore a copy of it, or remove {self.path} and the stages after it and rerun the command of the run, "
+            "which trains these stages again"
         )
 
     def is_complete(self) -> bool:
-        """Whether the stage was trained to its end."""
+        """Return whether the stage was trained to completion."""
         return self.manifest_path.exists()
 
     def checkpoints(self) -> list[Path]:
-        """Checkpoint folders, the latest first."""
+        """Return the checkpoint folders, with the latest first."""
         return sorted(self.path.glob("checkpoint-*"), reverse=True)
 
     def manifest(self, verify: bool = True) -> Manifest:
-        """The stage's manifest, after checking that it belongs to this stage and run and that its files are intact.
+        """Return the manifest, after checking that it belongs to this stage and run and that its files are intact.
 
         Args:
             verify: whether to also check the listed files and the recipe.json of the run.
 
         Raises:
-            DamagedFile: if it or a file that it lists is missing or altered, or belongs to another stage, run, plan or
-                format.
+            DamagedFile: if the manifest or a file that it lists is missing or altered, or belongs to another stage,
+                run, plan or format.
         """
         if verify and self.run is not None and self.run.recipe_path.exists():
             self.run.recipe()
@@ -306,7 +314,7 @@ class StageFolder:
             earlier = isinstance(data["format"], int) and data["format"] < FORMAT
             raise DamagedFile(
                 f"{self.manifest_path} has format {data['format']}, but this halfstep reads {FORMAT}: "
-                + ("it was written by an earlier one, so train the run again" if earlier else "update halfstep")
+                + ("it was written by an earlier version, so train the run again" if earlier else "update halfstep")
             )
         try:
             return Manifest.model_validate(unsealed(data, self.manifest_path))
@@ -316,10 +324,10 @@ class StageFolder:
             raise DamagedFile(f"{self.manifest_path} is not a stage's manifest ({where}: {first['msg']})") from None
 
     def metrics(self) -> Metrics | None:
-        """The stage's metrics, or None if it has not been measured.
+        """Return the stage's metrics, or None if the stage has not been measured.
 
         Raises:
-            DamagedFile: if they are altered, or belong to another stage or run.
+            DamagedFile: if the metrics are altered, or belong to another stage or run.
         """
         if not self.metrics_path.exists():
             return None
@@ -355,16 +363,16 @@ class RunFolder:
 
     @property
     def nearest_path(self) -> Path:
-        """Samples and the training samples nearest to them, for the report: `halfstep.report.nearest`."""
+        """The file with some samples and their nearest training samples, which `halfstep.report.nearest` writes."""
         return self.path / "report" / "nearest.npz"
 
     @property
     def evaluation_path(self) -> Path:
-        """Output of `halfstep evaluate`: evaluation.json, next to the cells that it was computed from."""
+        """The evaluation.json that `halfstep evaluate` writes, next to the cells from which it is computed."""
         return self.path / "evaluation" / "evaluation.json"
 
     def evaluation(self) -> EvaluationResult | None:
-        """Results of `halfstep evaluate`, or None if the run was not evaluated.
+        """Return the results of `halfstep evaluate`, or None if the run was not evaluated.
 
         Raises:
             DamagedFile: if the file is altered, or belongs to another run or format.
@@ -387,29 +395,30 @@ class RunFolder:
         return result
 
     def stage(self, name: str) -> StageFolder:
-        """The folder of the stage called `name`, which need not exist."""
+        """Return the folder of the stage called `name`, which need not exist."""
         return StageFolder(self.path / "stages" / name)
 
     @property
     def plan(self) -> list[PlannedStage]:
-        """The rows of recipe.json's plan, in order; empty without a readable plan."""
+        """The rows of the plan in recipe.json, in order. There are none if the plan cannot be read."""
         rows = self._recipe().get("plan")
         rows = rows if isinstance(rows, list) else []
         return [_planned(row) for row in rows if isinstance(row, dict) and isinstance(row.get("stage"), str)]
 
     def is_own(self, run: str | None) -> bool:
-        """Whether the `Manifest.run` of a file is this run's; True if recipe.json cannot be read."""
+        """Return whether the `Manifest.run` of a file is that of this run, or True if recipe.json cannot be read."""
         return run == self._recipe().get("run", run)
 
     def _recipe(self) -> dict[str, Any]:
-        """The content of recipe.json; empty if it cannot be read."""
+        """Return the content of recipe.json, or an empty dictionary if it cannot be read."""
         with contextlib.suppress(DamagedFile, OSError):
             return self.recipe()
         return {}
 
     @property
     def start(self) -> StageFolder | None:
-        """The first stage of the chain, which may not exist; without a plan, the first folder if it is a teacher."""
+        """The first stage of the chain, which may not exist. Without a plan, this is the first folder if it contains a
+        teacher."""
         if plan := self.plan:
             return self.stage(plan[0].name)
         with contextlib.suppress(DamagedFile, OSError):
@@ -418,16 +427,19 @@ class RunFolder:
         return None
 
     def stages(self) -> list[StageFolder]:
-        """Folders of the plan's complete stages, in order; without a readable plan, of all complete stages by name."""
+        """Return the folders of the plan's complete stages, in order.
+
+        If the plan cannot be read, return the folders of all complete stages, sorted by name.
+        """
         names = [row.name for row in self.plan]
         names = names or sorted(path.name for path in (self.path / "stages").glob("[!.]*"))
         return [folder for folder in map(self.stage, names) if folder.is_complete()]
 
     def recipe(self) -> dict[str, Any]:
-        """The content of recipe.json: {"run": ..., "recipe": ..., "plan": ..., "environment": ...}.
+        """Return the content of recipe.json: {"run": ..., "recipe": ..., "plan": ..., "environment": ...}.
 
         Raises:
-            DamagedFile: if it is missing, altered or contains no recipe.
+            DamagedFile: if the file is missing, altered or contains no recipe.
         """
         try:
             data = read_sealed(self.recipe_path)
@@ -435,7 +447,7 @@ class RunFolder:
                 raise DamagedFile(f"{self.recipe_path} does not contain a recipe")
         except DamagedFile as error:
             raise DamagedFile(
-                f"{error}; restore a copy of it, or remove it and rerun the command of its run, which writes it again"
+                f"{error}; restore a copy of it, or remove it and rerun the command of the run, which writes it again"
             ) from None
         return data
 

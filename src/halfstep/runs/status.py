@@ -1,8 +1,8 @@
-"""The progress of a run, for its live display and for any other process that reads its folder.
+"""The progress of a run, for the live display and for any other process that reads the run folder.
 
-The time left is counted in forward passes: a stage's updates times the cost of one, from recipe.json. The pace comes
-from the last updates of the current stage or, before its first update, of the previous stage. Updates of an earlier
-process do not count, because it may have run on another machine.
+The time left is counted in forward passes: the number of updates of a stage times the cost of an update, from
+recipe.json. The pace comes from the last updates of the current stage or, before its first update, of the previous
+stage. Updates of an earlier process do not count, because that process may have run on another machine.
 """
 
 import contextlib
@@ -24,16 +24,16 @@ StageState = Literal["to come", "training", "measuring", "done", "damaged"]
 RunState = Literal["running", "stopped", "finished", "diverged", "failed"]
 
 PACE_ROWS: Final = 10
-"""Log rows over which to average the pace."""
+"""The number of log rows over which the pace is averaged."""
 SHOWN: Final = (
     *("state", "role", "num_steps", "update", "num_updates", "loss", "learning_rate", "samples_per_second"),
     *("seconds", "checkpoint"),
 )
-"""Fields of a stage in the JSON status."""
+"""The fields of a stage in the JSON status."""
 RESULT: Final = {"sampler", "num_steps", "num_evals", "frechet"}
-"""Result fields in the JSON status."""
+"""The fields of a result in the JSON status."""
 LOG_BYTES: Final = 2**20
-"""Bytes to read from the end of the log, where the current stage is."""
+"""The number of bytes to read from the end of the log, which contains the rows of the current stage."""
 
 
 @dataclass
@@ -42,54 +42,54 @@ class StageStatus:
 
     name: str
     num_steps: int | None
-    """Sampler steps that its model is distilled for; None for any number."""
+    """The number of sampler steps that the stage's model is distilled for, or None for any number."""
     num_updates: int
-    """Planned updates, or the actual number once it is done."""
+    """The planned number of updates, or the actual number once the stage is done."""
     update_cost: float = 1.0
-    """Forward passes of one sample in an update."""
+    """The cost of an update in forward passes of one sample."""
     state: StageState = "to come"
     update: int = 0
-    """Updates done."""
+    """The number of updates that are done."""
     seconds: float = 0.0
-    """Training time so far, over all restarts."""
+    """The training time so far, over all restarts."""
     loss: float | None = None
-    """Mean over the last log interval."""
+    """The mean loss over the last log interval."""
     learning_rate: float | None = None
     samples_per_second: float | None = None
     checkpoint: int | None = None
-    """Update of the last checkpoint of an unfinished stage."""
+    """The update of the last checkpoint, if the stage is unfinished."""
     results: list[Result] = field(default_factory=list)
-    """Results measured so far."""
+    """The results measured so far."""
     protocol: Mapping[str, Any] | None = None
-    """Protocol of the results."""
+    """The protocol of the results."""
     measuring_seconds: float = 0.0
-    """Wall time of sampling and measuring for the results."""
+    """The wall time of sampling and measuring the results."""
     too_few: bool = False
-    """Whether its samples are too few for a reliable Frechet distance, so that KID is compared."""
+    """Whether there are too few samples for a reliable Frechet distance, so that models are compared by their KID."""
     num_unmeasured: int = 1
-    """Results still to come, if known."""
+    """The number of results that are still to come, if it is known."""
     measuring: str = ""
-    """The measurement in progress, in words."""
+    """A description of the measurement in progress."""
     role: str | None = None
-    """Role of its model: teacher, matched or student; None if unknown."""
+    """The role of the stage's model: teacher, matched or student, or None if it is unknown."""
     rows: list[tuple[int, float]] = field(default_factory=list)
-    """Updates and seconds in the last log rows."""
+    """The update and the training time in seconds of each of the last log rows."""
 
     @property
     def is_done(self) -> bool:
-        """Whether its training is complete."""
+        """Whether the training of the stage is complete."""
         return self.state in ("done", "measuring", "damaged")
 
     @property
     def seconds_an_update(self) -> float:
-        """The current pace; NaN if unknown."""
+        """The current pace in seconds per update, or NaN if it is unknown."""
         rows = [row for row in self.rows[-PACE_ROWS:] if row[0] <= self.update]
         if len(rows) > 1:
             return max(0.0, rows[-1][1] - rows[0][1]) / (rows[-1][0] - rows[0][0])
         return self.seconds / self.update if self.update and self.seconds else math.nan
 
     def take(self, row: Mapping[str, Any]) -> None:
-        """Update from a row of the log."""
+        """Update the progress from a row of the log."""
         update, seconds = row.get("update"), finite(row.get("seconds"))
         if not isinstance(update, int) or finite(update) is None or seconds is None:
             return
@@ -102,8 +102,8 @@ class StageStatus:
         self.samples_per_second = finite(row.get("samples_per_second"))
 
     def forget(self, lifetime: float) -> None:
-        """Drop the rows of earlier processes, given that the current one has run for `lifetime` seconds."""
-        # Training began a little later than the process, so the first remaining row is about where it resumed.
+        """Drop the rows of earlier processes, given that the current process has run for `lifetime` seconds."""
+        # Training started a little later than the process, so the first remaining row is about where training resumed.
         self.rows = [row for row in self.rows if row[1] >= self.seconds - lifetime]
 
 
@@ -116,23 +116,23 @@ class RunStatus:
     stages: list[StageStatus]
     state: RunState = "running"
     message: str | None = None
-    """Why it is not running, if known."""
+    """Why the run has stopped, if the reason is known."""
     process: Mapping[str, Any] | None = None
-    """{"pid", "host", "started", "updated"} of the process that wrote last, in seconds since 1970."""
+    """{"pid", "host", "started", "updated"} of the last process that wrote a heartbeat, in seconds since 1970."""
 
     @property
     def current(self) -> StageStatus | None:
-        """The current stage, or the next; None once all are done."""
+        """The current or the next stage, or None once all stages are done."""
         return next((stage for stage in self.stages if not stage.is_done), None)
 
     @property
     def teacher_best(self) -> Best | None:
-        """The best result of the chain's first model; None before it is measured."""
+        """The best result of the chain's first model, or None if it has not been measured yet."""
         first = self.stages[0]
         return teacher_best(map(Best.of, first.results), first.too_few)
 
     def ratio(self, stage: StageStatus, result: Result) -> float | None:
-        """Return the ratio of a later stage's Frechet distance to the teacher's best; None if there is none."""
+        """Return the ratio of a later stage's Frechet distance to the teacher's best, or None if there is none."""
         best, first = self.teacher_best, self.stages[0]
         if best is None or stage is first or stage.protocol != first.protocol or stage.too_few:
             return None
@@ -140,19 +140,19 @@ class RunStatus:
 
     @property
     def updates(self) -> tuple[int, int]:
-        """Updates done, and updates of the plan."""
+        """The number of updates that are done, and the number of updates in the plan."""
         return sum(s.update for s in self.stages), sum(s.num_updates for s in self.stages)
 
     @property
     def share(self) -> float:
-        """Fraction of the training that is done, counted in forward passes."""
+        """The fraction of the training that is done, counted in forward passes."""
         done = sum(s.update * s.update_cost for s in self.stages)
         total = sum(s.num_updates * s.update_cost for s in self.stages)
         return done / total if total else 1.0
 
     @property
     def unit_seconds(self) -> float:
-        """Seconds per forward pass of one sample at the current pace; NaN if unknown."""
+        """The number of seconds per forward pass of one sample at the current pace, or NaN if it is unknown."""
         for stage in reversed(self.stages):
             pace = stage.seconds_an_update
             if stage.update and stage.update_cost and not math.isnan(pace):
@@ -160,34 +160,34 @@ class RunStatus:
         return math.nan
 
     def seconds_left_of(self, stage: StageStatus) -> float:
-        """Training time left for a stage; NaN if the pace is unknown."""
+        """Return the training time left for a stage, or NaN if the pace is unknown."""
         if stage.is_done:
             return 0.0
         return (stage.num_updates - stage.update) * stage.update_cost * self.unit_seconds
 
     @property
     def training_seconds_left(self) -> float:
-        """Training time left for the whole plan; NaN if the pace is unknown."""
+        """The training time left for the whole plan, or NaN if the pace is unknown."""
         return math.fsum(self.seconds_left_of(stage) for stage in self.stages)
 
     @property
     def measuring_seconds_left(self) -> float:
-        """Time left for measuring, estimated from the fastest stage so far; 0 before one was measured."""
+        """The time left for measuring, estimated from the fastest stage so far, or 0 before a stage was measured."""
         known = [stage for stage in self.stages if stage.results and stage.measuring_seconds]
         if not known:
             return 0.0
-        # Students take few steps, so the time of the first model at many steps does not apply to them.
+        # Students take few steps, so the time that the first model takes with many steps does not apply to them.
         each = min(stage.measuring_seconds / len(stage.results) for stage in known)
         waiting = [stage for stage in self.stages if stage.state == "measuring" or not stage.is_done]
         return each * sum(stage.num_unmeasured for stage in waiting)
 
     @property
     def seconds_left(self) -> float:
-        """Time left for the whole plan, training and measuring; NaN if the pace is unknown."""
+        """The time left for training and measuring the whole plan, or NaN if the pace is unknown."""
         return self.training_seconds_left + self.measuring_seconds_left
 
     def as_json(self) -> dict[str, Any]:
-        """The status as JSON-ready data; times are in seconds, unknown values None."""
+        """Return the status as JSON-ready data. Times are in seconds, and unknown values are None."""
         done, total = self.updates
         return {
             "run": str(self.path),
@@ -222,7 +222,7 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
     """Read the progress of the run in the folder `path`, without writing, locking or hashing anything.
 
     Args:
-        now: current time in seconds since 1970, for tests.
+        now: the current time in seconds since 1970. Only tests need to set it.
 
     Raises:
         ValueError: if the folder is not a run.
@@ -266,7 +266,7 @@ def _update_stage(stage: StageStatus, folder: StageFolder) -> None:
         stage.state = "damaged"
         return
     stage.state, stage.role, stage.num_steps = "done", manifest.outcome.role, manifest.num_steps
-    # The manifest of a given teacher has the updates of its own training, elsewhere.
+    # The manifest of a given teacher contains the number of updates of its training outside this run.
     stage.update = min(manifest.num_updates, stage.num_updates)
     stage.num_updates = stage.update
     stage.seconds = manifest.seconds if stage.num_updates else 0.0
@@ -315,7 +315,7 @@ def _update_run(status: RunStatus, folder: RunFolder, now: float) -> None:
 
 
 def _gone(pid: object, machine: object, age: float) -> str | None:
-    """Return why the process counts as dead; None if it does not."""
+    """Return why the process counts as dead, or None if it does not."""
     if isinstance(pid, int) and pid > 0 and machine == this_machine():
         try:
             os.kill(pid, 0)

@@ -1,4 +1,4 @@
-"""Devices given by the user."""
+"""Checks the devices that the user chooses."""
 
 import torch
 
@@ -7,7 +7,8 @@ def existing_device(device: str | torch.device) -> torch.device:
     """Return the torch device of this name.
 
     Raises:
-        ValueError: if it is not the name of a torch device, this machine has no such device, or it stores no values.
+        ValueError: if torch has no device of this name, this machine has no such device, or the device stores no
+            values.
     """
     here = "cpu"
     if torch.accelerator.is_available():

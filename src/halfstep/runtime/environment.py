@@ -1,4 +1,4 @@
-"""Versions, commit, machine and command line of a run."""
+"""Collects the versions, commit, machine and command line of a run."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ def device_name() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Return what a reader needs to reproduce a run, JSON-ready."""
+    """Return the information that a reader needs to reproduce a run, as JSON-ready data."""
     versions = {}
     for package in ("halfstep", "torch", "diffusers", "accelerate", "numpy"):
         try:

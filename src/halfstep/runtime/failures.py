@@ -9,10 +9,10 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 
 class NonFinite(RuntimeError):
-    """The loss or the gradient was not finite; the message says where and what to do.
+    """The loss or the gradient was not finite. The message says where this happened and what to do.
 
     Args:
-        statistics: statistics of the batch, JSON-ready; None if there was no batch.
+        statistics: JSON-ready statistics of the batch, or None if there was no batch.
     """
 
     def __init__(self, message: str, statistics: Mapping[str, Any] | None = None) -> None:
@@ -21,7 +21,7 @@ class NonFinite(RuntimeError):
 
 
 class OutOfMemory(RuntimeError):
-    """An update or a batch of samples did not fit into memory; the message says what was tried and what to do."""
+    """An update or a batch of samples did not fit into memory. The message says what was tried and what to do."""
 
 
 @contextlib.contextmanager
@@ -32,7 +32,7 @@ def told_when_out_of_memory(message: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
             raise
-        # The exception's frames would keep the memory allocated.
+        # A chained exception would keep its frames alive, and with them the memory.
         raise OutOfMemory(message) from None
 
 
@@ -43,6 +43,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error)
     return isinstance(error, Exception) and (
         should_reduce_batch_size(error)
-        # accelerate does not list the messages of cuBLAS and cuDNN.
+        # accelerate does not recognise the error messages of cuBLAS and cuDNN.
         or (isinstance(error, RuntimeError) and ("_ALLOC_FAILED" in text or "CUDA error: out of memory" in text))
     )

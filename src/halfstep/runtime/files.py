@@ -1,4 +1,4 @@
-"""Files that are either complete or absent: written under a temporary name, synced, then renamed."""
+"""Writes files that are either complete or absent: each is written under a temporary name, synced, and then renamed."""
 
 import contextlib
 import errno
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 SEAL: Final = "sha256"
-"""Key of a sealed JSON file for the digest of all its other entries."""
+"""The key under which a sealed JSON file stores the digest of all its other entries."""
 
 
 class DamagedFile(ValueError):
-    """A file is missing, truncated or altered; the message contains its path."""
+    """A file is missing, truncated or altered. The message contains the path of the file."""
 
 
 class InUse(ValueError):
@@ -71,7 +71,7 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, ignoring disk errors: the error that is already being raised is more useful."""
+    """Remove a file or a folder. Disk errors are ignored, because the error that is already raised is more useful."""
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -83,9 +83,9 @@ def remove(path: Path) -> None:
 def scratch(path: Path) -> Iterator[Path]:
     """Yield an unused path in the folder of `path`, and remove whatever was written there.
 
-    The name is random, because threads, and processes in different containers, can share a process id.
+    The name is random, because threads can share a process id, as can processes in different containers.
     """
-    # A scratch folder that is missing was on a lost disk; recreating it would write to the disk under the mount point.
+    # A missing scratch folder was on a lost disk. Recreating it would write to the disk under the mount point.
     if not fnmatch(path.parent.name, ".*.tmp"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,12 +99,12 @@ def scratch(path: Path) -> Iterator[Path]:
 
 
 def leftovers(folder: Path, name: str = "*") -> list[Path]:
-    """Return the temporary files and folders that killed writers of `name` have left in `folder`."""
+    """Return the temporary files and folders that were left in `folder` when writers of `name` were killed."""
     return list(folder.glob(f".{name}.*.tmp"))
 
 
 def sweep(*folders: Path) -> None:
-    """Remove the leftovers in folders that no other process writes to."""
+    """Remove leftover files from folders that no other process is writing to."""
     for folder in folders:
         for path in leftovers(folder):
             remove(path)
@@ -114,8 +114,9 @@ def sweep(*folders: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path for a file or folder that becomes `path` when the block ends.
 
-    It is synced, then renamed, so `path` is always complete. The old one stays until the rename, or permanently if the
-    block raises an exception. Replacing one folder by another takes two renames, with a gap between them.
+    The temporary path is synced and then renamed, so `path` is always complete. The old file or folder stays until the
+    rename, or permanently if the block raises an exception. Replacing a folder takes two renames, and `path` does not
+    exist between them.
     """
     with scratch(path) as temporary:
         yield temporary
@@ -164,7 +165,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically.
 
     Raises:
-        ValueError: if it contains a number that is not finite.
+        ValueError: if `value` contains a number that is not finite.
     """
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
@@ -173,7 +174,7 @@ def write_sealed(path: Path, body: Mapping[str, Any]) -> None:
     """Write a JSON object atomically and append the sha256 of its entries, which `read_sealed` checks.
 
     Raises:
-        ValueError: if it contains a number that is not finite.
+        ValueError: if `body` contains a number that is not finite.
     """
     # JSON turns keys into strings and tuples into lists.
     held = json.loads(json.dumps({name: value for name, value in body.items() if name != SEAL}, allow_nan=False))
@@ -181,8 +182,8 @@ def write_sealed(path: Path, body: Mapping[str, Any]) -> None:
 
 
 def write_arrays(path: Path, **arrays: Any) -> None:
-    """Write named arrays as an .npz, atomically, whatever the suffix of `path`."""
-    # Imported here, because most readers of a run folder need no arrays.
+    """Write named arrays atomically to an .npz file, whatever the suffix of `path`."""
+    # numpy is imported here, because most readers of a run folder need no arrays.
     import numpy as np
 
     # numpy would add a suffix to a path, but not to an open file.
@@ -191,10 +192,10 @@ def write_arrays(path: Path, **arrays: Any) -> None:
 
 
 def read_arrays(path: Path, *names: str) -> "dict[str, np.ndarray]":
-    """Load the named arrays of an .npz, or all if none are named.
+    """Load the named arrays of an .npz file, or all arrays if no name is given.
 
     Raises:
-        DamagedFile: if the file cannot be read, is not a complete .npz or lacks one of the arrays.
+        DamagedFile: if the file cannot be read, is not a complete .npz file or lacks one of the arrays.
     """
     import numpy as np
 
@@ -259,7 +260,7 @@ def unsealed(data: Any, path: Path) -> dict[str, Any]:
     """Return the entries of a sealed JSON object that was read from `path`.
 
     Raises:
-        DamagedFile: if its seal is missing or does not match its entries.
+        DamagedFile: if the seal is missing or does not match the entries.
     """
     if not isinstance(data, dict) or SEAL not in data:
         raise DamagedFile(f"{path} has no sha256 of its content: it was altered, or written by an earlier halfstep")
@@ -273,7 +274,7 @@ def check_files(folder: Path, digests: Mapping[str, str], said_by: Path | None =
     """Raise DamagedFile for the first file of `digests` that is missing in `folder` or has a different sha256.
 
     Args:
-        said_by: the file that contains the digests; manifest.json if None.
+        said_by: the file that contains the digests, or None for manifest.json.
     """
     holder = "manifest.json" if said_by is None else said_by.name
     for name, digest in digests.items():
@@ -299,7 +300,7 @@ def user_path(text: str | Path) -> Path:
     """Expand ~ to the user's home folder.
 
     Raises:
-        ValueError: if it is unknown.
+        ValueError: if the home folder is unknown.
     """
     try:
         return Path(text).expanduser()

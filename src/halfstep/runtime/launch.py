@@ -1,17 +1,20 @@
-"""Rank and world size, from the environment variables of `torchrun` or `accelerate launch`; imports no torch."""
+"""Reads the rank and the world size from the environment variables of `torchrun` or `accelerate launch`.
+
+This module does not import torch.
+"""
 
 import os
 from typing import Final
 
 VARIABLES: Final = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": 0}
-"""Environment variables that launchers set, with the minimum value of each."""
+"""The environment variables that launchers set, with the minimum value of each variable."""
 
 
 def check_launch() -> None:
-    """Raise ValueError if such a variable is not a valid integer, or the rank is not below the world size."""
+    """Raise ValueError if a launcher variable is not a valid integer, or the rank is not below the world size."""
     for name, least in VARIABLES.items():
         text = os.environ.get(name, "")
-        # Only ASCII digits: torch and accelerate read these variables too.
+        # Only ASCII digits are allowed, because torch and accelerate read these variables too.
         is_whole = text.isascii() and text.isdigit() and len(text) < 10
         if text and not (is_whole and int(text) >= least) and not (name == "LOCAL_RANK" and text == "-1"):
             raise ValueError(
@@ -19,7 +22,9 @@ def check_launch() -> None:
                 "or start halfstep with torchrun or accelerate launch"
             )
     if _number("RANK", 0) >= (world := world_size()) > 1:
-        raise ValueError(f"RANK {os.environ['RANK']} must be below WORLD_SIZE {world}. Unset both, or restart it")
+        raise ValueError(
+            f"RANK {os.environ['RANK']} must be below WORLD_SIZE {world}. Unset both variables, or restart the launcher"
+        )
 
 
 def _number(name: str, default: int) -> int:
@@ -28,10 +33,10 @@ def _number(name: str, default: int) -> int:
 
 
 def world_size() -> int:
-    """Return the number of processes started by the launcher; 1 without a launcher."""
+    """Return the number of processes that the launcher started, or 1 without a launcher."""
     return max(1, _number("WORLD_SIZE", 1))
 
 
 def rank() -> int:
-    """Return the rank of this process; 0 without a launcher, even if RANK is set."""
+    """Return the rank of this process, or 0 without a launcher, even if RANK is set."""
     return _number("RANK", 0) if world_size() > 1 else 0

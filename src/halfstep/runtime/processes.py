@@ -1,8 +1,8 @@
-"""Coordination of the processes of a run.
+"""Coordinates the processes of a run.
 
 Rank 0 writes the run folder and broadcasts its results and errors to the other ranks. Decisions that depend on a clock,
-a signal or a disk are made once, so that no process waits for another that decided differently. Messages use a separate
-process group on the CPU and never wait for a device. A single process calls functions directly.
+a signal or a disk are made once, so that no process waits for a process that decided differently. Messages use a
+separate process group on the CPU and never wait for a device. A single process calls functions directly.
 """
 
 import functools
@@ -33,15 +33,15 @@ Made = TypeVar("Made")
 Parts = tuple[Tensor, ...]
 
 TIMEOUT_MINUTES: Final = 10.0
-"""Minutes without a response in training after which a process counts as lost."""
+"""The number of minutes without a response during training after which a process counts as lost."""
 
 WAIT_FOR_MAIN: Final = timedelta(hours=6)
-"""How long the other ranks wait while rank 0 writes, measures or trains a classifier. They notice its death at once, so
-this limit is for a disk that does not respond."""
+"""How long the other ranks wait while rank 0 writes, measures or trains a classifier. If rank 0 dies, the other ranks
+notice this at once, so the limit is for a disk that does not respond."""
 
 
 class FailedElsewhere(Exception):
-    """Another process of the run has failed; contains the reason and that process's exit code."""
+    """Another process of the run has failed. The exception contains the reason and the exit code of that process."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -49,11 +49,14 @@ class FailedElsewhere(Exception):
 
 
 class LostProcess(RuntimeError):
-    """Another process of the run has died or does not respond; the message says what to do."""
+    """Another process of the run has died or does not respond. The message says what to do."""
 
 
 def exit_code(error: BaseException) -> int:
-    """Return the exit code after an error: another process's, 128 + n for signal n, or `storage.exit_code`'s."""
+    """Return the exit code after an error.
+
+    This is the exit code of another process that failed, 128 + n for signal n, or the result of `storage.exit_code`.
+    """
     return error.code if isinstance(error, FailedElsewhere | Interrupted) else storage.exit_code(error)
 
 
@@ -63,7 +66,7 @@ _FOREIGN: Final = {
     "MEGATRON_LM": "Megatron-LM",
     "PARALLELISM_CONFIG": "a parallelism config",
 }
-"""Sharding methods of `accelerate launch`, keyed by the suffix of their environment variable."""
+"""The sharding methods of `accelerate launch`, keyed by the suffix of the method's environment variable."""
 
 
 def _check_launcher(precision: str) -> None:
@@ -72,7 +75,7 @@ def _check_launcher(precision: str) -> None:
     for name, what in _FOREIGN.items():
         if held.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise ValueError(
-                f"accelerate is set to use {what}, which halfstep does not support: remove it, or use "
+                f"accelerate is set to use {what}, which halfstep does not support: remove this setting, or use "
                 "--engine.sharding full"
             )
     if (steps := held.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != "1":
@@ -82,20 +85,25 @@ def _check_launcher(precision: str) -> None:
     asked = held.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", precision):
         ours = "--engine.precision bf16" if asked == "bf16" else "--engine.precision float32 or bf16"
-        raise ValueError(f"accelerate is set to {asked}, but the run uses {precision}: remove one, or use {ours}")
+        raise ValueError(
+            f"accelerate is set to {asked}, but the run uses {precision}: remove one of the settings, or use {ours}"
+        )
     if (compiler := held.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
-        raise ValueError(f"accelerate is set to compile with {compiler}, which halfstep does not support: remove it")
+        raise ValueError(
+            f"accelerate is set to compile with {compiler}, which halfstep does not support: remove this setting"
+        )
 
 
 def make_accelerator(
     precision: str = "float32", cpu: bool = False, timeout_minutes: float = TIMEOUT_MINUTES
 ) -> Accelerator:
-    """Return an accelerator for this process: "float32", or "bf16" for bfloat16 autocast over float32 weights.
+    """Return an accelerator for this process.
 
-    The first call connects the processes of `torchrun` or `accelerate launch`.
+    `precision` must be "float32", or "bf16" for bfloat16 autocast over float32 weights. The first call connects the
+    processes of `torchrun` or `accelerate launch`.
 
     Raises:
-        ValueError: if the precision is neither of these, or a launcher has a setting that would be ignored.
+        ValueError: if the precision is neither "float32" nor "bf16", or a launcher has a setting that would be ignored.
     """
     modes = {"float32": "no", "bf16": "bf16"}
     if precision not in modes:
@@ -126,17 +134,17 @@ def make_accelerator(
 
 @functools.lru_cache(maxsize=1)
 def _words() -> dist.ProcessGroup:
-    """Return the process group for messages, on the CPU; all processes create it together, once."""
+    """Return the process group for messages on the CPU. All processes create it together and only once."""
     group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=WAIT_FOR_MAIN)
     return group
 
 
 @final
 class Processes:
-    """All processes of a run, from the point of view of this one.
+    """All processes of a run, from the point of view of this process.
 
     Args:
-        accelerator: this process's accelerator; None for a single process.
+        accelerator: the accelerator of this process, or None for a single process.
     """
 
     def __init__(self, accelerator: Accelerator | None = None, timeout_minutes: float = TIMEOUT_MINUTES) -> None:
@@ -148,14 +156,14 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes."""
+        """Whether this process is rank 0, which is the only rank that writes."""
         return self.index == 0
 
     def on_main(self, work: Callable[[], Any]) -> Any:
         """Call `work` on rank 0 only, and return its result on all ranks.
 
         Raises:
-            FailedElsewhere: on the other ranks, if it raised an error on rank 0.
+            FailedElsewhere: on the other ranks, if `work` raised an error on rank 0.
         """
         if self.count == 1:
             return work()
@@ -175,17 +183,17 @@ class Processes:
         return result
 
     def at_once(self, stop: StopSignal | None) -> AbstractContextManager[None]:
-        """Return `stop.at_once()` for a single process; several must stop together, at an agreed point."""
+        """Return `stop.at_once()` for a single process. Several processes must stop together, at an agreed point."""
         return at_once(stop if self.count == 1 else None)
 
     def main_first(self, work: Callable[[], Made]) -> Made:
-        """Call `work` on rank 0 before the other ranks, which can then use its cache, and return its result."""
+        """Call `work` on all ranks and return the result. Rank 0 is first, so that the others can use the cache."""
         made: list[Made] = []
         self.on_main(lambda: made.append(work()))
         return made[0] if made else work()
 
     def check_same(self, name: str, what: str, remedy: str) -> None:
-        """Raise ValueError on all ranks if `name` differs between them."""
+        """Raise ValueError on all ranks if `name` differs between the ranks."""
         own = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
         most, least = self.agree(own, -own, patience=WAIT_FOR_MAIN)
         if most != -least:
@@ -196,10 +204,10 @@ class Processes:
         return value if self.count == 1 else _from(index, value)
 
     def agree(self, *numbers: int, patience: timedelta | None = None) -> tuple[int, ...]:
-        """Return the largest of each number over all processes.
+        """Return the maximum of each number over all processes.
 
         Args:
-            patience: how long to wait for the others; the timeout of training if None.
+            patience: how long to wait for the other processes. None selects the timeout of training.
         """
         return tuple(self._reduced(numbers, torch.int64, dist.ReduceOp.MAX, patience))
 
@@ -224,13 +232,13 @@ class Processes:
     def spread(
         self, items: Sequence[Item], work: Callable[[Item], Parts], stop: StopSignal | None = None
     ) -> list[Parts] | None:
-        """Share the items between the processes; return the results in order on rank 0, None on the others.
+        """Distribute the items over the processes. Return the results in order on rank 0, and None on the other ranks.
 
-        Item k goes to rank k modulo the world size. Its result must not depend on the rank.
+        Item k goes to rank k modulo the world size. The result of an item must not depend on the rank.
 
         Raises:
             Interrupted: on all ranks, if a process was asked to stop.
-            FailedElsewhere: on the other ranks, if an item failed on one.
+            FailedElsewhere: on the other ranks, if an item failed on one rank.
         """
         done: list[Parts] = []
         failure: Exception | None = None
@@ -248,8 +256,8 @@ class Processes:
         return self._collected(done, len(items))
 
     def _end_if(self, failure: Exception | None, asked: int) -> None:
-        """Raise on all ranks if one has failed or was asked to stop."""
-        # Items may differ a lot in cost: samples with 256 steps and with one.
+        """Raise an error on all ranks if a rank has failed or was asked to stop."""
+        # Items may differ a lot in cost, such as samples with 256 steps and samples with one step.
         number, failed = self.agree(asked, 0 if failure is None else self.index + 1, patience=WAIT_FOR_MAIN)
         if failure is not None and failed == self.index + 1:
             self.told_by(self.index, {"code": exit_code(failure), "message": str(failure)})
@@ -265,7 +273,7 @@ class Processes:
         if self.count == 1:
             return own
         if not self.is_main:
-            # Tensors are sent one by one: pickling them together would double their memory.
+            # Tensors are sent one by one, because pickling them together would double the memory that they need.
             described = [[(part.dtype, part.shape) for part in parts] for parts in own]
             dist.send_object_list([described], 0, group=_words())
             for part in chain.from_iterable(own):
@@ -293,7 +301,7 @@ def _from(source: int, value: Any = None) -> Any:
 class Lookout:
     """Decides for all processes together whether to stop, and whether enough time has passed for a checkpoint.
 
-    A single process checks at each update; several check together about once a second.
+    A single process checks at each update. Several processes check together about once a second.
     """
 
     def __init__(self, processes: Processes, stop: StopSignal | None, seconds: float) -> None:
@@ -302,10 +310,12 @@ class Lookout:
         self._last, self._next = -1, 0
 
     def look(self, update: int) -> tuple[bool, bool]:
-        """Return whether to stop (then `stop.check` raises on every process), and whether a checkpoint is due.
+        """Return whether to stop, and whether a checkpoint is due.
+
+        If the run must stop, `stop.check` then raises Interrupted on every process.
 
         Raises:
-            Interrupted: if another process was asked to stop and this one does not handle signals.
+            Interrupted: if another process was asked to stop and this process does not handle signals.
         """
         now = time.monotonic()
         number = 0 if self._stop is None else self._stop.number or 0
@@ -329,7 +339,7 @@ class Lookout:
         return number > 0, overdue > 0
 
     def saved(self) -> None:
-        """Restart the time until the next checkpoint."""
+        """Restart the timer for the next checkpoint."""
         self._saved = time.monotonic()
 
 

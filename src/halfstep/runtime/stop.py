@@ -1,8 +1,8 @@
-"""Graceful stop: a signal lets the run save its state and end.
+"""Stops a run gracefully: after a signal, the run saves its state and ends.
 
-Schedulers (Kubernetes, Slurm, spot instances) send SIGTERM before they kill, Slurm's `--signal` sends SIGUSR1 earlier,
-a closed terminal sends SIGHUP, and Ctrl-C sends SIGINT. Launchers often send a signal twice, to a process and to its
-group, so a second Ctrl-C ends the process at once only after a short delay.
+Schedulers (Kubernetes, Slurm, spot instances) send SIGTERM before they kill a process, Slurm's `--signal` sends SIGUSR1
+earlier, a closed terminal sends SIGHUP, and Ctrl-C sends SIGINT. Launchers often send a signal both to a process and to
+its process group, so a second Ctrl-C only ends the process at once after a short delay.
 """
 
 import contextlib
@@ -13,11 +13,11 @@ from types import FrameType
 from typing import Final, Self, final
 
 SAME_PRESS: Final = 0.5
-"""Seconds within which a second SIGINT counts as the same Ctrl-C, forwarded by a launcher."""
+"""The number of seconds within which a second SIGINT counts as the same Ctrl-C, forwarded by a launcher."""
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved its state; contains the `signal` and the exit `code`."""
+    """The run was asked to stop and has saved its state. The exception contains the `signal` and the exit `code`."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -29,7 +29,7 @@ class Interrupted(Exception):
 class StopSignal:
     """A context in which SIGINT, SIGTERM, SIGHUP and SIGUSR1 set `number` instead of ending the process.
 
-    Within `at_once` they also raise Interrupted.
+    Within `at_once`, these signals also raise Interrupted.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class StopSignal:
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                # Started by nohup: SIGHUP must stay ignored.
+                # The process was started by nohup, so SIGHUP must stay ignored.
                 continue
             self._before[number] = signal.signal(number, self._receive)
         return self
@@ -57,30 +57,30 @@ class StopSignal:
         if self.number is None:
             self.number, self._since = number, now
         if self._at_once and not _importing(frame):
-            # Only once: unwinding may wait for a device or close files, and must not be interrupted.
+            # Raise only once, because unwinding may wait for a device or close files, and must not be interrupted.
             self._at_once = False
             raise Interrupted(self.number)
 
     def check(self) -> None:
-        """Raise Interrupted if a signal has come."""
+        """Raise Interrupted if a signal has arrived."""
         if self.number is not None:
             raise Interrupted(self.number)
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise Interrupted in the main thread as soon as a signal arrives, or if one has already come.
+        """Raise Interrupted in the main thread as soon as a signal arrives, or if a signal has already arrived.
 
-        Only for work that can be abandoned at any point. A signal during an import waits, because imports may swallow
-        exceptions.
+        Use this only for work that can be abandoned at any point. During an import, the signal is deferred, because
+        imports may swallow exceptions.
         """
         try:
-            # This order misses no signal: one that arrives between the two lines raises Interrupted itself.
+            # This order misses no signal: a signal that arrives between the two lines raises Interrupted itself.
             self._at_once = True
             self.check()
             yield
             self.check()
         except Exception:
-            # A library, such as a compiler, may have replaced Interrupted by its own error.
+            # A library such as a compiler may have replaced Interrupted with an error of its own.
             self.check()
             raise
         finally:

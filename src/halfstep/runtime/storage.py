@@ -1,4 +1,4 @@
-"""Disks and mounts that become full or unavailable during a run."""
+"""Handles disks and mounts that become full or unavailable during a run."""
 
 import errno
 import os
@@ -8,26 +8,29 @@ from typing import Final
 from halfstep.runtime.files import DamagedFile, InUse
 
 FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors of full disks."""
+"""The error numbers of full disks."""
 GONE: Final = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT)
-"""Errors of lost disks and network mounts."""
+"""The error numbers of lost disks and network mounts."""
 LOST: Final = (errno.EROFS, errno.ENXIO, errno.ENOENT, errno.EACCES)
-"""Further errors of a disk that is lost during a run; at its start they mean bad input."""
+"""Further error numbers of a disk that is lost during a run. At the start of a run, they mean bad input."""
 TAKEN: Final = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
-"""Errors for a folder where a file is expected, or vice versa."""
+"""The error numbers for a folder where a file is expected, or vice versa."""
 
 
 class NoStorage(OSError):
-    """The run folder can no longer be written: its disk is full or gone. The message gives the last good state."""
+    """The disk of the run folder is full or gone, so the run cannot continue. The message gives the last good state."""
 
 
 def exit_code(error: BaseException) -> int:
-    """Return the exit code after an error: 2 for bad input, 3 for a disk that is full or gone, 75 for a folder that
-    another process is writing, 1 for anything else."""
+    """Return the exit code after an error.
+
+    This is 2 for bad input, 3 for a disk that is full or gone, 75 for a folder that another process is writing to, and
+    1 for any other error.
+    """
     if isinstance(error, NoStorage) or (isinstance(error, OSError) and error.errno in (*FULL, *GONE)):
         return 3
     if isinstance(error, InUse):
-        # EX_TEMPFAIL of sysexits.h: a later attempt may succeed.
+        # This is EX_TEMPFAIL of sysexits.h, which means that a later attempt may succeed.
         return 75
     return 2 if isinstance(error, ValueError | OSError) else 1
 
@@ -35,7 +38,7 @@ def exit_code(error: BaseException) -> int:
 def last_good(last: Path | None) -> str:
     """Return a description of the latest good checkpoint or complete stage."""
     if last is None:
-        return "no checkpoint was written yet"
+        return "no checkpoint has been written yet"
     kind = "good checkpoint" if last.name.startswith("checkpoint-") else "complete stage"
     return f"the last {kind} is {last}"
 
@@ -43,7 +46,8 @@ def last_good(last: Path | None) -> str:
 def no_storage(error: OSError, path: Path, last: Path | None, has_begun: bool = True) -> Exception:
     """Return NoStorage with the last good state if the run folder caused the error, otherwise the error itself.
 
-    A folder where a file is expected, or vice versa, gives DamagedFile. The run folder may be gone and is not read.
+    If a folder was found where a file is expected, or vice versa, return DamagedFile. The run folder is not read,
+    because it may be gone.
 
     Args:
         has_begun: whether this process has already written to the run folder.

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, with the errors of `halfstep.runtime.files`."""
+"""Reads and writes tensors in safetensors files, and raises the errors of `halfstep.runtime.files`."""
 
 import contextlib
 import hashlib
@@ -17,23 +17,23 @@ from torch import Tensor
 from halfstep.runtime.files import DamagedFile, replacing, sync
 
 DIGEST: Final = "sha256"
-"""Name of the tensor with the digest of all others in a cached file."""
+"""The name of the tensor that contains the digest of all other tensors in a cached file."""
 CHUNK: Final = 1 << 20
-"""Bytes compared at once."""
+"""The number of bytes that are compared at once."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors as safetensors, atomically; read the file back, compare it and return its sha256.
+    """Write tensors atomically as safetensors, read the file back to compare it, and return the sha256 of the file.
 
     Raises:
-        OSError: if the disk is full or gone (safetensors gives the reason only in the text of its own error).
-        DamagedFile: if the file reads back differently; `path` is not changed.
+        OSError: if the disk is full or gone. safetensors gives this reason only in the text of its own error.
+        DamagedFile: if the file reads back differently. In that case, `path` is not changed.
     """
     held: dict[str, Tensor] = {}
     places: set[int] = set()
     for name, value in tensors.items():
         tensor = value.detach().cpu().contiguous()
-        # safetensors rejects tensors that share memory, such as tied weights, so these are cloned.
+        # safetensors rejects tensors that share memory, such as tied weights, so such tensors are cloned.
         held[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in places else tensor
         places.add(tensor.untyped_storage().data_ptr())
     with replacing(path) as temporary:
@@ -59,9 +59,9 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def check_written(tensors: Mapping[str, Tensor], path: Path) -> str:
-    """Return the sha256 of the file; raise DamagedFile unless it contains the tensors byte for byte.
+    """Return the sha256 of the file. Raise DamagedFile unless the file contains the tensors byte for byte.
 
-    Bytes are read, not mapped into memory, so that a lost disk raises an error instead of killing the process.
+    The file is read instead of mapped into memory, so that a lost disk raises an error instead of killing the process.
     """
     digest, buffer = hashlib.sha256(), bytearray(CHUNK)
     with open(path, "rb") as stream:
@@ -88,7 +88,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Load the tensors of a file.
 
     Raises:
-        DamagedFile: if it is not a safetensors file.
+        DamagedFile: if the file is not a complete safetensors file.
     """
     try:
         try:
@@ -112,7 +112,7 @@ def check_finite(tensors: Mapping[str, Tensor], where: Path | str) -> None:
 
 
 def read_cached(file: Path | None) -> dict[str, Tensor]:
-    """Load the tensors that `write_cached` wrote to this file; empty if it is missing or damaged."""
+    """Load the tensors that `write_cached` wrote to this file, or none if the file is missing or damaged."""
     if file is None:
         return {}
     try:
@@ -124,14 +124,14 @@ def read_cached(file: Path | None) -> dict[str, Tensor]:
 
 
 def write_cached(file: Path | None, tensors: Mapping[str, Tensor]) -> None:
-    """Cache tensors with their digest; errors are ignored, because a missing cache costs only time."""
+    """Cache tensors with their digest. Errors are ignored, because a missing cache only costs time."""
     if file is not None:
         with contextlib.suppress(DamagedFile, OSError, SafetensorError):
             write_tensors(file, {**tensors, DIGEST: _digest(file, tensors)})
 
 
 def _digest(file: Path, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the sha256 of the file's name and the tensors, with their names, as 32 bytes."""
+    """Return the sha256 of the file's name and of the named tensors, as a tensor of 32 bytes."""
     digest = hashlib.sha256(file.name.encode())
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()

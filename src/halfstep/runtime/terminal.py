@@ -1,4 +1,4 @@
-"""Safe text for terminals, and a stdout and stderr that may be closed, full or unable to encode it."""
+"""Makes text safe for terminals, and handles a stdout or stderr that is closed, full or unable to encode the text."""
 
 import contextlib
 import errno
@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any, Final, TextIO, final
 
 CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-"""Characters that control a terminal or cannot be shown: control characters except tab and newline, lone surrogates
-(bytes of a file name that are not UTF-8), line separators and changes of the writing direction.
+"""The characters that control a terminal or cannot be shown. They are control characters except tab and newline, lone
+surrogates (bytes of a file name that are not UTF-8), line separators and changes of the writing direction.
 """
 
 
@@ -36,7 +36,7 @@ def warn(text: object) -> None:
 
 @final
 class Output:
-    """stdout or stderr of a command: a failed write loses text, but does not end the command.
+    """The stdout or stderr of a command. A failed write loses text, but does not end the command.
 
     The first error is kept, and all later output goes to the null device. Characters that the encoding does not support
     become "?".
@@ -55,7 +55,7 @@ class Output:
             stream.reconfigure(errors="replace")
 
     def write(self, text: str) -> int:
-        """Write, or record why that failed."""
+        """Write the text, or record why the write failed."""
         if self._is_closed and self.error is None:
             self.error = OSError(errno.EBADF, os.strerror(errno.EBADF))
         try:
@@ -65,7 +65,7 @@ class Output:
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or record why that failed."""
+        """Flush the stream, or record why the flush failed."""
         try:
             self._stream.flush()
         except OSError as error:
@@ -84,12 +84,12 @@ class Output:
 
 @contextlib.contextmanager
 def safe_outputs() -> Iterator[Output]:
-    """Replace `sys.stdout` and `sys.stderr` with Outputs; yield the one for stdout."""
+    """Replace `sys.stdout` and `sys.stderr` with an `Output` each, and yield the `Output` of stdout."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # Otherwise the next opened file would get this descriptor, and output from C code would go to it.
+            # Otherwise, the next opened file would get this descriptor, and output from C code would go to that file.
             os.open(os.devnull, os.O_RDWR)
     before = sys.stdout, sys.stderr
     out, err = Output(sys.stdout), Output(sys.stderr)

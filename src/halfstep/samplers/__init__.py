@@ -1,4 +1,4 @@
-"""Samplers, one file per method or family, and the loop that runs them."""
+"""Samplers, in one file per method or family, and the loop that runs them."""
 
 from halfstep.samplers.ancestral import Ancestral, ancestral_step
 from halfstep.samplers.base import DataPredictionSampler, Memory, Sampler, samplers

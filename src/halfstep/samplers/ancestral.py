@@ -1,14 +1,14 @@
-"""Ancestral sampling: steps of the reversed noising chain, with a variance between its two bounds.
+"""Ancestral sampling: steps of the reversed noising chain, with a variance between a lower and an upper bound.
 
-Given x0, the reverse step q(x_s | x_t, x0) is normal. With q = exp((log_snr_t - log_snr_s) / 2) < 1 and the predicted
-x0, its mean is
+Given x0, the reverse step q(x_s | x_t, x0) has a normal distribution. With q = exp((log_snr_t - log_snr_s) / 2) < 1 and
+the predicted x0, its mean is
 
     alpha_s x0 + sigma_s q eps
 
-and its variance is (1 - q^2) sigma_s^2. This is the lower bound of the variance of the true reverse step q(x_s | x_t),
-and exact if the data is a single point. The upper bound is the variance of the forward step, (1 - q^2) sigma_t^2, which
-is exact if the data is unit normal noise. `gamma` interpolates their logarithms. The last step adds no noise and
-returns x0.
+The variance of this distribution, (1 - q^2) sigma_s^2, is the lower bound on the variance of the true reverse step
+q(x_s | x_t), and is exact if the data is a single point. The upper bound is the variance of the forward step,
+(1 - q^2) sigma_t^2, which is exact if the data is standard normal noise. `gamma` interpolates between the logarithms of
+the two bounds. The last step adds no noise and returns x0.
 
 Source: Ho et al. 2020 (arXiv:2006.11239); Salimans & Ho 2022 (arXiv:2202.00512), equations 3 to 5, and the authors'
 dpm.py ("fixed_small", "fixed_large", "fixed_medium:gamma").
@@ -30,12 +30,12 @@ from halfstep.samplers.base import Memory, Noise, Sampler, Time, samplers
 def ancestral_step(
     denoised: Denoised, process: NoiseProcess, t: Tensor, s: Tensor, noise: Tensor, gamma: float = 0.0
 ) -> Tensor:
-    """Return x_s `[batch, *dims]`, drawn from the reverse step to s <= t given (x0, eps) at t; x0 itself at s = 0.
+    """Draw x_s `[batch, *dims]` from the reverse step to s <= t, given (x0, eps) at t. At s = 0, x_s is x0 itself.
 
     Args:
         t, s: clock times `[batch]`.
-        noise: unit normal, shaped as x0.
-        gamma: share of the upper bound in the log variance; 0 draws from q(x_s | x_t, x0).
+        noise: standard normal noise, shaped like x0.
+        gamma: the weight of the upper bound in the log variance; 0 draws from q(x_s | x_t, x0).
     """
     x0, eps = denoised
     alpha_s, sigma_s = process.landing(s)
@@ -54,18 +54,19 @@ def ancestral_step(
 @samplers.register("ancestral")
 @dataclass(frozen=True)
 class Ancestral(Sampler):
-    """Stochastic, one network call per step; gamma is 0 for the lower bound of the variance, 1 (default) for the upper.
+    """A stochastic sampler with one network call per step, in which gamma moves the variance from its lower bound (0)
+    to its upper bound (1, the default).
 
-    The authors' configurations all use 1, the default. With few steps, search for a better gamma (`search_gamma`).
+    All of the authors' configurations use a gamma of 1. With few steps, search for a better gamma with `search_gamma`.
 
     Source: Ho et al. 2020 (arXiv:2006.11239); Salimans & Ho 2022 (arXiv:2202.00512), equations 3 to 5.
 
     Raises:
-        ValueError: if gamma is not in [0, 1], or, in a step, if no noise is passed.
+        ValueError: if gamma is not in [0, 1], or if no noise is passed to a step.
     """
 
     gamma: float = 1.0
-    """Share of the upper bound in the log variance."""
+    """The weight of the upper bound in the log variance."""
 
     order: ClassVar[int] = 1
     stochastic: ClassVar[bool] = True
@@ -75,7 +76,9 @@ class Ancestral(Sampler):
     def __post_init__(self) -> None:
         check_real(gamma=self.gamma)
         if not 0 <= self.gamma <= 1:
-            raise ValueError(f"gamma must be in [0, 1] (lower to upper bound of the variance), got {self.gamma}")
+            raise ValueError(
+                f"gamma must be in [0, 1], from the lower to the upper bound of the variance, got {self.gamma}"
+            )
 
     def step(
         self, denoiser: Denoiser, x_t: Tensor, t: Time, s: Time, cond: Cond | None, memory: Memory, noise: Noise = None

@@ -1,4 +1,4 @@
-"""The interfaces of samplers: one step from t to s."""
+"""The interfaces of samplers, which take one step from t to s at a time."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, final
@@ -12,48 +12,48 @@ from halfstep.core.prediction import Denoised, eps_from_x0
 from halfstep.registry import Registry
 
 Time = Tensor | float
-"""One time for all samples (in sampling) or clock times `[batch]` (in a target). `as_clock` accepts both."""
+"""One time for all samples, as during sampling, or clock times `[batch]`, as in a target. `as_clock` accepts both."""
 Noise = Tensor | None
-"""Unit normal noise, shaped as the samples, for a stochastic sampler; None for any other."""
+"""Standard normal noise, shaped like the samples, for a stochastic sampler, or None for a deterministic one."""
 Memory = Any
-"""A sampler's state from step to step; None before the first."""
+"""The state that a sampler carries from step to step, or None before the first step."""
 
 
 class Sampler(ABC):
-    """One step of sampling. Subclasses are frozen and stateless; their memory is passed in and out."""
+    """One step of sampling. Subclasses are frozen and stateless, so each step receives the memory and returns it."""
 
     order: ClassVar[int]
-    """Global order of convergence, in distribution if the sampler is stochastic. Contract tests measure it."""
+    """The global order of convergence (in distribution for stochastic samplers), which the contract tests measure."""
     stochastic: ClassVar[bool] = False
-    """Whether a step draws noise."""
+    """Whether each step adds noise."""
     evals_per_step: ClassVar[int]
-    """Network calls per step that lands at s > 0. Contract tests count them."""
+    """The number of network calls in a step that lands at s > 0, which the contract tests count."""
     evals_last_step: ClassVar[int]
-    """Network calls in the step onto clean data, where the network cannot be called."""
+    """The number of network calls in the step onto clean data, where the network cannot be called."""
 
     @abstractmethod
     def step(
         self, denoiser: Denoiser, x_t: Tensor, t: Time, s: Time, cond: Cond | None, memory: Memory, noise: Noise = None
     ) -> tuple[Tensor, Memory]:
-        """Step from t to s < t; return x_s, shaped as `x_t` `[batch, *dims]`, and the memory for the next step.
+        """Take a step from t to s < t and return x_s, shaped like `x_t` `[batch, *dims]`, and the next step's memory.
 
-        At s = 0 the result is clean data. Do not read numbers from a tensor, because the host would wait for the
-        device.
+        At s = 0, the result is clean data. Implementations should not read numbers from a tensor, because the host
+        would then have to wait for the device.
         """
 
     def effective(
         self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond | None, memory: Memory
     ) -> tuple[Denoised, Memory]:
-        """Return the (x0, eps) with which a DDIM step from t to s lands where this deterministic sampler's step does,
-        and the memory for the next step.
+        """Return the (x0, eps) that make a DDIM step from t to s land where a step of this deterministic sampler lands,
+        together with the memory for the next step.
 
         This solves x_s = alpha_s x0 + sigma_s eps for
 
-            x0 = (x_s - q x_t) / (alpha_s - q alpha_t),   q = sigma_s / sigma_t,
+            x0 = (x_s - q x_t) / (alpha_s - q alpha_t),   q = sigma_s / sigma_t
 
-        which is x_s itself at s = 0. The step and the quotient are computed in float64, from the denoiser's x0 in its
-        own dtype. An error of x0 moves x_s in proportion to the width of the step, and the quotient divides by that
-        width, so this x0 keeps the denoiser's precision.
+        At s = 0, this x0 is x_s itself. The step and the quotient are computed in float64, although the denoiser
+        computes x0 in its own dtype. An error in the denoiser's x0 moves x_s in proportion to the width of the step.
+        The quotient divides by the width, so the returned x0 is as precise as the denoiser's x0.
         """
         start = x_t.to(t)
         x_s, memory = self.step(_InFloat64(denoiser, x_t), start, t, s, cond, memory)
@@ -65,16 +65,17 @@ class Sampler(ABC):
 
     @final
     def num_evals(self, num_steps: int) -> int:
-        """Return the number of network calls for sampling in `num_steps` steps."""
+        """Return the number of network calls needed to sample in `num_steps` steps."""
         check_num_steps(num_steps)
         return (num_steps - 1) * self.evals_per_step + self.evals_last_step
 
 
 @final
 class _InFloat64(Denoiser):
-    """A denoiser for float64 samples that calls another with the dtype and device of `like`; eps is computed from x0.
+    """A denoiser for float64 samples that calls another denoiser with samples of the dtype and device of `like`.
 
-    The float64 samples are on the device of the clock tensors, which is the CPU if the device has no float64.
+    This denoiser computes eps from x0 in float64. The float64 samples are on the device of the clock tensors, which is
+    the CPU if the device of `like` has no float64.
     """
 
     def __init__(self, denoiser: Denoiser, like: Tensor) -> None:
@@ -89,15 +90,16 @@ class _InFloat64(Denoiser):
 
 
 class DataPredictionSampler(Sampler):
-    """A deterministic sampler that takes DDIM steps with its own (x0, eps)."""
+    """A deterministic sampler that takes DDIM steps with an (x0, eps) of its own."""
 
     @abstractmethod
     def effective(
         self, denoiser: Denoiser, x_t: Tensor, t: Time, s: Time, cond: Cond | None, memory: Memory
     ) -> tuple[Denoised, Memory]:
-        """Return the (x0, eps) with which a DDIM step equals this method's step, and the memory for the next.
+        """Return the (x0, eps) with which a DDIM step equals a step of this method, and the memory for the next step.
 
-        Like the denoiser's own, they satisfy x_t = alpha x0 + sigma eps. The arguments are those of `step`.
+        Like the denoiser's estimates, this x0 and eps satisfy x_t = alpha x0 + sigma eps. The arguments are the same as
+        those of `step`.
         """
 
     @final

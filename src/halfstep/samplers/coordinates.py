@@ -1,14 +1,14 @@
 """The variables in which the probability-flow ODE is integrated.
 
-The ODE is dy / dtau = slope(x0, eps) for a sample y = x_t / scale and a coordinate tau of the noise level. All three
-coordinates are functions of (alpha, sigma) alone, so they work with every process:
+The ODE is dy / dtau = slope(x0, eps), where y = x_t / scale is a scaled sample and tau is a coordinate of the noise
+level. All three coordinates are functions of (alpha, sigma) alone, so they work with every process:
 
     Angle          tau = phi = arctan(sigma / alpha)  y = x_t / hypot(alpha, sigma)  slope = cos(phi) eps - sin(phi) x0
     LogSNR         tau = log_snr                      the same y                     slope = -sin(2 phi) / 4 times that
     NoiseToSignal  tau = sigma / alpha                y = x_t / alpha                slope = eps
 
-On a variance-preserving process the first slope is v. Only the first coordinate, which is the default, and its
-slope stay finite from pure noise to clean data. The paper uses the second coordinate, and Karras et al. use the third.
+For a variance-preserving process, the slope of `Angle` is v. Only `Angle`, which is the default coordinate, and its
+slope stay finite from pure noise to clean data. The paper uses `LogSNR`, and Karras et al. use `NoiseToSignal`.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), appendix A; Karras et al. 2022 (arXiv:2206.00364).
 """
@@ -33,15 +33,15 @@ class Coordinate(ABC):
 
     @abstractmethod
     def place(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """The clock tensors (tau, scale)."""
+        """Return the clock tensors (tau, scale)."""
 
     @abstractmethod
     def log_snr(self, tau: Tensor) -> Tensor:
-        """The log-SNR at tau: the inverse of `place`."""
+        """Return the log-SNR at tau. This method inverts `place`."""
 
     @abstractmethod
     def slope(self, denoised: Denoised, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """dy / dtau, `[batch, *dims]`."""
+        """Return dy / dtau, `[batch, *dims]`."""
 
 
 coordinates: Registry[type[Coordinate]] = Registry("coordinate")
@@ -51,7 +51,7 @@ coordinates: Registry[type[Coordinate]] = Registry("coordinate")
 @coordinates.register("angle")
 @dataclass(frozen=True)
 class Angle(Coordinate):
-    """tau = arctan(sigma / alpha), in radians."""
+    """The angle tau = arctan(sigma / alpha), in radians."""
 
     reaches_clean: ClassVar[bool] = True
 
@@ -71,7 +71,7 @@ class Angle(Coordinate):
 @coordinates.register("log_snr")
 @dataclass(frozen=True)
 class LogSNR(Coordinate):
-    """tau = log(alpha^2 / sigma^2), infinite on clean data."""
+    """The log-SNR tau = log(alpha^2 / sigma^2), which is infinite on clean data."""
 
     reaches_clean: ClassVar[bool] = False
 
@@ -92,7 +92,7 @@ class LogSNR(Coordinate):
 @coordinates.register("noise_to_signal")
 @dataclass(frozen=True)
 class NoiseToSignal(Coordinate):
-    """tau = sigma / alpha, which Karras et al. and diffusers call sigma."""
+    """The noise-to-signal ratio tau = sigma / alpha, which Karras et al. and diffusers call sigma."""
 
     reaches_clean: ClassVar[bool] = True
 

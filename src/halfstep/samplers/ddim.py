@@ -1,23 +1,23 @@
-"""DDIM, and the x0 with which one DDIM step lands where a chain of steps lands: the target of halving and consistency.
+"""DDIM, and the target of halving and consistency: the x0 with which one DDIM step lands where a chain of steps lands.
 
-DDIM keeps the predicted x0 and eps, and lowers the noise level: x_s = alpha_s x0 + sigma_s eps. On the cosine process
-this is a rotation of the pair (x, v). It is deterministic, so progressive distillation can replace two of its steps
-with one.
+A DDIM step keeps the predicted x0 and eps, and lowers the noise level: x_s = alpha_s x0 + sigma_s eps. For the cosine
+process, the step is a rotation of the pair (x, v). DDIM is deterministic, so progressive distillation can replace two
+DDIM steps with one.
 
-In x / sigma, the sample divided by its noise amplitude, a DDIM step is linear in x0. With r = alpha / sigma,
+For the sample divided by its noise amplitude, x / sigma, a DDIM step is linear in x0. With r = alpha / sigma, it reads
 
     x_s / sigma_s = x_t / sigma_t + (r_s - r_t) x0
 
-Therefore steps through the times t = t_0 > t_1 > ... > t_K = s add up, even if they use different denoisers. The x0
-with which a single step lands on the same point is the mean of their x0 with weights
+Therefore, the steps through the times t = t_0 > t_1 > ... > t_K = s add up, even if they use different denoisers. The
+x0 with which a single step lands on the same point is the mean of the x0 of these steps, with the weights
 
-    w_k = (r_{k+1} - r_k) / (r_s - r_t),   sum w_k = 1, every w_k >= 0.
+    w_k = (r_{k+1} - r_k) / (r_s - r_t),   sum w_k = 1, every w_k >= 0
 
-At s = 0 the step lands on clean data, r_s is infinite, and the last x0 has all the weight, without a special case. As a
-mean, the target keeps the precision of the denoisers. Solving x_s for x0 would subtract nearly equal numbers (an error
-of 2e-3 in float32 at 8192 steps, instead of less than 1e-6).
+At s = 0, the step lands on clean data, r_s is infinite, and the last x0 has all the weight without a special case.
+Because the target is a mean, it is as precise as the denoisers. Solving x_s for x0 would instead subtract nearly equal
+numbers: with 8192 steps in float32, the error would be 2e-3 instead of less than 1e-6.
 
-The steps may be those of any deterministic sampler: each is a DDIM step with `Sampler.effective`.
+The steps may be those of any deterministic sampler, because `Sampler.effective` turns each of them into a DDIM step.
 
 Source: Song et al. 2020 (arXiv:2010.02502) with eta = 0; Salimans & Ho 2022 (arXiv:2202.00512), section 2 and
 algorithm 2; the authors' dpm.py for s = 0.
@@ -41,7 +41,7 @@ from halfstep.samplers.base import DataPredictionSampler, Memory, Sampler, Time,
 @samplers.register("ddim")
 @dataclass(frozen=True)
 class DDIM(DataPredictionSampler):
-    """First order, deterministic, one network call per step.
+    """A first-order, deterministic sampler with one network call per step.
 
     Source: Song et al. 2020 (arXiv:2010.02502) with eta = 0; Salimans & Ho 2022 (arXiv:2202.00512), section 2.
     """
@@ -57,12 +57,14 @@ class DDIM(DataPredictionSampler):
 
 
 Step = Callable[[Tensor, Tensor, Tensor], Denoised]
-"""Maps samples and two clock tensors (x_t, t, s) to the (x0, eps) with which DDIM steps from t to s."""
+"""A function that maps samples and two clock tensors, (x_t, t, s), to the (x0, eps) of a DDIM step from t to s."""
 
 
 def steps_of(denoiser: Denoiser, sampler: Sampler, cond: Cond | None) -> Step:
-    """Return the steps that a deterministic sampler takes with the denoiser. Each passes the sampler's memory to the
-    next."""
+    """Return a function that, at each call, takes one step of a deterministic sampler with the denoiser.
+
+    Each step passes the sampler's memory to the next step.
+    """
     memory: Memory = None
 
     def step(x_t: Tensor, t: Tensor, s: Tensor) -> Denoised:
@@ -79,16 +81,16 @@ def landing_x0(process: NoiseProcess, steps: Sequence[Step], x_t: Tensor, times:
 
     Args:
         x_t: noisy samples `[batch, *dims]`.
-        times: `len(steps) + 1` decreasing clock tensors. For some samples a step may be empty, from the last time
-            to itself. Its result is then ignored, even if it is not finite.
+        times: `len(steps) + 1` decreasing clock tensors. For some samples, a step may be empty and go from the last
+            time to itself. The result of an empty step is ignored, even if it is not finite.
 
     Returns:
-        A tensor shaped as `x_t`, without gradient: a weighted mean with weights >= 0.
+        A tensor shaped like `x_t` and without a gradient, which is a weighted mean with weights >= 0.
     """
     end = times[-1]
     alpha_t, sigma_t = process.alpha_sigma(times[0])
     alpha_s, sigma_s = process.landing(end)
-    # 1 / (r_s - r_t), with both multiplied by sigma_s to avoid 1 / infinity at s = 0.
+    # This is 1 / (r_s - r_t), expanded by sigma_s to avoid 1 / infinity at s = 0.
     scale = sigma_s / (alpha_s - sigma_s * alpha_t / sigma_t)
 
     target = torch.zeros_like(x_t)

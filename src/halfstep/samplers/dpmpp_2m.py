@@ -1,14 +1,14 @@
 """DPM-Solver++(2M): DDIM with x0 extrapolated half a step ahead from the last two predictions.
 
 A DDIM step is exact if x0 is constant during the step. Let lambda = log_snr / 2 and h = lambda_s - lambda_t. If x0 is
-linear in lambda, this step is exact to second order. It is a DDIM step with
+linear in lambda, a step of DPM-Solver++(2M) is exact to second order. It is a DDIM step in which x0 is replaced with
 
     x0 + h / (2 h_last) (x0 - x0_last)
 
-The first step has no previous prediction, and the step onto clean data has h = infinity. Both are plain DDIM steps.
-This does not lower the order, because each is only one step of N. If the grid is uniform in t, the steps close to pure
-noise and clean data never become small in lambda (ln 2, ln 3/2, ... for any N), so the error from t = 1 to 0 falls as
-log(N) / N^2.
+The first step has no previous prediction, and the step onto clean data has h = infinity, so both are plain DDIM steps.
+These two steps do not lower the order, because each is only one of N steps. If the grid is uniform in t, the steps
+close to pure noise and clean data remain large in lambda for any N (ln 2, ln 3/2, ...), so the error from t = 1 to 0
+falls as log(N) / N^2.
 
 Source: Lu et al. 2022 (arXiv:2211.01095), algorithm 2.
 """
@@ -26,7 +26,7 @@ from halfstep.samplers.base import DataPredictionSampler, Memory, Time, samplers
 
 
 class Last(NamedTuple):
-    """The last prediction `[batch, *dims]` and its log-SNR `[batch]`."""
+    """The last prediction of x0, `[batch, *dims]`, and the log-SNR at which it was made, `[batch]`."""
 
     x0: Tensor
     log_snr: Tensor
@@ -36,7 +36,7 @@ class Last(NamedTuple):
 @samplers.register("dpmpp_2m")
 @dataclass(frozen=True)
 class DPMSolverPP2M(DataPredictionSampler):
-    """Second order, deterministic, one network call per step; reuses the last prediction.
+    """A second-order, deterministic sampler with one network call per step, which reuses the last prediction.
 
     Source: Lu et al. 2022 (arXiv:2211.01095), algorithm 2.
     """

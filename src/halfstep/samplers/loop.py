@@ -1,4 +1,4 @@
-"""The sampling loop. It is a generator, so that a caller can watch, stop or record it."""
+"""The sampling loop, a generator that the caller can watch, stop or record."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -14,11 +14,14 @@ from halfstep.samplers.base import Memory, Sampler
 from halfstep.samplers.ddim import DDIM
 
 StepNoise = Callable[[int], Tensor]
-"""Maps a step's number, from 0, to unit normal noise `[batch, *dims]`; for example `step_noise(...)`."""
+"""A function such as `step_noise(...)` that maps a step's number, from 0, to standard normal noise `[batch, *dims]`."""
 
 
 class SamplerStep(NamedTuple):
-    """A finished step of a trajectory: its `number` (from 0), times t and s, and samples `x_s` `[batch, *dims]`."""
+    """A finished step of a trajectory, with its `number`, the times t and s, and the samples `x_s` `[batch, *dims]`.
+
+    Steps are numbered from 0.
+    """
 
     number: int
     t: float
@@ -27,15 +30,16 @@ class SamplerStep(NamedTuple):
 
 
 ROUNDING: Final = 1e-6
-"""Distance by which a grid's times may be outside of [0, 1]."""
+"""The distance by which the times of a grid may lie outside [0, 1]."""
 
 
 def _times(times: Tensor, num_steps: int) -> list[float]:
     """Return the times of a grid as floats.
 
     Raises:
-        ValueError: if they are not `num_steps + 1` decreasing times in [0, 1]. Times outside by at most `ROUNDING` are
-            accepted, and so are steps of length 0, because some schedulers end with one.
+        ValueError: if the grid does not consist of `num_steps + 1` decreasing times in [0, 1]. Times that lie outside
+            [0, 1] by at most `ROUNDING` are accepted. Steps of length 0 are also accepted, because some schedulers end
+            with such a step.
     """
     found = torch.as_tensor(times, dtype=torch.float64).flatten().tolist()
     within = [min(max(t, 0.0), 1.0) for t in found]
@@ -44,7 +48,7 @@ def _times(times: Tensor, num_steps: int) -> list[float]:
     if is_near and falls and len(found) == num_steps + 1:
         return found
     raise ValueError(
-        f"the grid of {num_steps} steps must be {num_steps + 1} decreasing times in [0, 1], got {found[:8]}. "
+        f"the grid of {num_steps} steps must consist of {num_steps + 1} decreasing times in [0, 1], got {found[:8]}. "
         "Remove grid to use the default, or pass a function such as lambda n: torch.linspace(1, 0, n + 1)"
     )
 
@@ -59,14 +63,14 @@ def trajectory(
     grid: Callable[[int], Tensor] = uniform_times,
     noise: StepNoise | None = None,
 ) -> Iterator[SamplerStep]:
-    """Yield the steps of sampling from the noise `x_t` `[batch, *dims]` at t = 1 down to clean data.
+    """Yield each sampling step from the noise `x_t` `[batch, *dims]` at t = 1 down to clean data.
 
     Args:
-        num_steps: number of sampler steps, at least 1; None uses a student's own number.
-        sampler: None uses a student's own sampler, or DDIM().
-        cond: conditions by name, each `[batch, ...]`.
-        grid: function that maps `num_steps` to `num_steps + 1` decreasing times.
-        noise: noise that a stochastic sampler adds at each step; None for any other.
+        num_steps: the number of sampler steps, at least 1; None uses the number that a student was distilled for.
+        sampler: the sampler; None uses the sampler that a student was distilled for, or else DDIM().
+        cond: the conditions by name, each `[batch, ...]`.
+        grid: a function that maps `num_steps` to `num_steps + 1` decreasing times.
+        noise: the noise that a stochastic sampler adds at each step, or None for a deterministic sampler.
 
     Raises:
         ValueError: if `num_steps` is unknown or not a whole number of at least 1, if noise is missing or would not be
@@ -77,7 +81,10 @@ def trajectory(
     if num_steps is None:
         num_steps = denoiser.num_steps
         if num_steps is None:
-            raise ValueError("an undistilled model takes any number of steps. Pass num_steps, such as num_steps=64")
+            raise ValueError(
+                "an undistilled model works with any number of steps. Pass num_steps to choose one, such as "
+                "num_steps=64"
+            )
     check_num_steps(num_steps)
     method = (denoiser.sampler or DDIM()) if sampler is None else sampler
     check_instance("the sampler", method, Sampler, "halfstep.DDIM() or halfstep.Heun()")
@@ -89,15 +96,18 @@ def trajectory(
         if not isinstance(value, Tensor) or value.shape[:1] != x_t.shape[:1]:
             shape = f" of shape {list(value.shape)}" if isinstance(value, Tensor) else ""
             raise ValueError(
-                f"the condition {name} must be a tensor [{len(x_t)}, ...], one row per sample, got {got(value)}{shape}."
-                " Repeat it for each sample"
+                f"the condition {name} must be a tensor [{len(x_t)}, ...] with one row per sample, got "
+                f"{got(value)}{shape}. Repeat the condition for each sample"
             )
     if method.stochastic and noise is None:
         raise ValueError(
-            f"{type(method).__name__} needs noise at each step. Pass noise=step_noise(seeds, shape), or your own"
+            f"{type(method).__name__} needs noise at each step. Pass noise=step_noise(seeds, shape), or a function of "
+            "your own"
         )
     if not method.stochastic and noise is not None:
-        raise ValueError(f"{type(method).__name__} uses no noise. Remove noise, or choose a stochastic sampler")
+        raise ValueError(
+            f"{type(method).__name__} does not use noise. Remove the argument noise, or choose a stochastic sampler"
+        )
     for name, function in (("grid", grid), ("noise", noise)):
         if function is not None and not callable(function):
             raise ValueError(f"{name} must be a function of a number, got {got(function)}. Pass lambda number: ...")
@@ -110,10 +120,11 @@ def trajectory(
         try:
             x_t, memory = method.step(denoiser, x_t, t, s, cond, memory, drawn)
         except Exception as error:
-            # Wrong inputs raise these. A subclass of RuntimeError means something different, such as out of memory.
+            # Wrong inputs raise exactly these types. A subclass of RuntimeError has another cause, such as a lack of
+            # memory.
             if number or type(error) not in (TypeError, RuntimeError, IndexError, AttributeError):
                 raise
-            remedy = "Pass noise and conditions as in training, in the dtype of the model"
+            remedy = "Pass the same kind of noise and conditions as in training, in the dtype of the model"
             raise failed_call(type(denoiser).__name__, x_t, cond, error, remedy) from error
         yield SamplerStep(number, t, s, x_t)
 
@@ -127,9 +138,9 @@ def sample(
     grid: Callable[[int], Tensor] = uniform_times,
     noise: StepNoise | None = None,
 ) -> Tensor:
-    """Return clean samples x0 `[batch, *dims]`, the end of `trajectory`, with the same arguments and errors.
+    """Return the clean samples x0 `[batch, *dims]` at the end of `trajectory`, which has the same arguments and errors.
 
-    x0 is clipped during sampling only if the denoiser clips it (`Clipped`), as models from `load` do for images.
+    Sampling clips x0 only if the denoiser does (see `Clipped`), as models returned by `load` do for images.
     """
     x_s = x_t
     for step in trajectory(denoiser, x_t, num_steps, sampler, cond, grid, noise):

@@ -1,15 +1,17 @@
-"""The standard integrators of the probability-flow ODE: Euler, midpoint, Heun and the classical RK4.
+"""The standard integrators for the probability-flow ODE: Euler, midpoint, Heun and the classical RK4.
 
-A rule integrates the ODE in one of the coordinates of `coordinates.py`. In the noise-to-signal coordinate, Euler is
-DDIM, and Heun is the sampler of Karras et al. and of diffusers, which needs a grid that does not start at zero SNR.
+A rule integrates the ODE in one of the coordinates that `coordinates.py` defines. In the noise-to-signal coordinate,
+Euler is DDIM, and Heun is the sampler of Karras et al. and of diffusers. That sampler needs a grid that does not start
+at zero SNR.
 
-The network cannot be called on clean data. If a method calls it at the end of each step, the last step therefore uses a
-rule of one order less: Euler for Heun, and Heun's third-order rule for RK4. This does not lower the order of the
-method, because it is one step of N. In log-SNR the last step would be infinitely long, so it uses the angle instead,
-which has the same y. A process that keeps noise at t = 0 can end before a stage of the last step. The network is then
-called at the stage's share of the time, and the sample moves only that far.
+The network cannot be called on clean data. If a method calls the network at the end of each step, its last step
+therefore uses a rule that is one order lower: Euler for Heun, and Heun's third-order rule for RK4. The method keeps its
+order, because only one of its N steps uses the lower-order rule. In the log-SNR coordinate, the last step would be
+infinitely long, so it uses the angle instead, which has the same y. If a process keeps some noise at t = 0, a stage of
+the last step can have less noise than the process ever reaches. The network is then called at the time that corresponds
+to the stage's share of the step, and the sample moves only to that time.
 
-With clock times `[batch]`, the rule of each sample is chosen on the device. Every step then makes the same number of
+With clock times `[batch]`, the rule for each sample is chosen on the device. Every step then makes the same number of
 network calls as a step that lands at s > 0.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), appendices A to D; Karras et al. 2022 (arXiv:2206.00364), algorithm 1.
@@ -28,13 +30,13 @@ from halfstep.samplers.base import Memory, Noise, Sampler, Time, samplers
 from halfstep.samplers.coordinates import Angle, Coordinate
 
 Share = float | Tensor
-"""A number for all samples, or a clock tensor `[batch]`."""
+"""One number for all samples, or a clock tensor `[batch]`."""
 
 
 class Rule(NamedTuple):
     """An explicit Runge-Kutta rule in which each stage depends only on the slope of the previous stage.
 
-    The nodes are the positions of the stages as shares of the step. The weights of their slopes sum to 1.
+    The nodes are the positions of the stages as fractions of the step. The weights of the slopes sum to 1.
     """
 
     nodes: tuple[Share, ...]
@@ -72,7 +74,7 @@ def runge_kutta_step(
 
 
 def _time_of(node: Share, tau: Tensor, coordinate: Coordinate, process: NoiseProcess, t: Tensor, s: Tensor) -> Tensor:
-    """Return the clock times `[batch]` of the stage at `tau`, at the share `node` of the step from t to s."""
+    """Return the clock times `[batch]` of the stage at `tau`, which is a fraction `node` of the step from t to s."""
     # t and s are returned unchanged, because conversion would round them.
     if not isinstance(node, Tensor) and node == 1:
         return s
@@ -84,9 +86,9 @@ def _time_of(node: Share, tau: Tensor, coordinate: Coordinate, process: NoisePro
 
 
 def _rule_for_each(clean: Tensor, last: Rule, rule: Rule) -> Rule:
-    """Return `last` for the samples `clean` `[batch]` and `rule` for the others, as one rule.
+    """Return one rule that applies `last` to the samples marked in `clean` `[batch]` and `rule` to all others.
 
-    If `last` has fewer stages, additional calls at the start of the step have weight 0.
+    If `last` has fewer stages than `rule`, the additional calls are made at the start of the step and have weight 0.
     """
 
     def shares(of_last: tuple[Any, ...], of_rule: tuple[Any, ...]) -> tuple[Share, ...]:
@@ -101,7 +103,10 @@ def _rule_for_each(clean: Tensor, last: Rule, rule: Rule) -> Rule:
 @final
 @dataclass(frozen=True)
 class _AngleOntoClean(Coordinate):
-    """`coordinate`, but the angle for the samples `clean` `[batch]`, which land on clean data."""
+    """A coordinate that is the angle for the samples that land on clean data, and `coordinate` for all others.
+
+    `clean` `[batch]` marks the samples that land on clean data.
+    """
 
     coordinate: Coordinate
     clean: Tensor
@@ -122,7 +127,7 @@ class _AngleOntoClean(Coordinate):
 
 @dataclass(frozen=True)
 class RungeKutta(Sampler):
-    """A Runge-Kutta rule in a coordinate. A subclass sets the rule and the rule of the last step."""
+    """A Runge-Kutta rule in a coordinate. Subclasses set the rule and the rule for the last step."""
 
     coordinate: Coordinate = field(default_factory=Angle)
 
@@ -155,7 +160,7 @@ class RungeKutta(Sampler):
 @samplers.register("euler")
 @dataclass(frozen=True)
 class Euler(RungeKutta):
-    """First order, deterministic, one network call per step."""
+    """A first-order, deterministic sampler with one network call per step."""
 
     rule: ClassVar[Rule] = EULER
     last: ClassVar[Rule] = EULER
@@ -166,7 +171,7 @@ class Euler(RungeKutta):
 @samplers.register("midpoint")
 @dataclass(frozen=True)
 class Midpoint(RungeKutta):
-    """Second order, deterministic, two network calls per step; uses the slope at the midpoint."""
+    """A second-order, deterministic sampler with two network calls per step, which uses the slope at the midpoint."""
 
     rule: ClassVar[Rule] = MIDPOINT
     last: ClassVar[Rule] = MIDPOINT
@@ -177,7 +182,8 @@ class Midpoint(RungeKutta):
 @samplers.register("heun")
 @dataclass(frozen=True)
 class Heun(RungeKutta):
-    """Second order, deterministic, two network calls per step, one in the last; averages the slopes at both ends.
+    """A second-order, deterministic sampler that averages the slopes at both ends of a step, with two network calls per
+    step and one in the last step.
 
     Source: Karras et al. 2022 (arXiv:2206.00364), algorithm 1, in the noise-to-signal coordinate.
     """
@@ -191,7 +197,8 @@ class Heun(RungeKutta):
 @samplers.register("rk4")
 @dataclass(frozen=True)
 class RK4(RungeKutta):
-    """The classical Runge-Kutta rule: fourth order, deterministic, four network calls per step, three in the last."""
+    """The classical fourth-order Runge-Kutta rule, which is deterministic, with four network calls per step and three
+    in the last step."""
 
     rule: ClassVar[Rule] = CLASSICAL_4
     last: ClassVar[Rule] = HEUN_3

@@ -1,7 +1,8 @@
-"""A study answers a question with a plan of trials, summarised in a table and a figure.
+"""A study answers a question with a plan of trials. A table and a figure summarise the results.
 
-Each trial writes its metrics to a file in STUDY/cells when it finishes, so rerunning the command resumes the study.
-Trials train in run folders with their own stores, so studies with the same teacher share its samples and metrics.
+When a trial finishes, it writes its metrics to a file in STUDY/cells, so rerunning the command resumes the study.
+Trials train in run folders, and each run folder has a store of samples and metrics. Studies with the same teacher
+therefore share the samples and metrics of this teacher.
 """
 
 import time
@@ -43,7 +44,7 @@ from halfstep.samplers import Ancestral, Sampler
 from halfstep.studies.scales import Scale
 
 Figures = dict[str, Any]
-"""The metrics of a trial, JSON-ready. A diverged trial has only the entry "diverged", with the reason."""
+"""The metrics of a trial, ready for JSON. For a diverged trial, the only entry is "diverged", with the reason."""
 
 
 class Finding(NamedTuple):
@@ -56,36 +57,36 @@ class Finding(NamedTuple):
 @final
 @dataclass(frozen=True)
 class Trial:
-    """One entry of a study, identified by its axes, and the function that measures it."""
+    """One entry of a study, which its axes identify, with the function that measures the entry."""
 
     axes: Mapping[str, Any]
     work: Callable[["Bench"], Figures]
 
     @property
     def name(self) -> str:
-        """File name of the trial, without suffix."""
+        """The file name of the trial, without the suffix."""
         return "_".join(f"{key}-{value}" for key, value in self.axes.items())
 
 
 class Study(ABC):
-    """A question, the trials that answer it, and the presentation of their findings."""
+    """A question, the trials that answer it, and the presentation of the findings."""
 
     title: ClassVar[str]
     question: ClassVar[str]
     uses: ClassVar[tuple[str, ...]]
-    """Settings of the scale that its metrics depend on. If they change, its trials must be rerun."""
+    """The settings of the scale on which the study's metrics depend. If they change, the trials must be rerun."""
 
     @abstractmethod
     def trials(self, scale: Scale) -> list[Trial]:
-        """Return the trials in the order of execution."""
+        """Return the trials in the order in which they run."""
 
     def costs(self, scale: Scale) -> Mapping[str, float]:
-        """Return the forward passes of one sample for each part of the plan; empty if not counted."""
+        """Return the number of forward passes of one sample for each part of the plan, or {} if not counted."""
         return {}
 
     @abstractmethod
     def table(self, rows: Sequence[Finding], scale: Scale) -> Table:
-        """Return the table of all findings, with the paper's results if they are known."""
+        """Return the table of all findings, including the paper's results if these are known."""
 
     @abstractmethod
     def panels(self, rows: Sequence[Finding], scale: Scale) -> list[Panel]:
@@ -103,21 +104,21 @@ class Bench:
         self.out, self.scale, self.stop, self.watch = out, scale, stop, watch
         self.device = torch.device("cuda" if torch.cuda.is_available() and not scale.recipe.engine.cpu else "cpu")
         self.model = lru_cache(maxsize=8)(lambda stage: load(stage.path, self.device))
-        """The model of a stage."""
+        """A function that returns the model of a stage."""
         self.data = cache(open_data)
-        """The data of a configuration."""
+        """A function that returns the data of a configuration."""
 
     def run(self, name: str, recipe: Recipe, what: Literal["teacher", "chain"]) -> RunFolder:
-        """Train a recipe's teacher, or its chain from the shared teacher, in the run `name`, without measuring it.
+        """Train the teacher of a recipe, or its chain from the shared teacher, in the run `name`, without evaluation.
 
         Raises:
-            NonFinite: if it diverged.
-            Interrupted: if a signal arrived; the state is saved.
+            NonFinite: if the training diverged.
+            Interrupted: if a signal arrived. The state has then been saved.
         """
         return self._finished(name, self._spec(recipe, what))
 
     def distil(self, name: str, plan: Plan, seed: int) -> RunFolder:
-        """Train a plan from the shared teacher in the run `name`; raises the same errors as `run`."""
+        """Train a plan from the shared teacher in the run `name`. This raises the same errors as `run`."""
         spec = self._spec(self.scale.recipe.model_copy(update={"seed": seed}), "chain")
         further = [
             StageConfig(objective=objectives.describe(stage.objective), training=stage.training).model_dump(mode="json")
@@ -141,23 +142,23 @@ class Bench:
 
     @cached_property
     def teacher(self) -> StageFolder:
-        """The teacher of all studies of the scale except table 1."""
+        """The teacher that all studies of the scale share, except the study of table 1."""
         return self.run("teacher", self.scale.recipe, "teacher").stages()[-1]
 
     @cached_property
     def chain(self) -> dict[int, StageFolder]:
-        """The students of that teacher by steps, trained with the scale's recipe."""
+        """The students of the shared teacher by their number of steps, trained with the scale's recipe."""
         stages = self.run("chain", self.scale.recipe, "chain").stages()[1:]
         return {stage.manifest(verify=False).num_steps or 0: stage for stage in stages}
 
     @cached_property
     def reference(self) -> Reference:
-        """Features of the real data."""
+        """The features of the real data."""
         recipe = self.scale.recipe
         return Reference(self.data(recipe.data), recipe.evaluation, cache_folder())
 
     def _store(self, stage: StageFolder) -> Store:
-        """Return the store of a stage's run, the one that `halfstep evaluate` uses."""
+        """Return the store of a stage's run, which is the store that `halfstep evaluate` uses."""
         folder = RunFolder(stage.path.parent.parent).evaluation_path.parent
         return Store(folder, batch_size=self.scale.recipe.evaluation.batch_size, own_device=True, stop=self.stop)
 
@@ -170,11 +171,11 @@ class Bench:
         return Cell(source, num_steps, range(noise * size, (noise + 1) * size))
 
     def measured(self, stage: StageFolder, num_steps: int, sampler: Sampler | None = None, noise: int = 0) -> Result:
-        """Return the metrics of a stage's model, which are measured once per protocol.
+        """Return the metrics of a stage's model. They are only measured once per protocol.
 
         Args:
-            sampler: the model's own if None.
-            noise: index of the set of seeds; sets do not overlap.
+            sampler: the sampler to use; None uses the model's own sampler.
+            noise: the index of the set of seeds. The sets do not overlap.
 
         Raises:
             NonFinite: if a sample is not finite.
@@ -182,16 +183,16 @@ class Bench:
         return self._store(stage).result(self._cell(stage, num_steps, sampler, noise), self.reference)
 
     def samples(self, stage: StageFolder, num_steps: int, sampler: Sampler | None = None, noise: int = 0) -> Tensor:
-        """Return the samples `[n, *shape]` that `measured` uses."""
+        """Return the samples `[n, *shape]` that `measured` evaluates."""
         store, cell = self._store(stage), self._cell(stage, num_steps, sampler, noise)
         store.fill([cell])
         return store.samples(cell)
 
     def tuned(self, stage: StageFolder, num_steps: int, levels: int | None = None) -> Result:
-        """Return the best result of ancestral sampling over evenly spaced values of gamma from 0 to 1.
+        """Return the best result of ancestral sampling with evenly spaced values of gamma from 0 to 1.
 
         Args:
-            levels: number of values; `gamma_levels` of the scale if None.
+            levels: the number of values; None uses the `gamma_levels` of the scale.
         """
         levels = levels or self.scale.gamma_levels
         gammas = [index / (levels - 1) for index in range(levels)]
@@ -206,12 +207,12 @@ class Bench:
         best = min(found, key=lambda result: result.frechet)
         for gamma in gammas:
             if gamma != best.gamma:
-                # The other samples are large and no longer needed.
+                # The samples with other values of gamma are large and no longer needed.
                 self._store(stage).drop_samples(self._cell(stage, num_steps, Ancestral(gamma)))
         return best
 
     def noise_distance(self) -> float:
-        """Return the Frechet distance between clipped unit noise and the data. A model beyond it has diverged."""
+        """Return the Frechet distance of clipped unit noise from the data, beyond which a model has diverged."""
         reference = self.reference
         noise: Tensor = sample_noise(range(self.scale.recipe.evaluation.num_samples), reference.data.shape).clamp(-1, 1)
         return frechet_distance(reference.real.features, reference.extractor.features(noise))
@@ -226,14 +227,14 @@ def run_study(
     watch: Callable[[Event], None] = lambda event: None,
     done: Callable[[Trial, Figures, bool], None] = lambda trial, figures, was_there: None,
 ) -> list[Finding]:
-    """Run the missing trials of a study and write study.json; diverged trials are recorded and do not end the study.
+    """Run the missing trials of a study and write study.json. A diverged trial is recorded and does not end the study.
 
     Args:
-        out: folder of all studies of the scale, with their runs in runs/ and a folder for each study.
-        done: called after each trial, with its metrics and whether they already existed.
+        out: the folder of all studies of the scale, which contains their runs in runs/ and a folder for each study.
+        done: a callback that is called after each trial with the trial, its metrics and whether they already existed.
 
     Raises:
-        Interrupted: if a signal arrived; the same call resumes.
+        Interrupted: if a signal arrived. Repeating the call resumes the study.
         ValueError: if a trial in the folder was run with different settings.
     """
     bench = Bench(out, scale, stop, watch)
@@ -279,7 +280,7 @@ def run_study(
 
 
 def write_study(study: Study, scale: Scale, rows: Sequence[Finding], out: Path) -> Path:
-    """Write table.md, figure.png and figure.svg next to study.json; return the path of table.md."""
+    """Write table.md, figure.png and figure.svg next to study.json, and return the path of table.md."""
     folder = out / studies.name_of(study)
     head = f"# {study.title}\n\n{study.question}\n\n![{study.title}](figure.svg)\n\n"
     write_text(folder / "table.md", head + study.table(rows, scale).markdown())

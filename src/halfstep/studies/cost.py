@@ -1,4 +1,4 @@
-"""Cost of distillation relative to training the teacher, in updates, network calls and seconds."""
+"""The cost of distillation relative to training the teacher, in updates, network calls and seconds."""
 
 from collections.abc import Sequence
 from typing import ClassVar, final
@@ -41,7 +41,7 @@ def _parts(scale: Scale) -> dict[str, int | None]:
 @final
 @studies.register("cost")
 class Cost(Study):
-    """The paper's section 5.2: updates, network calls and seconds of distillation and of base training."""
+    """Section 5.2 of the paper: the updates, network calls and seconds of distillation and of base training."""
 
     title: ClassVar[str] = "The cost of distillation"
     question: ClassVar[str] = "Does distilling to four steps cost no more than training the teacher?"
@@ -66,9 +66,9 @@ class Cost(Study):
                 told = f"{updates:,} ({updates / train:.2f})"
                 lines.append([f"paper, {data}: distillation to {end}", told, "–", "–"])
         notes = (
-            "Brackets show the ratio to base training. Network calls are per sample: a backward pass counts as two, a "
-            f"teacher step as one. The recipe `{scale.recipe.name}` sets both numbers of updates and so their ratio. "
-            "The second line of each data set is the paper's claim.",
+            "Brackets show the ratio to base training. Network calls are counted per sample, with a backward pass as "
+            f"two calls and a teacher step as one call. The recipe `{scale.recipe.name}` sets the numbers of updates "
+            "of both trainings, and therefore their ratio. The second line of each data set is the paper's claim.",
         )
         return Table(("part", "updates", "network calls", "seconds"), lines, notes)
 

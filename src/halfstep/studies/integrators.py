@@ -27,13 +27,13 @@ METHODS: Final[dict[str, Sampler]] = {
     "DPM-Solver++(2M)": DPMSolverPP2M(),
 }
 EXACT_STEPS: Final = 256
-"""RK4 steps of the reference solution."""
+"""The number of RK4 steps of the reference solution."""
 COMPARED: Final = 128
-"""Number of solutions to compare, each from its own noise."""
+"""The number of solutions to compare. Each starts from different noise."""
 
 
 def _solution(bench: Bench, num_steps: int, sampler: Sampler) -> Tensor:
-    """Return the teacher's samples without clipping x0, which would change the ODE."""
+    """Return the teacher's samples without clipping x0, because clipping would change the ODE."""
     teacher, seeds = bench.model(bench.teacher), list(range(COMPARED))
     return draw(teacher.denoiser, teacher.noise(seeds), num_steps, sampler, teacher.cond(seeds))
 
@@ -57,7 +57,7 @@ def _trial(name: str, num_steps: int) -> Trial:
 @final
 @studies.register("integrators")
 class Integrators(Study):
-    """The paper's appendix C: DDIM, Euler, midpoint, Heun, RK4 and DPM-Solver++ on one teacher."""
+    """Appendix C of the paper: DDIM, Euler, midpoint, Heun, RK4 and DPM-Solver++ on one teacher."""
 
     title: ClassVar[str] = "Appendix C: integrators of the probability-flow ODE"
     question: ClassVar[str] = "Is DDIM just another integrator, or a better one?"
@@ -78,10 +78,11 @@ class Integrators(Study):
                 line.append(f"{distance}; {error}" + ("" if evals in (None, count) else f" [{evals:g}]"))
             lines.append(line)
         notes = (
-            f"Each entry shows the Frechet distance of {scale.recipe.evaluation.num_samples:,} samples, then the root "
-            f"mean square error against the ODE's solution (RK4 with {EXACT_STEPS} steps) from the same {COMPARED} "
-            "noises, without clipping x0. Brackets show the network calls if they differ from the steps. Recipe: "
-            f"`{scale.recipe.name}`. The paper's numbers could not be verified, so they are not shown.",
+            f"Each entry shows the Frechet distance of {scale.recipe.evaluation.num_samples:,} samples, followed by "
+            f"the root mean square error relative to the solution of the ODE (RK4 with {EXACT_STEPS} steps) from the "
+            f"same {COMPARED} noise samples, without clipping x0. Brackets show the number of network calls if it "
+            f"differs from the number of steps. The recipe is `{scale.recipe.name}`. The paper's numbers could not be "
+            "verified, so they are not shown.",
         )
         return Table(("method", *(f"{count} steps" for count in steps)), lines, notes)
 

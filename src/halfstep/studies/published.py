@@ -1,10 +1,10 @@
 """Verified results from the paper and its code, shown next to ours.
 
-FID and distances in other features are not comparable: compare rankings and ratios. Unverified results are omitted
-(the integrators of appendix C, the fast schedules, figure 6).
+An FID is not comparable with a distance in other features, so compare rankings and ratios. Results that could not be
+verified are omitted: the integrators of appendix C, the fast schedules and figure 6.
 
-Source: Salimans & Ho 2022 (arXiv:2202.00512), tables 1 and 2 and section 5.2; figure 4 digitised from the authors'
-README to +-0.5 %, with the values of table 2 for CIFAR-10 at 1 to 8 steps.
+Source: Salimans & Ho 2022 (arXiv:2202.00512), tables 1 and 2 and section 5.2. Figure 4 was digitised from the authors'
+    README with an accuracy of 0.5%. The values for CIFAR-10 with 1 to 8 steps are taken from table 2.
 """
 
 from typing import Final
@@ -23,8 +23,8 @@ TABLE_1: Final[dict[tuple[str, str], tuple[float, float] | None]] = {
     ("v", "truncated_snr"): (2.45, 2.75),
     ("v", "snr_plus_one"): (2.49, 2.87),
 }
-"""FID of undistilled, unconditional models on CIFAR-10 with stochastic sampling and with DDIM, by prediction and
-weighting; None if diverged."""
+"""The FIDs of undistilled, unconditional models on CIFAR-10 with stochastic sampling and with DDIM, by prediction and
+weighting, or None if the model diverged."""
 
 TABLE_2: Final[dict[str, dict[int, float]]] = {
     "student": {1: 9.12, 2: 4.51, 4: 3.00, 8: 2.57},
@@ -35,7 +35,7 @@ TABLE_2: Final[dict[str, dict[int, float]]] = {
     "dynamic step-size extrapolation": {48: 82.42, 151: 2.73, 180: 2.44, 274: 2.60, 330: 2.56},
     "LSGM": {138: 2.10},
 }
-"""FID on CIFAR-10 by method and network calls."""
+"""The FID on CIFAR-10 by method and number of network calls."""
 
 FIGURE_4: Final[dict[str, dict[str, dict[int, float]]]] = {
     "CIFAR-10": {
@@ -53,11 +53,11 @@ FIGURE_4: Final[dict[str, dict[str, dict[int, float]]]] = {
         "ancestral": {16: 9.72, 32: 4.58, 64: 3.10, 128: 2.33, 256: 2.16, 512: 2.14},
     },
 }  # fmt: skip
-"""FID by data set, method and steps. The paper's figure ends at an FID of 20."""
+"""The FID by data set, method and number of steps. The paper's figure does not show FIDs above 20."""
 
 COST: Final[dict[str, tuple[int, int, int]]] = {
     "CIFAR-10": (800_000, 550_000, 750_000),
     "ImageNet 64x64": (550_000, 400_000, 600_000),
     "LSUN 128x128": (400_000, 400_000, 600_000),
 }
-"""Numbers of updates for base training, distillation to 4 steps and distillation to 1 step, by data set."""
+"""The numbers of updates for base training, distillation to 4 steps and distillation to 1 step, by data set."""

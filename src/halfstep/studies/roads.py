@@ -1,8 +1,9 @@
-"""Roads compare the methods of distillation from one teacher to few steps at equal cost.
+"""The study roads compares methods that distil one teacher to few steps at equal cost.
 
-A student's cost is the forward passes of all stages from the teacher to it, including auxiliary networks, as counted by
-`Stage.update_cost`. A scale sets the cost of each student (8, 4, 2 and 1 steps), and `funded` converts it to updates.
-A chain to 1 step contains all four students. Each of them costs the same as one trained directly from the teacher.
+The cost of a student is the number of forward passes of all stages that lead from the teacher to this student,
+including those of auxiliary networks, as counted by `Stage.update_cost`. A scale sets the cost of each student (8, 4, 2
+and 1 steps), and `funded` converts this cost to updates. A chain to 1 step contains all four students. Each student of
+the chain costs the same as a student that is trained directly from the teacher.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -36,27 +37,28 @@ from halfstep.studies.scales import Scale
 from halfstep.studies.show import curves, spread, where
 
 AT_BEST: Final = (Method(DDIM(), 256), Method(Heun(), 32))
-"""The better of these is the teacher at its best; same-noise comparisons use the last."""
+"""Two ways to sample the teacher. The better of the two is the teacher at its best. Same-noise comparisons use the
+second."""
 HEUN_STEPS: Final = 2
-"""Heun steps of the teacher for each step of the first student."""
+"""The number of Heun steps that the teacher takes for each step of the first student."""
 
 
 @final
 @dataclass(frozen=True)
 class Leg:
-    """A stage without its number of updates."""
+    """A stage whose number of updates is not known yet."""
 
     objective: Callable[[int], Objective]
-    """Maps the stage's updates to its objective. The cost of an update must not depend on them."""
+    """Maps the number of updates to the objective. The cost of an update must not depend on this number."""
     training: Training
     passes: float
-    """Forward passes of all stages, from the teacher up to and including this one."""
+    """The number of forward passes of all stages from the teacher up to and including this stage."""
 
 
 def funded(legs: Sequence[Leg]) -> Plan:
-    """Return the stages with the updates that their forward passes pay for, at least one each.
+    """Return the stages with as many updates as their forward passes allow, but at least one update per stage.
 
-    A stage corrects the rounding of the stages before it, so each total is exact to half an update.
+    Each stage corrects the rounding of the stages before it, so each total is exact to within half an update.
     """
     stages: list[Stage] = []
     for leg in legs:
@@ -70,7 +72,7 @@ def funded(legs: Sequence[Leg]) -> Plan:
 
 
 def ways(stages: Sequence[Stage]) -> list[tuple[int, ...]]:
-    """Return, for each stage, the indices of the stages from the undistilled teacher to it, ending with its own."""
+    """Return, for each stage, the indices of the stages from the undistilled teacher to this stage, inclusive."""
     models = [Outcome(Role.TEACHER)]
     found: list[tuple[int, ...]] = [()]
     for place, stage in enumerate(stages):
@@ -82,12 +84,12 @@ def ways(stages: Sequence[Stage]) -> list[tuple[int, ...]]:
 
 
 def passes_of(stages: Iterable[Stage]) -> float:
-    """Return the total forward passes of the stages."""
+    """Return the total number of forward passes of the stages."""
     return sum(stage.training.num_updates * stage.update_cost for stage in stages)
 
 
 def _halving(scale: Scale, steps: Sequence[int], share: float = 1.0) -> list[Leg]:
-    """Return the recipe's chain, which keeps its proportions of updates up to the first of `steps`."""
+    """Return the recipe's chain. The proportions of its updates are kept up to the first student of `steps`."""
     stages = scale.recipe.chain_plan().stages
     before = [stage for stage in stages if (stage.num_steps or 0) >= steps[0]]
     scaled = share * scale.roads.passes[steps[0]] / passes_of(before)
@@ -96,14 +98,14 @@ def _halving(scale: Scale, steps: Sequence[int], share: float = 1.0) -> list[Leg
 
 
 def _second_order(scale: Scale, steps: Sequence[int], share: float = 1.0) -> list[Leg]:
-    """Return a chain with a first stage that learns from Heun steps of the teacher."""
+    """Return a chain whose first stage learns from Heun steps of the teacher."""
     first = Halving(steps[0], HEUN_STEPS, teacher_sampler=Heun())
     training = _stage_of(scale, steps[0]).training
     return [_as_leg(Stage(first, training), share * scale.roads.passes[steps[0]]), *_halves(scale, steps, share)]
 
 
 def _halves(scale: Scale, steps: Sequence[int], share: float) -> list[Leg]:
-    """Return the stages from each of `steps` to the next."""
+    """Return the stages that lead from each number of `steps` to the next."""
     legs = []
     for before, after in pairwise(steps):
         stage = _stage_of(scale, after)
@@ -135,11 +137,12 @@ def _as_leg(stage: Stage, passes: float) -> Leg:
 
 
 def _finished(scale: Scale, steps: Sequence[int]) -> list[Leg]:
-    """Return the same chain, then a finish of each student, which takes a share of the student's passes."""
+    """Return the second-order chain and a finish for each student, which takes a share of the student's passes."""
     settings = scale.roads
 
     def finishing(number: int) -> Callable[[int], Objective]:
-        # By default the lead updates, which train only the auxiliary denoiser, would fill most of a short finish.
+        # The default number of lead updates, which only train the auxiliary denoiser, would fill most of a short
+        # finish.
         return lambda updates: Finishing(number, lead_updates=min(Finishing.lead_updates, updates // 4))
 
     finishes = [Leg(finishing(number), settings.finish, settings.passes[number]) for number in steps]
@@ -168,9 +171,9 @@ class Road:
 
     label: str
     legs: Callable[[Scale, Sequence[int]], list[Leg]]
-    """Returns the stages for students with the given steps, in descending order."""
+    """A function that returns the stages for students with the given numbers of steps, in descending order."""
     is_chain: bool = True
-    """Whether one run trains all students. Otherwise each has its own run, directly from the teacher."""
+    """Whether one run trains all students. If not, each student has a separate run, directly from the teacher."""
 
     def plan(self, scale: Scale, steps: int) -> Plan:
         """Return the plan of the run that trains the student with `steps` steps."""
@@ -185,9 +188,9 @@ ROADS: Final = {
     "consistency_chain": Road("consistency, 8 to 1", _consistency),
     "moments": Road("moment matching, straight", _moments, is_chain=False),
 }
-"""Methods by their name in the study's JSON; each is a curve in the figure."""
+"""The methods by their names in the study's JSON. Each method is a curve in the figure."""
 TEACHERS: Final = {"ddim": "teacher, DDIM", "heun": "teacher, Heun"}
-"""Samplers of the undistilled teacher at equal network calls."""
+"""The samplers of the undistilled teacher that are compared at equal network calls."""
 LABELS: Final = {name: road.label for name, road in ROADS.items()} | TEACHERS
 
 
@@ -210,7 +213,7 @@ def _road(scale: Scale, name: str, steps: int, seed: int) -> Trial:
 
 
 def way_to(plan: Plan, steps: int) -> tuple[int, ...]:
-    """Return the indices of the stages that lead to the last student with `steps` steps, ending with its own."""
+    """Return the indices of the stages that lead to the last student with `steps` steps, including its own stage."""
     return next(
         way for stage, way in zip(plan.stages[::-1], ways(plan.stages)[::-1], strict=True) if stage.num_steps == steps
     )
@@ -242,7 +245,7 @@ def _measured(bench: Bench, stage: StageFolder, sampler: Sampler | None, steps: 
 
 
 def _methods(scale: Scale) -> list[tuple[Method, int]]:
-    """Return the teacher's sampling methods, each with the network calls at which it is shown."""
+    """Return the teacher's sampling methods, each with the number of network calls at which the method is shown."""
     equal = [
         (Method(samplers[name](), most_steps(name, evals)), evals) for name in TEACHERS for evals in scale.roads.steps
     ]
@@ -260,7 +263,7 @@ COLUMNS: Final = {
     "seconds": "seconds of training",
     "seconds_per_1000": "seconds per 1,000 samples",
 }
-"""Column headings of a trial's metrics."""
+"""The column headings for the metrics of a trial."""
 
 
 def _values(rows: Sequence[Finding], figure: str, method: str, evals: int) -> list[float]:
@@ -316,16 +319,17 @@ class Roads(Study):
         settings = scale.roads
         budget = ", ".join(f"{settings.passes[steps]:,} ({count(steps, 'step')})" for steps in settings.steps)
         notes = (
-            f"Frechet distance of {scale.recipe.evaluation.num_samples:,} samples, recipe `{scale.recipe.name}`, mean "
-            f"± standard deviation over {scale.road_seeds} seeds. All seeds share one teacher; each has its own "
-            "training and sampling noise. The number after a method is its network calls per sample (for a student, "
-            "its steps). Heun takes the most steps that fit into these calls.",
-            "Equal cost: the stages that lead to a student take a fixed number of forward passes of one sample, exact "
-            f"to half an update: {budget}. A backward pass counts as two, and auxiliary networks are included. The "
-            "seconds are for these stages.",
-            f"Same-noise distance: root mean square difference from the teacher's samples with "
-            f"{AT_BEST[-1].num_steps} Heun steps. It is not meaningful for moment-matching students above 1 step, "
-            "which draw new noise at each step except the last.",
+            f"The distance is the Frechet distance of {scale.recipe.evaluation.num_samples:,} samples, as the mean "
+            f"± standard deviation over {scale.road_seeds} seeds. The recipe is `{scale.recipe.name}`. All seeds "
+            "share one teacher, and each seed has different training and sampling noise. The number after a method "
+            "is the number of network calls per sample, which is the number of steps for a student. Heun takes as "
+            "many steps as this number of calls allows.",
+            "At equal cost, the stages that lead to a student take a fixed number of forward passes of one sample, "
+            f"exact to within half an update: {budget}. A backward pass counts as two forward passes, and auxiliary "
+            "networks are included. The seconds of training are those of these stages.",
+            "The same-noise distance is the root mean square difference from the teacher's samples with "
+            f"{AT_BEST[-1].num_steps} Heun steps. It is not meaningful for moment-matching students with more than "
+            "1 step, because they draw new noise at each step except the last.",
         )
         return Table(("method, network calls", *COLUMNS.values()), lines, notes)
 

@@ -40,18 +40,18 @@ def _trial(method: str, axis: str, value: int, num_steps: int) -> Trial:
 
 
 def students_of(scale: Scale) -> list[int]:
-    """Return the steps of the students in the scale's chain, in descending order."""
+    """Return the numbers of steps of the students in the scale's chain, in descending order."""
     return [stage.num_steps for stage in scale.recipe.chain_plan().stages if stage.num_steps is not None]
 
 
 def most_steps(method: str, num_evals: int) -> int:
-    """Return how many steps a sampler can take in `num_evals` network calls; 0 if one step needs more."""
+    """Return how many steps a sampler can take with `num_evals` network calls, or 0 if a single step needs more."""
     kind = samplers[method]()
     return next(steps for steps in count() if kind.num_evals(steps + 1) > num_evals)
 
 
 def _distances(rows: Sequence[Finding], methods: Iterable[str], steps: int) -> list[str]:
-    """Return the distance of each method with its best gamma, as text."""
+    """Return the distance of each method as text, along with its best gamma if there is one."""
     texts = []
     for method in methods:
         gamma = figure_of(rows, "gamma", method=method, steps=steps)
@@ -62,15 +62,16 @@ def _distances(rows: Sequence[Finding], methods: Iterable[str], steps: int) -> l
 
 def _protocol(scale: Scale) -> str:
     return (
-        f"Ours: Frechet distance of {scale.recipe.evaluation.num_samples:,} samples, recipe `{scale.recipe.name}`; "
-        f"ancestral sampling with the best of {scale.gamma_levels} values of gamma for each number of steps."
+        f"Our values are Frechet distances of {scale.recipe.evaluation.num_samples:,} samples with the recipe "
+        f"`{scale.recipe.name}`. Ancestral sampling uses the best of {scale.gamma_levels} values of gamma for each "
+        "number of steps."
     )
 
 
 @final
 @studies.register("table2")
 class Table2(Study):
-    """The paper's table 2: students against fast samplers of the teacher at equal network calls."""
+    """Table 2 of the paper: students and fast samplers of the teacher at equal network calls."""
 
     title: ClassVar[str] = "Table 2: fast samplers at equal network calls"
     question: ClassVar[str] = "What does distillation gain over the best samplers of the undistilled teacher?"
@@ -100,8 +101,9 @@ class Table2(Study):
             line = [f"paper: {NAMES.get(method, method)}" + (f" ({others})" if others else "")]
             lines.append(line + [f"{published[n]:.2f}" if n in published else "–" for n in evals])
         notes = (
-            _protocol(scale) + " Brackets show the network calls of methods that cannot use exactly that number. "
-            "The paper's numbers are FID on CIFAR-10, which is not comparable with our distances.",
+            _protocol(scale) + " For a method that cannot use exactly this number of network calls, brackets show "
+            "the number that it uses. The paper's numbers are FIDs on CIFAR-10, which are not comparable with our "
+            "distances.",
         )
         return Table(("network calls", *map(str, evals)), lines, notes)
 
@@ -116,7 +118,7 @@ class Table2(Study):
 @final
 @studies.register("steps")
 class Steps(Study):
-    """The paper's figure 4: quality against steps for students, DDIM and tuned ancestral sampling."""
+    """Figure 4 of the paper: quality against steps for students, DDIM and tuned ancestral sampling."""
 
     title: ClassVar[str] = "Figure 4: quality against steps"
     question: ClassVar[str] = "Down to how many steps do students keep the teacher's quality?"
@@ -141,8 +143,8 @@ class Steps(Study):
         headings = ["steps", *names, *(f"paper, {data}: {name}" for data in FIGURE_4 for name in names)]
         notes = (
             _protocol(scale)
-            + " The paper's numbers are FID, read off its figure to 0.5 %; a dash marks values that are "
-            "unknown or above 20. The numbers of its LSUN curves are unknown.",
+            + " The paper's numbers are FIDs, read off its figure with an accuracy of 0.5%. A dash marks a value that "
+            "is unknown or above 20. The values of the paper's LSUN curves are unknown.",
         )
         return Table(headings, lines, notes)
 
@@ -158,7 +160,7 @@ class Steps(Study):
 @final
 @studies.register("stochastic")
 class Stochastic(Study):
-    """The paper's figure 6: ancestral sampling of distilled students."""
+    """Figure 6 of the paper: ancestral sampling of distilled students."""
 
     title: ClassVar[str] = "Figure 6: stochastic sampling from distilled students"
     question: ClassVar[str] = "Does noise help a student as it helps its teacher?"
@@ -176,8 +178,8 @@ class Stochastic(Study):
         steps = sorted({row.axes["steps"] for row in rows})
         lines = [[str(num_steps), *_distances(rows, self.methods, num_steps)] for num_steps in steps]
         notes = (
-            _protocol(scale) + " A single step adds no noise, so a student's two samplers agree there. The numbers of "
-            "the paper's figure 6 (ImageNet 64x64) are unknown and therefore not shown.",
+            _protocol(scale) + " A single step adds no noise, so with one step, both samplers give the same result. "
+            "The values of the paper's figure 6 (ImageNet 64x64) are unknown and therefore not shown.",
         )
         return Table(("steps", *self.methods.values()), lines, notes)
 

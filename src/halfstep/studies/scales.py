@@ -1,4 +1,4 @@
-"""The scales of the studies: training, seeds and measurements at three sizes."""
+"""The scales of the studies, which set the training, the seeds and the measurements at three sizes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,27 +14,28 @@ from halfstep.recipes.schema import ChainConfig, FinishConfig
 from halfstep.train.settings import IDLE
 
 COUNTED: Final = 1_000_000
-"""Placeholder for updates that the study computes."""
+"""A placeholder for a number of updates that the study computes."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class RoadSettings:
-    """Budgets and training settings of the methods in the study roads; the recipe's chain sets the rest."""
+    """Budgets and training settings of the methods in the study roads. The recipe's chain sets all other values."""
 
     passes: Mapping[int, int]
-    """Forward passes of all stages that lead to a student, by the student's steps."""
+    """The number of forward passes of all stages that lead to a student, by the student's number of steps."""
     finish_share: float = 0.4
-    """Share of a student's passes that its finish takes."""
+    """The share of a student's forward passes that the finish takes."""
     finish: Training = field(default_factory=lambda: replace(FINISHING, num_updates=COUNTED))
     consistency: Training
     grid: tuple[int, int]
-    """Times in the teacher's grid for consistency distillation: at the first update, and in the second half."""
+    """The number of times in the teacher's grid for consistency distillation, first at the start of training and then
+    in the second half."""
     moments: Training
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Steps of the students, in descending order."""
+        """The numbers of steps of the students, in descending order."""
         return tuple(sorted(self.passes, reverse=True))
 
 
@@ -45,33 +46,33 @@ class Scale:
 
     name: str
     recipe: Recipe
-    """Recipe for the shared teacher and chain, and for all measurements."""
+    """The recipe for the shared teacher, the shared chain and all measurements."""
     ablation: Recipe
-    """Recipe for the teachers in table 1. The study sets their prediction, weighting and seed."""
+    """The recipe for the teachers in table 1. The study sets the prediction, weighting and seed of each teacher."""
     seeds: int
-    """Number of seeds for repeated training."""
+    """The number of seeds with which training is repeated."""
     gamma_levels: int = 11
-    """Values of gamma to try in ancestral sampling."""
+    """The number of values of gamma to try with ancestral sampling."""
     ablation_gamma_levels: int = 11
-    """The same for table 1, which has many cells."""
+    """The number of values of gamma to try in table 1, which has many cells."""
     steps: tuple[int, ...]
-    """Sampler steps at which methods are compared."""
+    """The numbers of sampler steps with which methods are compared."""
     ablation_steps: int
-    """Sampler steps in table 1."""
+    """The number of sampler steps in table 1."""
     updates: tuple[int, ...]
-    """Updates per stage to try in the study schedules."""
+    """The numbers of updates per stage to try in the study schedules."""
     rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 3e-4)
-    """Learning rates to try there; the best one counts."""
+    """The learning rates to try in the study schedules, which reports the best one."""
     factors: tuple[int, ...] = (2, 4)
-    """Teacher steps per student step there."""
+    """The numbers of teacher steps per student step to try in the study schedules."""
     roads: RoadSettings
     road_seeds: int = 3
-    """Number of seeds in the study roads."""
+    """The number of seeds in the study roads."""
     passes_per_second: int | None = None
-    """Forward passes of one sample per second of training on the intended machine; None if unknown."""
+    """The number of forward passes of one sample per second of training on the intended machine, or None if unknown."""
 
     def as_data(self, uses: Sequence[str]) -> dict[str, Any]:
-        """Return the settings listed in `uses` ("evaluation" is the recipe's), without the engine's `IDLE` fields."""
+        """Return the settings listed in `uses` without the engine's `IDLE` fields ("evaluation" is the recipe's)."""
         data: dict[str, Any] = {"name": self.name}
         for name in uses:
             value = self.recipe.evaluation if name == "evaluation" else getattr(self, name)
@@ -90,11 +91,11 @@ YOUNGER: Final[Mapping[tuple[str, str], Any]] = {
     ("data", "accept_changed"): False,
     ("data", "skip_broken"): False,
 }
-"""Settings that did not exist when the published studies ran, with the value that applied to them."""
+"""Settings that did not exist when the published studies ran, and the values that correspond to those studies."""
 
 
 def _as_before(said: Any, name: str) -> Any:
-    """Return the data of `name`, dropping newer settings that have the published studies' values."""
+    """Return the data of `name` without newer settings whose values correspond to the published studies."""
     if not isinstance(said, dict):
         return said
     kept = {key: value for key, value in said.items() if YOUNGER.get((name, key), ...) != value}
@@ -104,13 +105,13 @@ def _as_before(said: Any, name: str) -> Any:
 
 
 def _with_chain(recipe: Recipe, start_steps: int, training: Training, **changes: Any) -> Recipe:
-    """Return the recipe with the paper's chain: DDIM from many steps, without a finish."""
+    """Return the recipe with the paper's chain, which uses DDIM, starts from many steps and has no finish."""
     chain = ChainConfig(start_steps=start_steps, training=training, **changes)
     return recipe.model_copy(update={"chain": chain, "finish": FinishConfig()})
 
 
 def smoke() -> Scale:
-    """Digits, minutes on two CPU cores: checks that everything runs, and shows the effects visible at this size."""
+    """Return a scale for the digits that takes minutes on two CPU cores and shows the effects visible at this size."""
     recipe = _with_chain(
         recipes["digits"](),
         64,
@@ -156,7 +157,7 @@ def smoke() -> Scale:
 
 
 def small() -> Scale:
-    """Fashion-MNIST, hours on one GPU. Without access to the Hub, pass `--data FOLDER`."""
+    """Return a scale for Fashion-MNIST that takes hours on one GPU. Without access to the Hub, use `--data FOLDER`."""
     recipe = _with_chain(recipes["fashion_mnist"](), 256, Training(num_updates=4000, learning_rate=1e-4))
     recipe = recipe.model_copy(update={"evaluation": Evaluation(num_samples=5000, batch_size=1000)})
     consistency = Training(num_updates=COUNTED, batch_size=64, learning_rate=3e-4, warmup_updates=100)
@@ -178,7 +179,7 @@ def small() -> Scale:
 
 
 def paper() -> Scale:
-    """CIFAR-10 as in the paper, weeks on one GPU."""
+    """Return a scale for CIFAR-10 as in the paper that takes weeks on one GPU."""
     recipe = recipes["cifar10_paper"]()
     consistency = Training(num_updates=COUNTED, learning_rate=1e-4, warmup_updates=1000)
     return Scale(

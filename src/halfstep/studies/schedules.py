@@ -1,4 +1,4 @@
-"""The fast schedules of appendix E: updates per stage, and stages that quarter the steps."""
+"""The fast schedules of appendix E, which vary the updates per stage and quarter the number of steps per stage."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +14,7 @@ from halfstep.studies.show import spread, where
 
 
 def students_by(start: int, factor: int) -> tuple[int, ...]:
-    """Return the students' steps from `start` to 1; each stage divides them by `factor`, or goes to 1 if it cannot."""
+    """Return the students' numbers of steps. Each stage divides by `factor`, or goes to 1 if it cannot divide."""
     steps = [start]
     while steps[-1] > 1:
         steps.append(steps[-1] // factor if steps[-1] % factor == 0 else 1)
@@ -22,13 +22,13 @@ def students_by(start: int, factor: int) -> tuple[int, ...]:
 
 
 def shown(scale: Scale) -> list[int]:
-    """Return the steps of the few-step students that all chains share, in descending order."""
+    """Return the numbers of steps of the few-step students that all chains have in common, in descending order."""
     chains = [set(students_by(scale.recipe.chain.start_steps, factor)) for factor in scale.factors]
     return sorted((steps for steps in set.intersection(*chains) if steps <= 16), reverse=True)
 
 
 def _trial(scale: Scale, factor: int, updates: int, rate: float, seed: int) -> Trial:
-    # As in the paper: twice the updates at 2 steps and at 1, and a single learning rate.
+    # As in the paper, updates are doubled at 2 steps and at 1 step, and all stages have the same learning rate.
     training = scale.recipe.chain.training
     warmup = min(training.warmup_updates, updates)
     chain = scale.recipe.chain.model_copy(
@@ -59,7 +59,7 @@ def _trial(scale: Scale, factor: int, updates: int, rate: float, seed: int) -> T
 
 
 def _best(rows: Sequence[Finding], steps: int) -> tuple[float | None, list[float]]:
-    """Return the learning rate with the smallest mean distance, and that rate's distance for each seed."""
+    """Return the learning rate with the smallest mean distance, and the distance with this rate for each seed."""
     at_rate: dict[float, list[float]] = {}
     for row in rows:
         if f"at {steps}" in row.figures:
@@ -70,7 +70,7 @@ def _best(rows: Sequence[Finding], steps: int) -> tuple[float | None, list[float
 @final
 @studies.register("schedules")
 class Schedules(Study):
-    """The paper's fast schedules: updates per stage, factors 2 and 4, and learning rates, over several seeds."""
+    """The fast schedules of the paper: updates per stage, factors 2 and 4, and learning rates, over several seeds."""
 
     title: ClassVar[str] = "Fast schedules: updates per stage, and factor 2 or 4"
     question: ClassVar[str] = "How many updates does a stage need, and can it quarter the steps?"
@@ -97,11 +97,12 @@ class Schedules(Study):
                     line.append(spread(values) + (f" (rate {rate:g})" if rate else ""))
                 lines.append(line)
         notes = (
-            f"Frechet distance of {scale.recipe.evaluation.num_samples:,} samples, recipe `{scale.recipe.name}`, chain "
-            f"from {scale.recipe.chain.start_steps} steps to 1. Each entry is the mean ± standard deviation over "
-            f"{scale.seeds} seeds at the best learning rate out of {', '.join(f'{rate:g}' for rate in scale.rates)}. "
-            "All seeds share one teacher and the same sampling noise. Updates are doubled at 2 steps and at 1. The "
-            "numbers of the paper's ablation are unknown and therefore not shown.",
+            f"The table shows Frechet distances of {scale.recipe.evaluation.num_samples:,} samples. The recipe is "
+            f"`{scale.recipe.name}`, with a chain from {scale.recipe.chain.start_steps} steps to 1. Each entry is the "
+            f"mean ± standard deviation over {scale.seeds} seeds with the best of the learning rates "
+            f"{', '.join(f'{rate:g}' for rate in scale.rates)}. All seeds share one teacher and the same sampling "
+            "noise. Updates are doubled at 2 steps and at 1 step. The values of the paper's ablation are unknown and "
+            "therefore not shown.",
         )
         students = (f"student at {steps}" for steps in shown(scale))
         return Table(("factor, updates per stage", "total updates", *students), lines, notes)

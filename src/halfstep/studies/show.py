@@ -1,4 +1,4 @@
-"""Helpers for the tables of studies."""
+"""Helper functions for the tables and figures of studies."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
@@ -8,33 +8,34 @@ from halfstep.report.words import SAMPLER_LABELS, with_spread
 from halfstep.studies.base import Finding
 
 NAMES = SAMPLER_LABELS | {"student": "students", "ancestral": "ancestral, tuned"}
-"""Display names of methods."""
+"""The display names of the methods."""
 
 
 def spread(values: Sequence[float]) -> str:
-    """Return the mean, with the standard deviation if there are several values."""
+    """Return the mean as text, with the standard deviation if there are several values."""
     if not values:
         return "–"
     return with_spread(fmean(values), stdev(values) if len(values) > 1 else None)
 
 
 def where(rows: Sequence[Finding], **axes: object) -> list[Finding]:
-    """Return the findings with these axes."""
+    """Return the findings whose axes have these values."""
     return [row for row in rows if all(row.axes.get(key) == value for key, value in axes.items())]
 
 
 def figure_of(rows: Sequence[Finding], name: str, **axes: object) -> float | None:
-    """Return a figure of the finding with these axes; None if it does not exist."""
+    """Return the figure `name` of the finding whose axes have these values, or None if it does not exist."""
     found = (row.figures.get(name) for row in where(rows, **axes))
     return next((figure for figure in found if figure is not None), None)
 
 
 def curves(rows: Sequence[Finding], names: Mapping[str, str], x: str, y: str = "distance") -> list[Curve]:
-    """Return each method's curve of `y` against `x` (mean and standard deviation); findings without `y` are skipped.
+    """Return a curve of `y` against `x` for each method, with means and standard deviations. Findings without `y` are
+    skipped.
 
     Args:
-        names: labels of the curves, by method.
-        x: an axis or a figure.
+        names: the labels of the curves, by method.
+        x: the name of an axis or of a figure.
     """
     drawn = []
     for method, label in names.items():

@@ -40,7 +40,7 @@ def _trial(scale: Scale, prediction: str, weighting: str, seed: int) -> Trial:
 @final
 @studies.register("table1")
 class Table1(Study):
-    """The paper's table 1: parameterisation, weighting and sampler, over several seeds."""
+    """Table 1 of the paper: parameterisation, weighting and sampler, over several seeds."""
 
     title: ClassVar[str] = "Table 1: parameterisation, weighting, sampler"
     question: ClassVar[str] = "Which output and which weighting give the best undistilled model?"
@@ -65,12 +65,13 @@ class Table1(Study):
             theirs = ["diverges"] * 2 if published is None else [f"{value:.2f}" for value in published]
             lines.append([f"{prediction}, {weighting}", ours[0], ours[1], *theirs])
         notes = (
-            f"Ours: Frechet distance of {scale.recipe.evaluation.num_samples:,} samples with "
-            f"{scale.ablation_steps} steps, mean ± standard deviation over {scale.seeds} seeds; ancestral sampling "
-            f"with the best of {scale.ablation_gamma_levels} values of gamma. The paper's: FID on unconditional "
-            "CIFAR-10, mean of 3 seeds. Metrics and data differ, so compare rankings, not numbers.",
-            "A cell diverges if its loss or a sample is not finite, or if its samples are farther from the data than "
-            "clipped unit noise.",
+            f"Our values are Frechet distances of {scale.recipe.evaluation.num_samples:,} samples with "
+            f"{scale.ablation_steps} steps, as the mean ± standard deviation over {scale.seeds} seeds. Ancestral "
+            f"sampling uses the best of {scale.ablation_gamma_levels} values of gamma. The paper's values are FIDs on "
+            "unconditional CIFAR-10, as the mean over 3 seeds. Metrics and data differ, so compare rankings and not "
+            "numbers.",
+            "A cell counts as diverged if the loss or a sample is not finite, or if the samples are farther from the "
+            "data than clipped unit noise.",
         )
         return Table(("output, weighting", "ancestral", "DDIM", "paper: stochastic", "paper: DDIM"), lines, notes)
 

@@ -1,8 +1,9 @@
-"""Checkpoints of an unfinished stage: complete or absent, verified before use, safetensors only.
+"""Checkpoints of an unfinished stage, which are complete or absent, verified before use, and stored as safetensors.
 
 A checkpoint is written to a temporary folder, synced to the disk, read back, compared with the state in memory, and
-then renamed. Older ones are removed only after that, so a good one always exists. A thread does all this while training
-continues: an update waits only for a copy of the state, and for the previous checkpoint if it is still being written.
+then renamed. Older checkpoints are removed only after that, so a good checkpoint always exists. All this happens in a
+thread while training continues. An update waits only until the state has been copied, and until the previous checkpoint
+has been written.
 """
 
 import contextlib
@@ -28,25 +29,25 @@ from halfstep.runtime.tensors import read_tensors, write_tensors
 from halfstep.train.engine import StageTrainer, State
 
 KEPT: Final = 2
-"""Number of checkpoints kept per stage: the latest and the previous one."""
+"""The number of checkpoints that are kept per stage: the latest checkpoint and the one before it."""
 
 
 @final
 class CheckpointWriter:
-    """Writes a stage's checkpoints in the background, one at a time, on rank 0. All ranks call `save` and `wait`.
+    """Writes a stage's checkpoints in the background, one at a time, on rank 0. All ranks must call `save` and `wait`.
 
-    `last` is the latest good checkpoint: written and verified, or resumed from.
+    `last` is the latest good checkpoint, which was either written and verified or used to resume.
     """
 
     def __init__(self, folder: StageFolder, run: str, processes: Processes) -> None:
         self.folder, self.run, self._processes = folder, run, processes
         self.last: Path | None = None
-        # Not a daemon thread, so a process that ends with an error still completes the checkpoint that it started.
+        # The thread is not a daemon, so a process that ends with an error still completes the checkpoint it started.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="halfstep-checkpoint")
         self._begun: Future[Path] | None = None
 
     def save(self, trainer: StageTrainer) -> float:
-        """Start writing the trainer's current state, and return the seconds for which training waited.
+        """Start writing the trainer's current state, and return how many seconds training had to wait.
 
         Raises:
             OSError, DamagedFile: if the previous checkpoint could not be written.
@@ -62,13 +63,14 @@ class CheckpointWriter:
                 "seconds": trainer.seconds,
                 "micro_batch": trainer.micro_batch if trainer.micro_batch_found else None,
             }
-            # Created here, where the run has just checked its folder: the thread must not recreate a lost one.
+            # The stage's folder is created here, where the run has just checked its own folder. The thread must not
+            # recreate a folder that was lost.
             self.folder.path.mkdir(parents=True, exist_ok=True)
             self._begun = self._thread.submit(write_checkpoint, state, about, self.folder)
         return time.perf_counter() - begun
 
     def check(self) -> None:
-        """Raise the error of a finished write, without waiting. Several processes raise it in `save` or `wait`."""
+        """Raise the error of a finished write, without waiting. With several processes, `save` or `wait` raises it."""
         if self._processes.count == 1 and self._begun is not None and self._begun.done():
             self.wait()
 
@@ -87,7 +89,7 @@ class CheckpointWriter:
         return None if begun is None else begun.result().name
 
     def close(self) -> None:
-        """Finish writing, ignore errors, and end the thread."""
+        """Finish writing, ignoring errors, and end the thread."""
         self._thread.shutdown(wait=True)
         if self._begun is not None and self._begun.exception() is None:
             self.last = self._begun.result()
@@ -95,13 +97,13 @@ class CheckpointWriter:
 
 
 def write_checkpoint(state: State, about: dict[str, Any], folder: StageFolder) -> Path:
-    """Write and verify a checkpoint of the state, remove those beyond `KEPT`, and return its folder.
+    """Write and verify a checkpoint of the state, remove checkpoints beyond `KEPT`, and return the new folder.
 
     Args:
-        about: fields of its manifest besides the files; "update" determines its name.
+        about: the fields of the manifest except the files; "update" determines the checkpoint's name.
 
     Raises:
-        OSError: if the disk is full or gone.
+        OSError: if the disk is full or no longer available.
         DamagedFile: if the data read back differs from the data written; the previous checkpoints are kept.
     """
     if not folder.path.is_dir():
@@ -122,13 +124,13 @@ def _name(update: int) -> str:
 
 
 def resume(trainer: StageTrainer, folder: StageFolder, run: str, notice: Callable[[str], None]) -> Path | None:
-    """Restore the trainer from the latest good checkpoint and return the checkpoint; None if none exists.
+    """Restore the trainer from the latest good checkpoint and return the checkpoint, or None if there is no good one.
 
-    Reports a checkpoint that is corrupt, unreadable, or of another run, stage or update through `notice`, renames it to
-    `damaged-...` and falls back to the previous one.
+    If a checkpoint is corrupt or unreadable, or belongs to another run, stage or update, this function reports it
+    through `notice`, renames it to `damaged-...`, and falls back to the previous checkpoint.
 
     Raises:
-        OSError: if checkpoints exist, but the disk can read none of them.
+        OSError: if checkpoints exist, but none of them can be read from the disk.
     """
     origin = {"run": run, "stage": trainer.stream}
     found: str | None = trainer.processes.on_main(lambda: _latest_good(folder, origin, notice))
@@ -142,14 +144,14 @@ def resume(trainer: StageTrainer, folder: StageFolder, run: str, notice: Callabl
 
 
 def _latest_good(folder: StageFolder, origin: dict[str, str], notice: Callable[[str], None]) -> str | None:
-    """Return the name of the latest intact checkpoint of this origin, and set all later ones aside."""
+    """Return the name of the latest intact checkpoint with this origin, and set all later checkpoints aside."""
     unread: list[tuple[Path, OSError]] = []
     held = folder.checkpoints()
     for path in held:
         try:
             manifest = read_sealed(path / "manifest.json")
             if not {"update", "seconds", "files"} <= manifest.keys():
-                raise DamagedFile(f"{path / 'manifest.json'} is not a checkpoint's manifest")
+                raise DamagedFile(f"{path / 'manifest.json'} is not the manifest of a checkpoint")
             if {name: manifest.get(name) for name in origin} != origin or _name(manifest["update"]) != path.name:
                 raise DamagedFile(f"{path} belongs to another run, stage or update: it was moved or copied here")
             check_files(path, manifest["files"])
@@ -175,7 +177,7 @@ def _latest_good(folder: StageFolder, origin: dict[str, str], notice: Callable[[
 
 
 def _set_aside(checkpoint: Path) -> None:
-    """Rename a checkpoint, so that it is neither resumed from nor pruned until the stage is complete."""
+    """Rename a checkpoint so that it is neither used to resume nor removed until the stage is complete."""
     aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
     remove(aside)
     # If a failing disk refuses the rename, the previous checkpoint is still used.
@@ -184,7 +186,7 @@ def _set_aside(checkpoint: Path) -> None:
 
 
 def micro_batch_of(checkpoint: Path | None) -> int | None:
-    """Return the micro batch that the checkpoint's run found to fit; None if it did not search."""
+    """Return the micro batch size that the checkpoint's run found to fit, or None if the run did not search for one."""
     return None if checkpoint is None else read_json(checkpoint / "manifest.json").get("micro_batch")
 
 

@@ -1,10 +1,11 @@
-"""The engine: trains the players of one stage, one update at a time.
+"""The engine, which trains the players of one stage, one update at a time.
 
-It does not depend on the objective. An update consists of the objective's turns, in order. A turn splits the global
-batch over processes and micro batches by place, computes the losses with one backward pass per micro batch, clips the
-gradient to a global norm, takes one AdamW step of its player and updates the moving averages. It never waits for the
-device: statistics are fetched when `window` is called, and a thread can prepare batches and random numbers (`Feed`).
-Networks are compiled once for the whole chain, because the networks of all stages have the same architecture.
+The engine does not depend on the objective. An update consists of the objective's turns, in order. Each turn trains one
+player. The turn splits the global batch over processes and micro batches by place, computes the losses, and runs one
+backward pass per micro batch. It then clips the gradient to a global norm, takes one AdamW step and updates the moving
+averages. The engine never waits for the device: statistics are fetched when `window` is called, and a thread can
+prepare batches and random numbers (see `Feed`). Networks are compiled once for the whole chain, because the networks of
+all stages have the same architecture.
 """
 
 import contextlib
@@ -34,8 +35,8 @@ from halfstep.train.sharding import check_sharding, is_sharded, shard, unsynced,
 from halfstep.train.window import PlayerWindow, Window
 
 State = dict[str, dict[str, Tensor]]
-"""The contents of a checkpoint, by file and name: "student", "optimizer", "ema", "early_end", and those of each helper
-as "helper-NAME", "helper-NAME-optimizer"."""
+"""The contents of a checkpoint, keyed by file and then by name. The files are "student", "optimizer", "ema" and
+"early_end", and, for each helper, "helper-NAME" and "helper-NAME-optimizer"."""
 
 
 @final
@@ -43,16 +44,16 @@ class StageTrainer:
     """The training state of one stage.
 
     Args:
-        student: the model to train, in place.
-        teacher: the denoiser to learn from, or None; it is not changed.
+        student: the model, which is trained in place.
+        teacher: the denoiser to learn from, which is not changed, or None.
         batches: see `Batches`.
-        seed, stream: with update and turn, the key of every random number.
+        seed, stream: together with the update and the turn, the key of every random number.
         engine: how to use the machine. The micro batch affects only rounding and dropout masks.
         ahead: number of updates that a thread prepares in advance, as in `Feed`.
 
     Raises:
-        ValueError: if the objective needs a teacher and none is given, a helper contradicts the stage, the global batch
-            cannot be split evenly over the processes, or sharding is impossible here.
+        ValueError: if the objective needs a teacher but none is given, a helper contradicts the stage, the global batch
+            cannot be split evenly over the processes, or the networks cannot be sharded.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class StageTrainer:
         self.share = range(first, first + share)
         self.split(min(engine.set_micro_batch or share, share))
 
-        # With an index, because the feeding thread has its own current device.
+        # The device needs an index, because the feeding thread has its own current device.
         device = torch.empty(0, device=accelerator.device).device
         self.batches, self.ahead = batches, ahead
         self._feed = Feed(batches, self.places_of, device, ahead)
@@ -129,7 +130,7 @@ class StageTrainer:
         self._window_start = 0
         self._waited = 0.0
         self.seconds = 0.0
-        """Training time of the stage until the last window."""
+        """The stage's training time in seconds, up to the last window."""
         self._clock = time.perf_counter()
 
     @property
@@ -138,7 +139,7 @@ class StageTrainer:
         return self.players[STUDENT]
 
     def _models_of(self, trains: str) -> Models:
-        """Return the models for a turn of this player, which is wrapped in DDP; all others are unwrapped."""
+        """Return the models for a turn of this player, which is the only player that is wrapped in DDP."""
         shown = {name: p.trained if name == trains else p.called for name, p in self.players.items()}
         student = shown.pop(STUDENT)
         assert isinstance(student, Denoiser)
@@ -152,11 +153,11 @@ class StageTrainer:
         self._places = [range(a, min(a + micro_batch, end)) for a in range(first, end, micro_batch)]
 
     def run(self, stop: StopSignal | None = None) -> Iterator[int]:
-        """Train to the end of the stage; yield the number of finished updates after each.
+        """Train to the end of the stage, and yield the number of finished updates after each update.
 
         Args:
-            stop: a signal ends the iteration. It abandons an update that has not changed the weights yet, so the state
-                is that of the previous update; several processes finish the update and end together.
+            stop: a signal that ends the iteration. An update that has not changed the weights yet is abandoned, so the
+                state is that of the previous update. Several processes finish the update instead and end together.
 
         Raises:
             OutOfMemory: if an update does not fit in memory.
@@ -180,12 +181,12 @@ class StageTrainer:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                # The exception's frames keep the memory alive.
+                # The exception's frames would keep the memory alive.
                 raise OutOfMemory(does_not_fit(self)) from None
             yield self.update
 
     def places_of(self, update: int) -> Iterator[list[Place]]:
-        """Yield, turn by turn, the places of this rank's micro batches in an update, with their random numbers."""
+        """Yield the places of this rank's micro batches in an update, turn by turn, with the random numbers."""
         for number, turn in enumerate(self.stage.objective.turns(update)):
             if turn.trains not in self.players:
                 raise ValueError(
@@ -213,7 +214,7 @@ class StageTrainer:
                     player.recent.forget()
                 total = torch.zeros((), device=self.accelerator.device)
                 for part in parts:
-                    # Gradients are synchronised once per turn, with its last micro batch.
+                    # Gradients are synchronised once per turn, with the turn's last micro batch.
                     with contextlib.nullcontext() if part is parts[-1] else unsynced(player.wrapped):
                         total += self.gradient(player, part)
             player.step(self.update, player.training.rate_at(self.update) * rate_share, total)
@@ -234,7 +235,7 @@ class StageTrainer:
             torch.get_device_module(self.accelerator.device).manual_seed(seed)
 
     def gradient(self, player: Player, part: Fed) -> Tensor:
-        """Add the gradient of a micro batch and return its part of the mean loss."""
+        """Add the gradient of a micro batch, and return the micro batch's part of the mean loss."""
         turn, draw = part.place.turn, part.place.draw
         with self.accelerator.autocast():
             losses = turn.loss(self._models[player.name], part.batch, draw)
@@ -256,36 +257,36 @@ class StageTrainer:
 
     @property
     def last_update(self) -> int:
-        """Number of updates after which the stage ends: its budget, or less once the loss has stopped falling."""
+        """The number of updates after which the stage ends: its budget, or fewer once the loss has stopped falling."""
         training = self.stage.training
         if self._plateau_at is None:
             return training.num_updates
         return min(training.num_updates, self._plateau_at + training.early_end.window)
 
     def rate_share(self, update: int) -> float:
-        """Return the factor for all players' learning rates: 1, then decaying to 0 if the loss has stopped falling."""
+        """Return the factor for all learning rates, which is 1 and decays to 0 once the loss has stopped falling."""
         if self._plateau_at is None or update < self._plateau_at:
             return 1.0
         return 1 - (update - self._plateau_at) / (self.last_update - self._plateau_at)
 
     def check_finite(self) -> None:
-        """Raise if any loss or gradient norm so far was not finite.
+        """Raise NonFinite if any loss or gradient norm so far was not finite.
 
         Raises:
-            NonFinite: with the stage, the first such update and the statistics of its batch.
+            NonFinite: with the stage, the first update that was not finite, and the statistics of that update's batch.
         """
         firsts = [int(player.first_bad) for player in self.players.values()]
-        # Each rank sees only its own losses, so all agree on the earliest bad update that any has seen.
+        # Each rank has only its own losses, so all ranks agree on the earliest bad update that any rank has found.
         late = self.processes.agree(*(-first if first >= 0 else -(2**62) for first in firsts))
         first = -max(late)
         if first == 2**62:
             return
-        # A diverging player breaks the others in their later turns, so report the first.
+        # A diverging player breaks the other players in later turns, so report the first player.
         broken = {name for name, number in zip(self.players, late, strict=True) if -number == first}
         name = next(turn.trains for turn in self.stage.objective.turns(first) if turn.trains in broken)
         player = self.players[name]
         statistics = player.recent.statistics(first)
-        # All ranks have the bad gradient, but only some have bad losses. One of those reports its statistics.
+        # All ranks have the bad gradient, but only some have bad losses. One of these ranks reports its statistics.
         (seen,) = self.processes.agree(self.processes.index + 1 if statistics.get("not_finite") else 0)
         statistics = self.processes.told_by(max(0, seen - 1), statistics)
         share = ", on one rank" if self.processes.count > 1 else ""
@@ -303,7 +304,7 @@ class StageTrainer:
         )
 
     def window(self) -> Window:
-        """Return the statistics since the last call. Waits for the device.
+        """Return the statistics since the last call. This waits for the device.
 
         Raises:
             NonFinite: see `check_finite`.
@@ -319,7 +320,7 @@ class StageTrainer:
             (loss_sum,) = self.processes.mean(loss_sum)
             found[name] = PlayerWindow(loss_sum / (turns or math.nan), norm_sum / (turns or math.nan))
         student = found.pop(STUDENT)
-        # All ranks wait for the slowest one.
+        # All ranks wait for the slowest rank.
         (waited,) = self.processes.agree(int(1000 * min(1.0, self._waited / max(elapsed, 1e-9))) if self.ahead else 0)
         window = Window(
             update=self.update,
@@ -335,13 +336,13 @@ class StageTrainer:
         return window
 
     def pause(self, seconds: float) -> None:
-        """Exclude time that was not spent training, such as saving a checkpoint, from the statistics."""
+        """Exclude time that was not spent on training, such as the time to save a checkpoint, from the statistics."""
         self._clock += seconds
 
     def state(self) -> State:
-        """Return what a resumed run with any number of processes needs besides `update` and `seconds`.
+        """Return all that a resumed run, with any number of processes, needs in addition to `update` and `seconds`.
 
-        All ranks must call this. Rank 0 gets copies on the CPU, the other ranks nothing.
+        All ranks must call this. Rank 0 gets copies on the CPU, and the other ranks get an empty dictionary.
         """
         sums = self.processes.each(float(self._window_sum))
         if not (self.processes.is_main or is_sharded(self.student.network)):
@@ -371,7 +372,7 @@ class StageTrainer:
         return held if self.processes.is_main else {}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], update: int, seconds: float) -> None:
-        """Continue from a result of `state` after `update` updates and `seconds` of training."""
+        """Restore a result of `state` that was saved after `update` updates and `seconds` seconds of training."""
         turns = [turn.trains for number in range(update) for turn in self.stage.objective.turns(number)]
         for name, player in self.players.items():
             own = {part: state[_file_of(name, part)] for part in player.parts}
@@ -380,21 +381,21 @@ class StageTrainer:
             held = state["early_end"]
             self._window_losses = held["window_losses"].tolist()
             sums = held["window_sum"].reshape(-1)
-            # With another number of processes, only the mean carries over.
+            # If the number of processes has changed, only the mean carries over.
             mine = sums[self.processes.index] if len(sums) == self.processes.count else sums.mean()
             self._window_sum.copy_(mine)
             self._plateau_at = None if int(held["plateau_at"]) < 0 else int(held["plateau_at"])
         self.update, self.seconds, self._window_start = update, seconds, update
 
     def finish(self) -> Denoiser:
-        """Return the stage's result: the student in evaluation mode, unwrapped, with its EMA weights if it has any."""
+        """Return the stage's result: the unwrapped student in evaluation mode, with EMA weights if it has any."""
         result = self.student.finish()
         assert isinstance(result, Denoiser)
         return result
 
 
 def _file_of(player: str, part: str) -> str:
-    """Return the file name, in a checkpoint, of a part of a player's state."""
+    """Return the name of the file in a checkpoint that contains the given part of a player's state."""
     if player == STUDENT:
         return STUDENT if part == "network" else part
     return f"helper-{player}" if part == "network" else f"helper-{player}-{part}"

@@ -1,4 +1,4 @@
-"""Creates an objective's own networks before the first update."""
+"""Create an objective's additional networks before the first update."""
 
 import re
 from typing import Final
@@ -16,10 +16,10 @@ HELPER_NAME: Final = re.compile("[a-z][a-z0-9_]*")
 def make_helpers(
     stage: Stage, models: Models, seed: int, stream: str
 ) -> tuple[dict[str, tuple[torch.nn.Module, Training]], dict[str, Follower]]:
-    """Return the objective's auxiliary networks with their hyperparameters, and its averages and frozen copies.
+    """Return an objective's auxiliary networks with their hyperparameters, and its averages and frozen copies.
 
     Raises:
-        ValueError: if a name is invalid, or hyperparameters contradict the stage.
+        ValueError: if a helper's name is invalid, or a helper's hyperparameters contradict those of the stage.
     """
     auxiliaries: dict[str, tuple[torch.nn.Module, Training]] = {}
     helpers = stage.objective.helpers
@@ -31,11 +31,13 @@ def make_helpers(
             for setting in ("num_updates", "batch_size"):
                 mine, own = getattr(stage.training, setting), getattr(training, setting)
                 if own != mine:
-                    raise ValueError(f"helper {name} has {setting} {own}, but its stage has {mine}. Use the stage's")
+                    raise ValueError(
+                        f"helper {name} has {setting} {own}, but its stage has {mine}. Use the stage's value"
+                    )
             if training.ema_decay or training.early_end.patience:
-                raise ValueError(f"ema_decay and early_end of helper {name} have no effect. Use an Average")
+                raise ValueError(f"ema_decay and early_end of helper {name} have no effect. Use an Average instead")
             with torch.random.fork_rng(devices=[]):
-                # New layers depend only on the run's seed, on every rank.
+                # On every rank, the weights of new layers depend only on the run's seed.
                 torch.manual_seed(generator_for(seed, stream, "helper", name).initial_seed())
                 auxiliaries[name] = helper.start(models), training
             if any(isinstance(part, InHalf) for part in auxiliaries[name][0].modules()):

@@ -1,4 +1,4 @@
-"""Memory of an update: the largest micro batch that fits, and the error message when none does."""
+"""Find the largest micro batch with which an update fits in memory, and write the error message if none fits."""
 
 from typing import TYPE_CHECKING
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 
 def fit_micro_batch(trainer: "StageTrainer", largest: int | None = None) -> list[int]:
-    """Split a rank's share into the largest micro batches that fit in memory; return the sizes that did not fit.
+    """Split a rank's share into the largest micro batches that fit in memory, and return the sizes that did not fit.
 
-    Tries the whole share, then smaller powers of two. Each try runs the forward and backward passes of an update, with
-    the optimisers' moments in memory. Weights, buffers, moments and random numbers are unchanged.
+    The search tries the whole share first, and then smaller powers of two. Each try runs the forward and backward
+    passes of an update, with the optimisers' moments in memory. No weights, buffers, moments or random numbers change.
 
     Args:
-        largest: first size to try; the whole share if None.
+        largest: the first size to try, or None to start with the whole share.
 
     Raises:
         OutOfMemory: if not even a single sample fits.
-        ValueError: if the weights are sharded, because processes would wait for one that is out of memory.
+        ValueError: if the weights are sharded, because processes would wait for a process that is out of memory.
     """
     if is_sharded(trainer.student.network):
-        raise ValueError("engine.micro_batch auto does not work with sharding full. Set it to a number")
+        raise ValueError("engine.micro_batch auto does not work with sharding full. Set engine.micro_batch to a number")
     top = min(largest or len(trainer.share), len(trainer.share))
     sizes = [top, *(2**k for k in reversed(range((top - 1).bit_length())))]
     buffers = [(b, b.clone()) for player in trainer.players.values() for b in player.network.buffers()]
@@ -38,7 +38,7 @@ def fit_micro_batch(trainer: "StageTrainer", largest: int | None = None) -> list
         for player in trainer.players.values():
             player.clear()
             player.recent.forget()
-        # Free gradients, activations and the memory reserved for moments, for the next try too.
+        # Free gradients, activations and the memory reserved for moments, so that the next try can use it.
         clear_device_cache(garbage_collection=True)
         if not too_large:
             break
@@ -53,14 +53,14 @@ def fit_micro_batch(trainer: "StageTrainer", largest: int | None = None) -> list
 
 
 def _passes_fit(trainer: "StageTrainer") -> bool:
-    """Return whether two micro batches of each turn fit: the first's gradients are in memory during the second."""
+    """Return whether two micro batches of each turn fit, with the first one's gradients in memory during the second."""
     try:
         held = [player.place_for_moments() for player in trainer.players.values()]
         first = trainer.update
         feed = Feed(trainer.batches, trainer.places_of, trainer.accelerator.device)
         ahead = list(feed.updates(first, lambda: min(first + 1 + trainer.ahead, trainer.stage.training.num_updates)))
-        # Uncompiled: torch would recompile for each size and give up after a few, and a resumed run, which skips this
-        # search, would then run differently.
+        # The networks run uncompiled, because torch would recompile them for each size and give up after a few sizes. A
+        # resumed run, which skips this search, would then run differently.
         with torch.compiler.set_stance("force_eager"):
             for parts in ahead[0]:
                 player = trainer.players[parts[0].place.turn.trains]
@@ -85,9 +85,9 @@ def does_not_fit(trainer: "StageTrainer") -> str:
             "smaller network"
         )
     else:
-        # Compiled networks may need more memory than the uncompiled ones of the search.
+        # Compiled networks may need more memory than the uncompiled networks during the search.
         auto = "instead of auto" if trainer.micro_batch_found else "or auto, which finds a size that fits"
-        remedy = f"Set engine.micro_batch to {size // 2}, {auto}. Batch size and result stay the same"
+        remedy = f"Set engine.micro_batch to {size // 2}, {auto}. The batch size and the result stay the same"
     return (
         f"out of memory in stage {trainer.stream} at update {trainer.update} with a micro batch of {size} (batch "
         f"{trainer.stage.training.batch_size}{f' over {processes} processes' if processes > 1 else ''}). {remedy}"

@@ -1,4 +1,4 @@
-"""Optimisers by name, and their state as tensors by name."""
+"""Create an optimiser by name, and convert an optimiser's state to named tensors."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,10 +10,12 @@ from halfstep.objectives import Training
 
 
 def make_optimizer(kind: str, parameters: list[torch.nn.Parameter], training: Training) -> torch.optim.Optimizer:
-    """Return torch's AdamW or the 8-bit AdamW of bitsandbytes; "paged" can move moments out of a full GPU's memory.
+    """Return torch's AdamW or the 8-bit AdamW of bitsandbytes.
+
+    The paged variant can move the moments to CPU memory when the GPU's memory is full.
 
     Raises:
-        ValueError: if the kind is unknown or the package bitsandbytes is missing.
+        ValueError: if the kind is unknown, or the package bitsandbytes is not installed.
     """
     settings: dict[str, Any] = {
         "lr": training.learning_rate,
@@ -32,14 +34,15 @@ def make_optimizer(kind: str, parameters: list[torch.nn.Parameter], training: Tr
     except ImportError:
         raise ValueError(f"the optimizer {kind} needs the package bitsandbytes: pip install bitsandbytes") from None
     for parameter in parameters:
-        # bitsandbytes does this at its first step, but a resumed stage lays out moments like the weights before that.
+        # bitsandbytes does this in the first step, but a resumed stage creates moments in the layout of the weights
+        # before that step.
         parameter.data = parameter.data.contiguous()
     optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, made[kind])(parameters, **settings)
     return optimizer
 
 
 def flatten_state(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the optimiser state of one parameter: tensors by name, "group/name" in a nested group."""
+    """Yield the named tensors of one parameter's optimiser state. In a nested group, the name is "group/name"."""
     for key, value in entry.items():
         if isinstance(value, Mapping):
             yield from flatten_state(value, f"{prefix}{key}/")

@@ -1,7 +1,7 @@
 """A player: a trained network of a stage with its optimiser, its averages and the statistics of its turns.
 
-The student and each auxiliary network are players. The engine, checkpoints, DDP, FSDP2 and micro batches make no
-difference between them.
+The student and each auxiliary network are players. The engine, checkpoints, DDP, FSDP2 and micro batches treat all
+players alike.
 """
 
 import contextlib
@@ -34,13 +34,13 @@ from halfstep.train.sharding import (
 
 
 def network_of(model: nn.Module) -> nn.Module:
-    """Return what is trained, wrapped and saved: a `NetworkDenoiser`'s network, or the model itself."""
+    """Return the module that is trained, wrapped and saved: the network of a `NetworkDenoiser`, or the model itself."""
     network: nn.Module = model.network if isinstance(model, NetworkDenoiser) else model
     return network
 
 
 def seen_through(model: nn.Module, network: nn.Module) -> nn.Module:
-    """Return the model with its network replaced by `network`, a copy or the same network wrapped in DDP."""
+    """Return the model with its network replaced by `network`, which is a copy or the same network wrapped in DDP."""
     if isinstance(model, NetworkDenoiser):
         return NetworkDenoiser(network, model.process, model.prediction)
     if isinstance(model, Denoiser) and isinstance(network, DistributedDataParallel):
@@ -50,7 +50,7 @@ def seen_through(model: nn.Module, network: nn.Module) -> nn.Module:
 
 @final
 class _Wrapped(Denoiser):
-    """A denoiser wrapped in DDP, which hides its attributes."""
+    """A denoiser that is wrapped in DDP. DDP hides the attributes of the denoiser, so this class restores them."""
 
     def __init__(self, network: nn.Module, denoiser: Denoiser) -> None:
         super().__init__()
@@ -62,11 +62,11 @@ class _Wrapped(Denoiser):
 
 
 def compile_networks(model: torch.nn.Module) -> None:
-    """Let torch compile each network of a denoiser, in place, at its first call.
+    """Let torch compile each network of a denoiser, in place, when the network is first called.
 
     The compiled code is cached for the network's class and takes the weights as arguments, so the next stage reuses it.
-    Shapes are static: torch would otherwise compile slower code for dynamic shapes at the second shape, and a run that
-    is resumed after that would round differently from an uninterrupted one.
+    Shapes are static. Otherwise, torch would compile slower code for dynamic shapes when a second shape occurs, and a
+    run that resumes after that would round differently from an uninterrupted run.
     """
     for part in model.modules():
         if isinstance(part, NetworkDenoiser) and isinstance(part.network, torch.nn.Module):
@@ -75,15 +75,15 @@ def compile_networks(model: torch.nn.Module) -> None:
 
 @final
 class EMA:
-    """The exponential moving average of the trainable parameters of `module`; its buffers are copied.
+    """An exponential moving average of the trainable parameters of `module`. The buffers of `module` are copied.
 
-    After n steps the decay is min(decay, (1 + n) / (10 + n)), so the average soon forgets the random start and does not
-    lag behind in a short run. Averages are float32, and all tensors are updated at once.
+    After n steps, the decay is min(decay, (1 + n) / (10 + n)), so the average soon forgets the random initial weights
+    and does not lag behind in a short run. The averages are float32, and all tensors are updated at once.
 
     Args:
         decay: final decay, in [0, 1).
-        into: a float32 copy of the module, sharded like it; its parameters become the averages. None stores the
-            averages separately.
+        into: a float32 copy of the module, sharded like the module. The parameters of this copy become the averages.
+            None stores the averages separately.
     """
 
     def __init__(self, module: nn.Module, decay: float, into: nn.Module | None = None) -> None:
@@ -91,7 +91,7 @@ class EMA:
         self._module, self._into = module, into
         self._names = [name for name, _ in trainable(module)]
         self._weights = [p.detach() for _, p in trainable(module)]
-        # This process averages only its own slices of sharded weights.
+        # Each process averages only its own slices of sharded weights.
         self._parameters = [local(p) for p in self._weights]
         if into is None:
             self._averages = [p.float().clone() for p in self._parameters]
@@ -109,7 +109,7 @@ class EMA:
                 own.copy_(buffer)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the module's state with averages instead of parameters."""
+        """Return the module's state, with the averages instead of the parameters."""
         state = own_state(self._module)
         for name, weight, average in zip(self._names, self._weights, self._averages, strict=True):
             state[name] = joined(average.to(weight.dtype), weight)
@@ -124,16 +124,16 @@ class EMA:
 
 @final
 class Follower:
-    """A copy of a player that the objective calls: a moving average, or the player before the first update.
+    """A copy of a player that the objective calls, either a moving average or the player before the first update.
 
     Args:
-        model: the player's model, before its network is sharded.
+        model: the player's model, whose network must not be sharded yet.
         decay: decay of the average, which the player updates; None freezes the copy.
     """
 
     def __init__(self, model: nn.Module, decay: float | None) -> None:
         self.decay = decay
-        # LoRA weights are averaged over a shared base; anything else is averaged in float32.
+        # LoRA weights are averaged on top of a shared base. All other weights are averaged in float32.
         copied = copy_network(network_of(model))
         self.network = copied if isinstance(copied, LoRA) else copied.float()
         self.model = seen_through(model, self.network.requires_grad_(False).eval())
@@ -141,13 +141,13 @@ class Follower:
 
 @final
 class Player:
-    """One trained network.
+    """A network that is trained, with its optimiser and averages.
 
     Args:
-        model: a denoiser or any module; trained in place.
-        training: its hyperparameters.
-        optimizer: name of the optimiser, as for `make_optimizer`.
-        sharded: whether its weights are sharded over the processes.
+        model: a denoiser or any other module, which is trained in place.
+        training: the hyperparameters of this network.
+        optimizer: the name of the optimiser, as in `make_optimizer`.
+        sharded: whether the weights are sharded over the processes.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Player:
         network.train()
         self._skeleton = skeleton(network) if sharded else None
         self.wrapped: nn.Module
-        """The network in its own turns: wrapped in DDP if there are several processes."""
+        """The network as used in the player's own turns. With several processes, it is wrapped in DDP."""
         if sharded:
             shard(network, accelerator.device, accelerator.num_processes)
         made = make_optimizer(optimizer, [parameter for _, parameter in trainable(network)], training)
@@ -168,19 +168,19 @@ class Player:
             self.wrapped, self._optimizer = network, made
         else:
             with warnings.catch_warnings():
-                # DDP warns about its argument broadcast_buffers, and accelerate does not support the replacement.
+                # DDP warns about its argument broadcast_buffers, but accelerate does not support the new argument.
                 warnings.simplefilter("ignore", FutureWarning)
                 self.wrapped, self._optimizer = accelerator.prepare(network, made)
-            # The engine enters autocast itself. Accelerate's own wrapper would make the compiler see a new network in
-            # each stage, and another one when the wrapper is removed.
+            # The engine enters autocast itself. With accelerate's wrapper, the compiler would get a new network in each
+            # stage, and another new network when the wrapper is removed.
             accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         self._ema = EMA(self.network, training.ema_decay) if training.ema_decay else None
         self.followed_by: list[EMA] = []
-        """Averages that the objective calls."""
+        """The averages of this player that the objective calls."""
         self.trained = seen_through(model, self.wrapped)
-        """The model in its own turns."""
+        """The model as used in the player's own turns."""
         self.called = seen_through(model, self.network)
-        """The model in the turns of other players."""
+        """The model as used in the turns of other players."""
         self.steps = 0
         """Number of optimiser steps taken."""
         self._settled = False
@@ -189,7 +189,7 @@ class Player:
         self._loss_sum = torch.zeros((), device=device)
         self._norm_sum = torch.zeros((), device=device)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
-        """The first update with a loss or gradient that was not finite, or -1."""
+        """The first update whose loss or gradient was not finite, or -1 if all were finite."""
         self._window_turns = 0
         self.recent = Recent()
 
@@ -201,7 +201,7 @@ class Player:
 
     @contextlib.contextmanager
     def alone(self, players: "Iterable[Player]") -> Iterator[None]:
-        """Return a context in which gradients of all other players' weights are neither computed nor kept."""
+        """Return a context in which the gradients of all other players' weights are neither computed nor kept."""
         others = [player for player in players if player is not self]
         frozen = [p for other in others if not is_sharded(other.network) for p in other._parameters]
         for parameter in frozen:
@@ -217,13 +217,13 @@ class Player:
                     other.clear()
 
     def backward(self, update: int, places: range, losses: Losses, x0: Tensor) -> Tensor:
-        """Add the gradient of a micro batch and return its part of the mean loss."""
+        """Add the gradient of a micro batch, and return the micro batch's part of the mean loss."""
         accelerator = self._accelerator
         largest = torch.linalg.vector_norm(x0, ord=torch.inf)
         self.recent.parts.append(Part(update, places, losses.loss.detach(), losses.log_snr.detach(), largest))
         while self.recent.parts[0].update <= update - KEPT:
             self.recent.parts.popleft()
-        # Processes average their gradients, so each scales its part of the mean loss by their number.
+        # Gradients are averaged over the processes, so each process scales its part of the mean loss by their number.
         loss: Tensor = losses.loss.sum() * (accelerator.num_processes / self.training.batch_size)
         accelerator.backward(loss)
         return loss.detach()
@@ -249,7 +249,7 @@ class Player:
 
     @property
     def _averages(self) -> dict[str, EMA]:
-        """All averages, keyed as in `state`."""
+        """All averages of this player, with the same keys as in `state`."""
         own = {} if self._ema is None else {"ema": self._ema}
         return own | {f"average{number}": average for number, average in enumerate(self.followed_by)}
 
@@ -258,16 +258,16 @@ class Player:
         self._optimizer.zero_grad()
 
     def needs_settling(self, count: int) -> bool:
-        """Return whether DDP still has to order its messages; True at most once.
+        """Return whether DDP still has to order its messages. This is True at most once.
 
-        DDP orders them after its first backward pass, and the rounding of a sum over more than two processes depends on
-        that order. Otherwise the first update of a resumed run would differ from the uninterrupted run.
+        DDP orders its messages after the first backward pass, and the rounding of a sum over more than two processes
+        depends on this order. Otherwise, the first update of a resumed run would differ from the uninterrupted run.
         """
         settled, self._settled = self._settled, True
         return not settled and isinstance(self.wrapped, DistributedDataParallel) and count > 2
 
     def place_for_moments(self) -> list[Tensor]:
-        """Return tensors as large as the state that the first optimiser step allocates; none once it exists."""
+        """Return tensors as large as the state that the first optimiser step allocates, or none if it exists."""
         if self._optimizer.state_dict()["state"]:
             return []
         return [torch.empty_like(p) for p in self._parameters for _ in range(2)]
@@ -287,7 +287,7 @@ class Player:
         return ["network", "optimizer", *self._averages]
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return weights, moments and averages by name; tensors may be sharded."""
+        """Return the weights, moments and averages, keyed by name. The tensors may be sharded."""
         network = self.network
         names = [name for name, _ in trainable(network)]
         moments: dict[str, Tensor] = {}
@@ -298,7 +298,7 @@ class Player:
         return {"network": own_state(network), "optimizer": moments, **averages}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
-        """Continue from a result of `state` with unsharded tensors, after `steps` steps."""
+        """Restore a result of `state`, with unsharded tensors, that was saved after `steps` steps."""
         network = self.network
         (load_whole if is_sharded(network) else load_own_state)(network, state["network"])
         parameters = trainable(network)
@@ -310,8 +310,8 @@ class Player:
             if is_sharded(network):
                 value = spread_as(value, parameter) if value.shape == parameter.shape else value
             elif value.shape == parameter.shape:
-                # A fused optimiser iterates over memory, so moments need the memory layout of their weights (on a GPU,
-                # convolution weights are channels-last), which the file does not store.
+                # A fused optimiser iterates over memory, so the moments need the memory layout of the weights, which
+                # the file does not store. On a GPU, convolution weights are channels-last.
                 value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
             entry = entries.setdefault(index_of[name], {})
             *groups, last = kind.split("/")
@@ -325,7 +325,7 @@ class Player:
         self.steps = steps
 
     def finish(self) -> nn.Module:
-        """Return the model in evaluation mode, unwrapped, with its EMA weights if it has any."""
+        """Return the unwrapped model in evaluation mode, with EMA weights if it has any."""
         network = self.network
         if self._skeleton is not None:
             if self._ema is not None:

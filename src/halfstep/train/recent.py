@@ -1,4 +1,4 @@
-"""Losses of recent updates, to report on an update that was not finite."""
+"""The losses of recent updates, which are used to report an update that was not finite."""
 
 import math
 from collections import deque
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 KEPT: Final = 1000
-"""Updates for which losses are kept; the engine checks them at least as often."""
+"""The number of updates for which losses are kept. The engine checks the losses at least this often."""
 
 
 @final
 class Part(NamedTuple):
-    """Losses of some places of an update's batch, on their device."""
+    """The losses at some places of an update's batch. The tensors stay on the device."""
 
     update: int
     places: range
@@ -25,20 +25,20 @@ class Part(NamedTuple):
 
 @final
 class Recent:
-    """Losses and gradient norms of a player's last updates, on their device; the player appends to both."""
+    """The losses and gradient norms of a player's last updates, kept on the device. The player appends to both."""
 
     def __init__(self) -> None:
         self.parts: deque[Part] = deque()
         self.norms: deque[tuple[int, Tensor]] = deque(maxlen=KEPT)
 
     def forget(self) -> None:
-        """Drop everything before the next update, except the last norm."""
+        """Drop all losses and norms before the next update, except the last norm."""
         self.parts.clear()
         while len(self.norms) > 1:
             self.norms.popleft()
 
     def statistics(self, update: int) -> dict[str, Any]:
-        """Return the statistics of an update that was not finite, JSON-ready. Waits for the device."""
+        """Return JSON-ready statistics of an update that was not finite. This waits for the device."""
         norms = {held: float(norm) for held, norm in self.norms if held in (update, update - 1)}
         parts = [part for part in self.parts if part.update == update]
         statistics: dict[str, Any] = {"update": update}
@@ -63,7 +63,7 @@ class Recent:
 
 
 def _json(value: Tensor | float | None) -> float | str | None:
-    """Return a number for JSON, as a string if it is not finite."""
+    """Return a number for JSON, or a string if the number is not finite."""
     number = None if value is None else float(value)
     return number if number is None or math.isfinite(number) else str(number)
 
@@ -84,8 +84,8 @@ def in_words(statistics: Mapping[str, Any]) -> str:
             parts.append(f"{len(bad)} of {statistics['samples']} losses were not finite{where}")
         if statistics["loss_max"] is not None:
             parts.append(
-                f"{'the others' if bad else 'losses'} from {_number(statistics['loss_min'])} to "
-                f"{_number(statistics['loss_max'])}, the largest at log-SNR "
+                f"{'the others' if bad else 'losses'} range from {_number(statistics['loss_min'])} to "
+                f"{_number(statistics['loss_max'])}, with the largest at log-SNR "
                 f"{_number(statistics['log_snr_of_loss_max'])}"
             )
     if "largest_x0" in statistics:

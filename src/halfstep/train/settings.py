@@ -26,33 +26,33 @@ class Engine:
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
 
     precision: Precision = "float32"
-    """float32, or bfloat16 autocast with float32 weights."""
+    """Precision of the networks: float32, or bf16 for bfloat16 autocast with float32 weights."""
     cpu: bool = False
     """Use the CPU even if an accelerator is available."""
     threads: int | None = None
-    """Number of CPU threads for torch; torch's own default if not set."""
+    """Number of CPU threads that torch uses; torch's default if not set."""
     micro_batch: int | Literal["auto"] | None = None
-    """Samples per network call; the whole batch by default. auto tries the batch, then smaller powers of two, and uses
-    the first that fits in memory."""
+    """Number of samples per network call; the whole batch by default. auto tries the whole batch first, then smaller
+    powers of two, and uses the first size that fits in memory."""
     sharding: Sharding = "none"
-    """full shards weights, gradients, moments and averages of all networks over the processes (FSDP2)."""
+    """full shards the weights, gradients, moments and averages of all networks over the processes (FSDP2)."""
     timeout_minutes: float = 10.0
     """Minutes after which an unresponsive process is considered lost."""
     trackers: tuple[Tracker, ...] | None = None
-    """Trackers for the log and sample grids, besides log.jsonl; by default TensorBoard, if it is installed."""
+    """Trackers for the log and sample grids, in addition to log.jsonl; by default, TensorBoard if it is installed."""
     teacher_precision: Precision = "float32"
     """bf16 stores and runs the teacher in bfloat16, halving its weight memory."""
     gradient_checkpointing: bool = False
     """Recompute the student's activations in the backward pass instead of storing them."""
     compile: bool = False
-    """Compile the networks for faster updates. Takes minutes at the first update, once for the whole chain, and rounds
-    differently from eager mode."""
+    """Compile the networks for faster updates. This takes minutes at the first update, once for the whole chain.
+    Compiled networks round differently from eager mode."""
     optimizer: Optimizer = "adamw"
-    """AdamW, or the 8-bit AdamW of bitsandbytes, optionally paged."""
+    """The optimiser: AdamW, or the 8-bit AdamW of bitsandbytes, optionally paged."""
     log_every: int = 50
-    """Updates between log lines."""
+    """Number of updates between log lines."""
     checkpoint_updates: int = 5000
-    """Updates between checkpoints."""
+    """Number of updates between checkpoints."""
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints."""
     requeue_code: int | None = None
@@ -88,7 +88,7 @@ class Engine:
 
     @property
     def set_micro_batch(self) -> int | None:
-        """The micro batch as a number; None for the whole share, or while "auto" is unresolved."""
+        """The micro batch size as a number, or None for the whole share and while "auto" is unresolved."""
         return None if self.micro_batch == "auto" else self.micro_batch
 
 

@@ -1,8 +1,8 @@
 """Sharding of networks over the processes: FSDP2, torch's `fully_shard`.
 
 Each process stores a slice of every weight, gradient, moment and average. The weights of a unit (a block) are gathered
-while it computes. accelerate's FSDP2 supports neither processes on the CPU nor networks without an optimiser, such as
-teachers, so this module calls `fully_shard` itself.
+while this unit computes. accelerate's FSDP2 supports neither processes on the CPU nor networks without an optimiser,
+such as teachers, so this module calls `fully_shard` itself.
 
 Source: Zhao et al. 2023, PyTorch FSDP (arXiv:2304.11277).
 """
@@ -23,7 +23,7 @@ from halfstep.nets import own_state
 from halfstep.train.settings import Engine
 
 UNIT: Final = 500_000
-"""Minimum number of parameters of a block that is its own unit, gathered and freed separately."""
+"""Minimum number of parameters for a block to form a separate unit, which is gathered and freed on its own."""
 
 
 def check_sharding(engine: Engine, num_processes: int) -> None:
@@ -32,32 +32,32 @@ def check_sharding(engine: Engine, num_processes: int) -> None:
         return
     if num_processes == 1:
         raise ValueError(
-            "sharding full shards weights over processes, but this is the only one. Start several with torchrun or "
-            "accelerate launch, or remove --engine.sharding"
+            "sharding full shards weights over several processes, but this is the only process. Start several "
+            "processes with torchrun or accelerate launch, or remove --engine.sharding"
         )
     if engine.compile:
         raise ValueError("sharded networks cannot be compiled. Remove --engine.compile or --engine.sharding")
     if engine.optimizer != "adamw":
         raise ValueError(
-            f"the optimizer {engine.optimizer} cannot be sharded. Use adamw, whose moments sharding distributes, or "
+            f"the optimizer {engine.optimizer} cannot be sharded. Use adamw, whose moments can be sharded, or "
             "remove --engine.sharding"
         )
 
 
 def shard(network: nn.Module, device: torch.device, count: int) -> None:
-    """Shard the network in place: this process, one of `count`, keeps a slice of each weight on the device."""
+    """Shard the network in place, so that each of `count` processes keeps a slice of each weight on its device."""
     for parameter in network.parameters():
-        # fully_shard supports no other layout.
+        # fully_shard supports only contiguous parameters.
         parameter.data = parameter.data.contiguous()
     mesh = init_device_mesh(device.type, (count,))
     for block in _blocks(network, UNIT):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    # Both ends of a network use the remaining parameters, so keep them gathered until the backward pass, if any.
+    # Both ends of a network use the remaining parameters, so these are kept gathered until the backward pass, if any.
     fully_shard(network, mesh=mesh, reshard_after_forward=not any(p.requires_grad for p in network.parameters()))
 
 
 def _blocks(network: nn.Module, unit: int) -> list[nn.Module]:
-    """Return the blocks in module lists with at least `unit` parameters of their own, innermost first."""
+    """Return the blocks in module lists that have at least `unit` parameters of their own, innermost first."""
     found: list[nn.Module] = []
     taken: set[nn.Parameter] = set()
     lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
@@ -77,7 +77,7 @@ def is_sharded(network: nn.Module) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this process' slice of a sharded tensor, which shares its memory; any other tensor unchanged."""
+    """Return this process's slice of a sharded tensor, as a view of its memory. Return any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -87,14 +87,14 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def spread_as(full: Tensor, like: Tensor) -> Tensor:
-    """Return `full`, which every process has, sharded as `like`; unchanged if `like` is not sharded."""
+    """Shard `full`, which every process has, like `like`. Return `full` unchanged if `like` is not sharded."""
     if not isinstance(like, DTensor):
         return full
     return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def joined(part: Tensor, like: Tensor) -> Tensor:
-    """Return the tensor, sharded as `like`, with `part` as this process' slice; `part` if `like` is not sharded."""
+    """Return a tensor sharded like `like`, with `part` as this process's slice, or `part` if `like` is not sharded."""
     if not isinstance(like, DTensor):
         return part
     return DTensor.from_local(
@@ -104,10 +104,10 @@ def joined(part: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def load_whole(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load this process' slices from an unsharded `own_state` of the network.
+    """Load this process's slices from an unsharded `own_state` of the network.
 
     Raises:
-        RuntimeError: if names or shapes do not match.
+        RuntimeError: if the names or shapes do not match those of the network.
     """
     targets = own_state(network)
     if foreign := targets.keys() ^ state.keys():
@@ -115,13 +115,14 @@ def load_whole(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, target in targets.items():
         if target.shape != state[name].shape:
             raise RuntimeError(
-                f"the weights do not match the network: {name} is {list(state[name].shape)}, not {list(target.shape)}"
+                f"the weights do not match the network: {name} has shape {list(state[name].shape)}, not "
+                f"{list(target.shape)}"
             )
         local(target).copy_(local(spread_as(state[name], target)))
 
 
 def skeleton(network: nn.Module) -> nn.Module:
-    """Return a copy of the network on the meta device, for `fill`."""
+    """Return a copy of the network on the meta device, which `fill` then fills with weights."""
     empty = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
         for p in network.parameters()
@@ -143,7 +144,7 @@ def fill(twin: nn.Module, network: nn.Module) -> None:
 def unsynced(network: nn.Module) -> Iterator[None]:
     """Return a context in which each process accumulates gradients without synchronising them.
 
-    Use it for all micro batches of an update except the last.
+    Use this context for all micro batches of an update except the last.
     """
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(False)

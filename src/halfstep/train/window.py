@@ -6,7 +6,7 @@ from typing import NamedTuple, final
 
 
 class PlayerWindow(NamedTuple):
-    """Statistics of one player's turns since the last window; means are NaN if it had no turn."""
+    """Statistics of one player's turns since the last window. The means are NaN if the player had no turn."""
 
     loss: float
     grad_norm: float
@@ -21,15 +21,15 @@ class Window:
     update: int
     """Number of finished updates."""
     loss: float
-    """Mean loss of the student; NaN if it had no turn."""
+    """Mean loss of the student, or NaN if the student had no turn."""
     grad_norm: float
     """Mean global gradient norm of the student before clipping."""
     learning_rate: float
-    """Learning rate of the last update."""
+    """Learning rate at the last update."""
     samples_per_second: float
     seconds: float
-    """Training time of the stage so far, including all restarts."""
+    """The stage's training time in seconds so far, including all restarts."""
     data_share: float
-    """Share of the window's time spent waiting for prepared inputs, on the slowest rank; 0 if nothing is prepared."""
+    """Fraction of the window's time that the slowest rank spent waiting for prepared inputs; 0 if none are prepared."""
     helpers: Mapping[str, PlayerWindow] = field(default_factory=dict)
     """Statistics of the auxiliary networks."""

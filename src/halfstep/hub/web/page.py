@@ -1,4 +1,4 @@
-"""A model as a web page: its graphs, onnxruntime-web, and scripts that draw the same noise as torch."""
+"""Write a model as a web page that contains graphs, onnxruntime-web, and scripts that draw the same noise as torch."""
 
 import base64
 import gzip
@@ -23,11 +23,11 @@ from halfstep.objectives import GuidanceRange
 from halfstep.runtime.files import refuse_taken, replacing, replacing_folder
 
 MOST_BYTES: Final = 256 * 2**20
-"""Maximum size of a model's weights; browsers fail on larger pages."""
+"""Maximum size in bytes of a model's weights, because browsers fail to load larger pages."""
 NEAR: Final = 5e-4
-"""Largest difference from torch's samples with 16-bit weights."""
+"""Maximum difference from torch's samples for which 16-bit weights are accepted."""
 SMALLEST: Final = 256
-"""Minimum number of values in a tensor with 16-bit weights."""
+"""Minimum number of values in a tensor that is stored with 16 bits per value."""
 LICENCES: Final = "onnxruntime-licences.txt"
 
 
@@ -41,14 +41,14 @@ def export_web(
     """Write a page that samples in the browser, and return its size in bytes.
 
     Args:
-        models: the models to choose from, each with a number of steps (None: the model's own).
-        out: a folder to serve, or with `single_file` an HTML file, which also works from disk.
+        models: the models to choose from, each with a number of steps, or None for the model's own number.
+        out: a folder to be served, or with `single_file` an HTML file, which can also be opened from disk.
         runtime_source: the npm package onnxruntime-web (see `read_runtime`).
 
     Raises:
-        ValueError: if samples are not grey or colour images, the page does not support a condition, a model is too
-            large, a graph cannot be exported (see `export_onnx`) or the runtime is missing. In these cases, nothing is
-            written.
+        ValueError: if samples are not grey or colour images, if the page does not support a condition, if a model is
+            too large, if a graph cannot be exported (see `export_onnx`), or if the runtime is missing. In each case,
+            nothing is written.
     """
     refuse_taken(out, is_file=single_file)
     for model, _ in models:
@@ -85,13 +85,13 @@ def _check(model: Model) -> None:
     size = sum(parameter.nbytes for parameter in model.parameters())
     if size > MOST_BYTES:
         raise ValueError(
-            f"{size / 1e6:,.0f} MB of weights are too large for a web page (at most {MOST_BYTES / 1e6:,.0f} MB). Use "
-            "--format onnx."
+            f"{size / 1e6:,.0f} MB of weights are too large for a web page, which may contain at most "
+            f"{MOST_BYTES / 1e6:,.0f} MB. Use --format onnx."
         )
 
 
 def _graph(model: Model, num_steps: int) -> bytes:
-    """Return the sampler as a graph, with 16-bit weights unless its samples differ too much."""
+    """Return the sampler as a graph, with 16-bit weights unless they change the samples too much."""
     with TemporaryDirectory() as folder:
         whole, halved = Path(folder) / "whole.onnx", Path(folder) / "halved.onnx"
         export_onnx(model, whole, num_steps)
@@ -101,11 +101,11 @@ def _graph(model: Model, num_steps: int) -> bytes:
 
 
 def halve_weights(graph_file: Path, out: Path) -> None:
-    """Write the graph in `graph_file` to `out`, with its large float32 weights as 16-bit integers.
+    """Write the graph in `graph_file` to `out`, and store large float32 weights as 16-bit integers.
 
-    Each output channel (the first axis) has its own scale. The weights are as small as float16, which rounds to 11
-    bits, but several times more accurate: the error is at most 2^-16 of the channel's largest weight. onnxruntime
-    converts them back once, when it loads the graph.
+    Each output channel (the first axis) has a separate scale. The weights take as little space as float16, but are
+    several times more accurate: the error is at most 2^-16 of the channel's largest weight, whereas float16 rounds to
+    11 bits. onnxruntime converts the weights back once, when it loads the graph.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -169,7 +169,7 @@ def _html(title: str, model: Model, graphs: Sequence[Mapping[str, Any]], assets:
 
 
 def _packed(content: bytes) -> str:
-    """Return the content in base64, compressed unless it already is."""
+    """Return the content in base64, compressed unless it is already compressed."""
     is_packed = content.startswith(b"\x1f\x8b")
     return base64.b64encode(content if is_packed else gzip.compress(content, mtime=0)).decode()
 

@@ -1,4 +1,4 @@
-"""onnxruntime-web, which runs graphs in browsers: downloaded once from npm, and checked with its sha256."""
+"""Download onnxruntime-web, which runs graphs in browsers, from npm once, and verify its sha256 digests."""
 
 import hashlib
 import io
@@ -20,32 +20,32 @@ SHA256: Final[Mapping[str, str]] = {
     MODULE: "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90",
     BINARY: "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
 }
-"""The files in the package's dist folder that a page needs."""
-REMEDY: Final = f"download {URL} and give that file as --runtime."
+"""The sha256 digests of the files that a page needs from the package's dist folder."""
+REMEDY: Final = f"download {URL} and pass that file with --runtime."
 TIMEOUT: Final = 60.0
-"""Seconds without data after which the registry is unreachable."""
+"""Number of seconds without data after which the registry is considered unreachable."""
 
 
 def read_runtime(source: Path | None = None) -> dict[str, bytes]:
-    """Return the files of `SHA256` by name.
+    """Return the contents of the files in `SHA256` by name.
 
     Args:
-        source: the npm package, packed (.tgz) or unpacked. If None, it is downloaded once into the cache.
+        source: the npm package, packed (.tgz) or unpacked. If None, the package is downloaded once into the cache.
 
     Raises:
-        ValueError: if a file is missing or altered, or the registry cannot be reached.
+        ValueError: if a file is missing or altered, or if the registry cannot be reached.
     """
     if source is not None:
         return _read(source)
     folder = cache_folder() / f"onnxruntime-web-{VERSION}"
     try:
         return _read(folder)
-    except ValueError:  # not downloaded yet, or damaged
+    except ValueError:  # the files are not downloaded yet, or they are damaged
         return _fetch(folder)
 
 
 def licences() -> str:
-    """Return onnxruntime's licence and notices from its Python package; the npm package has none."""
+    """Return onnxruntime's licence and notices from its Python package, because the npm package contains none."""
     package = distribution("onnxruntime")
     files = [Path(str(package.locate_file(f"onnxruntime/{name}"))) for name in ("LICENSE", "ThirdPartyNotices.txt")]
     return "\n\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
@@ -72,7 +72,7 @@ def _unpacked(package: bytes) -> dict[str, bytes]:
 
 
 def _fetch(folder: Path) -> dict[str, bytes]:
-    """Download the files of `SHA256` into the folder, with the layout of the unpacked package."""
+    """Download the files in `SHA256` into the folder, in the layout of the unpacked package."""
     try:
         with urllib.request.urlopen(URL, timeout=TIMEOUT) as answer:
             found = _unpacked(answer.read())
