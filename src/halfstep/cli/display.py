@@ -89,7 +89,8 @@ class RunDisplay:
                 stage.state, stage.num_unmeasured = "measuring", total - max(0, place - 1)
                 stage.measuring = f"measuring {place or 1}/{total}"
                 text = f"{stage.name}: measuring {f'{place}/{total}, ' if place else ''}{what}"
-                # The first measurement of the run trains a classifier or draws the finest samples: it takes long.
+                # The first measurement of a stage is always shown. In the first stage, it takes long, because a
+                # classifier is trained and the finest samples are drawn.
                 (self._now_and_then if place > 1 else self._line)(text)
             case Measured(result=result, num_left=num_left, seconds=seconds, too_few=too_few):
                 stage.results.append(result)

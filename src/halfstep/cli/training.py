@@ -88,7 +88,7 @@ class DistillArguments(PlanArguments):
     out: Path | None = None
     """Folder of the new run; runs/NAME-STAGE-to-STEPS by default."""
     prompts: Path | None = None
-    """File with one prompt per line, instead of --data. The teacher, which must be a pipeline, writes a sample for each
+    """File with one prompt per line, instead of --data. The teacher, which must take prompts, writes a sample for each
     prompt to OUT-data, and is distilled on these samples.
     """
     call: tuple[str, ...] = ()

@@ -2,7 +2,7 @@
 
 A process maps the time t in [0, 1], from data at 0 to noise at 1, to the two amplitudes in x_t = alpha(t) x0 +
 sigma(t) eps. The amplitudes define the log signal-to-noise ratio log_snr(t) = log(alpha^2 / sigma^2), which is strictly
-decreasing. The rest of the library uses only the functions alpha, sigma and log_snr of a process.
+decreasing. The rest of the library uses a process only through alpha, sigma, log_snr and the inverse of log_snr.
 
 Times and amplitudes are *clock* tensors, which are float64 and contain one number per sample. Data may have any
 floating-point dtype and any shape `[batch, *dims]`. With 8192 steps, amplitudes at neighbouring times near 0 and 1 can
@@ -66,7 +66,7 @@ def per_sample(clock: Tensor | float, like: Tensor) -> Tensor | float:
 
 
 REMEMBERED: Final = 4096
-"""The largest number of times whose amplitudes a process caches. No practical grid is this long."""
+"""The largest number of times whose amplitudes a process caches. Sampling grids are rarely this long."""
 
 
 class NoiseProcess(ABC):

@@ -223,7 +223,7 @@ def example_conditions(model: Model, number: int) -> dict[str, Tensor]:
     }
     cond = model.cond(range(number), others=others)
     if model.manifest.guidance is None:
-        # Guidance for a teacher needs two network calls, but the graph makes only one.
+        # Guidance for a teacher needs two network calls where the graph makes one.
         cond.pop(GUIDANCE, None)
     return cond
 

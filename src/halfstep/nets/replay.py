@@ -98,7 +98,7 @@ class Replay(StockNetwork):
     Args:
         call: the recorded call.
         clock: {"of": "u", "sigma" or "angle", "scale": a, "offset": b}: the module's time is a g + b, where g is t,
-            sigma(t), or the angle of (alpha, sigma) in quarter turns. The entry "process" describes the noise process.
+            sigma(t), or the angle of (alpha, sigma) in quarter turns. For the last two, "process" is the noise process.
         output: {"sign": 1 or -1, "part": the output channels to use, "all", "first" or "last", "restores_norm":
             whether guidance restores the output's norm}.
         precision: the storage precision of the weights (see nets/lowered.py). Weights are frozen unless it is float32.

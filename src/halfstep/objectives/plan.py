@@ -59,7 +59,7 @@ class Stage:
 
     @property
     def update_cost(self) -> float:
-        """The cost of one update, as a number of forward passes for a single sample."""
+        """The cost of one update of the whole batch, in forward passes of one sample."""
         return sum(evals.cost for evals in self.objective.evals.values()) * self.training.batch_size
 
 

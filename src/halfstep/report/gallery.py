@@ -63,8 +63,8 @@ class Walked(NamedTuple):
 
     column: Column
     student: Picture | None
-    """The student with this number of steps, or the first student's teacher (the matched model or the start of the
-    chain) if no student has as many steps."""
+    """The student with this number of steps. With more steps than any student takes, the first student's teacher, which
+    is the matched model or the start of the chain."""
     teacher: Picture | None
 
 

@@ -11,7 +11,7 @@ BEST_OF: Final = ("ddim", "heun")
 
 
 class Best(NamedTuple):
-    """The teacher's result with the smallest Frechet distance."""
+    """One result of a model: the sampler, the number of steps, and the metrics that are compared."""
 
     sampler: str
     num_steps: int

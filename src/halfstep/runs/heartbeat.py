@@ -19,7 +19,7 @@ from halfstep.runtime.files import DamagedFile, write_json
 SECONDS: Final = 5.0
 """The number of seconds between two heartbeats."""
 SILENT_SECONDS: Final = 60.0
-"""The number of seconds without a heartbeat after which a process on another machine counts as dead."""
+"""The number of seconds without a heartbeat after which a process counts as dead, even if its process id exists."""
 
 
 def this_machine() -> list[str]:

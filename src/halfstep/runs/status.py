@@ -116,7 +116,7 @@ class RunStatus:
     stages: list[StageStatus]
     state: RunState = "running"
     message: str | None = None
-    """Why the run has stopped, if the reason is known."""
+    """Why no process is working on the run, if the reason is known."""
     process: Mapping[str, Any] | None = None
     """{"pid", "host", "started", "updated"} of the last process that wrote a heartbeat, in seconds since 1970."""
 
@@ -132,7 +132,7 @@ class RunStatus:
         return teacher_best(map(Best.of, first.results), first.too_few)
 
     def ratio(self, stage: StageStatus, result: Result) -> float | None:
-        """Return the ratio of a later stage's Frechet distance to the teacher's best, or None if there is none."""
+        """Return the ratio of a later stage's Frechet distance to the teacher's best, or None if it has no meaning."""
         best, first = self.teacher_best, self.stages[0]
         if best is None or stage is first or stage.protocol != first.protocol or stage.too_few:
             return None

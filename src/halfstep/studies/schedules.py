@@ -14,7 +14,10 @@ from halfstep.studies.show import spread, where
 
 
 def students_by(start: int, factor: int) -> tuple[int, ...]:
-    """Return the students' numbers of steps. Each stage divides by `factor`, or goes to 1 if it cannot divide."""
+    """Return the students' numbers of steps after `start`, down to 1.
+
+    Each stage divides the number by `factor`, or goes to 1 if `factor` does not divide it.
+    """
     steps = [start]
     while steps[-1] > 1:
         steps.append(steps[-1] // factor if steps[-1] % factor == 0 else 1)
