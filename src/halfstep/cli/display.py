@@ -89,9 +89,9 @@ class RunDisplay:
                 stage.state, stage.num_unmeasured = "measuring", total - max(0, place - 1)
                 stage.measuring = f"measuring {place or 1}/{total}"
                 text = f"{stage.name}: measuring {f'{place}/{total}, ' if place else ''}{what}"
-                # The first measurement of a stage is always shown. In the first stage, it takes long, because a
-                # classifier is trained and the finest samples are drawn.
-                (self._now_and_then if place > 1 else self._line)(text)
+                # The first measurement of the first stage takes long, because a classifier is trained and the finest
+                # samples are drawn.
+                (self._line if place == 0 or (place == 1 and total > 1) else self._now_and_then)(text)
             case Measured(result=result, num_left=num_left, seconds=seconds, too_few=too_few):
                 stage.results.append(result)
                 stage.too_few = too_few

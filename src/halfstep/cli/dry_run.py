@@ -175,9 +175,9 @@ def _lines(facts: dict[str, Any], spec: RunSpec) -> Iterator[str]:
         time = duration(facts["estimated_seconds"] + measuring)
         share = f"of which {duration(measuring)} to measure the models; " if measuring else ""
         yield f"estimated time on this machine: {time} ({share}{seconds})"
-    if (facts["estimated_seconds"] or 0) > LONG_SECONDS:
+    if (facts["estimated_seconds"] or 0) + (facts["estimated_seconds_of_measuring"] or 0) > LONG_SECONDS:
         advice = shorter([stage["role"] for stage in stages], spec.teacher)
-        yield f"warning: the training will take more than a day. Use a GPU, or {advice}"
+        yield f"warning: this will take more than a day. Use a GPU, or {advice}"
     passes = max(stage["samples_seen"] for stage in stages) / data["num_samples"]
     if data["num_samples"] < FEW_SAMPLES and passes > MANY_PASSES:
         yield (

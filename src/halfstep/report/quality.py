@@ -225,7 +225,8 @@ def text_table(group: Group) -> Table:
     ]  # fmt: skip
     notes = []
     if group.best is not None:
-        notes.append(f"Ratio and speed-up are relative to the teacher at its best, {group.best_words}.")
+        what = "Speed-up is" if group.too_few else "Ratio and speed-up are"
+        notes.append(f"{what} relative to the teacher at its best, {group.best_words}.")
     if group.base is not None:
         notes.append(
             f"RMSE is the difference between student and teacher ({group.base_words}) samples from the same noise."

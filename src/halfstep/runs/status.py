@@ -27,10 +27,10 @@ PACE_ROWS: Final = 10
 """The number of log rows over which the pace is averaged."""
 SHOWN: Final = (
     *("state", "role", "num_steps", "update", "num_updates", "loss", "learning_rate", "samples_per_second"),
-    *("seconds", "checkpoint"),
+    *("seconds", "checkpoint", "too_few"),
 )
 """The fields of a stage in the JSON status."""
-RESULT: Final = {"sampler", "num_steps", "num_evals", "frechet"}
+RESULT: Final = {"sampler", "num_steps", "num_evals", "frechet", "kid"}
 """The fields of a result in the JSON status."""
 LOG_BYTES: Final = 2**20
 """The number of bytes to read from the end of the log, which contains the rows of the current stage."""
