@@ -15,11 +15,13 @@ from PIL import Image
 
 from halfstep import load
 from halfstep.cli import main
+from halfstep.cli.dry_run import _lines, plan_facts
+from halfstep.measure.evaluate import Evaluation
 from halfstep.registry import Registry
 from halfstep.runs import RunFolder
 from halfstep.runtime.files import write_sealed
 from support_cli import Capture, refused
-from toys import TINY_ARRAYS, TINY_DIGITS, file_size_limit
+from toys import TINY_ARRAYS, TINY_DIGITS, file_size_limit, toy_spec
 
 
 @pytest.fixture(autouse=True)
@@ -188,6 +190,22 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: Capt
         assert name in printed
     assert torch.accelerator.is_available() or "a device of" not in printed
     assert not (tmp_path / "x").exists()
+
+
+def test_a_run_of_more_than_a_day_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training and measuring count together, as in the line above the warning."""
+    spec = toy_spec(evaluation=Evaluation())
+    facts = plan_facts(spec, Path("x"))
+    training, measuring = facts["estimated_seconds"], facts["estimated_seconds_of_measuring"]
+    assert training > 0
+    assert measuring > 0
+
+    def printed(limit: float) -> str:
+        monkeypatch.setattr("halfstep.cli.dry_run.LONG_SECONDS", limit)
+        return "\n".join(_lines(facts, spec))
+
+    assert "warning: this will take more than a day. Use a GPU, or " in printed(0.999 * (training + measuring))
+    assert "a day" not in printed(1.001 * (training + measuring))
 
 
 @pytest.mark.parametrize("name", ["cifar10_paper", "lsun_church128_paper"])
