@@ -200,7 +200,7 @@ def images_small() -> Recipe:
 
 @recipes.register("images_tiny")
 def images_tiny() -> Recipe:
-    """A few hundred of your own images, 16x16 in colour, to four steps: about five minutes on two CPU cores."""
+    """A few hundred of your own images, 16x16 in colour, to four steps: ten minutes on one CPU core."""
     demo = digits()
     return Recipe(
         name="images_tiny",
