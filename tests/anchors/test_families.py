@@ -426,6 +426,7 @@ def test_unsupported_uses_of_prompts_are_rejected_in_one_line(
     assert "--call height is not of the form NAME=VALUE" in refused([*asked[:4], *out, "--call", "height"], capsys)
     prompts.write_text("\n \n")
     assert "contains no prompts: write one prompt per line" in refused(asked, capsys)
+    prompts.write_text("a\n")
     assert "FluxPipeline failed" in refused(
         ["encode", str(folder), "--prompts", str(prompts), *out, "--call", "size=8"], capsys
     )

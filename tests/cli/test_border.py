@@ -582,6 +582,25 @@ def test_a_dry_run_of_encode_writes_nothing(here: Path, tmp_path: Path, capsys: 
     assert "--out is missing" in refused(["encode", sd, "--data", data], capsys)
 
 
+@pytest.mark.parametrize("verb", ["encode", "distill"])
+def test_a_wrong_file_of_prompts_is_rejected_before_the_import(
+    verb: str, here: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def imported(*_: object, **__: object) -> None:
+        pytest.fail("the pipeline was imported")
+
+    monkeypatch.setattr("halfstep.cli.exporting.imported", imported)
+    monkeypatch.setattr("halfstep.cli.training.imported", imported)
+    file = tmp_path / "prompts.txt"
+    argv = [verb, str(here / "sd"), "--prompts", str(file), "--out", str(tmp_path / "out")]
+    assert f"{file} does not exist: give a text file with one prompt per line" in refused(argv, capsys)
+    file.write_text(" \n\n")
+    assert f"{file} contains no prompts" in refused(argv, capsys)
+    file.write_bytes(b"\xff\xfe\x00")
+    assert f"{file} cannot be read as text" in refused(argv, capsys)
+    assert not (tmp_path / "out").exists()
+
+
 def test_unsupported_input_is_rejected_before_anything_is_written(here: Path, tmp_path: Path, capsys: Capture) -> None:
     def said(model: str, data: str, *words: str) -> str:
         argv = ["encode", str(here / model), "--data", str(here / data), "--out", str(tmp_path / "out"), *words]

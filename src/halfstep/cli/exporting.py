@@ -203,6 +203,8 @@ def encode(argv: Sequence[str]) -> None:
         )
     screen = Screen()
     if arguments.prompts is not None:
+        # The import can take minutes, so a wrong file is reported before it.
+        read_prompts(arguments.prompts)
         model = imported(arguments.pipeline, arguments.call, screen, precision=arguments.base_precision)
         if arguments.dry_run:
             _show_prompts(model, arguments.prompts, arguments, device)
@@ -330,8 +332,8 @@ def sample_prompts(
     Raises:
         ValueError: if there are no prompts, the model does not take prompts, or the folder contains other data.
     """
-    encoder = _encoder_of_prompts(model, guidance_scale, num_steps, seed, device)
     texts = _prompts_for(model.to(device), prompts, guidance_scale, num_steps, seed)
+    encoder = _encoder_of_prompts(model, guidance_scale, num_steps, seed, device)
     try:
         return encode_images(
             texts,

@@ -146,6 +146,9 @@ def distill(argv: Sequence[str]) -> None:
         return parse(DistillArguments, rest, f"halfstep distill {name}", default, SHORT)
 
     arguments = parsed(None if stage is None else stage.manifest(verify=False))
+    if arguments.prompts is not None:
+        # Importing a pipeline can take minutes, so a wrong file is reported before it.
+        read_prompts(arguments.prompts)
     is_published = name in PUBLISHED and arguments.dry_run and not Path(name).is_dir()
     if stage is not None:
         if arguments.base_precision != "float32":

@@ -95,20 +95,12 @@ class CaptionedImages:
 @final
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """Texts without images. Their latents are sampled from a model.
-
-    Raises:
-        ValueError: if there are no texts.
-    """
+    """Texts without images. Their latents are sampled from a model."""
 
     source: str
     captions: tuple[str, ...]
     sampled: Callable[[range, Mapping[str, Tensor]], Tensor]
     """Maps the indices and conditions of texts to latents `[n, *dims]`."""
-
-    def __post_init__(self) -> None:
-        if not self.captions:
-            raise ValueError(f"{self.source} contains no prompts: write one prompt per line")
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -118,9 +110,15 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     """Return the non-empty lines of a text file.
 
     Raises:
-        ValueError: if the file is missing or is not a text file.
+        ValueError: if the file is missing, is not a text file or contains no text.
     """
-    return tuple(line.strip() for line in _read_text(path.expanduser()).splitlines() if line.strip())
+    file = path.expanduser()
+    if not file.exists():
+        raise ValueError(f"{path} does not exist: give a text file with one prompt per line")
+    prompts = tuple(line.strip() for line in _read_text(file).splitlines() if line.strip())
+    if not prompts:
+        raise ValueError(f"{path} contains no prompts: write one prompt per line")
+    return prompts
 
 
 def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImages:

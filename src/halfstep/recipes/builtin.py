@@ -130,34 +130,23 @@ def cifar10() -> Recipe:
 @recipes.register("cifar10_small")
 def cifar10_small() -> Recipe:
     """CIFAR-10 with a network of 3 million parameters: rough images, about an hour and a half on two CPU cores."""
-    return Recipe(
-        name="cifar10_small",
-        data=DataConfig(source="uoft-cs/cifar10", flip=True),
-        network=UNetConfig(
-            block_out_channels=(32, 64, 128),
-            layers_per_block=1,
-            attention=(False, False, True),
-            norm_num_groups=8,
-            time_embedding_dim=192,
-        ),
-        teacher=Training(
-            num_updates=3300,
-            batch_size=64,
-            learning_rate=1e-3,
-            warmup_updates=200,
-            adam_betas=(0.9, 0.99),
-            ema_decay=0.999,
-        ),
-        chain=SECOND_ORDER.model_copy(
-            update={
-                "training": Training(
-                    num_updates=320, batch_size=64, learning_rate=4e-4, warmup_updates=30, adam_betas=(0.9, 0.99)
-                ),
-                "updates_at": {8: 350, 1: 400},
-            }
-        ),
-        finish=FinishConfig(steps=(1,), training=replace(FINISHING, num_updates=250)),
-        evaluation=Evaluation(num_samples=2000, batch_size=500),
+    smaller = fashion_mnist()
+    training = smaller.chain.training
+    return smaller.model_copy(
+        update={
+            "name": "cifar10_small",
+            "data": DataConfig(source="uoft-cs/cifar10", flip=True),
+            "network": smaller.network.model_copy(update={"block_out_channels": (32, 64, 128)}),
+            "teacher": replace(smaller.teacher, num_updates=3300),
+            "chain": smaller.chain.model_copy(
+                update={
+                    "training": replace(training, num_updates=320, warmup_updates=30),
+                    "updates_at": {8: 350, 1: 400},
+                }
+            ),
+            "finish": FinishConfig(steps=(1,), training=replace(FINISHING, num_updates=250)),
+            "evaluation": replace(smaller.evaluation, num_samples=2000),
+        }
     )
 
 
