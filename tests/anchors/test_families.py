@@ -29,7 +29,7 @@ from halfstep.hub.stock import stock
 from halfstep.hub.trace import Call, Step, Trace, component_of, prompted, trace
 from halfstep.models.folder import load
 from halfstep.models.model import Model
-from halfstep.nets import Replay
+from halfstep.nets import Replay, on_integers
 from halfstep.runs import Outcome, RunFolder
 from halfstep.samplers import DDIM, sample
 from support_cli import Capture, refused
@@ -69,12 +69,18 @@ FAMILIES: Final = {
 }
 
 
+NEEDS: Final = {"stable_audio": "torchsde"}
+"""Packages that diffusers needs for a family."""
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return each family's pipeline as it saves itself, built once."""
     root = tmp_path_factory.mktemp("families")
 
     def folder(name: str) -> Path:
+        if name in NEEDS and find_spec(NEEDS[name]) is None:
+            pytest.skip(f"needs the package {NEEDS[name]}")
         if not (root / name).exists():
             getattr(support_pipelines, f"tiny_{name}")(root / f"tokens-{name}").save_pretrained(root / name)
         return root / name
@@ -100,14 +106,8 @@ def guided(model: Model, pipe: Any) -> list[tuple[dict[str, Any], float | None]]
     return [({pipeline.guidance: scale, **negative}, scale + 1 - pipeline.off) for scale in (pipeline.off, 4.0)]
 
 
-NEEDS: Final = {"stable_audio": "torchsde"}
-"""Packages that diffusers needs for a family."""
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_our_samples_are_those_of_the_pipeline(name: str, saved: Callable[[str], Path]) -> None:
-    if name in NEEDS and find_spec(NEEDS[name]) is None:
-        pytest.skip(f"needs the package {NEEDS[name]}")
     family, folder = FAMILIES[name], saved(name)
     model = import_pipeline(folder, family.options)
     assert isinstance(model.denoiser.network, Replay)
@@ -158,13 +158,10 @@ def test_twelve_steps_on_a_table_of_a_thousand_levels(name: str, saved: Callable
     x_1 = noise(2, *model.shape)
     cond = model.cond(range(2), guidance_scale=scale, others=text_conditions(model.manifest, PROMPTS))
     assert_same(sample(model, x_1, 12, cond=cond, grid=lambda _: times), called(pipe, x_1, 12, **call))
-    student = Model(
-        model.denoiser, model.manifest.model_copy(update={"outcome": Outcome(role="student", num_steps=12)})
-    )
     with pytest.raises(
         ValueError, match=r"with 1000 .* cannot represent 12 steps exactly; it can only represent 1, 2, 4, 5"
     ):
-        export_pipeline(student, tmp_path / "out")
+        export_pipeline(with_steps(model, 12), tmp_path / "out")
 
 
 BUDGET: Final = [
@@ -233,7 +230,7 @@ OTHERS: Final = ("pixart", "qwen", "sana", "cogvideox", "lumina2", "z_image", "a
             for name, words in (
                 ("sdxl", ["--matching.guidance-range", "1", "8"]),
                 ("flux", ["--matching.guidance-range", "1", "4"]),
-                *((name, ["--matching.guidance-scale", "3"]) for name in OTHERS),
+                *((name, ["--matching.guidance-scale", "3"]) for name in (*OTHERS, "stable_audio")),
             )
         ),
     ],
@@ -348,6 +345,7 @@ def test_calls_without_a_matching_clock_or_guidance_are_rejected(
         record(pipe, SQUARE)
 
 
+PIPELINES: Final = {"pixart": "PixArtAlphaPipeline", "stable_audio": "StableAudioPipeline"}
 LOW_RANK: Final = ["--chain.lora-rank", "2", "--chain.learning-rate", "0.01"]
 
 
@@ -376,26 +374,56 @@ def test_lora_weights_are_loaded_by_the_pipeline(name: str, saved: Callable[[str
     assert float((ours - before).abs().max()) > 10 * 1e-4
 
 
-@pytest.mark.skipif(find_spec("torchsde") is None, reason="needs the package torchsde")
-@pytest.mark.slow
-def test_a_student_that_no_scheduler_of_diffusers_samples_is_refused(
-    saved: Callable[[str], Path], tmp_path: Path, capsys: Capture
-) -> None:
-    """Stable Audio's own scheduler draws noise, and no other scheduler passes its network the angle."""
-    for form, words in (("diffusers", ["--matching.guidance-scale", "3"]), ("lora", LOW_RANK)):
-        run = distilled(saved("stable_audio"), {}, tmp_path / form, *words)
-        said = refused(["export", str(run), "--format", form, "--out", str(tmp_path / "out")], capsys)
-        assert "passes such a time draws noise in each step. Use --format onnx" in said
-        assert not (tmp_path / "out").exists()
+def with_steps(model: Model, num_steps: int) -> Model:
+    """Return a model as a student of this number of steps."""
+    outcome = Outcome(role="student", num_steps=num_steps)
+    return Model(model.denoiser, model.manifest.model_copy(update={"outcome": outcome}))
 
 
+def test_a_student_of_angles_is_exported_on_a_table(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """Stable Audio's own scheduler draws noise, and no other scheduler passes its network the angle.
+
+    The exported network embeds a timestep as the original network embeds the angle of this timestep.
+    """
+    model = import_pipeline(saved("stable_audio"))
+    conditions = text_conditions(model.manifest, PROMPTS)
+    moved, x_t = on_integers(model.network), noise(2, *model.shape)
+    assert isinstance(model.network, Replay)
+    assert (model.network.is_on_table, moved.is_on_table) == (False, True)
+    time = torch.tensor([7 / 1024, 0.7])
+    assert float((moved.timestep(time) - torch.tensor([6, 0.7 * 1024 - 1])).abs().max()) < 1e-4
+    torch.testing.assert_close(moved(x_t, time, **conditions), model.network(x_t, time, **conditions))
+    for num_steps in (1, 4):
+        out, student = tmp_path / str(num_steps), with_steps(model, num_steps)
+        export_pipeline(student, out)
+        pipe = quietly(load_pipeline(out, "StableAudioPipeline"))
+        assert type(pipe.scheduler).__name__ == "DDIMScheduler"
+        ours = sample(student, x_t, cond=student.cond(range(2), others=conditions))
+        assert_same(ours, called_once_a_step(pipe, x_t, num_steps, guidance_scale=1.0))
+    again = import_pipeline(out)
+    assert_same(sample(again, x_t, 4, cond=again.cond(range(2), others=conditions)), ours)
+
+
+def test_a_time_that_no_scheduler_passes_is_refused(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """A network that embeds the logarithm of its time cannot be moved to the timesteps of a table."""
+    student = with_steps(import_pipeline(saved("stable_audio")), 4)
+    network: Any = student.network
+    network.model.time_proj.log = True
+    with pytest.raises(ValueError, match=r"passes such a time draws noise in each step\. Use --format onnx"):
+        export_pipeline(student, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="StableAudioDiTModel has no Fourier embedding of its time"):
+        on_integers(network)
+
+
+@pytest.mark.parametrize("name", ["pixart", "stable_audio"])
 @pytest.mark.slow
 def test_lora_weights_that_no_pipeline_loads_are_rejected(
-    saved: Callable[[str], Path], tmp_path: Path, capsys: Capture
+    name: str, saved: Callable[[str], Path], tmp_path: Path, capsys: Capture
 ) -> None:
-    run = distilled(saved("pixart"), FAMILIES["pixart"].options, tmp_path / "run", *LOW_RANK)
+    run = distilled(saved(name), FAMILIES[name].options, tmp_path / "run", *LOW_RANK)
     said = refused(["export", str(run), "--format", "lora", "--out", str(tmp_path / "lora")], capsys)
-    assert "cannot load LoRA weights into PixArtAlphaPipeline: use --format diffusers, which merges the weights" in said
+    assert f"cannot load LoRA weights into {PIPELINES[name]}: use --format diffusers, which merges the weights" in said
     main(["export", str(run), "--out", str(tmp_path / "out")])
 
 

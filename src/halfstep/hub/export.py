@@ -29,7 +29,18 @@ from halfstep.hub.schedulers import (
 )
 from halfstep.hub.stock import quiet, stock
 from halfstep.models.model import Model
-from halfstep.nets import LoRA, Replay, StockNetwork, UNet2D, bare, has_movable_clock, merged, precision_of
+from halfstep.nets import (
+    LoRA,
+    Replay,
+    StockNetwork,
+    UNet2D,
+    bare,
+    has_fourier_clock,
+    has_movable_clock,
+    merged,
+    on_integers,
+    precision_of,
+)
 from halfstep.runs import Manifest, Metrics
 from halfstep.runtime.files import first_line, read_json, refuse_taken, replacing_folder, write_json, write_text
 from halfstep.samplers import DDIM
@@ -52,6 +63,9 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
     if not isinstance(network, StockNetwork):
         kind = model.manifest.network.get("type")
         raise ValueError(f"diffusers has no pipeline for a network of the type {kind}. {USE_ONNX}")
+    if isinstance(network, Replay) and not network.is_on_table and has_fourier_clock(network):
+        # Stable Audio's own scheduler draws noise in each step. DDIMScheduler does not, but passes integer timesteps.
+        network = on_integers(network)
     schedule, kind, component = _layout(model, network)
     index: dict[str, Any] = {}
     copies: dict[str, Path] = {}
@@ -105,13 +119,13 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
     network, pipeline = model.denoiser.network, model.manifest.pipeline
     if not isinstance(network, LoRA):
         raise ValueError("this model was not trained with LoRA and has no LoRA weights. Use --format diffusers")
-    schedule, _, component = _layout(model, network.base)
     kind: Any = None if pipeline is None else stock(pipeline.kind)
     if pipeline is None or not hasattr(kind, "save_lora_weights"):
         where = "no pipeline" if pipeline is None else pipeline.kind
         raise ValueError(
             f"diffusers cannot load LoRA weights into {where}: use --format diffusers, which merges the weights"
         )
+    schedule, _, component = _layout(model, network.base)
     if pipeline.averaged:
         raise ValueError(
             f"the LoRA was trained on the averaged weights (EMA) in {pipeline.folder}/{component}_ema, but a "
@@ -175,8 +189,7 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
         )
     process = model.denoiser.process
     schedule = write_schedule(process, model.denoiser.prediction, network.num_train_timesteps, manifest.clip)
-    table = {"of": "u", "scale": network.num_train_timesteps, "offset": -1}
-    if isinstance(network, Replay) and schedule.kind != FLOW and network.clock != table:
+    if isinstance(network, Replay) and schedule.kind != FLOW and not network.is_on_table:
         raise ValueError(
             f"the time input of a {network.stock} is not the timestep of a table, and every diffusers scheduler that "
             "passes such a time draws noise in each step. Use --format onnx"

@@ -22,4 +22,12 @@ from halfstep.nets.lowered import CONFIGS, BasePrecision, InHalf
 from halfstep.nets.mlp import MLP
 from halfstep.nets.replay import LENGTH, Replay, conditions_of, nodes_of, read_output, takes_scale
 from halfstep.nets.stock import StockNetwork, UNet2D, unet2d_config
-from halfstep.nets.surgery import OnProcess, has_movable_clock, on_clock, takes_guidance, with_guidance
+from halfstep.nets.surgery import (
+    OnProcess,
+    has_fourier_clock,
+    has_movable_clock,
+    on_clock,
+    on_integers,
+    takes_guidance,
+    with_guidance,
+)

@@ -145,6 +145,11 @@ class Replay(StockNetwork):
             time = sigma if self.clock["of"] == "sigma" else torch.atan2(sigma, alpha) * (2 / math.pi)
         return self.clock["scale"] * time + self.clock["offset"]
 
+    @property
+    def is_on_table(self) -> bool:
+        """Whether the module's time is the timestep of a table."""
+        return self.clock == self.on_table(self.num_train_timesteps)["clock"]
+
     def on_table(self, num_train_timesteps: int) -> dict[str, Any]:
         clock = {"of": "u", "scale": float(num_train_timesteps), "offset": -1.0}
         return {"num_train_timesteps": num_train_timesteps, "clock": clock}

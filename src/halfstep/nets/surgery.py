@@ -1,9 +1,10 @@
 """Networks built from a teacher's network: the same weights with another clock or an additional input.
 
 A new guidance input has no effect at first. A network with a new clock starts as close to the old network as its
-weights allow. The matching stage learns the rest.
+weights allow. The matching stage learns the rest. Only `on_integers` keeps the outputs.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Final, final
 
@@ -22,6 +23,8 @@ GUIDANCE_WIDTH: Final = 256
 SMALLEST_DIRECTION: Final = 1e-2
 """The smallest singular value that is fitted, relative to the largest. The slow sinusoids are nearly equal, so an exact
 fit would need weights of 1e6 that cancel to 0.1 in float32. It would reduce the error by less than a tenth."""
+TABLE_SIZE: Final = 1024
+"""The number of timesteps of `on_integers`, a power of two, as for new networks."""
 
 
 def takes_guidance(network: nn.Module) -> bool:
@@ -90,6 +93,44 @@ def on_clock(network: nn.Module, times: Callable[[Tensor], Tensor], num_train_ti
         found = torch.linalg.lstsq(design, wanted, rcond=SMALLEST_DIRECTION, driver="gelsd").solution
         layer.weight.copy_(found[:-1].T)
         layer.bias.add_(found[-1])
+    return moved.to(next(network.parameters()))
+
+
+def has_fourier_clock(network: nn.Module) -> bool:
+    """Return whether `on_integers` supports the network.
+
+    The network's time must be linear in t, and a linear layer must receive its cosines and sines, as in Stable Audio.
+    """
+    if not isinstance(network, Replay) or network.clock["of"] != "u":
+        return False
+    project, layers = (getattr(network.model, name, None) for name in ("time_proj", "timestep_proj"))
+    form = [getattr(project, name, None) for name in ("flip_sin_to_cos", "log")]
+    return isinstance(layers, nn.Sequential) and form == [True, False]
+
+
+def on_integers(network: Replay) -> Replay:
+    """Return a network with the same outputs in which the time t is the timestep `TABLE_SIZE` t - 1.
+
+    The old time is slope * timestep + start, and its cosines and sines have the phases 2 pi frequency time. The slope
+    is multiplied into the frequencies. The start rotates each pair of a cosine and a sine by the same angle at all
+    times, so the rotation is multiplied into the linear layer that receives the pairs.
+
+    Raises:
+        ValueError: if networks of this class embed their time in another way.
+    """
+    if not has_fourier_clock(network):
+        raise ValueError(f"{_name(network)} has no Fourier embedding of its time. Keep the network's own clock")
+    moved = build_network(describe_network(network) | network.on_table(TABLE_SIZE))
+    assert isinstance(moved, Replay)
+    moved.load_state_dict(network.state_dict())
+    slope = network.clock["scale"] / TABLE_SIZE
+    frequencies, layer = moved.model.time_proj.weight, moved.model.timestep_proj[0]
+    with torch.no_grad():
+        phases = 2 * math.pi * frequencies.double() * (slope + network.clock["offset"])
+        cosines, sines = layer.weight.double().chunk(2, dim=1)
+        turned = (cosines * phases.cos() + sines * phases.sin(), sines * phases.cos() - cosines * phases.sin())
+        layer.weight.copy_(torch.cat(turned, dim=1))
+        frequencies.mul_(slope)
     return moved.to(next(network.parameters()))
 
 
