@@ -473,6 +473,17 @@ def tiny_stable_audio(tokens: Path) -> Any:
     )  # fmt: skip
 
 
+def tiny_encoding_stable_audio(tokens: Path) -> Any:
+    """Save Stable Audio with a VAE that encodes a sound of 2 s, at 8 Hz, to the length that it decodes.
+
+    With its other VAE, whose first layer keeps the length, a sound is one value longer than what it decodes to.
+    """
+    pipe = tiny_stable_audio(tokens)
+    config = dict(pipe.vae.config) | {"downsampling_ratios": [2, 2], "sampling_rate": 8}
+    pipe.register_modules(vae=type(pipe.vae).from_config(config).eval())
+    return pipe
+
+
 def tiny_auraflow(tokens: Path) -> Any:
     """Save AuraFlow, for which the library has no specific code."""
     from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler

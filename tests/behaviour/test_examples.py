@@ -12,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from scipy.io import wavfile
+from torch import Tensor
 
 import support_pipelines
 from halfstep.core.noise import VPTable
-from halfstep.data import DataConfig, open_data
+from halfstep.data import DataConfig, open_data, open_latents
 from halfstep.hub import text_conditions
 from halfstep.metrics import train_classifier
 from halfstep.models.folder import load
@@ -40,8 +42,8 @@ WITH_NETWORK: Final = "someone_elses_teacher.py"
 FOREIGN: Final = Path(__file__).parents[3] / "shared" / "data"
 
 
-def test_there_are_nine_short_examples() -> None:
-    assert len(SCRIPTS) == 9
+def test_there_are_ten_short_examples() -> None:
+    assert len(SCRIPTS) == 10
     for script in SCRIPTS:
         assert len(script.read_text().splitlines()) < (80 if script.name == WITH_NETWORK else 60), script.name
 
@@ -137,12 +139,69 @@ def test_an_example_of_prompts_alone_samples_in_stock_diffusers_as_here(
     assert (exported / "model_index.json").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("has_recordings", [True, False])
+def test_the_sounds_of_the_audio_example_are_decoded_samples_of_its_student(
+    has_recordings: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sounds of 1.25 s at 8 Hz, from a student of sounds of at most 1.5 s."""
+    pytest.importorskip("torchsde")
+    from diffusers import StableAudioDiTModel
+
+    torch.set_num_threads(1)
+    pipe, pipeline = support_pipelines.tiny_encoding_stable_audio(tmp_path / "tokens"), tmp_path / "audio"
+    pipe.save_pretrained(pipeline)
+    example, sounds, prompts = loaded("stable_audio"), tmp_path / "sounds", ["a cat", "b on a mat"]
+    if has_recordings:
+        sounds.mkdir()
+        for number, prompt in enumerate(prompts):
+            wave = np.random.default_rng(number).normal(size=(9 + 4 * number, 2)) / 4
+            wavfile.write(sounds / f"{number}.wav", 8, wave.astype(np.float32))
+            (sounds / f"{number}.txt").write_text(prompt)
+    else:
+        sounds.write_text("\n".join(prompts))
+    budget = (
+        *("--matching.num-updates", "2", "--matching.batch-size", "2", "--chain.start-steps", "8"),
+        *("--chain.num-updates", "2", "--chain.batch-size", "2", "--chain.lora-rank", "2", "--evaluation.no-enabled"),
+        *("--base-precision", "bf16", "--chain.learning-rate", "0.01"),
+    )
+    run, exported = example.main(str(pipeline), str(sounds), tmp_path / "out", budget, 1.5)
+    student = load(run).merged()
+    assert student.num_steps == 4
+    if has_recordings:
+        batch = open_latents(tmp_path / "out" / "latents").fetch(torch.arange(2))
+        for name, value in text_conditions(student.manifest, prompts, [9 / 8, 1.5]).items():
+            assert_same(batch.cond[name], value)
+
+    rows, forward = list[int](), StableAudioDiTModel.forward
+
+    def counted(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows.append(len(hidden_states))
+        return forward(self, hidden_states, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StableAudioDiTModel, "forward", counted)
+        example.use(exported, prompts, tmp_path, 1.25)
+    assert rows == [2] * 4
+
+    x_1 = torch.randn(2, *student.shape, generator=torch.manual_seed(0))
+    cond = student.cond(range(2), others=text_conditions(student.manifest, prompts, [1.25] * 2))
+    with torch.no_grad():
+        ours = pipe.vae.decode(sample(student, x_1, 4, cond=cond)).sample[..., :10].clamp(-1, 1)
+    assert float(ours.std()) > 0.01
+    for number, sound in enumerate(ours):
+        rate, values = wavfile.read(tmp_path / f"{number}.wav")
+        assert (rate, values.dtype, values.shape) == (8, np.int16, (10, 2))
+        assert_same(torch.from_numpy(values.T) / 32767, sound)
+
+
 @pytest.mark.parametrize(
     ("name", "usage"),
     [
         ("latent_text_to_image_lora", "PIPELINE IMAGES OUT"),
         ("sdxl_from_prompts", "PIPELINE PROMPTS OUT"),
         ("wan_video", "PIPELINE PROMPTS OUT"),
+        ("stable_audio", "PIPELINE SOUNDS OUT"),
     ],
 )
 def test_an_example_of_pipelines_prints_its_usage(name: str, usage: str, monkeypatch: pytest.MonkeyPatch) -> None:
