@@ -234,7 +234,7 @@ def data(draw: Draw) -> Batch:
 
 def made_trainer(objective: Game, training: Training = TRAINING, micro_batch: int | None = None) -> StageTrainer:
     return StageTrainer(
-        denoiser(1), denoiser(0), Stage(objective, training), data,
+        denoiser(1), denoiser(0), Stage(objective, training), data, (2,),
         seed=0, stream="game", accelerator=make_accelerator(cpu=True), engine=Engine(micro_batch=micro_batch),
     )  # fmt: skip
 
@@ -383,13 +383,13 @@ def test_a_helper_in_bfloat16_is_refused() -> None:
     class OfTheTeacher(Game):
         @property
         def helpers(self) -> Mapping[str, Helper]:
-            return {"critic": Auxiliary(lambda models: copy_denoiser(models.teacher), lambda own: own)}
+            return {"critic": Auxiliary(lambda models, _: copy_denoiser(models.teacher), lambda own: own)}
 
     with pytest.raises(
         ValueError, match=r"helper critic is a copy of a teacher in bfloat16\. Start it from the student"
     ):
         StageTrainer(
-            denoiser(1), in_precision(denoiser(0), "bf16"), Stage(OfTheTeacher(), TRAINING), data,
+            denoiser(1), in_precision(denoiser(0), "bf16"), Stage(OfTheTeacher(), TRAINING), data, (2,),
             seed=0, stream="game", accelerator=make_accelerator(cpu=True),
         )  # fmt: skip
 

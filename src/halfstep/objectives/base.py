@@ -173,11 +173,12 @@ class Evals(NamedTuple):
 class Auxiliary:
     """An additional network with its own optimiser: an auxiliary denoiser or a critic."""
 
-    start: Callable[[Models], nn.Module]
-    """Creates the network before the first update. The network must be a copy, never the student or the teacher itself.
-    A copy of the student has the teacher's weights in float32. If the student is a LoRA, the copy shares the base and
-    has a separate adapter. Random initial weights come from torch's generator, which is seeded for the call. Dry runs
-    and the checks before a run make the call on the meta device, so it must not read the values of tensors."""
+    start: Callable[[Models, tuple[int, ...]], nn.Module]
+    """Creates the network before the first update, from the models and the shape of one sample. The network must be new
+    or a copy, never the student or the teacher itself. A copy of the student has the teacher's weights in float32. If
+    the student is a LoRA, the copy shares the base and has a separate adapter. Random initial weights come from torch's
+    generator, which is seeded for the call. Dry runs and the checks before a run make the call on the meta device, so
+    it must not read the values of tensors."""
     training: Callable[[Training], Training]
     """Maps the student's hyperparameters to those of this network. The number of updates and the batch size must be
     those of the stage."""

@@ -123,7 +123,8 @@ class Finishing(StepObjective):
 
     @property
     def helpers(self) -> Mapping[str, Helper]:
-        return {AUXILIARY: Auxiliary(auxiliary_denoiser, self._auxiliary_training), START: Frozen()}
+        auxiliary = Auxiliary(lambda models, _: auxiliary_denoiser(models), self._auxiliary_training)
+        return {AUXILIARY: auxiliary, START: Frozen()}
 
     def _auxiliary_training(self, own: Training) -> Training:
         return own.of_helper(self.auxiliary_rate, anneal=False, warmup_updates=0)
