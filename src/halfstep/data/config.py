@@ -11,8 +11,9 @@ from halfstep.core.door import check_instance, in_python
 from halfstep.data.arrays import array_file, digits
 from halfstep.data.base import Data, check_flip
 from halfstep.data.folders import IMAGE_SUFFIXES, files_below, image_folder, image_paths
-from halfstep.data.images import Channels, Labelled, Preparation, Resample, Resize, decoded
+from halfstep.data.images import Labelled, decoded
 from halfstep.data.latents import is_latents, open_latents
+from halfstep.data.preparation import Channels, Preparation, Resample, Resize
 from halfstep.data.tables import is_saved, table
 from halfstep.runtime.files import user_path
 
