@@ -1,6 +1,6 @@
 """The types of a run folder's JSON files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
@@ -213,3 +213,14 @@ class Metrics(Record):
 def shortened(names: Sequence[str]) -> str:
     """Return the names on one line. If there are more than ten, only the first three and the last are shown."""
     return ", ".join(names if len(names) <= 10 else (*names[:3], "...", names[-1]))
+
+
+def flatten(data: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested data into a dictionary with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
