@@ -8,6 +8,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from halfstep.runs.evaluation import EVALUATION_FORMAT, EvaluationResult
+from halfstep.runs.record import problem_of
 from halfstep.runs.schema import FORMAT, Manifest, Metrics, PlannedStage, RoleName
 from halfstep.runtime.files import DamagedFile, check_files, read_json, read_sealed, unsealed
 
@@ -112,9 +113,7 @@ class StageFolder:
         try:
             return Manifest.model_validate(unsealed(data, self.manifest_path))
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise DamagedFile(f"{self.manifest_path} is not a stage's manifest ({where}: {first['msg']})") from None
+            raise DamagedFile(f"{self.manifest_path} is not a stage's manifest ({problem_of(error)})") from None
 
     def metrics(self) -> Metrics | None:
         """Return the stage's metrics, or None if the stage has not been measured.
@@ -127,7 +126,7 @@ class StageFolder:
         try:
             metrics = Metrics.model_validate(read_sealed(self.metrics_path))
         except ValidationError as error:
-            raise DamagedFile(f"{self.metrics_path} does not contain metrics ({error.errors()[0]['msg']})") from None
+            raise DamagedFile(f"{self.metrics_path} does not contain metrics ({problem_of(error)})") from None
         self._check_origin(self.metrics_path, metrics.stage, metrics.run)
         return metrics
 
@@ -182,7 +181,7 @@ class RunFolder:
         try:
             result = EvaluationResult.model_validate(unsealed(data, path))
         except ValidationError as error:
-            raise DamagedFile(f"{path} does not contain an evaluation ({error.errors()[0]['msg']})") from None
+            raise DamagedFile(f"{path} does not contain an evaluation ({problem_of(error)})") from None
         if not self.is_own(result.run):
             raise DamagedFile(f"{path} belongs to another run: run `halfstep evaluate` again")
         return result

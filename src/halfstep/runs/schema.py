@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from halfstep.runs.evaluation import Record
+from halfstep.runs.record import Record
 
 FORMAT = 4
 """The version of the layout. Readers reject any other version."""
