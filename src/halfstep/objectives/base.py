@@ -317,18 +317,23 @@ class Step(NamedTuple):
 class StepObjective(Objective):
     """An objective that calls the student once per turn, at the start of one of the student's own DDIM steps.
 
-    A subclass defines `step_losses`. Other objectives can add a loss term on the landing point, as `Adversarial` does.
+    A subclass defines `num_steps` and `step_losses`. Other objectives can add a loss term on the landing point, as
+    `Adversarial` does.
     """
 
+    num_steps: int
+    """The number of steps of the student."""
     needs_teacher: ClassVar[bool] = True
+
+    @property
+    def outcome(self) -> Outcome:
+        return Outcome(Role.STUDENT, self.num_steps, DDIM())
 
     @final
     def step(self, models: Models, batch: Batch, draw: Draw) -> Step:
         """Return one step of the student for each sample of the batch, from a uniformly drawn time i / num_steps."""
-        num_steps = self.outcome.num_steps
-        assert num_steps is not None
-        index = as_clock(draw.integers("time", num_steps), batch.x0)
-        t, s = (index + 1) / num_steps, index / num_steps
+        index = as_clock(draw.integers("time", self.num_steps), batch.x0)
+        t, s = (index + 1) / self.num_steps, index / self.num_steps
         x_t = models.student.process.mix(batch.x0, draw.normal("noise", batch.x0.shape[1:]).to(batch.x0), t)
         cond = batch.cond if self.guidance is None else self.guidance.shown(batch.cond, draw, batch.x0)
         return Step(x_t, t, s, cond)

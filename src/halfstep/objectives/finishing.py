@@ -41,8 +41,6 @@ from halfstep.objectives.base import (
     Helper,
     Losses,
     Models,
-    Outcome,
-    Role,
     Step,
     StepObjective,
     Training,
@@ -53,7 +51,6 @@ from halfstep.objectives.base import (
 )
 from halfstep.objectives.guidance import Guidance
 from halfstep.objectives.landing_points import Landing, noised_landing
-from halfstep.samplers import DDIM
 
 START: Final = "start"
 
@@ -106,10 +103,6 @@ class Finishing(StepObjective):
             raise ValueError(f"map_weight must be finite and at least 0, got {self.map_weight}")
         if not 0 < self.auxiliary_rate < math.inf:
             raise ValueError(f"auxiliary_rate must be a finite number above 0, got {self.auxiliary_rate}")
-
-    @property
-    def outcome(self) -> Outcome:
-        return Outcome(Role.STUDENT, self.num_steps, DDIM())
 
     @property
     def evals(self) -> Mapping[str, Evals]:
