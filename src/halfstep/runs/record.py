@@ -1,10 +1,10 @@
-"""The base class of the types of JSON files."""
+"""The base class of recipes, configurations and the types of JSON files."""
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class Record(BaseModel):
-    """The data of a JSON file. Unknown fields are rejected."""
+    """Frozen data that can be stored as JSON. Unknown fields are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -12,4 +12,5 @@ class Record(BaseModel):
 def problem_of(error: ValidationError) -> str:
     """Return the first invalid field and what is wrong with it, as "field: problem"."""
     first = error.errors()[0]
-    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+    where, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    return f"{where}: {reason}" if where else reason
