@@ -52,7 +52,7 @@ def ours(name: str, data: MemoryData, stage: Stage, precision: str, compiled: bo
     near = held_on(accelerator.device, data)
     trainer = StageTrainer(
         copy_denoiser(teacher), teacher, stage,
-        lambda draw: training_batch(near, draw, False),
+        lambda draw: training_batch(near, draw, False), data.shape,
         seed=0, stream="bench", accelerator=accelerator, engine=Engine(compile=compiled),
         ahead=0 if device == "cpu" else 3,
     )  # fmt: skip

@@ -62,7 +62,7 @@ class Game(Objective):
     def helpers(self) -> Mapping[str, Helper]:
         return {
             "critic": Auxiliary(
-                lambda models: copy_denoiser(models.student),
+                lambda models, _: copy_denoiser(models.student),
                 lambda own: replace(own, learning_rate=2 * own.learning_rate, ema_decay=0.0, early_end=EarlyEnd()),
             ),
             "slow": Average(0.9),

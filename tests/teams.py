@@ -128,6 +128,7 @@ def trainer(stage: Stage, sharding: Sharding = "none", micro_batch: int | None =
         teacher,
         stage,
         lambda draw: training_batch(data, draw, False),
+        data.shape,
         seed=0,
         stream="01",
         accelerator=make_accelerator(cpu=True),

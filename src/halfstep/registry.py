@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, TypeVar
 
 Member = TypeVar("Member")
@@ -15,6 +15,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 _families: "dict[str, Registry[Any]]" = {}
+
+
+def family_of(names: Set[str]) -> "Registry[Any] | None":
+    """Return the family whose members have exactly these names, or None."""
+    return next((family for family in _families.values() if family.keys() == names), None)
 
 
 class Registry(dict[str, Member]):
@@ -41,7 +46,15 @@ class Registry(dict[str, Member]):
         return enter
 
     def __missing__(self, name: str) -> Member:
-        raise ValueError(f"unknown {self.family} {name!r}{nearest(name, self)} (known: {', '.join(self)})")
+        raise ValueError(self.unknown(name))
+
+    def unknown(self, name: str) -> str:
+        """Return the error message for a name that is not registered, which also tells how to make it known."""
+        return (
+            f"unknown {self.family} {name!r}{nearest(name, self)} (known: {', '.join(self)}). If your own file "
+            "registers it, import that file. On the command line, end the file with halfstep.cli.main() and run: "
+            "python FILE VERB ..."
+        )
 
     def describe(self, member: object) -> dict[str, Any]:
         """Describe an instance of a registered dataclass as data from which `rebuild` restores the instance.

@@ -18,7 +18,7 @@ import support_pipelines
 from halfstep.cli import main
 from halfstep.data import open_latents
 from halfstep.hub import autoencoder_of, import_pipeline, text_conditions
-from halfstep.hub.recording import grid_of
+from halfstep.hub.clock import grid_of
 from halfstep.hub.schedulers import config_of, first_order, read_schedule
 from halfstep.hub.stock import stock
 from halfstep.hub.trace import trace

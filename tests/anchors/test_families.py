@@ -22,8 +22,9 @@ from halfstep.core.noise import FlowMatching, processes
 from halfstep.core.prediction import X0
 from halfstep.hub import export_pipeline, import_pipeline, text_conditions
 from halfstep.hub.card import call_of
+from halfstep.hub.clock import grid_of
 from halfstep.hub.pipelines import load_pipeline
-from halfstep.hub.recording import SCALE, Recording, _guiding, grid_of, record, verify
+from halfstep.hub.recording import SCALE, Recording, _guiding, record, verify
 from halfstep.hub.schedulers import SOLVERS, first_order, multistep, read_schedule, write_schedule
 from halfstep.hub.stock import stock
 from halfstep.hub.trace import Call, Step, Trace, component_of, prompted, trace

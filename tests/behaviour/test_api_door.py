@@ -18,7 +18,7 @@ from halfstep.hub import import_pipeline
 from halfstep.nets import copy_denoiser
 from halfstep.objectives.metric import PseudoHuber
 from halfstep.recipes import build, recipes
-from halfstep.run.distill import _check_data
+from halfstep.run.arguments import check_data
 from halfstep.run.probe import check_called
 from halfstep.run.sources import as_source
 from halfstep.run.start import trainer_for
@@ -150,7 +150,7 @@ DATA: dict[str, tuple[Callable[[], Any], str]] = {
     "label strings": (lambda: _fit(Labelled(), _labelled(np.array(["a"] * 64))), "must be numbers"),
     "float labels in batches": (lambda: _fit(Labelled(), [_labelled(CLASSES.float())]), "must be classes"),
     "a condition of another width": (
-        lambda: _check_data(
+        lambda: check_data(
             halfstep.Model.of(denoiser(Net()), (2,), conditions={"text": (3,)}),
             as_source((X0, {"text": torch.zeros(64, 4)})),
         ),

@@ -161,6 +161,7 @@ def test_one_step_of_a_quartering_student_is_nearer_to_four_steps_of_its_teacher
         None,
         Stage(Denoising(), Training(300, 3e-3, batch_size=64)),
         as_batches(in_memory(data), torch.device("cpu"))[0],
+        (2,),
         seed=0,
         stream="teacher",
         accelerator=make_accelerator(),

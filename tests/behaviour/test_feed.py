@@ -77,7 +77,7 @@ def _trainer(
     student, teacher = (NetworkDenoiser(MLP((2,), width=16, depth=1, guided=guided), VPCosine(), V()) for _ in range(2))
     stage = Stage(objective, Training(8, 1e-3, batch_size=16))  # type: ignore[arg-type]
     return StageTrainer(
-        student, teacher, stage, _batches, seed=0, stream="s", accelerator=make_accelerator(cpu=cpu),
+        student, teacher, stage, _batches, (2,), seed=0, stream="s", accelerator=make_accelerator(cpu=cpu),
         engine=Engine(micro_batch=micro, compile=compiled), ahead=ahead,
     )  # fmt: skip
 

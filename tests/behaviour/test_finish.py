@@ -86,6 +86,7 @@ def test_a_finish_brings_mean_and_width_of_a_wrong_student_to_the_teachers(gain:
         teacher,
         stage,
         lambda draw: training_batch(data, draw, False),
+        data.shape,
         seed=0,
         stream="finish",
         accelerator=make_accelerator(cpu=True),

@@ -69,7 +69,9 @@ def guided_exactly(teacher: ByClass, x_t: Tensor, t: Tensor, label: Tensor, scal
 def trained(student: NetworkDenoiser, teacher: Denoiser, plan: Plan) -> NetworkDenoiser:
     torch.set_num_threads(1)
     for name, stage in zip(plan.names(), plan.stages, strict=True):
-        trainer = StageTrainer(student, teacher, stage, batches, seed=0, stream=name, accelerator=make_accelerator())
+        trainer = StageTrainer(
+            student, teacher, stage, batches, (2,), seed=0, stream=name, accelerator=make_accelerator()
+        )
         for _ in trainer.run():
             pass
         teacher = trainer.finish()
@@ -180,7 +182,7 @@ def test_an_eps_teacher_on_a_table_becomes_a_v_student_on_the_cosine_clock_that_
 
     torch.set_num_threads(1)
     trainer = StageTrainer(
-        teacher, None, stage, StreamedBatches(points), seed=0, stream="t", accelerator=make_accelerator()
+        teacher, None, stage, StreamedBatches(points), (2,), seed=0, stream="t", accelerator=make_accelerator()
     )
     for _ in trainer.run():
         pass

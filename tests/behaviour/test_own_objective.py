@@ -3,9 +3,11 @@
 No file of src contains `own_objective`. It passes through everything that the built-in objectives pass through.
 """
 
+import contextlib
 import json
 import math
 import os
+import runpy
 import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,11 +27,11 @@ import teams
 from halfstep.cli import main
 from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.draw import Draw
-from halfstep.core.noise import VPCosine
-from halfstep.core.prediction import V
+from halfstep.core.noise import VPCosine, processes
+from halfstep.core.prediction import V, predictions
 from halfstep.models.folder import load
 from halfstep.models.students import in_precision
-from halfstep.nets import MLP, copy_denoiser
+from halfstep.nets import MLP, copy_denoiser, networks
 from halfstep.objectives import (
     STUDENT,
     Auxiliary,
@@ -45,10 +47,11 @@ from halfstep.objectives import (
     objectives,
 )
 from halfstep.recipes import recipes
+from halfstep.registry import Registry
 from halfstep.runs import RunFolder
 from halfstep.runtime.failures import NonFinite
 from halfstep.runtime.processes import make_accelerator
-from halfstep.samplers import Heun, sample
+from halfstep.samplers import Heun, sample, samplers
 from halfstep.train.engine import StageTrainer
 from halfstep.train.settings import Engine
 from own_objective import Game
@@ -217,6 +220,56 @@ def test_its_graph_takes_the_steps_of_its_own_sampler_and_a_stock_pipeline_is_re
     assert not (tmp_path / "stock").exists()
 
 
+ADVICE = (
+    "If your own file registers it, import that file. On the command line, end the file with halfstep.cli.main() and "
+    "run: python FILE VERB ..."
+)
+
+
+@contextlib.contextmanager
+def unregistered(registry: Registry[Any], name: str) -> Iterator[None]:
+    """Remove a name from a registry, and restore the registry with its order."""
+    held = dict(registry)
+    del registry[name]
+    try:
+        yield
+    finally:
+        registry.clear()
+        registry.update(held)
+
+
+def test_without_its_file_a_verb_says_how_to_make_the_names_known_and_with_it_the_verb_works(
+    uncut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = ["sample", str(uncut), "--num-samples", "1", "--out", str(tmp_path / "drawn.npz")]
+    here = f"{uncut / 'recipe.json'}: further.0.objective: "
+    with unregistered(objectives, "own_game"), unregistered(recipes, "own_game"):
+        for start, argv in (
+            (f"{here}unknown objective 'own_game'", ["run", str(uncut)]),
+            (f"{here}unknown objective 'own_game'", ["finish", str(uncut)]),
+            (f"{here}unknown objective 'own_game'", ["evaluate", str(uncut)]),
+            ("unknown recipe 'own_game'", words(tmp_path, "new")),
+            ("--sampler: unknown sampler 'mine'", [*drawn, "--sampler", "mine"]),
+            ("--model.weighting: unknown weighting 'mine'", ["run", "arrays", "--model.weighting", "mine"]),
+            ("unknown feature extractor 'mine'", ["run", "arrays", "--evaluation.features", "mine"]),
+        ):
+            message = refused(argv, capsys)
+            assert message.startswith(start)
+            assert ADVICE in message
+        for registry, name in ((samplers, "heun"), (networks, "mlp"), (processes, "vp_cosine"), (predictions, "v")):
+            with unregistered(registry, name):
+                message = refused(drawn, capsys)
+            assert message.startswith(f"unknown {registry.family} {name!r}")
+            assert ADVICE in message
+        # These verbs need no registration.
+        main(["status", str(uncut)])
+        main(["report", str(uncut)])
+        # Run the file as the message says. It registers both again.
+        monkeypatch.setattr("sys.argv", [own_objective.__file__, "run", str(uncut), "--dry-run"])
+        runpy.run_path(own_objective.__file__, run_name="__main__")
+        assert "own_game" in capsys.readouterr().out
+
+
 # Compare the engine with the same training written in plain torch.
 
 
@@ -234,7 +287,7 @@ def data(draw: Draw) -> Batch:
 
 def made_trainer(objective: Game, training: Training = TRAINING, micro_batch: int | None = None) -> StageTrainer:
     return StageTrainer(
-        denoiser(1), denoiser(0), Stage(objective, training), data,
+        denoiser(1), denoiser(0), Stage(objective, training), data, (2,),
         seed=0, stream="game", accelerator=make_accelerator(cpu=True), engine=Engine(micro_batch=micro_batch),
     )  # fmt: skip
 
@@ -383,13 +436,13 @@ def test_a_helper_in_bfloat16_is_refused() -> None:
     class OfTheTeacher(Game):
         @property
         def helpers(self) -> Mapping[str, Helper]:
-            return {"critic": Auxiliary(lambda models: copy_denoiser(models.teacher), lambda own: own)}
+            return {"critic": Auxiliary(lambda models, _: copy_denoiser(models.teacher), lambda own: own)}
 
     with pytest.raises(
         ValueError, match=r"helper critic is a copy of a teacher in bfloat16\. Start it from the student"
     ):
         StageTrainer(
-            denoiser(1), in_precision(denoiser(0), "bf16"), Stage(OfTheTeacher(), TRAINING), data,
+            denoiser(1), in_precision(denoiser(0), "bf16"), Stage(OfTheTeacher(), TRAINING), data, (2,),
             seed=0, stream="game", accelerator=make_accelerator(cpu=True),
         )  # fmt: skip
 

@@ -447,6 +447,7 @@ def _trainer(objective: Consistency) -> StageTrainer:
         teacher,
         Stage(objective, Training(12, 1e-2, 16, dropout=0.2, ema_decay=0.9)),
         lambda draw: training_batch(data, draw, False),
+        data.shape,
         seed=0,
         stream="01-consistency-0002",
         accelerator=make_accelerator(cpu=True),

@@ -556,6 +556,7 @@ def _trainer(objective: Objective, student: Denoiser, teacher: Denoiser, x0: Ten
         teacher,
         Stage(objective, Training(updates, 1e-2, 32, grad_clip=1e6)),
         lambda draw: Batch(x0[draw.order(len(x0))]),
+        tuple(x0.shape[1:]),
         seed=0,
         stream="stage",
         accelerator=make_accelerator(cpu=True),

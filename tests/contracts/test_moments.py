@@ -274,7 +274,7 @@ def trainer() -> StageTrainer:
     training = Training(8, 1e-2, batch_size=12, adam_betas=(0.5, 0.9), ema_decay=0.7, early_end=early)
     return StageTrainer(
         denoiser(1), denoiser(0), Stage(MomentMatching(2, auxiliary_rate=3.0), training),
-        lambda draw: Batch(points()[draw.order(200)]),
+        lambda draw: Batch(points()[draw.order(200)]), (2,),
         seed=0, stream="moments", accelerator=make_accelerator(cpu=True), engine=Engine(),
     )  # fmt: skip
 

@@ -66,7 +66,7 @@ def with_helpers(objective: Objective, student: Denoiser, teacher: Denoiser) -> 
     """Return the models of a stage before its first update."""
     models, made = Models(student, teacher), dict[str, nn.Module]()
     for name, helper in objective.helpers.items():
-        made[name] = helper.start(models) if isinstance(helper, Auxiliary) else copy_denoiser(student)
+        made[name] = helper.start(models, (3,)) if isinstance(helper, Auxiliary) else copy_denoiser(student)
     return Models(student, teacher, made)
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from halfstep.data.captions import CaptionedImages, read_captions
-from halfstep.data.images import Preparation
+from halfstep.data.preparation import Preparation
 
 CAPTIONS = {"b.png": 'a dog, "sitting"', "a/c.png": "", "a/a.png": "zwei Vögel\nim Baum", "z.png": "a\u2028cat"}
 """Unordered captions: with quotes, commas and line ends, and an empty one."""

@@ -14,7 +14,7 @@ from scipy.io import wavfile
 from torch import Tensor
 
 from halfstep.data import Encoder, SoundPreparation, VideoPreparation, clips, encode, read_clips
-from halfstep.data.images import Preparation
+from halfstep.data.preparation import Preparation
 
 needs_av = pytest.mark.skipif(find_spec("av") is None, reason="needs the package av")
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from halfstep.core.draw import Draw
 from halfstep.data import encoding, training_batch
 from halfstep.data.captions import CaptionedImages, Prompts, read_captions
-from halfstep.data.encoding import Encoder, encode, forecast
-from halfstep.data.images import Preparation
+from halfstep.data.encoding import Encoder, encode
+from halfstep.data.forecast import forecast
 from halfstep.data.latents import LatentData, open_latents
+from halfstep.data.preparation import Preparation
 from halfstep.runtime.files import DamagedFile
 
 COUNT = 11

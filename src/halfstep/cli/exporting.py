@@ -28,7 +28,7 @@ from halfstep.data import (
     read_prompts,
 )
 from halfstep.data import encode as encode_images
-from halfstep.data.images import Preparation
+from halfstep.data.preparation import Preparation
 from halfstep.hub import (
     PIXELS,
     Autoencoder,

@@ -16,7 +16,7 @@ from tyro import _errors as tyro_errors
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from halfstep.cli.help import HELP, help_text
-from halfstep.registry import nearest
+from halfstep.registry import family_of, nearest
 
 Arguments = TypeVar("Arguments")
 
@@ -216,9 +216,10 @@ def _reason(event: tyro_errors.ParseErrorEvent, prog: str, argv: Sequence[str]) 
                 return f"{name} is missing{help}"
             return f"{name} needs {'a value' if number in (1, '*') else f'{number} values'}{help}"
         case tyro_errors.InvalidChoice():
-            choices = ", ".join(event.choices)
-            hint = nearest(event.value, event.choices)
-            return f"{name_of(event.argument)}: {event.value!r} is not one of {choices}{hint}"
+            name, choices = name_of(event.argument), list(event.choices)
+            if (family := family_of({*choices} - {"None"})) is not None:
+                return f"{name}: {family.unknown(event.value)}"
+            return f"{name}: {event.value!r} is not one of {', '.join(choices)}{nearest(event.value, choices)}"
         case tyro_errors.InstantiationFailure():
             # If tyro has wrapped the original exception, the original is the context of tyro's exception.
             error = sys.exception()

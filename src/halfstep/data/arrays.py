@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from halfstep.data.base import MemoryData
-from halfstep.data.images import Preparation
 from halfstep.data.labels import classes_of
+from halfstep.data.preparation import Preparation
 from halfstep.runtime.files import first_line, user_path
 
 DATA_KEYS: Final = ("x", "arr_0")

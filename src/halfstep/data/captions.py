@@ -27,7 +27,8 @@ from halfstep.data.folders import (
     image_paths,
     no_images,
 )
-from halfstep.data.images import Labelled, Preparation, decoded
+from halfstep.data.images import Labelled, decoded
+from halfstep.data.preparation import Preparation
 from halfstep.runtime.files import check_regular, first_line, user_path
 
 TABLES: Final = ("metadata.jsonl", "metadata.csv", "metadata.parquet")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from halfstep.data.captions import captions_of, existing
 from halfstep.data.folders import IMAGE_SUFFIXES, SOUND_SUFFIXES, VIDEO_SUFFIXES, files_below
-from halfstep.data.images import Preparation, TooDeep
+from halfstep.data.preparation import Preparation, TooDeep
 from halfstep.runtime.files import check_regular, first_line, user_path
 from halfstep.runtime.storage import GONE
 

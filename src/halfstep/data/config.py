@@ -5,15 +5,17 @@ import re
 from pathlib import Path
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import field_validator
 
 from halfstep.core.door import check_instance, in_python
 from halfstep.data.arrays import array_file, digits
 from halfstep.data.base import Data, check_flip
 from halfstep.data.folders import IMAGE_SUFFIXES, files_below, image_folder, image_paths
-from halfstep.data.images import Channels, Labelled, Preparation, Resample, Resize, decoded
+from halfstep.data.images import Labelled, decoded
 from halfstep.data.latents import is_latents, open_latents
+from halfstep.data.preparation import Channels, Preparation, Resample, Resize
 from halfstep.data.tables import is_saved, table
+from halfstep.runs.record import Record
 from halfstep.runtime.files import user_path
 
 LARGEST_SIDE: Final = 16_384
@@ -22,10 +24,8 @@ _HUB_NAME: Final = re.compile(r"\w[\w.-]*/[\w.-]+")
 _TABLES: Final = (".parquet", ".arrow")
 
 
-class DataConfig(BaseModel):
+class DataConfig(Record):
     """The source of the data and how it is prepared."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = "digits"
     """`digits`, a .npy or .npz file, a folder of images, tables or latents, or a name on the Hub (owner/name)."""

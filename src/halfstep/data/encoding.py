@@ -4,19 +4,16 @@ In this module, the word "images" also stands for clips, which are videos or sou
 independent of the libraries that provide them.
 """
 
-import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, final
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import save
 from torch import Tensor
 
 from halfstep.core.door import check_whole
@@ -61,10 +58,6 @@ class Encoder:
     not depend on the ends."""
 
 
-QUICK: Final = 5.0
-"""The number of seconds for one image above which `forecast` does not time a whole batch."""
-
-
 def encode(
     images: CaptionedImages | CaptionedClips | Prompts,
     encoder: Encoder,
@@ -98,7 +91,7 @@ def encode(
     root, lock, processes = user_path(folder), FileLock(user_path(folder) / ".lock"), processes or Processes()
 
     def begin() -> Index:
-        _check_folder(root)
+        refuse_foreign_files(root)
         root.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
@@ -109,85 +102,13 @@ def encode(
 
     try:
         index = processes.on_main(begin)
-        _Encoding(images, encoder, root, batch_size, on_progress, index, processes).run()
+        Encoding(images, encoder, root, batch_size, on_progress, index, processes).run()
     finally:
         lock.release()
     return open_latents(folder)
 
 
-@final
-@dataclass(frozen=True)
-class Forecast:
-    """The cost of a call of `encode`."""
-
-    pending: int
-    """The number of images that are not encoded yet."""
-    tensors: Mapping[str, Entry]
-    """The latents and conditions of one sample, by name."""
-    num_bytes: int
-    """The size of the complete folder."""
-    seconds: float
-    """The estimated time in which one process encodes the pending images."""
-    timed: int
-    """The number of images on which the time was measured, or 0 if no images are pending."""
-
-
-def forecast(
-    images: CaptionedImages | CaptionedClips | Prompts,
-    encoder: Encoder,
-    folder: Path | None,
-    batch_size: int = 8,
-    shard_size: int = 256,
-    class_names: Sequence[str] = (),
-    repeats: float = 1.0,
-) -> Forecast:
-    """Return what a call of `encode` costs, without writing anything.
-
-    The time is measured on the first batch, or on a single image if that takes long.
-
-    Args:
-        folder: the folder that would be written, or None for a new folder.
-        repeats: how many times as long as `images.sampled` the call would take to sample the latents of prompts.
-
-    Raises:
-        ValueError: as described in `encode`, except that images after the first batch and other processes are not
-            checked.
-    """
-    root = Path() if folder is None else user_path(folder)
-    if folder is not None:
-        _check_folder(root)
-    index, _ = _planned(images, encoder, None if folder is None else root, shard_size, tuple(class_names))
-    encoding = _Encoding(images, encoder, root, batch_size, lambda done, total: None, index, Processes())
-    null = encoding.null()
-    parts = [
-        index.places(number)
-        for number, shard in enumerate(index.shards)
-        if not is_intact(root / shard_name(number), shard)
-    ]
-    pending, seconds, timed = sum(map(len, parts)), 0.0, 0
-    for size in (1, batch_size) if pending else ():
-        part = parts[0][:size]
-        seconds, timed = encoding.time(part, repeats) / len(part) * pending, len(part)
-        if seconds > QUICK * pending:
-            break
-    return Forecast(pending, encoding.index.tensors, _size(encoding.index, null), seconds, timed)
-
-
-def _size(index: Index, null: Mapping[str, Tensor]) -> int:
-    """Return the size of a complete folder in bytes, computed with the headers of empty shards."""
-    empty = {name: torch.empty(0, *entry.shape, dtype=_dtype(entry)) for name, entry in index.tensors.items()}
-    row = sum(math.prod(entry.shape) * _dtype(entry).itemsize for entry in index.tensors.values())
-    files = len(save(empty)) * len(index.shards) + len(save(dict(null)))
-    written = index.model_copy(update={"null": _STORED, "shards": (_STORED,) * len(index.shards)})
-    return row * index.images.count + files + len(json.dumps(written.model_dump(mode="json"), indent=2))
-
-
-def _dtype(entry: Entry) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, entry.dtype)
-    return dtype
-
-
-def _check_folder(root: Path) -> None:
+def refuse_foreign_files(root: Path) -> None:
     """Raise ValueError if the folder contains files that `encode` did not write."""
     refuse_file(root, "Give another folder for the latents")
     if root.is_dir() and not (root / INDEX).exists():
@@ -206,13 +127,13 @@ def _begin(
     class_names: tuple[str, ...],
 ) -> Index:
     """Return the folder's index. Write a new index if none exists, or if no shard exists and the settings differ."""
-    index, is_new = _planned(images, encoder, root, shard_size, class_names)
+    index, is_new = planned_index(images, encoder, root, shard_size, class_names)
     if is_new:
         _record(root, index)
     return index
 
 
-def _planned(
+def planned_index(
     images: CaptionedImages | CaptionedClips | Prompts,
     encoder: Encoder,
     root: Path | None,
@@ -285,7 +206,7 @@ def _origin(images: CaptionedImages | CaptionedClips | Prompts) -> Origin:
 
 @final
 @dataclass
-class _Encoding:
+class Encoding:
     """Fills a folder, and records each file once it is complete."""
 
     images: CaptionedImages | CaptionedClips | Prompts
@@ -420,10 +341,6 @@ class _Encoding:
         """Record the written files in the index."""
         self.index = self.index.model_copy(update=files)
         _record(self.root, self.index)
-
-
-_STORED: Final = Stored(sha256="0" * 64, size=2**20)
-"""Stands for a file that is not written yet."""
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, final
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
 from halfstep.data.base import Data, check_indices
 from halfstep.objectives.base import Batch
+from halfstep.runs.record import Record, problem_of
 from halfstep.runtime.files import DamagedFile, read_json, sha256_of, user_path
 
 FORMAT: Final = 1
@@ -36,11 +37,7 @@ NULL: Final = "null.safetensors"
 LATENTS: Final = "latents"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Entry(_Record):
+class Entry(Record):
     """A tensor that is stored for each sample."""
 
     shape: tuple[int, ...]
@@ -49,7 +46,7 @@ class Entry(_Record):
     """The name of the torch dtype in which the tensor is stored."""
 
 
-class Stored(_Record):
+class Stored(Record):
     """A file that has been written."""
 
     sha256: str
@@ -57,7 +54,7 @@ class Stored(_Record):
     """The size of the file in bytes."""
 
 
-class Origin(_Record):
+class Origin(Record):
     """The encoded images, identified independently of the machine and the folder."""
 
     count: int
@@ -71,7 +68,7 @@ class Origin(_Record):
     """The fields of the `Preparation` of the images."""
 
 
-class Index(_Record):
+class Index(Record):
     """index.json: the planned content of the folder, and the files written so far."""
 
     format: int = FORMAT
@@ -81,7 +78,7 @@ class Index(_Record):
     shard_size: int
     class_names: tuple[str, ...] = ()
     """The names of the classes, if any. The captions are then these names, and the condition is `class_labels`."""
-    tensors: dict[str, Entry] = {}
+    tensors: dict[str, Entry] = Field(default={})
     """Latents and conditions by name; empty until the first batch is encoded."""
     null: Stored | None = None
     shards: tuple[Stored | None, ...]
@@ -212,9 +209,7 @@ def read_index(root: Path) -> Index:
     try:
         return Index.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise DamagedFile(f"{path} is not an index of latents ({where}: {first['msg']}): {remedy}") from None
+        raise DamagedFile(f"{path} is not an index of latents ({problem_of(error)}): {remedy}") from None
 
 
 def _damaged(path: Path, folder: str) -> DamagedFile:

@@ -22,7 +22,7 @@ from typing import Any, Final, Literal, NamedTuple, final
 import msgpack
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import NonNegativeInt, PositiveInt, ValidationError, model_validator
 from torch import Tensor
 
 from halfstep.core.noise import VPCosine
@@ -34,6 +34,7 @@ from halfstep.models.folder import save_stage
 from halfstep.nets import UNet2D, unet2d_config
 from halfstep.registry import nearest
 from halfstep.runs import Manifest, Outcome, StageFolder
+from halfstep.runs.record import Record, problem_of
 from halfstep.runtime.files import DamagedFile, read_json, refuse_taken, sha256_of
 
 PROCESS: Final = VPCosine()
@@ -41,10 +42,8 @@ PROCESS: Final = VPCosine()
 
 
 @final
-class GooglePDConfig(BaseModel):
+class GooglePDConfig(Record):
     """The configuration of a network in the authors' unet.py, and the facts that its checkpoint lacks."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     image_size: PositiveInt
     """Height and width."""
@@ -110,10 +109,7 @@ def config_of(text: str) -> GooglePDConfig:
     try:
         return GooglePDConfig.model_validate(read_json(Path(text)))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        reason = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{text}: {where + ': ' if where else ''}{reason}") from None
+        raise ValueError(f"{text}: {problem_of(error)}") from None
 
 
 class Checkpoint(NamedTuple):

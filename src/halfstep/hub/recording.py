@@ -9,7 +9,6 @@ that change from step to step are the sample and the time. The result is a netwo
 import functools
 import inspect
 import itertools
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,9 +19,9 @@ import torch
 from torch import Tensor
 
 from halfstep.core.denoiser import GUIDANCE, NetworkDenoiser, ddim_step
-from halfstep.core.noise import processes
 from halfstep.core.warnings import HalfstepWarning
-from halfstep.hub.calls import SAME, Reading, call_in, conditions_in, difference, reached
+from halfstep.hub.calls import Reading, call_in, conditions_in, difference, reached
+from halfstep.hub.clock import fit_clock, grid_of, shown_time
 from halfstep.hub.disk import known_fields
 from halfstep.hub.schedulers import USE_ONNX, Schedule, config_of, first_order, read_schedule, sigmas_of
 from halfstep.hub.trace import STEPS, Step, Trace, component_of, prompted, trace
@@ -273,43 +272,6 @@ def _embedded(call: dict[str, Any], arguments: Mapping[str, Any], scale: float, 
     return False
 
 
-def fit_clock(schedule: Schedule, call: Mapping[str, Any], two: Trace) -> dict[str, Any]:
-    """Return the clock, which maps noise levels to the times passed to the denoiser.
-
-    Raises:
-        ValueError: if no clock matches to within 1e-6.
-    """
-    shown = [_shown(call, step) for step in two.steps]
-    times, seen = grid_of(schedule, two)[:-1], torch.tensor(shown, dtype=torch.float64)
-    alpha, sigma = schedule.process.alpha_sigma(times)
-    rules = {"u": times, "sigma": sigma, "angle": torch.atan2(sigma, alpha) * (2 / math.pi)}
-    allowed = SAME * max(1.0, float(seen.abs().max()))
-    for of in ("sigma", "u", "angle") if schedule.is_flow else ("u", "angle", "sigma"):
-        design = torch.stack([rules[of], torch.ones_like(times)], dim=1)
-        scale, offset = (_snapped(float(number), allowed) for number in torch.linalg.lstsq(design, seen).solution)
-        if float((scale * rules[of] + offset - seen).abs().max()) <= allowed:
-            clock = {"of": of, "scale": scale, "offset": offset}
-            return clock if of == "u" else clock | {"process": processes.describe(schedule.process)}
-    raise ValueError(
-        f"its denoiser receives the times {', '.join(f'{x:.6g}' for x in shown)} at the noise levels "
-        f"{', '.join(f'{float(x):.6g}' for x in sigma)}, but these times are not affine in t, sigma or the angle"
-    )
-
-
-def _snapped(number: float, allowed: float) -> float:
-    """Return the nearest round number if it differs by at most `allowed`, to remove float32 rounding errors."""
-    near = round(number, 3)
-    return near + 0.0 if abs(near - number) <= allowed else number
-
-
-def _shown(call: Mapping[str, Any], step: Step) -> float:
-    """Return the time that was passed to the denoiser in a step."""
-    for node, value in reached(call, step.calls[0].arguments):
-        if node["is"] == "time":
-            return float(value.flatten()[0])
-    raise ValueError("no argument of its denoiser changes from step to step as a time does")
-
-
 def _output(step: Step) -> dict[str, Any]:
     """Return which part of the denoiser's output is passed to the scheduler, and with which sign.
 
@@ -326,12 +288,6 @@ def _output(step: Step) -> dict[str, Any]:
         f"its denoiser returns {list(made.shape)}, but its scheduler receives {list(wanted.shape)}, which is neither "
         "this output nor the output's first or last channels, with either sign"
     )
-
-
-def grid_of(schedule: Schedule, made: Trace) -> Tensor:
-    """Return, in float64, the times at which the steps of a trace start and end."""
-    starts = [schedule.time_of(step.timestep, step.sigma) for step in made.steps]
-    return torch.tensor([*starts, schedule.last_time], dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -355,7 +311,7 @@ def verify(network: Replay, schedule: Schedule, made: Trace) -> None:
         if takes_scale(network.call):
             # Calls with a single branch were recorded at a guidance scale of 1.
             cond[GUIDANCE] = torch.ones(batch)
-        told, shown = float(network.timestep(time)[0]), _shown(network.call, step)
+        told, shown = float(network.timestep(time)[0]), shown_time(network.call, step)
         if abs(told - shown) > TOLERANCE * max(1e-2, abs(shown)):
             raise ValueError(
                 f"at step {number}, its denoiser received the time {shown:.6g}, but the clock gives {told:.6g}"

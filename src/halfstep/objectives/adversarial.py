@@ -179,7 +179,7 @@ class Adversarial(Objective):
 
     @property
     def helpers(self) -> Mapping[str, Helper]:
-        return {**self.objective.helpers, CRITIC: Auxiliary(critic_of, self._critic_training)}
+        return {**self.objective.helpers, CRITIC: Auxiliary(lambda models, _: critic_of(models), self._critic_training)}
 
     def _critic_training(self, own: Training) -> Training:
         return own.of_helper(

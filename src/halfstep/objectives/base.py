@@ -173,11 +173,12 @@ class Evals(NamedTuple):
 class Auxiliary:
     """An additional network with its own optimiser: an auxiliary denoiser or a critic."""
 
-    start: Callable[[Models], nn.Module]
-    """Creates the network before the first update. The network must be a copy, never the student or the teacher itself.
-    A copy of the student has the teacher's weights in float32. If the student is a LoRA, the copy shares the base and
-    has a separate adapter. Random initial weights come from torch's generator, which is seeded for the call. Dry runs
-    and the checks before a run make the call on the meta device, so it must not read the values of tensors."""
+    start: Callable[[Models, tuple[int, ...]], nn.Module]
+    """Creates the network before the first update, from the models and the shape of one sample. The network must be new
+    or a copy, never the student or the teacher itself. A copy of the student has the teacher's weights in float32. If
+    the student is a LoRA, the copy shares the base and has a separate adapter. Random initial weights come from torch's
+    generator, which is seeded for the call. Dry runs and the checks before a run make the call on the meta device, so
+    it must not read the values of tensors."""
     training: Callable[[Training], Training]
     """Maps the student's hyperparameters to those of this network. The number of updates and the batch size must be
     those of the stage."""
@@ -316,18 +317,23 @@ class Step(NamedTuple):
 class StepObjective(Objective):
     """An objective that calls the student once per turn, at the start of one of the student's own DDIM steps.
 
-    A subclass defines `step_losses`. Other objectives can add a loss term on the landing point, as `Adversarial` does.
+    A subclass defines `num_steps` and `step_losses`. Other objectives can add a loss term on the landing point, as
+    `Adversarial` does.
     """
 
+    num_steps: int
+    """The number of steps of the student."""
     needs_teacher: ClassVar[bool] = True
+
+    @property
+    def outcome(self) -> Outcome:
+        return Outcome(Role.STUDENT, self.num_steps, DDIM())
 
     @final
     def step(self, models: Models, batch: Batch, draw: Draw) -> Step:
         """Return one step of the student for each sample of the batch, from a uniformly drawn time i / num_steps."""
-        num_steps = self.outcome.num_steps
-        assert num_steps is not None
-        index = as_clock(draw.integers("time", num_steps), batch.x0)
-        t, s = (index + 1) / num_steps, index / num_steps
+        index = as_clock(draw.integers("time", self.num_steps), batch.x0)
+        t, s = (index + 1) / self.num_steps, index / self.num_steps
         x_t = models.student.process.mix(batch.x0, draw.normal("noise", batch.x0.shape[1:]).to(batch.x0), t)
         cond = batch.cond if self.guidance is None else self.guidance.shown(batch.cond, draw, batch.x0)
         return Step(x_t, t, s, cond)

@@ -41,8 +41,6 @@ from halfstep.objectives.base import (
     Helper,
     Losses,
     Models,
-    Outcome,
-    Role,
     Step,
     StepObjective,
     Training,
@@ -53,7 +51,6 @@ from halfstep.objectives.base import (
 )
 from halfstep.objectives.guidance import Guidance
 from halfstep.objectives.landing_points import Landing, noised_landing
-from halfstep.samplers import DDIM
 
 START: Final = "start"
 
@@ -108,10 +105,6 @@ class Finishing(StepObjective):
             raise ValueError(f"auxiliary_rate must be a finite number above 0, got {self.auxiliary_rate}")
 
     @property
-    def outcome(self) -> Outcome:
-        return Outcome(Role.STUDENT, self.num_steps, DDIM())
-
-    @property
     def evals(self) -> Mapping[str, Evals]:
         turns = self.auxiliary_turns
         return {
@@ -123,7 +116,8 @@ class Finishing(StepObjective):
 
     @property
     def helpers(self) -> Mapping[str, Helper]:
-        return {AUXILIARY: Auxiliary(auxiliary_denoiser, self._auxiliary_training), START: Frozen()}
+        auxiliary = Auxiliary(lambda models, _: auxiliary_denoiser(models), self._auxiliary_training)
+        return {AUXILIARY: auxiliary, START: Frozen()}
 
     def _auxiliary_training(self, own: Training) -> Training:
         return own.of_helper(self.auxiliary_rate, anneal=False, warmup_updates=0)

@@ -22,8 +22,6 @@ from halfstep.objectives.base import (
     Evals,
     Losses,
     Models,
-    Outcome,
-    Role,
     Step,
     StepObjective,
     check_deterministic,
@@ -111,10 +109,6 @@ class Halving(StepObjective):
         check_num_steps(self.num_steps)
         check_num_steps(self.num_teacher_steps)
         check_deterministic(self.teacher_sampler)
-
-    @property
-    def outcome(self) -> Outcome:
-        return Outcome(Role.STUDENT, self.num_steps, DDIM())
 
     @property
     def evals(self) -> Mapping[str, Evals]:

@@ -102,7 +102,11 @@ class MomentMatching(Objective):
 
     @property
     def helpers(self) -> Mapping[str, Helper]:
-        return {AUXILIARY: Auxiliary(auxiliary_denoiser, lambda own: own.of_helper(self.auxiliary_rate))}
+        return {
+            AUXILIARY: Auxiliary(
+                lambda models, _: auxiliary_denoiser(models), lambda own: own.of_helper(self.auxiliary_rate)
+            )
+        }
 
     def turns(self, update: int) -> tuple[Turn, ...]:
         return Turn(AUXILIARY, self.auxiliary_loss), Turn(STUDENT, self.loss)

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from halfstep.core.grids import MOST_STEPS
 from halfstep.nets import MLP, UNet2D, unet2d_config
+from halfstep.runs.record import Record
 
 Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 Width = Annotated[int, Field(ge=1, le=2**16)]
@@ -13,13 +14,7 @@ Depth = Annotated[int, Field(ge=1, le=256)]
 Rate = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 
 
-class Config(BaseModel):
-    """A base class for frozen data. Unknown fields are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class UNetConfig(Config):
+class UNetConfig(Record):
     """The UNet2DModel of diffusers."""
 
     type: Literal["unet2d"] = "unet2d"
@@ -102,7 +97,7 @@ class UNetConfig(Config):
         return UNet2D(described, num_train_timesteps=self.num_train_timesteps)
 
 
-class MLPConfig(Config):
+class MLPConfig(Record):
     """A residual multilayer perceptron, for data other than images."""
 
     type: Literal["mlp"] = "mlp"

@@ -32,9 +32,10 @@ from halfstep.objectives import (
     divided,
     objectives,
 )
-from halfstep.recipes.networks import Config, MLPConfig, Rate, Steps, UNetConfig, Width
+from halfstep.recipes.networks import MLPConfig, Rate, Steps, UNetConfig, Width
 from halfstep.registry import Registry
 from halfstep.run.course import Match, cosine_within
+from halfstep.runs.record import Record
 from halfstep.runtime.terminal import one_line
 from halfstep.samplers import samplers
 from halfstep.train.settings import Engine
@@ -52,7 +53,7 @@ def _member_of(family: Registry[Any]) -> AfterValidator:
     return AfterValidator(known)
 
 
-class DataFacts(Config):
+class DataFacts(Record):
     """The shape and classes of a recipe's data, for a dry run without the data."""
 
     shape: tuple[Positive, ...]
@@ -63,7 +64,7 @@ class DataFacts(Config):
     """Number of classes."""
 
 
-class ModelConfig(Config):
+class ModelConfig(Record):
     """The prediction of the network, and the noise process."""
 
     prediction: Annotated[str, _member_of(predictions)] = "v"
@@ -82,7 +83,7 @@ Flat = Annotated[Training, tyro.conf.arg(name="")]
 """Training hyperparameters whose flags have no additional prefix, such as --chain.num-updates."""
 
 
-class ChainConfig(Config):
+class ChainConfig(Record):
     """How to distil the students."""
 
     start_steps: Steps = 1024
@@ -143,7 +144,7 @@ def _with_critic(plan: Plan, weight: float | None) -> Plan:
     return plan if weight is None else plan.changed(lambda objective: Adversarial(objective, weight))
 
 
-class MatchingConfig(Config):
+class MatchingConfig(Record):
     """How to convert a teacher to another prediction, process or guidance before halving. The matching stage is added
     only if a setting needs it, or if a given teacher predicts eps near zero SNR.
     """
@@ -193,7 +194,7 @@ class MatchingConfig(Config):
         )
 
 
-class FinishConfig(Config):
+class FinishConfig(Record):
     """How to finish students: move their outputs towards the teacher's distribution."""
 
     steps: tuple[Steps, ...] = ()
@@ -247,7 +248,7 @@ class FinishConfig(Config):
         return _with_critic(plan, self.critic_weight)
 
 
-class StageConfig(Config):
+class StageConfig(Record):
     """A stage with any registered objective."""
 
     objective: dict[str, Any]
@@ -266,7 +267,7 @@ TEACHER: Final = Training(num_updates=100_000, learning_rate=2e-4, warmup_update
 """The paper's training of a CIFAR-10 teacher, but with fewer updates and without weight decay or dropout."""
 
 
-class Recipe(Config):
+class Recipe(Record):
     """Everything that a run needs."""
 
     name: str

@@ -17,7 +17,7 @@ from halfstep.report.figures import Curve
 from halfstep.report.quality import are_earlier
 from halfstep.report.study_figure import Panel, draw_panels
 from halfstep.report.table import Table
-from halfstep.report.words import count, flatten, method_words, number, with_spread
+from halfstep.report.words import count, flat_words, method_words, number, with_spread
 from halfstep.runs import Best, EvaluationResult, finite, is_finite, teacher_best, too_few
 from halfstep.runs.evaluation import EvaluationTable, MetricInfo, Protocol, Series
 from halfstep.runtime.files import write_text
@@ -238,7 +238,7 @@ def shown_tables(result: EvaluationResult | None) -> list[Shown]:
         metrics = {name: result.metrics[name] for name in metrics_of(table, result)}
         roles = [known.get(row.series, "other") for row in table.rows]
         rows, notes = rows_of(table, result), text_table(table, result).notes
-        protocol = flatten(table.protocol.model_dump(mode="json"))
+        protocol = flat_words(table.protocol.model_dump(mode="json"))
         shown.append(Shown(table, title_of(table), metrics, roles, rows, notes, figure, alt, protocol))
     return shown
 

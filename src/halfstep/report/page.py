@@ -17,7 +17,7 @@ from halfstep.report.nearest import shown_nearest
 from halfstep.report.quality import protocol_notices, quality_groups
 from halfstep.report.reading import RunFacts, read_run
 from halfstep.report.summary import summarise
-from halfstep.report.words import count, duration, flatten, number, times
+from halfstep.report.words import count, duration, flat_words, number, times
 from halfstep.runs import RunFolder
 from halfstep.runtime.files import write_text
 
@@ -106,6 +106,6 @@ def _page(facts: RunFacts, without_nearest: str | None, sizes: Sizes) -> str:
         without_nearest=without_nearest,
         cost=spent,
         paid=paid,
-        recipe=flatten(facts.recipe),
-        environment=flatten({k: v for k, v in facts.environment.items() if k != "command"}),
+        recipe=flat_words(facts.recipe),
+        environment=flat_words({k: v for k, v in facts.environment.items() if k != "command"}),
     )

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from halfstep.report import figures
 from halfstep.report.reading import StageFacts
 from halfstep.report.table import Table
-from halfstep.report.words import flatten, method_words, number, ratio, sampler_label, times
+from halfstep.report.words import flat_words, method_words, number, ratio, sampler_label, times
 from halfstep.runs import Best, Metrics, finite, is_finite, teacher_best
 from halfstep.runs.schema import Result
 
@@ -185,7 +185,7 @@ def _group(name: str, start: StageFacts | None, stages: Sequence[tuple[StageFact
     rows.sort(key=lambda row: (row.steps, row.sampler), reverse=True)
     return Group(
         name=name,
-        protocol=flatten(stages[0][1].protocol),
+        protocol=flat_words(stages[0][1].protocol),
         rows=rows,
         best=best,
         base=next((result for result in teacher.values() if result.teacher_rmse is None), None),

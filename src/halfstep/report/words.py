@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from halfstep.runs import is_finite
+from halfstep.runs.schema import flatten
 
 SAMPLER_LABELS: Final = {"ddim": "DDIM", "euler": "Euler", "heun": "Heun", "rk4": "RK4", "dpmpp_2m": "DPM-Solver++(2M)"}
 
@@ -74,15 +75,12 @@ def inside(folder: Path, error: Exception) -> str:
     return str(error).replace(f"{folder}/", "")
 
 
-def flatten(data: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten nested data into a mapping from dotted names to strings."""
-    flat: dict[str, str] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return flat
+def flat_words(data: Mapping[Any, Any]) -> dict[str, str]:
+    """Return nested data as a mapping from dotted names to strings."""
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in flatten(data).items()
+    }
 
 
 def ratio(value: float | None, base: float | None) -> float | None:

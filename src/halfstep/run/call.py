@@ -256,6 +256,7 @@ class Chain:
                 seen,
                 stage,
                 self.batches,
+                self.data.shape,
                 seed=self.call.seed,
                 stream=name,
                 accelerator=self.accelerator,

@@ -156,7 +156,8 @@ def helper_sizes(spec: RunSpec, stage: Stage) -> dict[str, Size]:
         return {}
     with torch.device("meta"):
         student = _student(spec)
-        auxiliaries, followers = make_helpers(stage, Models(student, copy_denoiser(student)), 0, "cost")
+        models = Models(student, copy_denoiser(student))
+        auxiliaries, followers = make_helpers(stage, models, spec.data.shape, 0, "cost")
     beside = {id(parameter) for parameter in network_of(student).parameters()}
     networks = {name: network_of(model) for name, (model, _) in auxiliaries.items()}
     averaged = {name: follower.network for name, follower in followers.items()}

@@ -2,18 +2,14 @@
 
 import copy
 import dataclasses
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parameter import UninitializedParameter
 
-from halfstep.core.denoiser import Clipped, Cond, Denoiser, Guided, NetworkDenoiser
-from halfstep.core.door import check_denoiser, check_instance, check_whole, got, in_python
+from halfstep.core.denoiser import Clipped, Cond, Denoiser, NetworkDenoiser
+from halfstep.core.door import check_instance, in_python
 from halfstep.core.noise import NoiseProcess
 from halfstep.core.prediction import Prediction, TruncatedSNR, Weighting
 from halfstep.data import Data
@@ -22,28 +18,25 @@ from halfstep.models.model import Model
 from halfstep.models.students import start_student
 from halfstep.nets import has_movable_clock, own_state
 from halfstep.objectives import Denoising, Guidance, Halving, Outcome, Plan, Role, Training
+from halfstep.run.arguments import (
+    A_TRAINING,
+    check_bare,
+    check_data,
+    check_plan_arguments,
+    check_trainable,
+    storable_denoiser,
+)
 from halfstep.run.call import Call, Chain, OnStage, OnWindow, call_of
 from halfstep.run.course import IMAGE_RANGE, Match, Start, course
 from halfstep.run.own_samples import check_can_sample, samples_of
-from halfstep.run.probe import check_called, without
-from halfstep.run.sources import CLASSES, Source, StreamedBatches, conditions_of
+from halfstep.run.probe import check_called
+from halfstep.run.sources import Source, StreamedBatches, conditions_of
 from halfstep.runtime.processes import make_accelerator
 from halfstep.runtime.tensors import digest_of
 from halfstep.samplers import Sampler
 from halfstep.train.settings import Engine
 
 STUDENT_TRAINING: Final = Training(num_updates=1000, learning_rate=2e-4)
-A_TRAINING: Final = (Training, "halfstep.Training(num_updates=2000, learning_rate=2e-4)")
-KINDS: Final[Mapping[str, tuple[type, str]]] = {
-    "training": A_TRAINING,
-    "matching": A_TRAINING,
-    "plan": (Plan, "halfstep.Plan.halvings(64, 4)"),
-    "prediction": (Prediction, "halfstep.V()"),
-    "process": (NoiseProcess, "halfstep.VPCosine()"),
-    "guidance": (Guidance, "halfstep.FixedGuidance(4.0)"),
-    "teacher_sampler": (Sampler, "halfstep.Heun()"),
-}
-"""The types of those arguments of `distill` that are objects, each with an example for error messages."""
 
 
 def fit(
@@ -75,14 +68,14 @@ def fit(
         NonFinite: if training diverged.
     """
     denoiser = denoiser.denoiser if isinstance(denoiser, Model) else denoiser
-    _check_bare("the denoiser", denoiser)
+    check_bare("the denoiser", denoiser)
     check_instance("training", training, *A_TRAINING)
     if weighting is not None:
         check_instance("weighting", weighting, Weighting, "halfstep.SNR()")
     call = call_of(seed, engine, device, out, evaluation, on_window, on_stage, progress)
-    _check_trainable(denoiser, as_it_is=True)
+    check_trainable(denoiser, as_it_is=True)
     plan = Plan.of(Denoising(weighting or TruncatedSNR()), training)
-    network = None if call.out is None else _network_of(denoiser)
+    network = None if call.out is None else storable_denoiser(denoiser)
     samples = call.opened(data)
     check_called(denoiser, samples)
     like = _as_model(denoiser, samples)
@@ -105,50 +98,6 @@ def fit(
     model = call.into_folder(spec)
     network.to(model.device).load_state_dict(model.denoiser.state_dict())
     return model
-
-
-def _check_bare(name: str, denoiser: Any) -> None:
-    """Raise ValueError unless training targets can be computed with the denoiser."""
-    check_denoiser(name, denoiser, Denoiser)
-    if isinstance(denoiser, Clipped | Guided):
-        what, remedy = "clips x0", "Pass its .denoiser; samples can be clipped later"
-        if isinstance(denoiser, Guided):
-            what, remedy = "is guided", "Pass its .denoiser, with guidance=halfstep.FixedGuidance(scale) and null"
-        raise ValueError(f"{name} {what}, but training needs its plain output. {remedy}")
-
-
-def _check_trainable(denoiser: Denoiser, *, as_it_is: bool = False) -> None:
-    """Raise ValueError unless a copy of the denoiser (or the denoiser itself, if `as_it_is`) can be trained."""
-    network = denoiser.network if isinstance(denoiser, NetworkDenoiser) else denoiser
-    name = type(network).__name__
-    if isinstance(network, nn.DataParallel | DistributedDataParallel):
-        raise ValueError(f"the network is wrapped in {name}. Pass its .module; use torchrun for several processes")
-    if isinstance(network, torch.jit.ScriptModule):
-        raise ValueError("the network is a ScriptModule, which cannot be copied. Pass the original module")
-    # Importing torch._dynamo takes seconds; if a network was compiled, it has already been imported.
-    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
-    if dynamo is not None and isinstance(network, dynamo.OptimizedModule):
-        raise ValueError(
-            "the network is compiled. Pass the module that was compiled, and engine=halfstep.Engine(compile=True)"
-        )
-    if any(isinstance(parameter, UninitializedParameter) for parameter in network.parameters()):
-        raise ValueError(f"the network {name} has lazy layers without weights. Call it once first")
-    if not any(True for _ in network.parameters()):
-        raise ValueError(
-            f"{type(denoiser).__name__} has no weights to train: its network contains no module. Make the "
-            "network an nn.Module that contains its layers"
-        )
-    if as_it_is and not any(parameter.requires_grad for parameter in network.parameters()):
-        raise ValueError("all weights of the network are frozen. Call network.requires_grad_(True)")
-
-
-def _network_of(denoiser: Denoiser) -> NetworkDenoiser:
-    if not isinstance(denoiser, NetworkDenoiser):
-        raise ValueError(
-            f"a run folder can only store networks, and {type(denoiser).__name__} is a custom denoiser. Pass a "
-            "NetworkDenoiser, or remove `out`"
-        )
-    return denoiser
 
 
 def distill(
@@ -229,7 +178,7 @@ def distill(
         DifferentRecipe: if `out` contains the run of a different call. This is a subclass of ValueError.
         NonFinite: if training diverged.
     """
-    _check_plan_arguments(
+    check_plan_arguments(
         to, start, finish, teacher_steps, lora_rank, null, training=training, matching=matching, plan=plan,
         prediction=prediction, process=process, guidance=guidance, teacher_sampler=teacher_sampler,
     )  # fmt: skip
@@ -238,10 +187,10 @@ def distill(
     inner = teacher.denoiser if isinstance(teacher, Clipped) else teacher
     like = inner if isinstance(inner, Model) else None
     current: Denoiser = inner if like is None else like.denoiser
-    _check_bare("the teacher", current)
+    check_bare("the teacher", current)
     if data is None:
         check_can_sample(teacher)
-    _check_trainable(current)
+    check_trainable(current)
     known = _start_of(inner) if clip is None else dataclasses.replace(_start_of(inner), clip=clip, is_clipped=True)
     held_null = {name: torch.as_tensor(value) for name, value in (null or (like.null if like else {})).items()}
     wanted = Match(matching or training, prediction, None if process is None else lambda _: process, guidance)
@@ -267,7 +216,7 @@ def distill(
         raise ValueError("null, the null condition, has no effect without guidance. Pass guidance, or remove null")
     if matching is not None and chain.stages[0].objective.outcome.role is not Role.MATCHED:
         raise ValueError("matching has no effect without prediction, process, guidance or a Clipped teacher. Remove it")
-    bare = None if call.out is None else _network_of(current)
+    bare = None if call.out is None else storable_denoiser(current)
     if bare is not None and clip not in (None, IMAGE_RANGE):
         raise ValueError(
             f"a run folder only supports teachers clipped to [-1, 1], got {list(clip or ())}. Remove `out`"
@@ -279,7 +228,7 @@ def distill(
         data = _drawn(teacher, call)
     samples = call.opened(data)
     if like is not None:
-        _check_data(like, samples)
+        check_data(like, samples)
     check_called(current, samples)
     if any(stage.objective.guidance is not None for stage in chain.stages) and known.guidance is None and held_null:
         check_called(current, samples, held_null)
@@ -356,55 +305,3 @@ def _drawn(teacher: Denoiser, call: Call) -> Data:
             return samples_of(teacher.to(make_accelerator(used.precision, used.cpu).device), seed=call.seed)
         finally:
             teacher.to(before)
-
-
-def _check_plan_arguments(
-    to: Any, start: Any, finish: Any, teacher_steps: Any, lora_rank: Any, null: Any, **objects: Any
-) -> None:
-    """Raise ValueError if an argument of `distill` has the wrong type. `objects` are the arguments in `KINDS`."""
-    check_whole("to", to)
-    check_whole("start", to if start is None else start)
-    if isinstance(finish, str) or not isinstance(finish, Plan | Sequence):
-        raise ValueError(f"finish must be a list of step counts, got {finish!r}. Pass, for example, finish=[2, 1]")
-    for name, value in objects.items():
-        if value is not None or name == "training":
-            check_instance(name, value, *KINDS[name])
-    if lora_rank is not None:
-        check_whole("lora_rank", lora_rank, most=2**16)
-    if teacher_steps is not None:
-        check_whole("teacher_steps", teacher_steps)
-    if null is not None and not isinstance(null, Mapping):
-        raise ValueError(
-            f"null must be a mapping of names to tensors, got {got(null)}. Pass {{'class_labels': torch.tensor(10)}}"
-        )
-
-
-def _check_data(model: Model, data: Data | StreamedBatches) -> None:
-    """Raise ValueError unless the data have the shape of the model's samples and exactly the model's conditions."""
-    if data.shape != model.shape:
-        raise ValueError(
-            f"the teacher has samples of shape {list(model.shape)}, but the data have the shape {list(data.shape)}. "
-            "Pass the data that it was trained on"
-        )
-    classes = data.num_classes if isinstance(data, Data) else 0
-    shapes = conditions_of(data)
-    held = set(shapes) | ({CLASSES} if classes else set())
-    needed = set(model.manifest.conditions) | ({CLASSES} if model.num_classes else set())
-    if foreign := sorted(held - needed):
-        raise ValueError(f"the data contain {foreign[0]}, which the teacher does not take. {without(data)}")
-    if missing := sorted(needed - held):
-        raise ValueError(
-            f"the teacher is conditioned on {missing[0]}, which the data do not contain. Pass "
-            f"(x0, {{{missing[0]!r}: tensor}})"
-        )
-    for name, shape in model.manifest.conditions.items():
-        if shapes.get(name, shape) != shape:
-            raise ValueError(
-                f"the teacher takes {name} of shape {list(shape)} per sample, but the data contain {name} of shape "
-                f"{list(shapes[name])}. Pass the data that it was trained on"
-            )
-    if model.num_classes and classes > model.num_classes:
-        raise ValueError(
-            f"the data have the classes 0 to {classes - 1}, but the teacher has the classes 0 to "
-            f"{model.num_classes - 1}. Pass the data that it was trained on"
-        )

@@ -15,6 +15,7 @@ from halfstep.objectives import Outcome
 from halfstep.run.spec import RunSpec
 from halfstep.run.trackers import chosen_trackers
 from halfstep.runs import RunFolder
+from halfstep.runs.schema import flatten
 from halfstep.runtime.environment import environment
 from halfstep.runtime.files import (
     DamagedFile,
@@ -30,17 +31,6 @@ from halfstep.runtime.files import (
 
 class DifferentRecipe(ValueError):
     """The folder contains a run of a different recipe; the message shows the differences."""
-
-
-def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested data into a dictionary with dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def differences(

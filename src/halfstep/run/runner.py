@@ -22,12 +22,13 @@ from halfstep.models.model import Model
 from halfstep.nets import LoRA, describe_network, merged
 from halfstep.objectives import Stage
 from halfstep.run.events import Event, Notice, Progress, StageEnd, StageStart
-from halfstep.run.folder import flatten, take_folder
+from halfstep.run.folder import take_folder
 from halfstep.run.measuring import Measuring
 from halfstep.run.spec import RunSpec
 from halfstep.run.start import facts_of, trainer_for
 from halfstep.run.trackers import Trackers, chosen_trackers
 from halfstep.runs import Heartbeat, Manifest, RunFolder, RunLog, StageFolder
+from halfstep.runs.schema import flatten
 from halfstep.runtime.failures import NonFinite
 from halfstep.runtime.files import write_json
 from halfstep.runtime.processes import Lookout, LostProcess, Processes, is_lost, make_accelerator

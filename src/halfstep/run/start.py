@@ -74,6 +74,7 @@ def trainer_for(
         seen,
         stage,
         batches,
+        spec.data.shape,
         seed=spec.seed,
         stream=stream,
         accelerator=accelerator,

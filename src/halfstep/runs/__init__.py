@@ -24,7 +24,8 @@ compares with the folder that contains the file. heartbeat.json and log.jsonl on
 
 from halfstep.runs.best import Best, teacher_best, too_few
 from halfstep.runs.evaluation import EvaluationResult
+from halfstep.runs.folder import RunFolder, StageFolder
 from halfstep.runs.heartbeat import Heartbeat
 from halfstep.runs.log import RunLog, finite, is_finite, read_log
-from halfstep.runs.schema import Manifest, Metrics, Outcome, Pipeline, PlannedStage, Result, RunFolder, StageFolder
+from halfstep.runs.schema import Manifest, Metrics, Outcome, Pipeline, PlannedStage, Result
 from halfstep.runs.status import RunStatus, StageStatus, read_status

@@ -8,16 +8,10 @@ The file is rewritten after every cell, so an interrupted evaluation shows all r
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from halfstep.runs.record import Record
 
 EVALUATION_FORMAT = 1
 """The version of evaluation.json. Readers reject any other version."""
-
-
-class Record(BaseModel):
-    """The data of a JSON file. Unknown fields are rejected."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Figure(Record):

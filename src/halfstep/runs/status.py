@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from halfstep.runs.best import Best, teacher_best
+from halfstep.runs.folder import RunFolder, StageFolder
 from halfstep.runs.heartbeat import SILENT_SECONDS, this_machine
 from halfstep.runs.log import finite, read_log
-from halfstep.runs.schema import Result, RunFolder, StageFolder
+from halfstep.runs.schema import Result
 from halfstep.runtime.files import DamagedFile, read_json
 
 StageState = Literal["to come", "training", "measuring", "done", "damaged"]

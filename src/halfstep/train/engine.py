@@ -47,6 +47,7 @@ class StageTrainer:
         student: the model, which is trained in place.
         teacher: the denoiser to learn from, which is not changed, or None.
         batches: see `Batches`.
+        shape: the shape of one sample.
         seed, stream: together with the update and the turn, the key of every random number.
         engine: how to use the machine. The micro batch affects only rounding and dropout masks.
         ahead: number of updates that a thread prepares in advance, as in `Feed`.
@@ -62,6 +63,7 @@ class StageTrainer:
         teacher: Denoiser | None,
         stage: Stage,
         batches: Batches,
+        shape: tuple[int, ...],
         *,
         seed: int,
         stream: str,
@@ -87,7 +89,7 @@ class StageTrainer:
         if engine.gradient_checkpointing and isinstance(student, NetworkDenoiser):
             checkpoint_gradients(student.network)
         sharded = engine.sharding == "full"
-        auxiliaries, followers = make_helpers(stage, Models(student, teacher), seed, stream)
+        auxiliaries, followers = make_helpers(stage, Models(student, teacher), shape, seed, stream)
         if teacher is not None:
             if sharded:
                 for part in teacher.modules():

@@ -14,9 +14,14 @@ HELPER_NAME: Final = re.compile("[a-z][a-z0-9_]*")
 
 
 def make_helpers(
-    stage: Stage, models: Models, seed: int, stream: str
+    stage: Stage, models: Models, shape: tuple[int, ...], seed: int, stream: str
 ) -> tuple[dict[str, tuple[torch.nn.Module, Training]], dict[str, Follower]]:
     """Return an objective's auxiliary networks with their hyperparameters, and its averages and frozen copies.
+
+    Args:
+        models: the student and the teacher.
+        shape: the shape of one sample.
+        seed, stream: the key of the random initial weights.
 
     Raises:
         ValueError: if a helper's name is invalid, or a helper's hyperparameters contradict those of the stage.
@@ -39,7 +44,7 @@ def make_helpers(
             with torch.random.fork_rng(devices=[]):
                 # On every rank, the weights of new layers depend only on the run's seed.
                 torch.manual_seed(generator_for(seed, stream, "helper", name).initial_seed())
-                auxiliaries[name] = helper.start(models), training
+                auxiliaries[name] = helper.start(models, shape), training
             if any(isinstance(part, InHalf) for part in auxiliaries[name][0].modules()):
                 raise ValueError(f"helper {name} is a copy of a teacher in bfloat16. Start it from the student")
     followers = {}
