@@ -96,6 +96,14 @@ def test_a_long_estimate_names_the_options_that_a_given_teacher_has(ddpm: Path) 
     assert "network" in shorter([Role.TEACHER, Role.STUDENT], None)
 
 
+def test_another_spelling_of_a_folder_is_the_same_teacher(ddpm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise, a run that was started with `my-ddpm` could not be resumed with `my-ddpm/`, as shells complete it."""
+    monkeypatch.chdir(ddpm.parent)
+    sources = {import_pipeline(word).manifest.source for word in ("my-ddpm", "my-ddpm/", "./my-ddpm")}
+    assert len(sources) == 1
+    assert public(str(sources.pop())).startswith("my-ddpm (weights sha256 ")
+
+
 def test_an_import_prints_a_line_before_it_starts(ddpm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     printed = io.StringIO()
     said: list[str] = []

@@ -164,7 +164,8 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, precision: B
 
 
 def _origin(source: str | Path, weights: Path) -> str:
-    return f"{source} (weights sha256 {disk.digest_of(weights)})"
+    # A trailing slash, which shells add, does not make another teacher.
+    return f"{Path(source)} (weights sha256 {disk.digest_of(weights)})"
 
 
 def teacher_of(network: StockNetwork, schedule: Schedule, shape: Sequence[int], **facts: Any) -> Model:
