@@ -21,9 +21,10 @@ from PIL import Image
 from halfstep import load
 from halfstep.cli import main
 from halfstep.data import open_latents
+from halfstep.hub import import_pipeline, text_conditions
 from halfstep.runs import RunFolder
 from support_cli import Capture, refused
-from support_pipelines import save_ddpm, save_dit, save_sd, save_sd3, tiny_unet, tiny_vae
+from support_pipelines import assert_same, save_ddpm, save_dit, save_sd, save_sd3, tiny_unet, tiny_vae
 from toys import TINY_ARRAYS, points
 
 BUDGET: Final = [
@@ -598,7 +599,104 @@ def test_a_wrong_file_of_prompts_is_rejected_before_the_import(
     assert f"{file} contains no prompts" in refused(argv, capsys)
     file.write_bytes(b"\xff\xfe\x00")
     assert f"{file} cannot be read as text" in refused(argv, capsys)
+    argv[3] = str(tmp_path)
+    assert f"{tmp_path} is not a file: give a text file with one prompt per line" in refused(argv, capsys)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["prompt=a"], "halfstep sets the argument prompt of the pipeline's call itself. Remove --call prompt"),
+        (["num_inference_steps=4"], "halfstep sets the argument num_inference_steps of"),
+        (["num_images_per_prompt=2"], "halfstep sets the argument num_images_per_prompt of"),
+        # This pipeline's call takes **kwargs, so it would ignore the typing mistake.
+        (["hieght=16"], "does not take the argument 'hieght'; did you mean 'height'?"),
+        (["num_steps=4"], "does not take the argument 'num_steps'"),
+        (["height=16", "width=16", "height=8"], "--call sets height twice"),
+    ],
+)
+def test_arguments_that_no_call_can_take_are_rejected_before_the_weights_are_loaded(
+    words: list[str], said: str, here: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: object, **__: object) -> None:
+        pytest.fail("the pipeline was loaded")
+
+    monkeypatch.setattr("halfstep.hub.pipelines.load_pipeline", loaded)
+    argv = ["import", "diffusers", str(here / "sd"), "--out", str(tmp_path / "out"), "--call", *words]
+    assert said in refused(argv, capsys)
+
+
+def test_a_guidance_scale_that_the_denoiser_does_not_take_is_rejected(
+    here: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """A student with this argument could not be exported: its card would turn the pipeline's own guidance on."""
+    argv = ["import", "diffusers", str(here / "sd"), "--out", str(tmp_path / "out"), "--call", "guidance_scale=7.5"]
+    said = refused(argv, capsys)
+    assert "--call guidance_scale has no effect" in said
+    assert "use --matching.guidance-scale (distill) or --guidance-scale (encode, sample)" in said
+    prompts = ["encode", str(here / "sd"), "--prompts", "prompts.txt", "--out", str(tmp_path / "out")]
+    assert "--guidance-scale must be" in refused([*prompts, "--guidance-scale", "nan"], capsys)
+
+
+def test_a_negative_prompt_is_the_condition_of_the_unconditional_branch(here: Path) -> None:
+    model = import_pipeline(here / "sd", {"negative_prompt": "b"})
+    (negative,) = text_conditions(model.manifest, ["b"])["encoder_hidden_states"]
+    assert_same(model.null["encoder_hidden_states"], negative)
+    assert_same(text_conditions(model.manifest, ["a", "b"])["encoder_hidden_states"][1], negative)
+
+
+def test_a_plan_that_cannot_be_carried_out_is_rejected_before_prompts_are_sampled(
+    here: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sampled(*_: object, **__: object) -> None:
+        pytest.fail("prompts were sampled")
+
+    monkeypatch.setattr("halfstep.cli.training.sample_prompts", sampled)
+    teacher = import_pipeline(here / "sd3")
+    monkeypatch.setattr("halfstep.cli.training.imported", lambda *_, **__: teacher)
+    prompts, other = tmp_path / "prompts.txt", tmp_path / "other"
+    prompts.write_text("a\n")
+    other.mkdir()
+    (other / "mine.txt").touch()
+    argv = ["distill", str(here / "sd3"), "--prompts", str(prompts), "--to", "4", *UNMEASURED]
+    out = ["--out", str(tmp_path / "out")]
+    assert "7 steps cannot be halved to 4" in refused([*argv, *out, "--chain.start-steps", "7"], capsys)
+    assert "needs an input for the scale" in refused([*argv, *out, "--matching.guidance-range", "1", "8"], capsys)
+    assert "is not empty, but it is not a run folder" in refused([*argv, "--out", str(other)], capsys)
+    assert "is a file, so it cannot be a folder" in refused([*argv, "--out", str(prompts)], capsys)
+    assert "use either --data or --prompts" in refused([*argv, *out, "--data", "digits"], capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "prompts.txt"]
+    with pytest.raises(pytest.fail.Exception, match="prompts were sampled"):
+        main([*argv, *out])
+
+
+def test_the_data_of_prompts_lies_next_to_a_run_in_the_working_folder(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+
+    def sampled(model: object, prompts: Path, folder: Path, *_: object) -> None:
+        seen.append(folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("halfstep.cli.training.sample_prompts", sampled)
+    teacher = import_pipeline(here / "sd3")
+    monkeypatch.setattr("halfstep.cli.training.imported", lambda *_, **__: teacher)
+    (tmp_path / "prompts.txt").write_text("a\n")
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    with pytest.raises(SystemExit) as end:
+        main(["distill", str(here / "sd3"), "--prompts", "../prompts.txt", "--to", "4", "--out", ".", *UNMEASURED])
+    assert (end.value.code, seen) == (130, [tmp_path / "run-data"])
+
+
+def test_a_call_cannot_be_changed_after_the_import(sd3_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    argv = ["distill", str(sd3_run), "--to", "2", "--out", str(tmp_path / "out"), "--call", "height=16"]
+    said = refused(argv, capsys)
+    assert f"--call has no effect with {sd3_run}: the stage keeps the call of its import. Remove it" in said
+    argv = ["distill", "sdxl", "--dry-run", "--call", "height=512"]
+    assert "--call has no effect with sdxl: the estimate is for the size that is listed" in refused(argv, capsys)
 
 
 def test_unsupported_input_is_rejected_before_anything_is_written(here: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -12,12 +12,13 @@ from halfstep.cli.dry_run import shorter
 from halfstep.cli.exporting import progress_of
 from halfstep.cli.importing import imported
 from halfstep.cli.words import Screen
+from halfstep.core.noise import FlowMatching, processes
 from halfstep.hub import import_pipeline
 from halfstep.hub.card import lora_card, public
 from halfstep.hub.schedulers import StockSchedule
 from halfstep.models.model import Model
 from halfstep.objectives import Role
-from halfstep.runs import Pipeline
+from halfstep.runs import Outcome, Pipeline
 from support_cli import Capture, refused
 from support_pipelines import save_ddpm
 
@@ -95,6 +96,14 @@ def test_a_long_estimate_names_the_options_that_a_given_teacher_has(ddpm: Path) 
     assert "network" in shorter([Role.TEACHER, Role.STUDENT], None)
 
 
+def test_another_spelling_of_a_folder_is_the_same_teacher(ddpm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise, a run that was started with `my-ddpm` could not be resumed with `my-ddpm/`, as shells complete it."""
+    monkeypatch.chdir(ddpm.parent)
+    sources = {import_pipeline(word).manifest.source for word in ("my-ddpm", "my-ddpm/", "./my-ddpm")}
+    assert len(sources) == 1
+    assert public(str(sources.pop())).startswith("my-ddpm (weights sha256 ")
+
+
 def test_an_import_prints_a_line_before_it_starts(ddpm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     printed = io.StringIO()
     said: list[str] = []
@@ -126,6 +135,22 @@ def test_the_card_of_a_lora_contains_no_private_path(folder: str, ddpm: Path) ->
     card = lora_card("mine", manifest, pipeline, StockSchedule("DDIMScheduler", {}))
     assert "ann" not in card
     assert f'from_pretrained("{folder.removeprefix("/home/ann/")}")' in card
+
+
+@pytest.mark.parametrize(("kind", "is_bound"), [("WanPipeline", True), ("SanaPipeline", False)])
+def test_the_card_of_a_lora_shows_the_sigmas_of_its_steps(kind: str, is_bound: bool, ddpm: Path) -> None:
+    pipeline = Pipeline(kind=kind, folder="me/flow", component="transformer", guidance="guidance_scale", off=1.0)
+    facts = {
+        "pipeline": pipeline,
+        "process": processes.describe(FlowMatching(3.0)),
+        "outcome": Outcome(role="student", num_steps=4),
+    }
+    manifest = import_pipeline(ddpm).manifest.model_copy(update=facts)
+    card = lora_card("mine", manifest, pipeline, StockSchedule("FlowMatchEulerDiscreteScheduler", {}))
+    bound = "pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas=[1, 0.75, 0.5, 0.25])\nmade ="
+    assert "sigmas=[1, 0.75, 0.5, 0.25]" in card
+    assert (bound in card, "from functools import partial\n" in card) == (is_bound, is_bound)
+    assert "The scheduler's default spacing is different." in card
 
 
 @pytest.mark.parametrize("text", ["/home/ann/sd (weights sha256 0a)", "/home/ann (x)/photos, 64 samples", "~/ann/sd"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from halfstep.data.captions import CaptionedImages, read_captions
+from halfstep.data.captions import CaptionedImages, read_captions, read_prompts
 from halfstep.data.preparation import Preparation
 
 CAPTIONS = {"b.png": 'a dog, "sitting"', "a/c.png": "", "a/a.png": "zwei Vögel\nim Baum", "z.png": "a\u2028cat"}
@@ -253,3 +253,8 @@ def test_captions_that_do_not_fit():
     for files, captions in [((), ()), ((Path("a.png"),), ())]:
         with pytest.raises(ValueError, match=f"{len(files)} images and 0 captions"):
             CaptionedImages("mine", files, captions, Preparation())
+
+
+def test_prompts_end_at_line_ends_only(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa\u2028cat\r\n\r\n a \x0bdog\x85 \n\nb\nb".encode())
+    assert read_prompts(tmp_path / "prompts.txt") == ("a\u2028cat", "a \x0bdog", "b", "b")

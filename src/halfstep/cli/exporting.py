@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from halfstep.cli.arguments import device_of, processes_of
 from halfstep.cli.dry_run import check_alone, show_encoding
 from halfstep.cli.importing import imported
-from halfstep.cli.usage import Count, Rate, Side, Steps, Switch, UsageError, in_own_words, parse, refuse_idle
+from halfstep.cli.usage import Count, Guidance, Rate, Side, Steps, Switch, UsageError, in_own_words, parse, refuse_idle
 from halfstep.cli.words import Screen
 from halfstep.data import (
     CaptionedClips,
@@ -159,7 +159,7 @@ class EncodeArguments:
     """Text file with one prompt per line, instead of --data; the pipeline then samples latents from these prompts."""
     num_steps: Steps = NUM_STEPS
     """With --prompts: number of Heun steps per sample."""
-    guidance_scale: float | None = None
+    guidance_scale: Guidance | None = None
     """With --prompts: guidance scale; by default, no guidance is used."""
     seed: int = 0
     """With --prompts: seed of the noise."""

@@ -53,6 +53,8 @@ def _options_from(words: Sequence[str]) -> dict[str, Any]:
         name, equals, value = word.partition("=")
         if not (name.isidentifier() and equals):
             raise UsageError(f"--call {word} is not of the form NAME=VALUE. An example is --call height=512 width=512")
+        if name in options:
+            raise UsageError(f"--call sets {name} twice. Remove one of the two values")
         try:
             options[name] = json.loads(value)
         except ValueError:

@@ -18,7 +18,7 @@ from halfstep.cli.exporting import sample_prompts
 from halfstep.cli.help import HELP
 from halfstep.cli.importing import imported
 from halfstep.cli.reporting import make_report
-from halfstep.cli.usage import Switch, UsageError, as_typed, expand_short, parse
+from halfstep.cli.usage import Switch, UsageError, as_typed, expand_short, parse, refuse_idle
 from halfstep.cli.words import Screen, print_json
 from halfstep.data import Data, DataConfig, StandIn, holds_images, read_prompts
 from halfstep.hub import PUBLISHED, START_STEPS, is_pipeline, networks_below, published
@@ -29,6 +29,7 @@ from halfstep.recipes import Recipe, build, recipes
 from halfstep.recipes.building import data_or_stand_in, encode_first
 from halfstep.recipes.schema import SECOND_ORDER, MatchingConfig
 from halfstep.report.words import count, duration
+from halfstep.run.folder import check_recipe
 from halfstep.run.own_samples import NUM_SAMPLES, NUM_STEPS
 from halfstep.run.runner import run as run_spec
 from halfstep.run.spec import GIVEN_TEACHER, RunSpec
@@ -147,9 +148,14 @@ def distill(argv: Sequence[str]) -> None:
 
     arguments = parsed(None if stage is None else stage.manifest(verify=False))
     if arguments.prompts is not None:
+        if any(word.partition("=")[0] == SHORT["--data"] for word in expand_short(rest, SHORT)):
+            raise UsageError("use either --data or --prompts (texts), and not both")
         # Importing a pipeline can take minutes, so a wrong file is reported before it.
         read_prompts(arguments.prompts)
     is_published = name in PUBLISHED and arguments.dry_run and not Path(name).is_dir()
+    if stage is not None or is_published:
+        why = "the stage keeps the call of its import" if stage else "the estimate is for the size that is listed"
+        refuse_idle(arguments, f"with {name}", ("call",), {"call": why})
     if stage is not None:
         if arguments.base_precision != "float32":
             raise UsageError("--base-precision only applies to a pipeline. For a stage, pass it to halfstep import")
@@ -174,10 +180,16 @@ def distill(argv: Sequence[str]) -> None:
         )
     last = chain.students[-1] if chain.students else chain.end_steps
     out = arguments.out or Path("runs") / f"{recipe.name}-{label}-to-{last}"
-    data_folder, stand_in = out.with_name(f"{out.name}-data"), None
+    # The names . and .. have no neighbours.
+    place = out.resolve() if out.name in ("", "..") else out
+    data_folder, stand_in = place.with_name(f"{place.name}-data"), None
     if arguments.dry_run and (arguments.prompts is not None or is_published):
         stand_in = _not_sampled(arguments.prompts, model, data_folder)
     elif arguments.prompts is not None:
+        # Sampling can take hours, so a plan that cannot be carried out is reported before it.
+        with as_typed(rest, SHORT):
+            data, _ = _not_sampled(arguments.prompts, model, data_folder)
+            check_recipe(build(recipe, what="chain", teacher=model, data=data), RunFolder(out))
         _sample_prompts(arguments.prompts, recipe, model, data_folder, Screen(arguments.json))
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": str(data_folder)})})
     with as_typed(rest, SHORT):

@@ -114,9 +114,11 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         ValueError: if the file is missing, is not a text file or contains no text.
     """
     file = path.expanduser()
-    if not file.exists():
-        raise ValueError(f"{path} does not exist: give a text file with one prompt per line")
-    prompts = tuple(line.strip() for line in _read_text(file).splitlines() if line.strip())
+    if not file.is_file():
+        problem = "is not a file" if file.exists() else "does not exist"
+        raise ValueError(f"{path} {problem}: give a text file with one prompt per line")
+    # In a prompt, separators such as U+2028 do not end a line.
+    prompts = tuple(line.strip() for line in _read_text(file).split("\n") if line.strip())
     if not prompts:
         raise ValueError(f"{path} contains no prompts: write one prompt per line")
     return prompts

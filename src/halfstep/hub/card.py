@@ -49,6 +49,23 @@ def _call(manifest: Manifest, kind: str, steps: int = 4) -> str:
     return f'{line}\nmade[0].save("sample.png")' if is_picture else line
 
 
+def _usage(manifest: Manifest, kind: str, schedule: StockSchedule, steps: int) -> tuple[str, str, str]:
+    """Return imports, Python code that samples with `steps` steps, and the note about the spacing of these steps."""
+    line = _call(manifest, kind, steps)
+    if schedule.kind != FLOW:
+        return "", line, ""
+    imports, remedy = "", "Pass `sigmas`"
+    if "sigmas=" not in line:
+        remedy = "The pipeline does not accept `sigmas`, so bind them to the scheduler"
+        sigmas, imports = _python(sigmas_of(manifest.num_steps or steps)), "from functools import partial\n\n"
+        line = f"pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas={sigmas})\n{line}"
+    note = (
+        f"\nThe scheduler's default spacing is different. {remedy}, as shown above. They are k / N, decreasing "
+        "from 1, without the shift, because the scheduler applies it.\n"
+    )
+    return imports, line, note
+
+
 def public(source: str) -> str:
     """Return the last component of a path. Names on the Hub are returned unchanged."""
     return Path(source).name if source.startswith(("/", "~", ".")) else source
@@ -82,17 +99,7 @@ def model_card(
     exactly = ", ".join(map(str, exact[:12])) + ", ..." * (len(exact) > 12)
     refines = manifest.parent not in (None, manifest.teacher)
     started = f" and started from `{manifest.parent}`" if refines else ""
-    notes, imports, line = "", "", _call(manifest, kind, max(exact))
-    if schedule.kind == FLOW:
-        remedy = "Pass `sigmas`"
-        if "sigmas=" not in line:
-            remedy = "The pipeline does not accept `sigmas`, so bind them to the scheduler"
-            sigmas, imports = _python(sigmas_of(own or max(exact))), "from functools import partial\n\n"
-            line = f"pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas={sigmas})\n{line}"
-        notes += (
-            f"\nThe scheduler's default spacing is different. {remedy}, as shown above. They are k / N, decreasing "
-            "from 1, without the shift, because the scheduler applies it.\n"
-        )
+    imports, line, notes = _usage(manifest, kind, schedule, own or max(exact))
     if manifest.clip and kind == "DDIMPipeline":
         notes += (
             "\nPass `use_clipped_model_output=True`, so that `DDIMScheduler` recomputes the noise from the clipped x0. "
@@ -143,6 +150,7 @@ def lora_card(
     """Return the README.md of a folder of LoRA weights that were trained on base weights of this `precision`."""
     lowered, base = CONFIGS.get(precision, "torch.bfloat16"), public(pipeline.folder)
     over = "" if precision == "float32" else f"\nThe weights were trained on {precision} base weights ({lowered}).\n"
+    imports, line, note = _usage(manifest, pipeline.kind, schedule, manifest.num_steps or 4)
     return f"""\
 ---
 library_name: diffusers
@@ -157,15 +165,15 @@ pipeline (its folder, or its name on the Hub), and with the scheduler in this fo
 {manifest.prediction["type"]}, which the original model may not do.
 {over}
 ```python
-import torch
+{imports}import torch
 from diffusers import {schedule.kind}, {pipeline.kind}
 
 pipe = {pipeline.kind}.from_pretrained("{base}")
 pipe.scheduler = {schedule.kind}.from_pretrained("{name}", subfolder="scheduler")
 pipe.load_lora_weights("{name}")
-{_call(manifest, pipeline.kind)}
+{line}
 ```
-
+{note}
 ## Guidance
 
 {manifest.guidance_words()}

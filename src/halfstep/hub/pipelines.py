@@ -4,6 +4,7 @@ The process, prediction and clipping are read from the scheduler's config, and t
 the pipeline's own calls. Only safetensors files are read, and no code in a repository is run.
 """
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +15,13 @@ import torch
 from halfstep.core.denoiser import NetworkDenoiser, warn_of_signal
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.hub import disk
-from halfstep.hub.recording import record
+from halfstep.hub.recording import GUIDANCES, record
 from halfstep.hub.schedulers import GONE, Schedule, read_schedule, renewed
 from halfstep.hub.stock import quiet, stock
 from halfstep.hub.trace import component_of
 from halfstep.models.model import Model
 from halfstep.nets import BasePrecision, StockNetwork, UNet2D, conditions_of
+from halfstep.registry import nearest
 from halfstep.runs import Pipeline
 from halfstep.runtime.files import first_line, user_path
 
@@ -37,6 +39,11 @@ HALF_PRECISION: Final = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*")
 OPTIONAL: Final = ("vae", "safety_checker", "feature_extractor", "image_encoder")
 """Parts that do not affect a denoiser's inputs."""
 DENOISERS: Final = ("transformer", "unet")
+OWN_ARGUMENTS: Final = (
+    *("prompt", "class_labels", "num_inference_steps", "timesteps", "sigmas", "generator", "latents", "output_type"),
+    *("return_dict", "num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt"),
+)
+"""Pipeline call arguments that halfstep sets itself."""
 
 
 def is_pipeline(path: str | Path) -> bool:
@@ -101,6 +108,7 @@ def import_pipeline(
     origin = str(folder.resolve()) if folder == user_path(source) else str(source)
     kind = read_kind(folder) if (folder / "model_index.json").is_file() else None
     if kind is not None and kind not in PIXELS:
+        _check_options(kind, options or {})
         told = Pipeline(kind=kind, folder=origin, component="", options=dict(options or {}), averaged=ema)
         return _recorded(source, folder, told, precision)
     if options:
@@ -120,6 +128,19 @@ def import_pipeline(
         network, schedule, shape_of(network.config), num_classes=int(network.config.get("num_class_embeds") or 0),
         stage=folder.name, is_image=True, pipeline=pipeline, source=_origin(source, network_folder),
     )  # fmt: skip
+
+
+def _check_options(kind: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for call arguments that a pipeline would ignore, or that halfstep sets itself."""
+    taken = inspect.signature(stock(kind).__call__).parameters.values()
+    # Some pipelines ignore arguments with unknown names, because they take **kwargs.
+    names = [made.name for made in taken if made.kind is not made.VAR_KEYWORD and made.name != "self"]
+    for name in options:
+        if name in OWN_ARGUMENTS:
+            raise ValueError(f"halfstep sets the argument {name} of the pipeline's call itself. Remove --call {name}")
+        if name not in names:
+            remedy = nearest(name, names) or f". Remove --call {name}"
+            raise ValueError(f"the call of a {kind} does not take the argument {name!r}{remedy}")
 
 
 def _weights(source: str | Path, network: Path, ema: bool) -> Path:
@@ -151,6 +172,12 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, precision: B
     except ValueError as error:
         missing = sorted(name for name, part in pipe.components.items() if part is None and name not in OPTIONAL)
         raise ValueError(f"{folder} has no {', '.join(missing)}: {error}" if missing else str(error)) from None
+    for name in GUIDANCES:
+        if name in pipeline.options and (name != recording.guidance or recording.off is not None):
+            raise ValueError(
+                f"--call {name} has no effect, because the denoiser of this {pipeline.kind} does not take a guidance "
+                "scale. Remove it, and use --matching.guidance-scale (distill) or --guidance-scale (encode, sample)"
+            )
     network = recording.network
     network.lower(precision)
     told = {"component": component, "guidance": recording.guidance, "off": recording.off, "scale": recording.scale}
@@ -164,7 +191,8 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, precision: B
 
 
 def _origin(source: str | Path, weights: Path) -> str:
-    return f"{source} (weights sha256 {disk.digest_of(weights)})"
+    # A trailing slash, which shells add, does not make another teacher.
+    return f"{Path(source)} (weights sha256 {disk.digest_of(weights)})"
 
 
 def teacher_of(network: StockNetwork, schedule: Schedule, shape: Sequence[int], **facts: Any) -> Model:

@@ -113,7 +113,9 @@ def record(pipe: Any, options: Mapping[str, Any]) -> Recording:
         guidance, off, null = None, None, dict[str, Tensor]()
         output["restores_norm"] = False
         for name in scales:
-            negative = {"negative_prompt": [" ", " "]} if name != GUIDANCES[0] and "negative_prompt" in taken else {}
+            # Pipelines with a second kind of guidance use it only if they are given a negative prompt.
+            needs_negative = name != GUIDANCES[0] and "negative_prompt" in taken and "negative_prompt" not in options
+            negative = {"negative_prompt": [" ", " "]} if needs_negative else {}
             try:
                 (guided,) = trace(pipe, 1, **prompted(pipe, prompts), **(plain | {name: SCALE} | negative)).steps
             except ValueError as error:

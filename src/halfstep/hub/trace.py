@@ -158,8 +158,14 @@ def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 @torch.no_grad()
 def _run(pipe: Any, num_steps: int, call: dict[str, Any]) -> None:
-    """Run a pipeline to its end, or until a hook raises `_Enough`."""
+    """Run a pipeline to its end, or until a hook raises `_Enough`. A negative prompt is used for all prompts."""
     pipe.set_progress_bar_config(disable=True)
+    # Many pipelines reject a single negative prompt if the prompts are a list.
+    call = call | {
+        name: [value] * len(call["prompt"])
+        for name, value in call.items()
+        if name.startswith("negative_prompt") and isinstance(value, str)
+    }
     try:
         with quiet():
             pipe(num_inference_steps=num_steps, generator=torch.Generator().manual_seed(0), **call)

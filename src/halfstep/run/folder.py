@@ -69,7 +69,6 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, 
     Return the `run` that is recorded in recipe.json and the fingerprint of the data.
     """
     path = folder.path
-    refuse_file(path)
     _check_folder(spec, folder)
     chosen_trackers(spec.engine.trackers)
     path.mkdir(parents=True, exist_ok=True)
@@ -109,7 +108,9 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, 
     return held["run"], spec.data.fingerprint
 
 
-def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
+def check_recipe(spec: RunSpec, folder: RunFolder) -> None:
+    """Raise ValueError if a folder contains a run of a different recipe, or other files. The data is not compared."""
+    refuse_file(folder.path)
     if folder.recipe_path.exists():
         held = folder.recipe()
         free = (*spec.free, *_growing(spec, held))
@@ -120,17 +121,32 @@ def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
                 + "; ".join(changed[:8])
                 + (f"; and {len(changed) - 8} more" if len(changed) > 8 else "")
             )
+    elif _has_files(folder) and _held_by(folder) is None:
+        raise _not_a_run(folder)
+
+
+def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
+    check_recipe(spec, folder)
+    if folder.recipe_path.exists():
+        held = folder.recipe()
         if held.get("data_fingerprint") not in (None, spec.data.fingerprint):
             _accept(spec, folder, held)
-        return
-    # A run that was killed before it wrote recipe.json leaves these files behind.
-    ours = {folder.path / ".lock", *leftovers(folder.path, "recipe.json")}
-    if folder.path.is_dir() and set(folder.path.iterdir()) - ours:
+    elif _has_files(folder):
         before_finishing = replace(spec, recipe={n: v for n, v in spec.recipe.items() if n != "finish"})
         if _held_by(folder) not in (identity(spec), identity(before_finishing)):
-            raise ValueError(
-                f"{folder.path} is not empty, but it is not a run folder (it has no recipe.json): choose another --out"
-            )
+            raise _not_a_run(folder)
+
+
+def _has_files(folder: RunFolder) -> bool:
+    """Return whether a folder contains files other than those of a run that was killed before it wrote recipe.json."""
+    ours = {folder.path / ".lock", *leftovers(folder.path, "recipe.json")}
+    return folder.path.is_dir() and bool(set(folder.path.iterdir()) - ours)
+
+
+def _not_a_run(folder: RunFolder) -> ValueError:
+    return ValueError(
+        f"{folder.path} is not empty, but it is not a run folder (it has no recipe.json): choose another --out"
+    )
 
 
 def _held_by(folder: RunFolder) -> str | None:
