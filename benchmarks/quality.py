@@ -43,6 +43,8 @@ from halfstep.studies.scales import SCALES, Scale
 MARK: Final = 1.1
 """A student is good enough if its distance is at most this multiple of that of its teacher at its best."""
 PAPER: Final = "the paper's chain"
+NEW: Final = "the new plan"
+NAIVE: Final = f"{PAPER}, naive"
 STEPS: Final = (4, 1)
 """The numbers of steps of the students that are timed."""
 SHARES: Final = (0.25, 0.5, 1.0, 2.0)
@@ -70,7 +72,7 @@ def plans(scale: Scale, new: Recipe) -> dict[str, Plan]:
     lead = min(Finishing.lead_updates, training.num_updates // 4)
     steps = sorted(STEPS, reverse=True)
     finishes = Plan.finishes(steps, training, lambda number: Finishing(number, lead_updates=lead))
-    return {PAPER: scale.recipe.chain_plan(), "the new plan": new.chain_plan() + finishes}
+    return {PAPER: scale.recipe.chain_plan(), NEW: new.chain_plan() + finishes}
 
 
 def naive_chain(bench: Bench, plan: Plan) -> Iterator[tuple[int, float, NetworkDenoiser]]:
@@ -150,7 +152,7 @@ def naive_row(bench: Bench, plan: Plan, share: float, best: float) -> dict[str, 
         held: dict[str, Any] = read_json(file)
         return held
     count, model = bench.scale.recipe.evaluation.num_samples, bench.model(bench.teacher)
-    row: dict[str, Any] = {"way": f"{PAPER}, naive", "share": share}
+    row: dict[str, Any] = {"way": NAIVE, "share": share}
     for steps, seconds, student in naive_chain(bench, scaled(plan, share)):
         if steps not in STEPS:
             continue
@@ -186,6 +188,9 @@ def main() -> None:
     parser.add_argument(
         "--shares", type=float, nargs="+", default=SHARES, help="budgets, as shares of the full number of updates"
     )
+    parser.add_argument(
+        "--only", choices=(PAPER, NEW, NAIVE), nargs="+", help="methods to measure; default: all methods"
+    )
     parser.add_argument("--threads", type=int, help="number of CPU threads for torch")
     parser.add_argument("--short", action="store_true", help="write a file only if --out is given")
     parser.add_argument("--out", type=Path, help="JSON file to write; default: docs/results/benchmarks/quality.json")
@@ -204,11 +209,12 @@ def measure(scale: Scale, new: Recipe, options: argparse.Namespace) -> None:
     known = plans(scale, new)
     rows = []
     for share in sorted(options.shares):
-        for name, plan in known.items():
-            rows.append(library_row(bench, name, plan, share, best))
+        for name in options.only or (*known, NAIVE):
+            if name == NAIVE:
+                rows.append(naive_row(bench, known[PAPER], share, best))
+            else:
+                rows.append(library_row(bench, name, known[name], share, best))
             print(rows[-1], flush=True)
-        rows.append(naive_row(bench, known[PAPER], share, best))
-        print(rows[-1], flush=True)
     write("quality", rows, options, scale=scale.name, mark=MARK, teacher_best=best, reached=marks(rows))
 
 

@@ -457,6 +457,6 @@ def test_unsupported_uses_of_prompts_are_rejected_in_one_line(
     assert "contains no prompts: write one prompt per line" in refused(asked, capsys)
     prompts.write_text("a\n")
     assert "FluxPipeline failed" in refused(
-        ["encode", str(folder), "--prompts", str(prompts), *out, "--call", "height=x"], capsys
+        ["encode", str(folder), "--prompts", str(prompts), *out, "--call", "max_sequence_length=x"], capsys
     )
     assert not (tmp_path / "out").exists()

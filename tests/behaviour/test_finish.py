@@ -290,7 +290,7 @@ def test_a_finish_cannot_change_existing_stages(tmp_path: Path) -> None:
 
 
 def test_a_recipe_finishes_the_students_that_its_chain_has(tmp_path: Path, capsys: Capture) -> None:
-    """The demo finishes its last student. A chain that ends earlier skips the students that it lacks unless they are
+    """The demo finishes its last two students. A chain that ends earlier skips the students that it lacks unless they are
     requested."""
 
     def planned(*words: str) -> list[str]:
@@ -298,7 +298,7 @@ def test_a_recipe_finishes_the_students_that_its_chain_has(tmp_path: Path, capsy
         main(["run", "digits", "--dry-run", "--json", "--out", str(tmp_path / "x"), "--engine.threads", "1", *words])
         return [row["stage"] for row in json.loads(capsys.readouterr().out)["stages"]]
 
-    assert planned()[-2:] == ["04-halve-0001", "05-finish-0001"]
+    assert planned()[-3:] == ["04-halve-0001", "05-finish-0002", "06-finish-0001"]
     assert planned("--to", "4")[-1] == "02-halve-0004"
     assert planned("--to", "2", "--finish.steps", "4", "2")[-2:] == ["04-finish-0004", "05-finish-0002"]
     asked = ["run", "digits", "--dry-run", "--to", "2", "--finish.steps", "1", "--out", str(tmp_path / "x")]

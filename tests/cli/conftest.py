@@ -70,7 +70,7 @@ def digits_run(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def demo_run(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a run with the stages of the demo: students with 8, 4, 2 and 1 steps, and a finish."""
+    """Return a run with the stages of the demo: students with 8, 4, 2 and 1 steps, and two finishes."""
 
     def make(folder: Path) -> None:
         main(["run", "digits", "--out", str(folder / "digits"), *TINY_DEMO])

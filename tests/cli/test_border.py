@@ -614,6 +614,11 @@ def test_a_wrong_file_of_prompts_is_rejected_before_the_import(
         (["hieght=16"], "does not take the argument 'hieght'; did you mean 'height'?"),
         (["num_steps=4"], "does not take the argument 'num_steps'"),
         (["height=16", "width=16", "height=8"], "--call sets height twice"),
+        # Stable Diffusion would use its default size in these cases.
+        (["height=16"], "--call height=16 needs the width, too"),
+        (["width=16"], "--call width=16 needs the height, too"),
+        (["height=0", "width=16"], "--call height must be a positive whole number, got 0"),
+        (["height=16", "width=NaN"], "--call width must be a positive whole number, got nan"),
     ],
 )
 def test_arguments_that_no_call_can_take_are_rejected_before_the_weights_are_loaded(

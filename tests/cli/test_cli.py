@@ -186,7 +186,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: Capt
     printed = capsys.readouterr().out
     network = load_parameters(printed)
     assert network > 1000
-    for name in ("00-denoise", "01-halve-0002", "02-halve-0001", "03-finish-0001", "estimated time on this machine"):
+    for name in ("00-denoise", "01-halve-0002", "02-halve-0001", "04-finish-0001", "estimated time on this machine"):
         assert name in printed
     assert torch.accelerator.is_available() or "a device of" not in printed
     assert not (tmp_path / "x").exists()

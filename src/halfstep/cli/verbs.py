@@ -95,7 +95,7 @@ _TRAIN: Final = (
     Verb(
         "finish RUN",
         "train a run's students towards the teacher's distribution",
-        ("halfstep finish runs/digits --steps 2", "halfstep finish runs/digits --steps 4 --dry-run"),
+        ("halfstep finish runs/photos --steps 2", "halfstep finish runs/photos --steps 4 --dry-run"),
         (
             "The new stages are added to RUN. Each stage starts from the student with the same number of steps in RUN, "
             "and keeps that student's map.",

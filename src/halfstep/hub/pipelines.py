@@ -44,6 +44,8 @@ OWN_ARGUMENTS: Final = (
     *("return_dict", "num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt"),
 )
 """Pipeline call arguments that halfstep sets itself."""
+SIZES: Final = frozenset({"height", "width", "num_frames"})
+"""Pipeline call arguments that count pixels or frames."""
 
 
 def is_pipeline(path: str | Path) -> bool:
@@ -141,6 +143,13 @@ def _check_options(kind: str, options: Mapping[str, Any]) -> None:
         if name not in names:
             remedy = nearest(name, names) or f". Remove --call {name}"
             raise ValueError(f"the call of a {kind} does not take the argument {name!r}{remedy}")
+    for name in SIZES & options.keys():
+        if not isinstance(options[name], int) or options[name] < 1:
+            raise ValueError(f"--call {name} must be a positive whole number, got {options[name]}")
+    # Some pipelines use their default size if only one of the two is given.
+    for name, other in (("height", "width"), ("width", "height")):
+        if name in options and other in names and other not in options:
+            raise ValueError(f"--call {name}={options[name]} needs the {other}, too. Pass --call with both")
 
 
 def _weights(source: str | Path, network: Path, ema: bool) -> Path:

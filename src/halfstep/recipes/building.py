@@ -69,7 +69,8 @@ def build(
     process: NoiseProcess = VPCosine(recipe.model.log_snr_min, recipe.model.log_snr_max)
     prediction: Prediction = predictions[recipe.model.prediction]()
     opened = open_data(recipe.data) if data is None else data
-    warn_of_scale(opened)
+    if teacher is None:  # A given teacher determines the scale of its data, such as the latents of an autoencoder.
+        warn_of_scale(opened)
     origin: dict[str, Any] = {} if what == "all" else {"what": what}
     if teacher is None:
         start = Start(process, prediction, given=False, clip=IMAGE_RANGE if opened.is_image else None)
