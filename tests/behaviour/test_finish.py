@@ -262,7 +262,7 @@ def test_unsupported_finishes_are_rejected_in_one_line(trained: Path, tmp_path: 
     other = ["finish", str(trained), "--steps", "1", *BRIEF, "--chain.learning-rate", "0.5"]
     assert "Differences: chain.training.learning_rate" in refused(other, capsys)
     ahead = ["finish", str(trained), "--steps", "1", "--finish.updates-at", "2", "5"]
-    assert "updates-at contains a student of 2 steps, which is not finished" in refused(ahead, capsys)
+    assert "finish.updates_at contains a student of 2 steps, which is not finished" in refused(ahead, capsys)
 
 
 def test_a_run_without_students_cannot_be_finished(trained: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -303,6 +303,8 @@ def test_a_recipe_finishes_the_students_that_its_chain_has(tmp_path: Path, capsy
     assert planned("--to", "2", "--finish.steps", "4", "2")[-2:] == ["04-finish-0004", "05-finish-0002"]
     asked = ["run", "digits", "--dry-run", "--to", "2", "--finish.steps", "1", "--out", str(tmp_path / "x")]
     assert "refines a student of 1 steps, but the students before it take 8, 4, 2" in refused(asked, capsys)
+    # The recipe's number of updates for the student with 2 steps does not prevent finishing only the one with 1 step.
+    assert planned("--finish.steps", "1")[-2:] == ["04-halve-0001", "05-finish-0001"]
 
 
 def test_distill_finishes_in_memory_and_runs_its_teacher_with_another_sampler() -> None:

@@ -127,9 +127,14 @@ def _run(argv: Sequence[str], kind: type[RunArguments], verb: str, what: Literal
     recipe, suffix = arguments.recipe, "-teacher" if what == "teacher" else ""
     with as_typed(rest, SHORT):
         if what == "all":
-            options = (token.partition("=")[0] for token in expand_short(rest, SHORT))
-            recipe = recipe.fitted({option.removeprefix("--").replace("-", "_") for option in options})
+            recipe = recipe.fitted(_given(rest, SHORT))
         _carry_out(replace(arguments, recipe=recipe), arguments.out or Path("runs") / f"{recipe.name}{suffix}", what)
+
+
+def _given(argv: Sequence[str], short: Mapping[str, str]) -> set[str]:
+    """Return the dotted names of the fields that the command sets."""
+    options = (token.partition("=")[0] for token in expand_short(argv, short))
+    return {option.removeprefix("--").replace("-", "_") for option in options}
 
 
 def distill(argv: Sequence[str]) -> None:
@@ -293,6 +298,8 @@ def finish(argv: Sequence[str]) -> None:
     asked = arguments.recipe.finish
     if not asked.steps:
         raise UsageError("there is no student to finish. Add --steps, such as --steps 2 1")
+    with as_typed(rest, SHORT_OF_FINISH):
+        arguments.recipe.fitted(_given(rest, SHORT_OF_FINISH)).finish.plan()
     # Existing finishing stages keep their order, and new finishing stages follow them.
     steps = tuple(dict.fromkeys((*recipe.finish.steps, *asked.steps)))
     finishes = asked.model_copy(update={"steps": steps})

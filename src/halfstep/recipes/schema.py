@@ -220,17 +220,22 @@ class FinishConfig(Record):
     def _nothing_idle(self) -> "FinishConfig":
         if self.critic_weight is not None and not self.steps:
             raise ValueError(f"critic_weight {self.critic_weight} has no effect without finish.steps. Add them")
-        for name in ("updates_at", "learning_rate_at"):
-            foreign = sorted(set(getattr(self, name) or {}) - set(self.steps))
-            if foreign:
-                raise ValueError(
-                    f"{name} contains a student of {foreign[0]} steps, which is not finished. Add it to finish.steps"
-                )
-        self.plan()
+        # `Recipe.fitted` removes the recipe's settings for students that are not finished, so `plan` refuses them later.
+        self._stages()
         return self
 
     def plan(self) -> Plan:
         """Return the finishing stages, or raise ValueError if the settings contradict each other."""
+        for name in ("updates_at", "learning_rate_at"):
+            foreign = sorted(set(getattr(self, name) or {}) - set(self.steps))
+            if foreign:
+                raise ValueError(
+                    f"finish.{name} contains a student of {foreign[0]} steps, which is not finished. Add it to "
+                    "finish.steps"
+                )
+        return self._stages()
+
+    def _stages(self) -> Plan:
 
         def finishing(num_steps: int) -> Finishing:
             return Finishing(num_steps, self.map_weight, self.auxiliary_turns, self.auxiliary_rate, self.lead_updates)
@@ -358,17 +363,21 @@ class Recipe(Record):
         """
         plain = self.chain.model_copy(update={"updates_at": None, "learning_rate_at": None})
         made = {stage.num_steps for stage in self.model_copy(update={"chain": plain}).chain_plan().stages}
-        changes: dict[str, Any] = {}
-        for name, config in (("chain", self.chain), ("finish", self.finish)):
-            own: dict[str, Any] = {}
+        finished = self.finish.steps
+        if "finish.steps" not in given:
+            finished = tuple(steps for steps in finished if steps in made)
+
+        def trimmed(name: str, config: Any, students: Collection[int | None]) -> dict[str, Any]:
+            own = {}
             for field in ("updates_at", "learning_rate_at"):
                 exceptions = getattr(config, field)
                 if exceptions is not None and f"{name}.{field}" not in given:
-                    own[field] = {steps: value for steps, value in exceptions.items() if steps in made}
-            if name == "finish" and "finish.steps" not in given:
-                own["steps"] = tuple(steps for steps in self.finish.steps if steps in made)
-            changes[name] = config.model_copy(update=own)
-        return self.model_copy(update=changes)
+                    own[field] = {steps: value for steps, value in exceptions.items() if steps in students}
+            return own
+
+        chain = self.chain.model_copy(update=trimmed("chain", self.chain, made))
+        changes = {"steps": finished} | trimmed("finish", self.finish, finished)
+        return self.model_copy(update={"chain": chain, "finish": self.finish.model_copy(update=changes)})
 
     def make_network(self, data: Data) -> Network:
         """Return an untrained network for this data, or raise ValueError if the network does not support this data."""
