@@ -220,7 +220,7 @@ class FinishConfig(Record):
     def _nothing_idle(self) -> "FinishConfig":
         if self.critic_weight is not None and not self.steps:
             raise ValueError(f"critic_weight {self.critic_weight} has no effect without finish.steps. Add them")
-        # `Recipe.fitted` removes the recipe's settings for students that are not finished, so `plan` refuses them later.
+        # `Recipe.fitted` removes settings for students that are not finished, so only `plan` refuses them.
         self._stages()
         return self
 
