@@ -87,3 +87,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
     if (coverage := _coverage(session.config)) is not None:
         coverage.pause()
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of the session, the same one in each worker of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
