@@ -1,4 +1,4 @@
-"""Settings of all tests: one thread, no network, reproducible examples."""
+"""Settings of all tests: one thread, no network, no waiting for the disk, reproducible examples."""
 
 import gc
 import os
@@ -18,6 +18,10 @@ from hypothesis import settings
 from slow_tests import slow_tests
 
 torch.set_num_threads(1)
+
+# A run syncs thousands of files, each in milliseconds, and only a power cut would show their loss. The tests of syncs
+# replace this function again. Processes that tests start keep the original.
+os.fsync = lambda fd: None
 
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=40)
 settings.load_profile("repeatable")
