@@ -1,4 +1,4 @@
-"""Settings of all tests: one thread, no network, reproducible examples."""
+"""Settings of all tests: one thread, no network, no waiting for the disk, reproducible examples."""
 
 import gc
 import os
@@ -18,6 +18,10 @@ from hypothesis import settings
 from slow_tests import slow_tests
 
 torch.set_num_threads(1)
+
+# A run syncs thousands of files, each in milliseconds, and only a power cut would show their loss. The tests of syncs
+# replace this function again. Processes that tests start keep the original.
+os.fsync = lambda fd: None
 
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=40)
 settings.load_profile("repeatable")
@@ -87,3 +91,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
     if (coverage := _coverage(session.config)) is not None:
         coverage.pause()
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of the session, the same one in each worker of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base

@@ -5,6 +5,7 @@ the same plan again. The run must either end with the weights, figures and sampl
 exit code 2 and one line that names one of its files and a remedy.
 """
 
+import itertools
 import json
 import random
 import re
@@ -169,15 +170,15 @@ class Storm:
             for name in ("swap", "copy", "foreign", "delete", "truncate", "flip", "edit", "misplace")
         }
 
-    def deal(self, count: int) -> None:
-        """Apply `count` faults, each to a copy of a run.
+    def deal(self, rounds: int = 1) -> None:
+        """Apply each kind of fault to a copy of each run, `rounds` times.
 
         Raises:
             AssertionError: naming the fault, if a result changed silently or an error has no remedy.
         """
-        for number in range(count):
-            kind = self.dice.choice(list(self.faults))
-            spec, uncut, start = self.dice.choice(self.runs)
+        for number, (_, kind, (spec, uncut, start)) in enumerate(
+            itertools.product(range(rounds), self.faults, self.runs)
+        ):
             path = self.folder / f"run-{number}"
             shutil.copytree(start, path)
             what = f"fault {number} ({start.name}): {kind} {self.faults[kind](path)}"

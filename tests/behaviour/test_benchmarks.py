@@ -220,16 +220,28 @@ def test_the_speedrun_resumes_where_it_was_interrupted(
     assert result["seconds in all"] > spent
 
 
-@pytest.mark.slow
-def test_an_ablation_measures_like_the_independent_features_and_resumes(
-    modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run with a student of each number of steps, which no benchmark changes."""
+    run = tmp_path_factory.mktemp("demo") / "run"
     main(["run", "digits", *TINY_DEMO, "--out", str(run)])
+    return run
 
+
+@pytest.fixture
+def _brief_perceptron(modules: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train the independent features with few updates."""
+    monkeypatch.setattr(modules("independent"), "NUM_UPDATES", 50)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_brief_perceptron")
+def test_an_ablation_measures_like_the_independent_features_and_resumes(
+    modules: Any, monkeypatch: pytest.MonkeyPatch, demo: Path, tmp_path: Path
+) -> None:
     def rows(name: str, *words: str) -> Any:
         file = tmp_path / f"{name}.json"
-        command = [name, str(run), "--heun-only", "--threads", "1", "--out", str(file), *words]
+        command = [name, str(demo), "--heun-only", "--threads", "1", "--out", str(file), *words]
         with monkeypatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
             patch.setattr(sys, "argv", command)
             modules(name).main()
@@ -250,11 +262,11 @@ def test_an_ablation_measures_like_the_independent_features_and_resumes(
 
 
 @pytest.mark.slow
-def test_both_orders_of_a_finish_are_compared_from_the_same_student(modules: Any, tmp_path: Path) -> None:
-    run, file = tmp_path / "run", tmp_path / "order.json"
-    main(["run", "digits", *TINY_DEMO, "--out", str(run)])
+@pytest.mark.usefixtures("_brief_perceptron")
+def test_both_orders_of_a_finish_are_compared_from_the_same_student(modules: Any, demo: Path, tmp_path: Path) -> None:
+    file = tmp_path / "order.json"
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr(sys, "argv", ["finish_order", str(run), "--threads", "1", "--out", str(file)])
+        patch.setattr(sys, "argv", ["finish_order", str(demo), "--threads", "1", "--out", str(file)])
         modules("finish_order").main()
     rows = json.loads(file.read_text())["rows"]
     end, chain = ([row["model"] for row in rows if row["order"] == order] for order in ("at the end", "in the chain"))

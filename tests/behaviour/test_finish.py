@@ -407,6 +407,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_finished_students_sample_in_stock_diffusers_and_in_onnx_as_here(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_steps: int
 ) -> None:
+    """A graph contains the network once a step, so those of many steps are slow to export: one and two steps do."""
     import diffusers
     import onnxruntime
     from diffusers.pipelines.ddim import pipeline_ddim
@@ -422,10 +423,11 @@ def test_finished_students_sample_in_stock_diffusers_and_in_onnx_as_here(
     monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *args, **kwargs: x_1.clone())
     images = pipe(3, num_inference_steps=num_steps, use_clipped_model_output=True, output_type="np").images
     assert_same(torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1, expected)
-    main(["export", str(stage), "--format", "onnx", "--out", str(tmp_path / "finished.onnx")])
-    graph = onnxruntime.InferenceSession(str(tmp_path / "finished.onnx"))
-    (found,) = graph.run(None, {graph.get_inputs()[0].name: x_1.numpy()})
-    assert_same(torch.from_numpy(found), expected)
+    if num_steps <= 2:
+        main(["export", str(stage), "--format", "onnx", "--out", str(tmp_path / "finished.onnx")])
+        graph = onnxruntime.InferenceSession(str(tmp_path / "finished.onnx"))
+        (found,) = graph.run(None, {graph.get_inputs()[0].name: x_1.numpy()})
+        assert_same(torch.from_numpy(found), expected)
     card = (tmp_path / "stock" / "README.md").read_text()
     assert f"started from `{model.manifest.parent}`" in card
     assert "learned from `00-denoise`" in card

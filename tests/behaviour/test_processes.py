@@ -362,6 +362,7 @@ def test_one_of_two_processes_prints_what_their_run_does(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_torchrun_and_accelerate_launch_run_halfstep(tmp_path: Path) -> None:
+    """Both launchers train. A launcher takes many seconds to start, so sampling and evaluating run without one."""
     points = tmp_path / "points.npy"
     np.save(points, teams.points().numpy())
     run_argv = ["run", "arrays", "--data", str(points), "--out", str(tmp_path / "run"), *TINY_ARRAYS]
@@ -377,12 +378,10 @@ def test_torchrun_and_accelerate_launch_run_halfstep(tmp_path: Path) -> None:
     lines = [line for line in refused.stderr.splitlines() if line.startswith("halfstep: error:")]
     assert len(lines) == 1, refused.stderr
     assert "contains a run of a different recipe" in lines[0]
-    drawn = _launch(ACCELERATE, ["sample", str(tmp_path / "run"), "--num-samples", "5", "--batch-size", "2",
-                                 "--out", str(tmp_path / "two.npz")], tmp_path)  # fmt: skip
-    assert drawn.returncode == 0, drawn.stderr
+    words = ["sample", str(tmp_path / "run"), "--num-samples", "5", "--batch-size", "2"]
+    together(2, teams.printed, tmp_path / "left", *words, "--out", str(tmp_path / "two.npz"))
     asked = ["evaluate", str(tmp_path / "run"), "--num-steps", "4", "2", "1", "--num-samples", "24"]
-    measured = _launch(TORCHRUN, asked, tmp_path)
-    assert measured.returncode == 0, measured.stderr
+    together(2, teams.printed, tmp_path / "left", *asked)
     two = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
     main([*asked, "--out", str(tmp_path / "one")])
     one = json.loads((tmp_path / "one" / "evaluation.json").read_text())

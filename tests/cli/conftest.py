@@ -1,7 +1,6 @@
 """Runs that several tests of the command line share, trained once per session by one of the test processes."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,13 +11,6 @@ from filelock import FileLock
 
 from halfstep.cli import main
 from toys import TINY_ARRAYS, TINY_DEMO, TINY_DIGITS, points
-
-
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of the session, the same one in each worker of pytest-xdist."""
-    base = tmp_path_factory.getbasetemp()
-    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session", autouse=True)

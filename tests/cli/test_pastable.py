@@ -280,6 +280,11 @@ def tiny(arguments: list[str]) -> list[str] | None:
         rest.append("--dry-run")
     if rest[:1] in (["cifar10"], ["fashion_mnist"]) and "--data" not in rest:
         rest += ["--data", "digits"]
+    if not {"--start", "--chain.start-steps", "--chain.students"} & {*rest} and (
+        verb == "distill" or (verb == "run" and rest[:1] == ["images"])
+    ):
+        # Two students of a default chain to four steps, instead of eight.
+        options["--chain.start-steps"] = "16"
     if verb == "distill":
         # Other pages test measurements.
         rest.append("--evaluation.no-enabled")

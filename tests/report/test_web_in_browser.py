@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.draw import between, sample_noise, step_noise
@@ -111,12 +112,18 @@ GAME = pictures(True, True, (3, 4, 6), 3)
 
 
 @pytest.fixture(scope="module")
-def pages(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def pages(source: Path, shared: Path) -> Iterator[dict[str, str]]:
     """Return the addresses of the students' page from disk and of the other model's page as served."""
-    folder = tmp_path_factory.mktemp("pages")
+    folder = shared / "pages"
+    folder.mkdir(exist_ok=True)
     file = folder / "a #b ?c%20.html"
-    export_web([(student, None) for student in STUDENTS], file, "digits", single_file=True, runtime_source=source)
-    export_web([(GAME, None)], folder / "game", "game", runtime_source=source)
+    with FileLock(folder / ".lock"):
+        # The first of the test processes exports them.
+        if not (folder / "done").exists():
+            students = [(student, None) for student in STUDENTS]
+            export_web(students, file, "digits", single_file=True, runtime_source=source)
+            export_web([(GAME, None)], folder / "game", "game", runtime_source=source)
+            (folder / "done").touch()
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *words: Any) -> None:

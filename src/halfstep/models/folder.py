@@ -83,7 +83,8 @@ def find_stage(path: Path) -> StageFolder:
         return StageFolder(path)
     run = RunFolder(path)
     if path.is_dir() and (stages := run.stages()):
-        if missing := [row.name for row in run.plan if not run.stage(row.name).is_complete()]:
+        # Without a readable plan, a stage that was begun shows that the run is not complete.
+        if missing := [name for name in run.stage_names() if not run.stage(name).is_complete()]:
             warnings.warn(
                 f"{path} is not complete, because stage {missing[0]} is missing. Using its stage {stages[-1].name}",
                 HalfstepWarning,

@@ -223,9 +223,12 @@ class RunFolder:
 
         If the plan cannot be read, return the folders of all complete stages, sorted by name.
         """
+        return [folder for folder in map(self.stage, self.stage_names()) if folder.is_complete()]
+
+    def stage_names(self) -> list[str]:
+        """Return the names of the plan's stages, or of the existing folders if the plan cannot be read."""
         names = [row.name for row in self.plan]
-        names = names or sorted(path.name for path in (self.path / "stages").glob("[!.]*"))
-        return [folder for folder in map(self.stage, names) if folder.is_complete()]
+        return names or sorted(path.name for path in (self.path / "stages").glob("[!.]*"))
 
     def recipe(self) -> dict[str, Any]:
         """Return the content of recipe.json: {"run": ..., "recipe": ..., "plan": ..., "environment": ...}.
