@@ -4,8 +4,8 @@ A denoiser is a network combined with its noise process and its prediction, or a
 Samplers and objectives call denoisers and never call networks directly.
 
 Call a denoiser with clock times `[batch]`, or with a single time for all samples. `forward` receives a clock tensor in
-both cases. Some of the library's classes also accept a plain number as the time, which saves a few small operations at
-every sampling step.
+both cases. Some of the library's classes also accept a plain number as the time, which saves a few small operations per
+sampling step.
 """
 
 import math
@@ -41,7 +41,7 @@ class Denoiser(nn.Module, ABC):
     """The shape of one sample, or None if it is unknown."""
 
     _takes_number: ClassVar[bool] = False
-    """Whether `forward` also accepts a float as the time of all samples. This attribute is private to the library."""
+    """Whether `forward` also accepts a float as the time for all samples. This attribute is internal to the library."""
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
@@ -77,11 +77,11 @@ class NetworkDenoiser(Denoiser):
 
     The network is any callable `(x_t, time, **cond) -> output`. The modules that a function or an object calls are
     found and trained (see `CallableNetwork`). `time` is t itself: a tensor `[batch]` with values in [0, 1], in the
-    dtype of x_t or in float32 if that is more precise. A network that expects another clock, such as diffusers'
+    dtype of x_t or in float32 if that is more precise. A network that expects a different clock, such as diffusers'
     timesteps or the log-SNR, must convert `time`. The output has `prediction.channels` channels for each channel of
-    x_t. The output is cast to the dtype of x_t, so only the network itself can compute in half precision. If the
-    network's attribute `restores_norm` is true, guidance rescales the guided output so that its norm over the last axis
-    equals that of the conditional output.
+    x_t. The output is cast to the dtype of x_t, so half precision can only be used inside the network. If the network's
+    attribute `restores_norm` is true, guidance rescales the guided output so that its norm over the last axis equals
+    that of the conditional output.
 
     Raises:
         ValueError: if an argument has the wrong type, or, when the denoiser is called, if the shape of the network's
@@ -165,9 +165,9 @@ class Clipped(Denoiser):
 
 @final
 class Reprocessed(Denoiser):
-    """A denoiser that is converted exactly to another noise process.
+    """A denoiser converted exactly to a different noise process.
 
-    The original denoiser is called at the time when its own process has the same log-SNR, with the sample scaled to the
+    The original denoiser is called at the time at which its process has the same log-SNR, with the sample scaled to the
     amplitudes of that process. Both denoisers have the same probability flow, but on different clocks.
 
     Raises:
@@ -199,7 +199,7 @@ class Reprocessed(Denoiser):
 
 
 GUIDANCE: Final = "guidance_scale"
-"""The name of the condition that holds the guidance scale of each sample, `[batch]`."""
+"""The name of the condition that contains each sample's guidance scale, `[batch]`."""
 
 
 @final
@@ -210,7 +210,8 @@ class Guided(Denoiser):
     doubled batch.
 
     Args:
-        null: for each condition to drop, a tensor for one sample that means "no condition". Other conditions are kept.
+        null: for each condition to drop, the value for one sample that represents "no condition". Other conditions are
+            kept.
         scale: one scale for all samples. If None, each sample's scale is read from the condition `guidance_scale`,
             which is not passed to the denoiser.
 
@@ -256,7 +257,7 @@ class Guided(Denoiser):
     def _null(self, name: str, like: Tensor) -> Tensor:
         if name not in self.null:
             return like
-        # Copied to each device only once, because the host must wait for each copy.
+        # Copied to each device only once, because each copy blocks the host.
         place = (name, like.device, like.dtype)
         if place not in self._null_held:
             self._null_held[place] = self.null[name].to(like)
@@ -264,7 +265,7 @@ class Guided(Denoiser):
 
 
 def output_gain(process: NoiseProcess, prediction: Prediction, t: float = 1.0) -> float:
-    """Return the factor by which an error in the network's output at t grows in x0: sigma / alpha for eps, 1 for x0.
+    """Return how much an error in the network's output at t is amplified in x0: sigma / alpha for eps, 1 for x0.
 
     For "both", the two heads are assumed to have the same error, whose effects on x0 partly cancel out.
     """
@@ -272,7 +273,7 @@ def output_gain(process: NoiseProcess, prediction: Prediction, t: float = 1.0) -
     output = torch.ones(1, prediction.channels, dtype=torch.float64)
     x_t = torch.zeros(1, 1, dtype=torch.float64)
     gain = float(prediction.denoised(output, x_t, alpha, sigma).x0.abs())
-    # Division by a signal of 0 may give NaN, which would pass a check against any limit.
+    # Dividing by a signal of 0 may result in NaN, which would pass any check against an upper limit.
     return math.inf if math.isnan(gain) else gain
 
 
@@ -280,7 +281,7 @@ def warn_of_gain(process: NoiseProcess, prediction: Prediction, *, given: bool =
     """Warn if the first step from t = 1 amplifies the network's error too much, as eps prediction does at zero SNR.
 
     Args:
-        given: whether the network is already trained, so that its settings cannot be changed.
+        given: whether the network is already trained, in which case its settings cannot be changed.
     """
     gain = output_gain(process, prediction)
     # With a gain above 1,000, an output that is accurate to 1% does not determine x0.
@@ -308,10 +309,10 @@ def warn_of_gain(process: NoiseProcess, prediction: Prediction, *, given: bool =
 
 
 def warn_of_signal(process: NoiseProcess) -> None:
-    """Warn if the process keeps some signal at t = 1, because the network was then never trained on pure noise."""
+    """Warn if the process keeps some signal at t = 1, because the network has then never been trained on pure noise."""
     end = torch.ones(1, dtype=torch.float64)
     log_snr = float(process.log_snr(end))
-    # Ten times the power that Stable Diffusion's table keeps.
+    # Ten times the signal power that remains at the end of Stable Diffusion's table.
     if (power := float(process.alpha_sigma(end)[0].square())) > 0.05:
         warnings.warn(
             f"the teacher's last noise level keeps {power:.2f} of the signal's power (log-SNR {log_snr:.2g}), so "

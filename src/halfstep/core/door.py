@@ -11,17 +11,17 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 OWNERS: Final = {"data": "halfstep.DataConfig", "engine": "halfstep.Engine", "evaluation": "halfstep.Evaluation"}
-"""The class that holds each section of options, with a field for each option."""
+"""The class for each section of options, with one field per option."""
 ARGUMENTS: Final = ("out", "to", "start", "lora_rank", "prediction", "process")
 """The arguments of `fit` and `distill` that are also command-line options."""
 
 FORBID_EXTRA: Final = {"extra": "forbid"}
-"""The setting that makes pydantic reject unknown names in a dataclass that is a field of a recipe."""
+"""The pydantic setting that rejects unknown names in a dataclass that is used as a field of a recipe."""
 
 
 @contextmanager
 def in_python() -> Iterator[None]:
-    """Add notes to a ValueError that give the Python name of each command-line option in the error's message.
+    """Add notes to a ValueError with the Python name of each command-line option that its message mentions.
 
     Tracebacks show these notes, but the one-line errors of the command line do not.
     """
@@ -69,7 +69,7 @@ def check_denoiser(name: str, value: Any, kind: type) -> None:
     """Raise ValueError unless `value` is a denoiser.
 
     Args:
-        kind: the class `Denoiser`, which is passed in because its module imports this module.
+        kind: the class `Denoiser`, passed as an argument because its module imports this module.
     """
     if isinstance(value, str | Path):
         path = str(value)
@@ -100,7 +100,7 @@ def check_number(name: str, value: object, least: float = 0.0, below: float = ma
 
 
 MOST_UPDATES: Final = 10**9
-"""The largest allowed number of updates, and of anything else that has no limit of its own."""
+"""The largest allowed number of updates, and the default limit for all other counts."""
 
 
 def check_whole(name: str, value: object, least: int = 1, most: int = MOST_UPDATES) -> None:

@@ -2,7 +2,7 @@
 
 The random numbers of training are a function of (seed, stream, update, purpose, place in the global batch). The noise
 of a generated sample is a function of that sample's seed. No number depends on earlier draws, so the numbers stay the
-same when a run is resumed and when the micro batch or the world size changes. Each *shard* of 32 places has one
+same when a run is resumed and when the micro batch size or the world size changes. Each *shard* of 32 places has one
 generator, so seeding takes only microseconds per update.
 
 All numbers are drawn on the CPU, so they do not depend on the device. Numbers can be drawn in advance and then moved to
@@ -88,7 +88,7 @@ class Draw:
     def made_ahead(self, asked: Sequence[Asked], place: Callable[[Tensor], Tensor]) -> "Draw":
         """Return a copy of this draw with the results of the calls in `asked`, drawn in advance and moved with `place`.
 
-        The copy returns each of these results once. All other numbers are drawn on the CPU when they are requested.
+        The copy returns each of these results once. All other numbers are drawn on the CPU on request.
         """
         return replace(self, _ahead={call: place(getattr(self, call.method)(*call.arguments)) for call in asked})
 
@@ -177,7 +177,7 @@ def sample_noise(seeds: int | Sequence[int], shape: Sequence[int], dtype: torch.
 def step_noise(
     seeds: int | Sequence[int], shape: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> Callable[[int], Tensor]:
-    """Return a function that maps a step's number to the noise `[len(seeds), *shape]` that the step adds.
+    """Return a function that maps a step number to the noise `[len(seeds), *shape]` that the step adds.
 
     The noise is standard normal, and each row depends only on its own seed and on the number of the step.
     """
@@ -190,7 +190,7 @@ def step_noise(
 
 
 def sample_labels(seeds: int | Sequence[int], num_classes: int) -> Tensor:
-    """Return int64 class labels `[len(seeds)]`, each of which is its seed modulo the number of classes.
+    """Return int64 class labels `[len(seeds)]`, where each label is the seed modulo the number of classes.
 
     Raises:
         ValueError: if there are no classes.
@@ -202,8 +202,8 @@ def sample_labels(seeds: int | Sequence[int], num_classes: int) -> Tensor:
 def between(first: Tensor, second: Tensor, shares: Sequence[float]) -> Tensor:
     """Return noise `[len(shares), *shape]`, interpolated from `first` (share 0) to `second` (share 1), both `[*shape]`.
 
-    Spherical interpolation preserves the norm of the noise, whereas linear interpolation would divide the norm by the
-    square root of 2 at the midpoint. Parallel noise tensors are interpolated linearly.
+    Spherical interpolation preserves the norm of the noise, whereas linear interpolation would shrink the norm by a
+    factor of sqrt(2) at the midpoint. Parallel noise tensors are interpolated linearly.
 
     Raises:
         ValueError: if the shapes differ, or if the two noise tensors point in opposite directions.

@@ -7,7 +7,7 @@ decreasing. The rest of the library uses a process only through alpha, sigma, lo
 Times and amplitudes are *clock* tensors, which are float64 and contain one number per sample. Data may have any
 floating-point dtype and any shape `[batch, *dims]`. With 8192 steps, amplitudes at neighbouring times near 0 and 1 can
 differ by only a few parts in 10^8, so the clock is never computed in the precision of the data. Clock tensors are cast
-only once, in `per_sample`, when they multiply data. During sampling, all samples share one time. This time stays a
+only once, in `per_sample`, when they multiply data. During sampling, all samples share one time. This time remains a
 plain number, because a hundred small tensor operations take as long as one step of a small network.
 """
 
@@ -26,7 +26,7 @@ from halfstep.registry import Registry
 
 
 def clock_device(device: torch.device) -> torch.device:
-    """Return the device for the clock tensors of data on `device`, which is the CPU if `device` has no float64."""
+    """Return the device for clock tensors if the data is on `device`: the CPU if `device` does not support float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -38,7 +38,7 @@ def as_clock(times: Tensor | float, like: Tensor) -> Tensor:
     """
     device = clock_device(like.device)
     if not isinstance(times, Tensor):
-        # The tensor is filled on the device, because the host would have to wait for a copy.
+        # The tensor is filled on the device, because a copy would block the host.
         return torch.full(like.shape[:1], times, dtype=torch.float64, device=device)
     values = times.to(device=device, dtype=torch.float64)
     if values.ndim == 0:
@@ -66,7 +66,7 @@ def per_sample(clock: Tensor | float, like: Tensor) -> Tensor | float:
 
 
 REMEMBERED: Final = 4096
-"""The largest number of times whose amplitudes a process caches. Sampling grids are rarely this long."""
+"""The maximum number of times for which a process caches the amplitudes. Sampling grids are rarely this long."""
 
 
 class NoiseProcess(ABC):
@@ -107,7 +107,7 @@ class NoiseProcess(ABC):
     def landing(self, s: Tensor | float) -> tuple[Tensor, Tensor] | tuple[float, float]: ...
     @final
     def landing(self, s: Tensor | float) -> tuple[Tensor, Tensor] | tuple[float, float]:
-        """Return the amplitudes at the time s where a sampler's step lands, which are exactly (1, 0) at s = 0.
+        """Return the amplitudes at the time s at which a sampler's step lands: exactly (1, 0) at s = 0.
 
         As in the authors' code, the last step returns x0 itself, even if the process keeps a little noise at time 0.
         """
@@ -120,7 +120,7 @@ class NoiseProcess(ABC):
     @final
     @cached_property
     def start_scale(self) -> float:
-        """Return the standard deviation of x_1 for data of unit variance, which is 1 if variance is preserved."""
+        """Return the standard deviation of x_1 for unit-variance data, which is 1 for variance-preserving processes."""
         alpha, sigma = self.alpha_sigma(torch.ones(1, dtype=torch.float64))
         return math.hypot(float(alpha), float(sigma))
 
@@ -231,7 +231,7 @@ class VPTable(NoiseProcess):
         return {levels.device: torch.cat([2 * levels[:1] - levels[1:2], levels])}
 
     def _nodes_on(self, device: torch.device) -> Tensor:
-        """Return the tensor of `_nodes` for a device. It is copied there once, because the host waits for each copy."""
+        """Return the tensor of `_nodes` for a device. It is copied there once, because each copy blocks the host."""
         if device not in self._nodes:
             self._nodes[device] = self._nodes[torch.device("cpu")].to(device)
         return self._nodes[device]
@@ -277,7 +277,7 @@ def scaled_linear_betas(num: int = 1000, first: float = 0.00085, last: float = 0
 
 
 def cosine_betas(num: int = 1000, largest: float = 0.999) -> tuple[float, ...]:
-    """Return `num` betas of at most `largest` with which alpha^2 falls like a squared cosine.
+    """Return `num` betas, each at most `largest`, for which alpha^2 falls like a squared cosine.
 
     Source: Nichol & Dhariwal 2021 (arXiv:2102.09672), equation 17.
     """

@@ -103,5 +103,5 @@ class MixtureDenoiser(Denoiser):
 
 
 def data_set_denoiser(process: NoiseProcess, points: Tensor) -> MixtureDenoiser:
-    """Return the denoiser that a perfect network would learn from the data set `points` `[n, *dims]`."""
+    """Return the denoiser that an ideal network would learn from the data set `points` `[n, *dims]`."""
     return MixtureDenoiser(process, points, std=0.0)

@@ -1,4 +1,4 @@
-"""Predictions define what a network's output means, and weightings how much the x0 error counts at each noise level.
+"""Predictions define the meaning of a network's output, and weightings weight the x0 error by noise level.
 
 Every common parameterisation is linear, p = a x0 + b eps, with amplitudes a and b that depend on the noise level.
 Together with x_t = alpha x0 + sigma eps, this is a 2x2 system with determinant d = b alpha - a sigma and the solution
@@ -6,10 +6,10 @@ Together with x_t = alpha x0 + sigma eps, this is a 2x2 system with determinant 
     x0  = ( b x_t - sigma p) / d
     eps = (-a x_t + alpha p) / d
 
-This solution applies to all parameterisations, so no pair of them needs a converter of its own. The four quotients in
-the solution are computed in float64 and cast only when they multiply data. For x0 prediction, the factors of x_t and p
-in x0 are exactly 0 and 1, so x0 is the network's output itself. The only nonlinear prediction is "both", which blends
-separate outputs for the two unknowns.
+This solution applies to all parameterisations, so pairs of parameterisations do not need dedicated converters. The four
+quotients in the solution are computed in float64 and cast only when they multiply data. For x0 prediction, the factors
+of x_t and p in x0 are exactly 0 and 1, so x0 is the network's output itself. The only nonlinear prediction is "both",
+which blends separate outputs for the two unknowns.
 
 A weighting maps the log-SNR to the weight of the squared error in x0. The same loss has a different weight when it is
 measured in eps or v: |eps error|^2 = SNR |x0 error|^2 and, for a variance-preserving process,
@@ -40,14 +40,14 @@ class Denoised(NamedTuple):
 
 
 class Prediction(ABC):
-    """The meaning of a network's output. `alpha` and `sigma` are clock tensors; `denoised` also accepts two numbers."""
+    """The meaning of a network's output. `alpha` and `sigma` are clock tensors; `denoised` also accepts numbers."""
 
     channels: ClassVar[int]
     """The number of output channels for each channel of the data."""
 
     @abstractmethod
     def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Return the output of a perfect network, `[batch, channels * C, ...]`."""
+        """Return the output of an ideal network, `[batch, channels * C, ...]`."""
 
     @abstractmethod
     def denoised(self, output: Tensor, x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Denoised:

@@ -59,7 +59,7 @@ METRICS: Final[Mapping[str, MetricInfo]] = {
 
 
 class Figures(NamedTuple):
-    """Values by metric name, and a sentence for each metric that could not be measured."""
+    """Values by metric name, and a message for each metric that could not be measured."""
 
     values: dict[str, float]
     missing: list[str]

@@ -12,8 +12,8 @@ from halfstep.metrics.features import FeatureExtractor, RealData, extractors, in
 from halfstep.runtime.tensors import digest_of, read_cached, write_cached
 
 CLASSIFIER: Final = "classifier-1"
-"""A name for the classifier's architecture and training. Increment the number in it when either of them changes,
-because metrics from before and after the change are not comparable."""
+"""A name for the classifier's architecture and training. Increment the number in it when either changes, because
+metrics from before and after the change are not comparable."""
 LEAST: Final = 20
 """The minimum number of samples for training a classifier."""
 BATCH: Final = 128
@@ -60,7 +60,7 @@ class Classifier(FeatureExtractor):
 
 @final
 class ClassifierNetwork(nn.Module):
-    """Three 3x3 convolutions and two poolings for images `[n, c, h, w]`, or two dense layers for other samples."""
+    """Three 3x3 convolutions and two pooling layers for images `[n, c, h, w]`, or two dense layers for other data."""
 
     def __init__(self, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def train_classifier(
     network.eval()
     with torch.no_grad():
         right = torch.cat([network(chunk.float()).argmax(1) for chunk in x[held_out].split(1000)]) == labels[held_out]
-    # On another machine, or with another number of threads, training results in a different network.
+    # On a different machine, or with a different number of threads, training results in a different network.
     return Classifier(f"{name}-{digest_of(network.state_dict())[:12]}", network, float(right.double().mean()))
 
 

@@ -6,7 +6,7 @@
 * The kernel distance, KID (Binkowski et al. 2018, arXiv:1801.01401): the squared maximum mean discrepancy for the
   kernel (x . y / d + 1)^3. It is unbiased, so it may be slightly negative.
 * The sliced Wasserstein distance (Bonneel et al. 2015): the mean Wasserstein-1 distance between the features, projected
-  on random directions. It compares all moments and does not assume Gaussians.
+  onto random directions. It compares all moments and does not assume Gaussians.
 
 torchmetrics computes the KID, and scipy computes the one-dimensional distances, in float64 and with fixed random
 numbers. This module computes the Frechet distance, usually from moments, because the moments of the real data are
@@ -72,13 +72,13 @@ ALONE: Final[dict[str, Any]] = {"sync_on_compute": False}
 def metric_of_features(kind: Callable[..., Any], num_features: int, **settings: Any) -> Any:
     """Return the torchmetrics metric `kind`, such as KID, for features `[n, num_features]` in float64."""
     with warnings.catch_warnings():
-        # torchmetrics warns that it keeps all features in memory, where they already are.
+        # Ignore torchmetrics' warning that it keeps all features in memory: they already are.
         warnings.simplefilter("ignore", UserWarning)
         return kind(feature=Given(num_features), **settings, **ALONE).set_dtype(torch.float64)
 
 
 def computed(metric: Any) -> float:
-    """Return the mean computed by a torchmetrics metric, with fixed random numbers."""
+    """Return the mean computed by a torchmetrics metric, with a fixed random seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return float(metric.compute()[0])
@@ -116,8 +116,8 @@ def _root(matrix: Tensor) -> Tensor:
 def frechet_of_moments(a: Moments, b: Moments) -> float:
     """Return the Frechet distance between two Gaussians.
 
-    tr (C_a C_b)^(1/2) is the sum of the singular values of C_a^(1/2) C_b^(1/2). This form needs no root of an
-    asymmetric product, has no imaginary parts, and is exact for singular covariances.
+    tr (C_a C_b)^(1/2) is the sum of the singular values of C_a^(1/2) C_b^(1/2). This form avoids the root of an
+    asymmetric product and imaginary parts, and is exact for singular covariances.
 
     Raises:
         ValueError: if the dimensions of the Gaussians differ.
@@ -135,7 +135,7 @@ def frechet_distance(a: Tensor, b: Tensor, moments: Moments | None = None) -> fl
 
     Let A and B be the centred rows, divided by the square roots of n - 1 and m - 1, so that C_a = A'A. Then
     tr (C_a C_b)^(1/2) is the sum of the singular values of A B'. If a set has fewer samples than dimensions, this form
-    needs no matrix `[d, d]`.
+    does not need a `[d, d]` matrix.
 
     Args:
         moments: the moments of `a`, if they are known.

@@ -25,7 +25,7 @@ class FeatureExtractor(ABC):
     """A map from samples to features."""
 
     name: str
-    """The name in a protocol. Extractors with equal names return comparable features."""
+    """The name used in protocols. Extractors with equal names return comparable features."""
     facts: Mapping[str, Any]
     """Additional facts for a protocol, as JSON values, such as the accuracy or the source of the weights."""
     resize: str
@@ -36,7 +36,7 @@ class FeatureExtractor(ABC):
         """Return the features of `samples` `[n, *dims]` as float32 `[n, d]`, on the CPU and without gradients.
 
         Raises:
-            ValueError: if the extractor only takes images, but the samples are not images.
+            ValueError: if the extractor accepts only images, but the samples are not images.
         """
 
     def logits(self, features: Tensor) -> Tensor | None:
@@ -81,7 +81,7 @@ class RealData:
 
 
 extractors: Registry[Callable[[str | None, RealData], FeatureExtractor]] = Registry("feature extractor")
-"""Classes and functions that create an extractor from the path of its weights (or None) and the real data."""
+"""Classes and functions that create an extractor from the path to its weights (or None) and the real data."""
 
 
 def extractor_for(asked: str, measured: RealData) -> FeatureExtractor:
@@ -105,7 +105,7 @@ def read_weights(name: str, path: str | None, needed: str) -> dict[str, Tensor]:
     """Return the tensors in the safetensors file `path`, which are the weights of the extractor `name`.
 
     Args:
-        needed: a description of the required file for messages.
+        needed: a description of the required file for error messages.
 
     Raises:
         ValueError: if the path or the file is missing, or if the file is not a .safetensors file; the message then
@@ -140,7 +140,7 @@ def in_batches(network: Callable[[Tensor], Tensor], samples: Tensor, device: tor
 
 
 LARGEST: Final = 4096
-"""The maximum number of entries for which pixels are not averaged. A larger covariance does not fit into memory."""
+"""The maximum number of entries for which pixels are not averaged. Larger covariances would not fit in memory."""
 
 
 @final
@@ -151,7 +151,7 @@ class Pixels(FeatureExtractor):
     pixels.
 
     Raises:
-        ValueError: in a call, if samples have more than `LARGEST` entries but are not images.
+        ValueError: when called, if samples have more than `LARGEST` entries but are not images.
     """
 
     def __init__(self) -> None:

@@ -26,7 +26,7 @@ def as_rgb(x0: Tensor) -> Tensor:
 
 
 def normalised(x0: Tensor, side: int, mode: str = "bilinear") -> Tensor:
-    """Return images as RGB `[n, 3, side, side]`, resized with antialiasing and normalised as for ImageNet."""
+    """Return images as RGB `[n, 3, side, side]`, resized with antialiasing and normalised with ImageNet statistics."""
     rgb = (as_rgb(x0).float() + 1) / 2
     if tuple(rgb.shape[2:]) != (side, side):
         rgb = F.interpolate(rgb, (side, side), mode=mode, align_corners=False, antialias=True).clamp(0, 1)

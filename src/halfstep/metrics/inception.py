@@ -1,10 +1,10 @@
 """The features of the FID, computed with TensorFlow's Inception network of 2015, as ported by torch-fidelity.
 
-torch-fidelity imports torchvision, which the network does not need and which only works with one build of torch. The
-network's module is therefore loaded without its package.
+torch-fidelity imports torchvision, which the network does not need and which only works with a matching build of torch.
+The network's module is therefore loaded without its package.
 
-The network's constructor would download the published weights and unpickle them. Instead, this module passes weights
-from a safetensors file, to which users convert the published file once.
+The network's constructor would download the published weights and unpickle them. Instead, this module loads the weights
+from a safetensors file, which users create once from the published file.
 """
 
 import importlib

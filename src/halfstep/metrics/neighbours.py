@@ -24,7 +24,7 @@ from halfstep.metrics.distances import check_shapes
 K: Final = 5
 """The number of neighbours that Naeem et al. recommend."""
 BLOCK: Final = 1024
-"""The number of rows of the distance matrix that are in memory at a time."""
+"""The number of rows of the distance matrix that are held in memory at a time."""
 
 
 class PRDC(NamedTuple):

@@ -1,4 +1,4 @@
-"""Metrics for distillation, which compare pairs of samples from the same noise. Image values are in [-1, 1]."""
+"""Metrics for distillation, which compare pairs of samples generated from the same noise. Images are in [-1, 1]."""
 
 import functools
 import importlib.util
@@ -16,11 +16,11 @@ from halfstep.runtime.files import sha256_of
 
 WIDTH: Final = 2.0
 SSIM_SIDE: Final = 11
-"""The side in pixels of the window of Wang et al. 2004. Images must be at least as large."""
+"""The window size of Wang et al. 2004, in pixels. Images must be at least this large."""
 LPIPS_SIDE: Final = 31
-"""The smallest side in pixels of images that AlexNet's two poolings do not reduce to nothing."""
+"""The smallest image side, in pixels, that AlexNet's two pooling layers do not reduce to zero."""
 AT_ONCE: Final = 64
-"""The number of pairs for each call of SSIM or LPIPS."""
+"""The number of pairs per call to SSIM or LPIPS."""
 
 
 def _check_pair(a: Tensor, b: Tensor) -> None:
@@ -52,8 +52,7 @@ def ssim(a: Tensor, b: Tensor) -> float:
     """Return the mean structural similarity (Wang et al. 2004) of paired images `[n, c, h, w]` in [-1, 1].
 
     Raises:
-        ValueError: if the shapes differ, or if the samples are not images of at least 11 x 11 pixels, which is the size
-            of the window.
+        ValueError: if the shapes differ, or if the samples are not images of at least 11 x 11 pixels, the window size.
     """
     _check_pair(a, b)
     if a.ndim != 4 or min(a.shape[2:]) < SSIM_SIDE:
@@ -74,9 +73,9 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
 
 def why_no_lpips(shape: Sequence[int]) -> str | None:
-    """Return the reason why LPIPS cannot be measured here for images `(c, h, w)`, or None if it can be measured.
+    """Return the reason why LPIPS cannot be measured here for images of shape `(c, h, w)`, or None if it can be.
 
-    The names of stored metrics contain a hash of this reason, so a change of its wording invalidates stored metrics.
+    The names of stored metrics contain a hash of this reason, so changing its wording invalidates stored metrics.
     """
     if shape[0] not in (1, 3):
         return f"images with {shape[0]} channels are neither grey nor colour"
@@ -92,7 +91,7 @@ def why_no_lpips(shape: Sequence[int]) -> str | None:
 
 @functools.cache
 def _is_published(file: Path) -> bool:
-    """Whether the file has the hash that its name contains. torchvision would unpickle any file with this name."""
+    """Return whether the file has the hash in its name. torchvision would unpickle any file with this name."""
     return sha256_of(file).startswith(file.stem.rpartition("-")[2])
 
 

@@ -31,7 +31,7 @@ class RealFeatures:
 
 
 def described(features: Tensor) -> RealFeatures:
-    """Return features `[n, d]` together with their statistics. Raises the errors of `moments_of`."""
+    """Return features `[n, d]` together with their statistics. Raises the same errors as `moments_of`."""
     return RealFeatures(features, moments_of(features), radii(features) if len(features) >= K + 2 else None)
 
 
@@ -59,7 +59,7 @@ def real_features(
 
 
 def halves(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the rows into two halves of equal size. The split is random, but always the same."""
+    """Split the rows into two halves of equal size. The split is random but fixed."""
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
     middle = len(features) // 2
     return features[order[:middle]], features[order[middle : 2 * middle]]

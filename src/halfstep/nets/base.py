@@ -12,10 +12,10 @@ from halfstep.registry import Registry
 
 
 class Network(nn.Module, ABC):
-    """A module (x_t, time, **cond) -> output that keeps the constructor's arguments as attributes of the same names."""
+    """A module (x_t, time, **cond) -> output that stores its constructor's arguments as attributes of the same name."""
 
     def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments that rebuild this network, in a form that can be written as JSON."""
+        """Return the keyword arguments that rebuild this network, as JSON-serialisable values."""
         held = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in held.items()}
 
@@ -23,11 +23,11 @@ class Network(nn.Module, ABC):
 networks: Registry[type[Network]] = Registry("network")
 
 OWN: Final = "own"
-"""The type that a manifest records for a user's own module, which only the user can rebuild."""
+"""The type that a manifest records for a user-defined module, which only the user can rebuild."""
 
 
 def describe_network(network: nn.Module) -> dict[str, Any]:
-    """Return {"type": registered name, **arguments}, or only the class or function name of a user's own network."""
+    """Return {"type": registered name, **arguments}, or only the class or function name of a user-defined network."""
     if not isinstance(network, Network) or type(network) not in networks.values():
         named: Any = network.function if isinstance(network, CallableNetwork) else type(network)
         named = named if hasattr(named, "__qualname__") else type(named)
@@ -39,7 +39,7 @@ def build_network(description: Mapping[str, Any]) -> Network:
     """Build a network with fresh weights from the result of `describe_network`.
 
     Raises:
-        ValueError: if the type is unknown, the arguments do not match the type, or the network is a user's own.
+        ValueError: if the type is unknown, the arguments do not match the type, or the network is user-defined.
     """
     arguments = dict(description)
     if arguments.get("type") == OWN:
@@ -55,7 +55,7 @@ def build_network(description: Mapping[str, Any]) -> Network:
 
 
 def set_dropout(network: nn.Module, probability: float) -> None:
-    """Set the probability of all dropout layers, which depends on the stage and is not stored with the weights."""
+    """Set the dropout probability of all layers, which depends on the stage and is not stored with the weights."""
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = probability

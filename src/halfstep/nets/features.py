@@ -1,8 +1,8 @@
 """The encoder half of a network, which computes the features for a critic.
 
-The encoder half of a U-Net ends with the middle block. The encoder half of a transformer or perceptron is the first
-half of the blocks. The decoder is dropped, so it costs neither memory nor time. For your own network, register a
-function with `encoder_half.register(MyNetwork)`.
+The encoder half of a U-Net ends with the middle block. The encoder half of a transformer or MLP is the first half of
+its blocks. The decoder is dropped, so it takes up neither memory nor time. For a custom network, register a function
+with `encoder_half.register(MyNetwork)`.
 """
 
 import contextlib
@@ -116,7 +116,7 @@ def _blocks_of(network: Replay) -> tuple[str, nn.ModuleList]:
 
 @final
 class _MLPHalf(EncoderHalf):
-    """The first half of a perceptron's residual blocks."""
+    """The first half of an MLP's residual blocks."""
 
     def __init__(self, network: MLP) -> None:
         super().__init__()

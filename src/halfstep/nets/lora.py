@@ -85,7 +85,7 @@ class LoRA(Network):
         return [(name, p) for name, p in self.named_parameters() if ".lora_" in name]
 
     def load_base(self, state: Mapping[str, Tensor]) -> None:
-        """Load the weights of the base network from the state of that network.
+        """Load the base network's weights from its state dict.
 
         Raises:
             RuntimeError: if names or shapes do not match.
@@ -135,7 +135,7 @@ def trainable(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def own_state(network: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors to save: the additions of a `LoRA`, or the state of any other network."""
+    """Return the tensors to save: the additions of a `LoRA`, or the state dict of any other network."""
     if isinstance(network, LoRA):
         return {name: value.detach() for name, value in network.own()}
     return packed_state(network) if precision_of(network) != "float32" else network.state_dict()
@@ -191,7 +191,7 @@ def precision_of(network: nn.Module) -> BasePrecision:
 
 
 def weight_bytes_of(network: nn.Module) -> int:
-    """Return the size of a network's weights in bytes, computed from the shapes of the weights."""
+    """Return the size of a network's weights in bytes, computed from their shapes."""
     stock = base_of(network)
     return weight_bytes(stock.model if isinstance(stock, StockNetwork) else stock, precision_of(network))
 
@@ -216,7 +216,7 @@ def checkpoints_gradients(network: nn.Module) -> bool:
 
 
 def copy_network(network: nn.Module) -> nn.Module:
-    """Return a copy of a network that has its own trainable weights but shares the frozen weights of a `LoRA`."""
+    """Return a copy of a network with separate trainable weights. A copy of a `LoRA` shares the frozen weights."""
     own = {id(parameter) for _, parameter in trainable(network)}
     shared = shared_layers(network)
     shared |= {id(parameter): parameter for parameter in network.parameters() if id(parameter) not in own}
@@ -227,7 +227,7 @@ def copy_network(network: nn.Module) -> nn.Module:
 
 
 def copy_denoiser(denoiser: Denoiser) -> Denoiser:
-    """Return a copy of a denoiser with trainable weights of its own, from which a student or helper can start."""
+    """Return a copy of a denoiser with separate trainable weights, as the starting point of a student or helper."""
     check_denoiser("the model to copy", denoiser, Denoiser)
     if isinstance(denoiser, NetworkDenoiser):
         return NetworkDenoiser(copy_network(denoiser.network), denoiser.process, denoiser.prediction)

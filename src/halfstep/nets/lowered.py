@@ -32,7 +32,7 @@ BLOCK: Final = 64
 
 @final
 class InHalf(nn.Module):
-    """A bfloat16 copy of a frozen teacher, which needs half the weight memory and is called with `called_in_half`."""
+    """A bfloat16 copy of a frozen teacher, which uses half the weight memory and is called with `called_in_half`."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class InHalf(nn.Module):
     def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
         if isinstance(self.network, Network):
             return called_in_half(self.network, x_t, time, cond)
-        # A custom network may not cast its float32 time embedding itself.
+        # A custom network might not cast its float32 time embedding itself.
         with torch.autocast(x_t.device.type, torch.bfloat16):
             return called_in_half(self.network, x_t, time, cond)
 
@@ -142,7 +142,7 @@ def _parts(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def packed_state(network: nn.Module) -> dict[str, Tensor]:
-    """Return a network's state, with codes (`weight`) and scales (`scale`) for quantised layers."""
+    """Return a network's state dict, with codes (`weight`) and scales (`scale`) for quantised layers."""
     found: dict[str, Tensor] = {}
     for path, module in network.named_modules():
         held = {**module._parameters, **module._buffers}
@@ -200,7 +200,7 @@ def _restored(layer: Any) -> Tensor:
 
 
 def weight_bytes(model: Any, precision: str) -> int:
-    """Return how many bytes a stock module's weights need in a precision, computed from the shapes of the weights."""
+    """Return the size in bytes of a stock module's weights at a given precision, computed from their shapes."""
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     total = 0
     for name, value in model.named_parameters():

@@ -14,7 +14,7 @@ from halfstep.nets.base import Network, networks
 @final
 @networks.register("mlp")
 class MLP(Network):
-    """Residual blocks that act on the flattened sample, shifted by an embedding of the time and the conditions.
+    """Residual blocks on the flattened sample, shifted by the embedded time and conditions.
 
     Args:
         shape: the shape of one sample, `[*dims]`.
@@ -91,7 +91,7 @@ class MLP(Network):
         if self.label is not None:
             signal = signal + self.label(cond["class_labels"])
         if self.scale is not None and (scale := cond["guidance_scale"]) is not None:
-            # After division by 10, scales from 1 to 10 cover the same frequencies as times from 0 to 1.
+            # Scales from 1 to 10 are divided by 10, so that they cover almost the same range as times from 0 to 1.
             signal = signal + self.scale(self._sinusoids(scale.to(time) / 10))
         if self.observed is not None:
             signal = signal + self.observed(cond["observation"])

@@ -61,7 +61,7 @@ def conditions_of(call: Node) -> dict[str, tuple[int, ...]]:
 def read_output(output: Tensor, x_t: Tensor, reading: Mapping[str, Any]) -> Tensor:
     """Return the prediction, shaped like `x_t`, from a stock module's output.
 
-    `reading` is `Replay.output`, which describes where the output contains the prediction.
+    `reading` is `Replay.output`, which describes where the prediction is in the output.
     """
     channels = x_t.shape[1] if x_t.ndim > 1 else 1
     if reading["part"] != "all":
@@ -147,7 +147,7 @@ class Replay(StockNetwork):
 
     @property
     def is_on_table(self) -> bool:
-        """Whether the module's time is the timestep of a table."""
+        """Whether the module's time is the timestep of a noise-level table."""
         return self.clock == self.on_table(self.num_train_timesteps)["clock"]
 
     def on_table(self, num_train_timesteps: int) -> dict[str, Any]:

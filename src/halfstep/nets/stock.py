@@ -20,7 +20,7 @@ class StockNetwork(Network):
 
     Args:
         stock: the name of the class in diffusers.
-        config: the arguments of that class, in a form that can be written as JSON.
+        config: the JSON-serialisable arguments of that class.
         num_train_timesteps: the number T of timesteps of the scheduler.
 
     Raises:
@@ -45,7 +45,7 @@ class StockNetwork(Network):
         self.model = model
         for part in model.modules():
             if hasattr(part, "dropout_prob"):
-                # DiT drops labels during training, and without labels, a student would unlearn its distilled guidance.
+                # DiT drops labels during training. A student without labels would unlearn its distilled guidance.
                 part.dropout_prob = 0.0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -149,7 +149,7 @@ def unet2d_config(
         "add_attention": mid_attention,
         "attention_head_dim": attention_head_dim,
         "norm_num_groups": norm_num_groups,
-        # Without this, the middle block's attention silently has no norm.
+        # Without this, the middle block's attention would silently lack a norm.
         "attn_norm_num_groups": norm_num_groups,
         "norm_eps": norm_eps,
         "time_embedding_dim": time_embedding_dim,

@@ -1,7 +1,7 @@
-"""Networks built from a teacher's network: the same weights with another clock or an additional input.
+"""Networks built from a teacher's network: the same weights with a different clock or an additional input.
 
 A new guidance input has no effect at first. A network with a new clock starts as close to the old network as its
-weights allow. The matching stage learns the rest. Only `on_integers` keeps the outputs.
+weights allow. The matching stage learns the rest. Only `on_integers` preserves the outputs.
 """
 
 import math
@@ -22,7 +22,7 @@ GUIDANCE_WIDTH: Final = 256
 """The width of the guidance embedding, as in latent consistency models (arXiv:2310.04378)."""
 SMALLEST_DIRECTION: Final = 1e-2
 """The smallest singular value that is fitted, relative to the largest. The slow sinusoids are nearly equal, so an exact
-fit would need weights of 1e6 that cancel to 0.1 in float32. It would reduce the error by less than a tenth."""
+fit would need weights of 1e6 that cancel to 0.1 in float32. Such a fit would reduce the error by less than a tenth."""
 TABLE_SIZE: Final = 1024
 """The number of timesteps of `on_integers`, a power of two, as for new networks."""
 
@@ -136,7 +136,7 @@ def on_integers(network: Replay) -> Replay:
 
 @final
 class OnProcess(nn.Module):
-    """A custom network that is used with another process and called at the time with the same log-SNR.
+    """A custom network that is used with a different process and called at the time that has the same log-SNR.
 
     The input of the network is scaled to the amplitudes of its original process, as in `Reprocessed`.
     """

@@ -8,12 +8,12 @@ level, and let D be the critic. In each update, the critic and the student take 
 
 Averaged over n, which is standard normal noise, the critic's last term is gamma / 2 |grad D(y+)|^2 up to terms of order
 delta^2. This is the R1 penalty, computed without a second derivative. Only the distributions of y and y+ matter, so
-both may come from the same sample of the batch. Both then have that sample's conditions, which are also inputs of the
+both may come from the same sample of the batch. Both then share that sample's conditions, which are also inputs to the
 critic.
 
 The critic consists of the encoder half of a copy of the teacher and a small head on the encoder's deepest features. The
-head starts at 0, so a new critic has no effect. During the first updates, the critic already learns, but the student
-ignores it.
+head is initialised to 0, so a new critic has no effect. During the first updates, the critic is trained, but the
+student ignores it.
 
 Source: Goodfellow et al. 2014 (arXiv:1406.2661) for the non-saturating loss; Mescheder et al. 2018 (arXiv:1801.04406)
 for R1; Wang et al. 2022 (arXiv:2206.02262) for adding noise to both data and samples; Lin et al. 2024

@@ -1,9 +1,9 @@
 """The interface of an objective, and the loss that teacher training and distillation share.
 
-An objective defines which networks are trained, in which turns and with which losses, and what the result is. It does
-not depend on devices or files. `Training` is the only place where the hyperparameters of an optimiser are declared.
-Stages, helpers, recipes, the Python API and the command line all use this class, and the docstrings of its fields are
-the help texts of the flags.
+An objective defines which networks are trained, the turns and losses that train them, and the result. It does not
+depend on devices or files. `Training` is the only place where the hyperparameters of an optimiser are declared. Stages,
+helpers, recipes, the Python API and the command line all use this class, and the docstrings of its fields are the help
+texts of the flags.
 
 The shared loss of a sample is weight(log_snr) * mean((x0 - x0_target)^2), where the mean is over the sample's entries.
 The weighting can turn this loss into the squared error in eps or v, or into the larger of two such errors, regardless
@@ -83,7 +83,7 @@ class Training:
         check_instance("early_end", self.early_end, EarlyEnd, "halfstep.EarlyEnd(patience=3)")
 
     def of_helper(self, rate: float, **changes: Any) -> "Training":
-        """Return the hyperparameters of a helper, with the learning rate multiplied by `rate` and the other `changes`.
+        """Return the hyperparameters of a helper, with the learning rate multiplied by `rate` and `changes` applied.
 
         A helper has no EMA, because it is not passed on, and no early stopping, because its loss does not have to fall.
         """
@@ -176,11 +176,11 @@ class Auxiliary:
     start: Callable[[Models, tuple[int, ...]], nn.Module]
     """Creates the network before the first update, from the models and the shape of one sample. The network must be new
     or a copy, never the student or the teacher itself. A copy of the student has the teacher's weights in float32. If
-    the student is a LoRA, the copy shares the base and has a separate adapter. Random initial weights come from torch's
-    generator, which is seeded for the call. Dry runs and the checks before a run make the call on the meta device, so
-    it must not read the values of tensors."""
+    the student is a LoRA model, the copy shares the base and has a separate adapter. Random initial weights come from
+    torch's generator, which is seeded for the call. Dry runs and the checks before a run make the call on the meta
+    device, so the function must not read tensor values."""
     training: Callable[[Training], Training]
-    """Maps the student's hyperparameters to those of this network. The number of updates and the batch size must be
+    """Maps the student's hyperparameters to those of this network. The number of updates and the batch size must match
     those of the stage."""
 
 
@@ -293,7 +293,7 @@ class Objective(ABC):
         """Return the teacher that the student learns from: unchanged, with guidance, or on the student's noise process.
 
         Args:
-            null: the values that mean "no condition" for one sample, keyed by name; may be empty.
+            null: the values for one sample that represent "no condition", keyed by name; may be empty.
 
         Raises:
             ValueError: if the teacher cannot be guided or converted in this way.
@@ -306,7 +306,7 @@ class Objective(ABC):
 
 
 class Step(NamedTuple):
-    """Steps of the student from x_t `[batch, *dims]` at the times t `[batch]` to the times s `[batch]`."""
+    """Student steps from x_t `[batch, *dims]` at times t `[batch]` to times s `[batch]`."""
 
     x_t: Tensor
     t: Tensor
@@ -315,7 +315,7 @@ class Step(NamedTuple):
 
 
 class StepObjective(Objective):
-    """An objective that calls the student once per turn, at the start of one of the student's own DDIM steps.
+    """An objective that calls the student once per turn, at the start of one of the student's DDIM steps.
 
     A subclass defines `num_steps` and `step_losses`. Other objectives can add a loss term on the landing point, as
     `Adversarial` does.

@@ -2,15 +2,15 @@
 
 The student takes N steps, so time is divided into N segments, from j / N to (j + 1) / N. The teacher's grid has T
 times, where T is a multiple of N. From a time t = b + n / T in the segment above the boundary b, the teacher takes one
-step to s = t - 1 / T, and the student covers the rest of the way to b, without gradients. The target is the x0 with
+step to s = t - 1 / T, and the student covers the rest of the way to b, without gradients. The target is the x0 for
 which one DDIM step from t lands at the same point (see `samplers/ddim.py`):
 
     target = w x0_teacher(x_t, t) + (1 - w) x0_student(x_s, s),   w = (r_s - r_t) / (r_b - r_t),   r = alpha / sigma
 
-At s = b, the weight w is 1 and the student's value is ignored, so the target is the teacher's x0. This anchors the
+At s = b, the weight w is 1 and the student's x0 is ignored, so the target is the teacher's x0. This anchors the
 student, which at all other times is pulled towards its own predictions. Halving is the case T / N = 2, except that the
-teacher, not the student, takes the second half of the step. A single stage leads from the undistilled teacher to any N.
-A chain of students such as 8, 4, 2, 1, in which each student starts from the previous student, is optional.
+teacher, not the student, takes the second half of the step. A single stage distils the undistilled teacher to any N. A
+chain of students such as 8, 4, 2, 1, in which each student starts from the previous student, is optional.
 
 Other methods are special cases:
 
@@ -81,13 +81,13 @@ def consistency_target(
     cond: Cond | None = None,
     sampler: Sampler | None = None,
 ) -> Tensor:
-    """Return the x0 with which one DDIM step from t to the boundary lands at the same point as two steps: the teacher's
+    """Return the x0 for which one DDIM step from t to the boundary lands at the same point as two steps: the teacher's
     step from t to s, followed by the reference's DDIM step from s to the boundary.
 
     Args:
         teacher: an unclipped denoiser.
         reference: the student or its moving average. Where s is the boundary, the output of the reference is ignored,
-            even if this output is not finite.
+            even if it is not finite.
         x_t: noisy samples `[batch, *dims]`.
         t, s, boundary: clock times with 0 <= boundary <= s < t, each `[batch]` or one time for all samples.
         cond: conditions by name, each `[batch, ...]`.
@@ -120,7 +120,7 @@ def _target(
 
 
 def _rest(reference: Denoiser, cond: Cond | None) -> Step:
-    """Return the reference's DDIM step.
+    """Return the DDIM step of the reference as a function.
 
     If a step is empty, the reference is called at t = 1, because its output may be undefined at t = 0.
     """
@@ -143,8 +143,8 @@ def _rewound(device: torch.device) -> Iterator[None]:
         yield
     finally:
         generator.set_rng_state(state)
-        # During a pass without gradients, autocast may cache half-precision copies of the weights. The next pass would
-        # use these copies and have no gradients (pytorch #65766, fixed in #165068).
+        # During a forward pass without gradients, autocast may cache half-precision copies of the weights. The next
+        # pass would use these copies and produce no gradients (pytorch #65766, fixed in #165068).
         torch.clear_autocast_cache()
 
 

@@ -5,18 +5,18 @@ Finishing corrects the distribution of the landing points x_s. For x_t at one of
 Kullback-Leibler divergence between x_s and data at noise level s, after noise up to a level tau is added to both. The
 module `landing_points` explains why the landing point is used and why tau is inside the step.
 
-The gradient of the divergence is the difference between two scores at y, the landing point with added noise. Expressed
-in x0, it is auxiliary(y) - teacher(y). The teacher's x0 represents the data, and the auxiliary denoiser's x0 represents
+The gradient of the divergence is the difference between two scores at y, the landing point with added noise. In terms
+of x0, it is auxiliary(y) - teacher(y). The teacher's x0 represents the data, and the auxiliary denoiser's x0 represents
 the student's landing points, on which the auxiliary denoiser is trained by denoising score matching. Divided by the
 student's error, the gradient becomes a step for x0 = student(x_t, t), because any change in x0 moves x_s proportionally
-in the same direction. The map term keeps x0 near its value before the finish. Without this term, training would drift
+in the same direction. The map term keeps x0 near its value before finishing. Without this term, training would drift
 between different maps that produce the same distribution.
 
 With one step, this is distribution matching distillation, except that the regression targets come from the student
-before the finish instead of from stored pairs. The student remains deterministic and still uses DDIM as its sampler.
+before finishing instead of from stored pairs. The student remains deterministic and still uses DDIM as its sampler.
 
-Source: Yin et al. 2023 (arXiv:2311.18828) for one step. The extension to the landing points of inner steps is
-halfstep's own; compare Phased DMD (arXiv:2510.27684).
+Source: Yin et al. 2023 (arXiv:2311.18828) for one step. The extension to the landing points of inner steps is specific
+to halfstep; compare Phased DMD (arXiv:2510.27684).
 """
 
 import math
@@ -55,10 +55,10 @@ from halfstep.objectives.landing_points import Landing, noised_landing
 START: Final = "start"
 
 SMALLEST_ERROR: Final = 1e-3
-"""The constant that is added to the mean error by which the gradient is divided. This error is about 0.1 for data of
-unit scale."""
+"""The constant that is added to the mean error before the gradient is divided by it. The mean error is about 0.1 for
+unit-scale data."""
 LARGEST_RATIO: Final = 5.0
-"""The largest value of sigma / alpha that is used to weight the auxiliary denoiser's error."""
+"""The upper limit for sigma / alpha in the weight of the auxiliary denoiser's error."""
 
 
 @final
@@ -77,7 +77,7 @@ class Finishing(StepObjective):
 
     num_steps: int
     map_weight: float | None = None
-    """Weight of the squared distance between x0 and its value before the finish; None means num_steps / 2. A student
+    """Weight of the squared distance between x0 and its value before finishing; None means num_steps / 2. A student
     with more steps has less to gain, and errors of the auxiliary denoiser affect it more."""
     auxiliary_turns: int = 2
     """Number of turns that the auxiliary denoiser takes per turn of the student."""

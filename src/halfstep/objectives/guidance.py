@@ -51,7 +51,7 @@ class Guidance(ABC):
         """Return the guided teacher that a student learns from.
 
         Args:
-            null: the values that mean "no condition" for one sample, keyed by name.
+            null: the values for one sample that represent "no condition", keyed by name.
 
         Raises:
             ValueError: if `null` is empty.

@@ -43,7 +43,7 @@ def halving_target(
     num_teacher_steps: int = 2,
     sampler: Sampler | None = None,
 ) -> Tensor:
-    """Return the x0 with which one DDIM step from t to s lands where `num_teacher_steps` steps of the teacher land.
+    """Return the x0 for which one DDIM step from t to s lands where `num_teacher_steps` steps of the teacher land.
 
     Args:
         teacher: an unclipped denoiser, which is called without gradients.

@@ -1,12 +1,12 @@
-"""Matching: the student learns the teacher's own x0 at random times, before any step is distilled.
+"""Matching: the student learns the teacher's x0 at random times, before any steps are distilled.
 
-Matching converts a teacher for halving. It can change the prediction (to x0 or v, because eps determines no x0 at zero
-SNR), change the clock, or build classifier-free guidance into the weights. The guidance has either one scale or a range
-of scales, where the scale becomes an input of the network. The noisy samples follow the student's noise process. The
-teacher is called at the same noise levels as the student, twice if the teacher is guided.
+Matching converts a teacher for halving. It can change the prediction (to x0 or v, because eps does not determine x0 at
+zero SNR), change the clock, or build classifier-free guidance into the weights. The guidance uses either one scale or a
+range of scales; with a range, the scale becomes an input of the network. The noisy samples follow the student's noise
+process. The teacher is called at the same noise levels as the student, twice if the teacher is guided.
 
 Source: Meng et al. 2023, "On Distillation of Guided Diffusion Models" (arXiv:2210.03142), section 3.1, for guidance;
-Salimans & Ho 2022 (arXiv:2202.00512), section 4, for the predictions that few steps need.
+Salimans & Ho 2022 (arXiv:2202.00512), section 4, for the predictions that suit few steps.
 """
 
 from collections.abc import Mapping
@@ -45,10 +45,10 @@ from halfstep.objectives.guidance import Guidance
 class Matching(Objective):
     """The squared error with respect to the teacher's x0 at the times i / num_times, i = 1 ... num_times.
 
-    After guidance, the teacher's x0 is clipped to `clip`. For data in that range, clipping moves no entry away from its
-    true mean. It also keeps an eps teacher usable near pure noise, where sigma / alpha amplifies the teacher's error.
-    If `num_times` is the number of the teacher's noise levels, the teacher is called only at those levels. With the
-    default weighting, the loss is the squared error in v, which is balanced across all noise levels.
+    After guidance, the teacher's x0 is clipped to `clip`. For data in that range, clipping does not move any entry away
+    from its true mean. It also keeps an eps-prediction teacher usable near pure noise, where sigma / alpha amplifies
+    the teacher's error. If `num_times` equals the teacher's number of noise levels, the teacher is called only at those
+    levels. With the default weighting, the loss is the squared error in v, which is balanced across all noise levels.
 
     Source: Meng et al. 2023 (arXiv:2210.03142), section 3.1, for guidance.
 

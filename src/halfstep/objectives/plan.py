@@ -1,6 +1,7 @@
 """The plan: a chain of stages as data.
 
-A stage is an objective and the hyperparameters of the student's optimiser. A chain of halvings is a list of stages.
+A stage consists of an objective and the hyperparameters of the student's optimiser. A chain of halvings is a list of
+stages.
 
 Source of the defaults: Salimans & Ho 2022 (arXiv:2202.00512), section 5.2 and appendix; the authors' configurations.
 """
@@ -249,7 +250,7 @@ class Plan:
 def _guided(objective: Objective, guidance: Guidance) -> Objective:
     """Return the objective with the guidance that the teacher has learned.
 
-    Only the objective of a student changes, whether it is wrapped or not. Any other objective is returned unchanged.
+    Only student objectives are changed, whether wrapped or not. All others are returned unchanged.
     """
     if objective.outcome.role is not Role.STUDENT:
         return objective

@@ -20,7 +20,7 @@ Memory = Any
 
 
 class Sampler(ABC):
-    """One step of sampling. Subclasses are frozen and stateless, so each step receives the memory and returns it."""
+    """One step of sampling. Subclasses are frozen and stateless, so each step takes and returns the memory."""
 
     order: ClassVar[int]
     """The global order of convergence (in distribution for stochastic samplers), which the contract tests measure."""
@@ -35,10 +35,10 @@ class Sampler(ABC):
     def step(
         self, denoiser: Denoiser, x_t: Tensor, t: Time, s: Time, cond: Cond | None, memory: Memory, noise: Noise = None
     ) -> tuple[Tensor, Memory]:
-        """Take a step from t to s < t and return x_s, shaped like `x_t` `[batch, *dims]`, and the next step's memory.
+        """Step from t to s < t, and return x_s, shaped like `x_t` `[batch, *dims]`, and the memory for the next step.
 
-        At s = 0, the result is clean data. Implementations should not read numbers from a tensor, because the host
-        would then have to wait for the device.
+        At s = 0, the result is clean data. Implementations should not read values from tensors, because this makes the
+        host wait for the device.
         """
 
     def effective(
@@ -75,7 +75,7 @@ class _InFloat64(Denoiser):
     """A denoiser for float64 samples that calls another denoiser with samples of the dtype and device of `like`.
 
     This denoiser computes eps from x0 in float64. The float64 samples are on the device of the clock tensors, which is
-    the CPU if the device of `like` has no float64.
+    the CPU if the device of `like` does not support float64.
     """
 
     def __init__(self, denoiser: Denoiser, like: Tensor) -> None:
@@ -90,13 +90,13 @@ class _InFloat64(Denoiser):
 
 
 class DataPredictionSampler(Sampler):
-    """A deterministic sampler that takes DDIM steps with an (x0, eps) of its own."""
+    """A deterministic sampler whose steps are DDIM steps with an adjusted (x0, eps)."""
 
     @abstractmethod
     def effective(
         self, denoiser: Denoiser, x_t: Tensor, t: Time, s: Time, cond: Cond | None, memory: Memory
     ) -> tuple[Denoised, Memory]:
-        """Return the (x0, eps) with which a DDIM step equals a step of this method, and the memory for the next step.
+        """Return the (x0, eps) for which a DDIM step equals a step of this method, and the memory for the next step.
 
         Like the denoiser's estimates, this x0 and eps satisfy x_t = alpha x0 + sigma eps. The arguments are the same as
         those of `step`.

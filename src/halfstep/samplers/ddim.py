@@ -1,4 +1,4 @@
-"""DDIM, and the target of halving and consistency: the x0 with which one DDIM step lands where a chain of steps lands.
+"""DDIM, and the target of halving and consistency: the x0 for which one DDIM step lands where a chain of steps lands.
 
 A DDIM step keeps the predicted x0 and eps, and lowers the noise level: x_s = alpha_s x0 + sigma_s eps. For the cosine
 process, the step is a rotation of the pair (x, v). DDIM is deterministic, so progressive distillation can replace two
@@ -9,11 +9,11 @@ For the sample divided by its noise amplitude, x / sigma, a DDIM step is linear 
     x_s / sigma_s = x_t / sigma_t + (r_s - r_t) x0
 
 Therefore, the steps through the times t = t_0 > t_1 > ... > t_K = s add up, even if they use different denoisers. The
-x0 with which a single step lands on the same point is the mean of the x0 of these steps, with the weights
+x0 for which a single step lands on the same point is the mean of the x0 of these steps, with the weights
 
     w_k = (r_{k+1} - r_k) / (r_s - r_t),   sum w_k = 1, every w_k >= 0
 
-At s = 0, the step lands on clean data, r_s is infinite, and the last x0 has all the weight without a special case.
+At s = 0, the step lands on clean data, r_s is infinite, and the last x0 receives all the weight without a special case.
 Because the target is a mean, it is as precise as the denoisers. Solving x_s for x0 would instead subtract nearly equal
 numbers: with 8192 steps in float32, the error would be 2e-3 instead of less than 1e-6.
 
@@ -77,7 +77,7 @@ def steps_of(denoiser: Denoiser, sampler: Sampler, cond: Cond | None) -> Step:
 
 @torch.no_grad()
 def landing_x0(process: NoiseProcess, steps: Sequence[Step], x_t: Tensor, times: Sequence[Tensor]) -> Tensor:
-    """Return the x0 with which one DDIM step from times[0] to times[-1] lands where all `steps` together land.
+    """Return the x0 for which one DDIM step from times[0] to times[-1] lands where all `steps` together land.
 
     Args:
         x_t: noisy samples `[batch, *dims]`.
@@ -85,7 +85,7 @@ def landing_x0(process: NoiseProcess, steps: Sequence[Step], x_t: Tensor, times:
             time to itself. The result of an empty step is ignored, even if it is not finite.
 
     Returns:
-        A tensor shaped like `x_t` and without a gradient, which is a weighted mean with weights >= 0.
+        A tensor shaped like `x_t`, without gradients, which is a weighted mean with nonnegative weights.
     """
     end = times[-1]
     alpha_t, sigma_t = process.alpha_sigma(times[0])

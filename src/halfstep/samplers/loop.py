@@ -30,7 +30,7 @@ class SamplerStep(NamedTuple):
 
 
 ROUNDING: Final = 1e-6
-"""The distance by which the times of a grid may lie outside [0, 1]."""
+"""The maximum distance by which the times of a grid may lie outside [0, 1]."""
 
 
 def _times(times: Tensor, num_steps: int) -> list[float]:
@@ -120,8 +120,8 @@ def trajectory(
         try:
             x_t, memory = method.step(denoiser, x_t, t, s, cond, memory, drawn)
         except Exception as error:
-            # Wrong inputs raise exactly these types. A subclass of RuntimeError has another cause, such as a lack of
-            # memory.
+            # Invalid inputs raise exactly these types. A subclass of RuntimeError has a different cause, such as
+            # running out of memory.
             if number or type(error) not in (TypeError, RuntimeError, IndexError, AttributeError):
                 raise
             remedy = "Pass the same kind of noise and conditions as in training, in the dtype of the model"
@@ -138,7 +138,7 @@ def sample(
     grid: Callable[[int], Tensor] = uniform_times,
     noise: StepNoise | None = None,
 ) -> Tensor:
-    """Return the clean samples x0 `[batch, *dims]` at the end of `trajectory`, which has the same arguments and errors.
+    """Return the clean samples x0 `[batch, *dims]` at the end of `trajectory`, with the same arguments and errors.
 
     Sampling clips x0 only if the denoiser does (see `Clipped`), as models returned by `load` do for images.
     """

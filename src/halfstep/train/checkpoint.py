@@ -1,9 +1,9 @@
-"""Checkpoints of an unfinished stage, which are complete or absent, verified before use, and stored as safetensors.
+"""Checkpoints of an unfinished stage, which are written atomically, verified before use, and stored as safetensors.
 
-A checkpoint is written to a temporary folder, synced to the disk, read back, compared with the state in memory, and
-then renamed. Older checkpoints are removed only after that, so a good checkpoint always exists. All this happens in a
-thread while training continues. An update waits only until the state has been copied, and until the previous checkpoint
-has been written.
+A checkpoint is written to a temporary folder, synced to disk, read back, compared with the state in memory, and then
+renamed. Older checkpoints are removed only after that, so a good checkpoint always exists. All this happens in a thread
+while training continues. An update waits only until the state has been copied, and until the previous checkpoint has
+been written.
 """
 
 import contextlib
@@ -63,8 +63,8 @@ class CheckpointWriter:
                 "seconds": trainer.seconds,
                 "micro_batch": trainer.micro_batch if trainer.micro_batch_found else None,
             }
-            # The stage's folder is created here, where the run has just checked its own folder. The thread must not
-            # recreate a folder that was lost.
+            # The stage's folder is created here, right after the run has checked the run folder. The thread must not
+            # recreate a folder that has been lost.
             self.folder.path.mkdir(parents=True, exist_ok=True)
             self._begun = self._thread.submit(write_checkpoint, state, about, self.folder)
         return time.perf_counter() - begun
@@ -171,7 +171,7 @@ def _latest_good(folder: StageFolder, origin: dict[str, str], notice: Callable[[
             notice(f"{lost} cannot be read ({why.strerror}); using the previous checkpoint")
         return path.name
     if unread:
-        # A restarted stage would eventually remove files that the disk may still recover.
+        # A restarted stage would eventually remove files that might still be recoverable from the disk.
         raise unread[0][1]
     return None
 

@@ -1,7 +1,7 @@
 """The engine, which trains the players of one stage, one update at a time.
 
 The engine does not depend on the objective. An update consists of the objective's turns, in order. Each turn trains one
-player. The turn splits the global batch over processes and micro batches by place, computes the losses, and runs one
+player. The turn splits the global batch across processes and micro batches by place, computes the losses, and runs one
 backward pass per micro batch. It then clips the gradient to a global norm, takes one AdamW step and updates the moving
 averages. The engine never waits for the device: statistics are fetched when `window` is called, and a thread can
 prepare batches and random numbers (see `Feed`). Networks are compiled once for the whole chain, because the networks of
@@ -45,11 +45,11 @@ class StageTrainer:
 
     Args:
         student: the model, which is trained in place.
-        teacher: the denoiser to learn from, which is not changed, or None.
+        teacher: the denoiser to learn from, which is not modified, or None.
         batches: see `Batches`.
         shape: the shape of one sample.
-        seed, stream: together with the update and the turn, the key of every random number.
-        engine: how to use the machine. The micro batch affects only rounding and dropout masks.
+        seed, stream: with the update and the turn, these form the key of every random number.
+        engine: how to use the machine. The micro batch size affects only rounding and dropout masks.
         ahead: number of updates that a thread prepares in advance, as in `Feed`.
 
     Raises:
@@ -159,7 +159,8 @@ class StageTrainer:
 
         Args:
             stop: a signal that ends the iteration. An update that has not changed the weights yet is abandoned, so the
-                state is that of the previous update. Several processes finish the update instead and end together.
+                state is that of the previous update. With several processes, the update is finished instead, and all
+                processes end together.
 
         Raises:
             OutOfMemory: if an update does not fit in memory.
@@ -237,7 +238,7 @@ class StageTrainer:
             torch.get_device_module(self.accelerator.device).manual_seed(seed)
 
     def gradient(self, player: Player, part: Fed) -> Tensor:
-        """Add the gradient of a micro batch, and return the micro batch's part of the mean loss."""
+        """Add the gradient of a micro batch, and return the micro batch's contribution to the mean loss."""
         turn, draw = part.place.turn, part.place.draw
         with self.accelerator.autocast():
             losses = turn.loss(self._models[player.name], part.batch, draw)
@@ -342,7 +343,7 @@ class StageTrainer:
         self._clock += seconds
 
     def state(self) -> State:
-        """Return all that a resumed run, with any number of processes, needs in addition to `update` and `seconds`.
+        """Return everything except `update` and `seconds` that is needed to resume with any number of processes.
 
         All ranks must call this. Rank 0 gets copies on the CPU, and the other ranks get an empty dictionary.
         """

@@ -1,4 +1,4 @@
-"""Find the largest micro batch with which an update fits in memory, and write the error message if none fits."""
+"""Find the largest micro batch for which an update fits in memory, and write the error message if none fits."""
 
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,8 @@ def fit_micro_batch(trainer: "StageTrainer", largest: int | None = None) -> list
 
     Raises:
         OutOfMemory: if not even a single sample fits.
-        ValueError: if the weights are sharded, because processes would wait for a process that is out of memory.
+        ValueError: if the weights are sharded, because the other processes would wait for a process that ran out of
+            memory.
     """
     if is_sharded(trainer.student.network):
         raise ValueError("engine.micro_batch auto does not work with sharding full. Set engine.micro_batch to a number")

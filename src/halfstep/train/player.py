@@ -124,7 +124,7 @@ class EMA:
 
 @final
 class Follower:
-    """A copy of a player that the objective calls, either a moving average or the player before the first update.
+    """A copy of a player that the objective calls: a moving average, or the player as it was before the first update.
 
     Args:
         model: the player's model, whose network must not be sharded yet.
@@ -168,7 +168,7 @@ class Player:
             self.wrapped, self._optimizer = network, made
         else:
             with warnings.catch_warnings():
-                # DDP warns about its argument broadcast_buffers, but accelerate does not support the new argument.
+                # DDP warns that broadcast_buffers is deprecated, but accelerate does not support its replacement.
                 warnings.simplefilter("ignore", FutureWarning)
                 self.wrapped, self._optimizer = accelerator.prepare(network, made)
             # The engine enters autocast itself. With accelerate's wrapper, the compiler would get a new network in each
@@ -201,7 +201,7 @@ class Player:
 
     @contextlib.contextmanager
     def alone(self, players: "Iterable[Player]") -> Iterator[None]:
-        """Return a context in which the gradients of all other players' weights are neither computed nor kept."""
+        """Return a context manager that neither computes nor keeps the gradients of other players' weights."""
         others = [player for player in players if player is not self]
         frozen = [p for other in others if not is_sharded(other.network) for p in other._parameters]
         for parameter in frozen:
@@ -217,7 +217,7 @@ class Player:
                     other.clear()
 
     def backward(self, update: int, places: range, losses: Losses, x0: Tensor) -> Tensor:
-        """Add the gradient of a micro batch, and return the micro batch's part of the mean loss."""
+        """Add the gradient of a micro batch, and return the micro batch's contribution to the mean loss."""
         accelerator = self._accelerator
         largest = torch.linalg.vector_norm(x0, ord=torch.inf)
         self.recent.parts.append(Part(update, places, losses.loss.detach(), losses.log_snr.detach(), largest))
@@ -258,16 +258,17 @@ class Player:
         self._optimizer.zero_grad()
 
     def needs_settling(self, count: int) -> bool:
-        """Return whether DDP still has to order its messages. This is True at most once.
+        """Return whether DDP still has to rebuild its buckets. This is True at most once.
 
-        DDP orders its messages after the first backward pass, and the rounding of a sum over more than two processes
-        depends on this order. Otherwise, the first update of a resumed run would differ from the uninterrupted run.
+        DDP rebuilds its gradient buckets after the first backward pass, and the rounding of a sum over more than two
+        processes depends on the buckets. Otherwise, the first update of a resumed run would differ from the
+        uninterrupted run.
         """
         settled, self._settled = self._settled, True
         return not settled and isinstance(self.wrapped, DistributedDataParallel) and count > 2
 
     def place_for_moments(self) -> list[Tensor]:
-        """Return tensors as large as the state that the first optimiser step allocates, or none if it exists."""
+        """Return tensors as large as the state that the first optimiser step allocates, or none once it exists."""
         if self._optimizer.state_dict()["state"]:
             return []
         return [torch.empty_like(p) for p in self._parameters for _ in range(2)]

@@ -1,8 +1,8 @@
 """Sharding of networks over the processes: FSDP2, torch's `fully_shard`.
 
 Each process stores a slice of every weight, gradient, moment and average. The weights of a unit (a block) are gathered
-while this unit computes. accelerate's FSDP2 supports neither processes on the CPU nor networks without an optimiser,
-such as teachers, so this module calls `fully_shard` itself.
+while the unit runs. accelerate's FSDP2 supports neither CPU processes nor networks without an optimiser, such as
+teachers, so this module calls `fully_shard` itself.
 
 Source: Zhao et al. 2023, PyTorch FSDP (arXiv:2304.11277).
 """
@@ -52,7 +52,7 @@ def shard(network: nn.Module, device: torch.device, count: int) -> None:
     mesh = init_device_mesh(device.type, (count,))
     for block in _blocks(network, UNIT):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    # Both ends of a network use the remaining parameters, so these are kept gathered until the backward pass, if any.
+    # Both ends of a network use the remaining parameters, so they stay gathered until the backward pass, if any.
     fully_shard(network, mesh=mesh, reshard_after_forward=not any(p.requires_grad for p in network.parameters()))
 
 
@@ -142,7 +142,7 @@ def fill(twin: nn.Module, network: nn.Module) -> None:
 
 @contextlib.contextmanager
 def unsynced(network: nn.Module) -> Iterator[None]:
-    """Return a context in which each process accumulates gradients without synchronising them.
+    """Return a context manager under which each process accumulates gradients without synchronising them.
 
     Use this context for all micro batches of an update except the last.
     """
