@@ -49,7 +49,7 @@ class Registry(dict[str, Member]):
         raise ValueError(self.unknown(name))
 
     def unknown(self, name: str) -> str:
-        """Return the error message for a name that is not registered, which also tells how to make it known."""
+        """Return the error message for a name that is not registered, including advice on how to register it."""
         return (
             f"unknown {self.family} {name!r}{nearest(name, self)} (known: {', '.join(self)}). If your own file "
             "registers it, import that file. On the command line, end the file with halfstep.cli.main() and run: "

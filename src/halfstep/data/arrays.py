@@ -43,11 +43,12 @@ def from_arrays(
     """Return data that contains the samples in `x`.
 
     These are uint8 images `[n, height, width]` or `[n, height, width, 1 | 3 | 4]`, or floats `[n, *dims]`. The classes
-    are the distinct labels in sorted order (see `classes_of`). `limit` keeps only the first samples, but all classes.
+    are the distinct labels in sorted order (see `classes_of`). `limit` keeps only the first samples but does not remove
+    any classes.
 
     Raises:
-        ValueError: if `x` has another type or shape, is empty or contains values that are not finite; if `prepare` has
-            image settings, but `x` contains floats; or as described in `classes_of`.
+        ValueError: if `x` has an unsupported type or shape, is empty or contains non-finite values; if `prepare` has
+            image settings but `x` contains floats; or as described in `classes_of`.
     """
     if x.ndim == 0:
         raise ValueError(f"{source} contains a single number instead of samples: save an array of shape [n, *dims]")

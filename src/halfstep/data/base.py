@@ -74,7 +74,7 @@ class MemoryData(Data):
     """Samples in memory: images as uint8 `[n, channels, height, width]`, and other samples as float32 `[n, *dims]`.
 
     Raises:
-        ValueError: if `x` has another type or too few axes, is empty or contains values that are not finite; or if
+        ValueError: if `x` has an unsupported type or too few axes, is empty or contains non-finite values; or if
             `labels` does not contain one index into `class_names` per sample, as int64 `[n]`.
     """
 
@@ -128,7 +128,7 @@ class MemoryData(Data):
         labels = None if self.labels is None else self.labels.to(device)
         conditions = {name: value.to(device) for name, value in self.conditions.items()}
         moved = replace(self, x=self.x.to(device), labels=labels, conditions=conditions)
-        # The fingerprint is computed here, because content in the memory of a device cannot be hashed.
+        # The fingerprint is computed here, because content in device memory cannot be hashed.
         vars(moved)["fingerprint"] = self.fingerprint
         return moved
 
@@ -149,7 +149,7 @@ def held_on(device: torch.device, data: Data) -> Data:
 
 
 def training_batch(data: Data, draw: Draw, flip: bool, shown: Container[str] | None = None) -> Batch:
-    """Return the samples of an update, on the device of the data. They depend only on `draw`.
+    """Return the samples for an update, on the data's device. They depend only on `draw`.
 
     Args:
         flip: whether to mirror a random half of the samples.
@@ -167,7 +167,7 @@ def training_batch(data: Data, draw: Draw, flip: bool, shown: Container[str] | N
 
 
 def to_batch(x: Tensor, labels: Tensor | None, indices: Tensor) -> Batch:
-    """Return a batch of the samples `x` `[n, *dims]`, as uint8 pixels or float32, and of the labels at `indices`."""
+    """Return a batch with the samples `x` `[n, *dims]` (uint8 pixels or float32) and the labels at `indices`."""
     x0 = x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x
     return Batch(x0, {} if labels is None else {"class_labels": labels.index_select(0, indices)})
 
@@ -187,7 +187,7 @@ def check_flip(data: Data, flip: bool) -> None:
 
 
 UNIT: Final = (0.1, 5.0)
-"""If the root mean square of the data is in this range, noise of unit variance works well in training."""
+"""The range of the data's root mean square in which unit-variance noise works well in training."""
 
 
 def warn_of_scale(data: Data) -> None:

@@ -85,7 +85,7 @@ class CaptionedImages:
         """Load and prepare the images at `indices`, which must not be empty.
 
         Raises:
-            ValueError: if an image cannot be decoded, or if its channels or its size differ from those of the first.
+            ValueError: if an image cannot be decoded, or if its channels or size differ from those of the first image.
         """
         files = Files(self.root, tuple(self.files[index] for index in indices))
         data = decoded(self.source, Labelled(files), self.preparation, sys.maxsize)

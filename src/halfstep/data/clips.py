@@ -101,7 +101,7 @@ class SoundPreparation:
     num_audible: int
     """The number of samples to take from the sound. The remaining samples are silent."""
     start: float = 0.0
-    """The earliest end that a sound may have, in seconds."""
+    """The earliest time at which a sound may end, in seconds."""
     suffixes: ClassVar[tuple[str, ...]] = SOUND_SUFFIXES
 
     def __call__(self, path: Path) -> Tensor:
@@ -165,11 +165,11 @@ class CaptionedClips:
         return torch.stack(self._each(self.preparation, indices))
 
     def ends(self, indices: Sequence[int]) -> list[float] | None:
-        """Return the end, in seconds, of each of the sounds at `indices`, or None if the clips are videos."""
+        """Return the end of each sound at `indices`, in seconds, or None if the clips are videos."""
         return self._each(self.preparation.end, indices) if isinstance(self.preparation, SoundPreparation) else None
 
     def check(self) -> None:
-        """Check all clips before the encoding starts, which can take hours; raise the same errors as `x0`."""
+        """Check all clips before starting the encoding, which can take hours; raise the same errors as `x0`."""
         self._each(self.preparation.check, range(len(self)))
 
     def _each(self, read: Callable[[Path], Any], indices: Sequence[int]) -> list[Any]:

@@ -79,7 +79,7 @@ def open_data(config: DataConfig) -> Data:
 
 
 def holds_images(config: DataConfig) -> bool:
-    """Whether the source is a folder or a name on the Hub, in which images may have any size."""
+    """Whether the source is a folder or a name on the Hub, where images may have any size."""
     path = user_path(config.source)
     return config.source != "digits" and not path.is_file() and not is_latents(path)
 

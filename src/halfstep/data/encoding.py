@@ -45,14 +45,14 @@ class Encoder:
     """Encodes images as latents and captions as conditions, on any device."""
 
     images: Callable[[Tensor], Tensor]
-    """Maps float32 images `[n, 3, h, w]` or clips in [-1, 1] to latents `[n, *dims]` at the scale of the network."""
+    """Maps float32 images `[n, 3, h, w]` or clips in [-1, 1] to latents `[n, *dims]` at the network's scale."""
     texts: Callable[[list[str]], dict[str, Tensor]]
-    """Maps n captions to conditions by name, each `[n, ...]`. All captions must result in the same shape."""
+    """Maps n captions to conditions by name, each `[n, ...]`. All captions must yield the same shapes."""
     key: str
     """Identifies the weights and settings of the encoder. Equal encoders have equal keys."""
     null: Mapping[str, Tensor] | None = None
-    """The conditions, by name, of one sample without a caption, which keeps its other conditions. If None, those of the
-    empty caption are used."""
+    """The conditions, by name, of one sample without a caption; the sample keeps its other conditions. If None, the
+    conditions of the empty caption are used."""
     timed: Callable[[list[str], list[float]], dict[str, Tensor]] | None = None
     """Maps n captions and the ends of n sounds, in seconds, to conditions as `texts` does, or None if the conditions do
     not depend on the ends."""
@@ -81,9 +81,9 @@ def encode(
             encodes all batches.
 
     Raises:
-        ValueError: if `folder` contains other files, or latents from another encoder, from other images or in shards
-            of another size; if another process is writing to `folder`; if an image cannot be decoded or is not RGB; or
-            if the encoder returns wrong shapes or non-finite values.
+        ValueError: if `folder` contains other files, or latents from a different encoder, from different images or in
+            shards of a different size; if another process is writing to `folder`; if an image cannot be decoded or is
+            not RGB; or if the encoder returns wrong shapes or non-finite values.
         OSError: if the disk is full. The call can be repeated later.
     """
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
@@ -140,10 +140,11 @@ def planned_index(
     shard_size: int,
     class_names: tuple[str, ...],
 ) -> tuple[Index, bool]:
-    """Return the folder's index or, as described in `_begin`, a new one, and whether it is new.
+    """Return the folder's index, or a new one as described in `_begin`, and whether the index is new.
 
     Raises:
-        ValueError: if the folder contains shards from another encoder, from other images or of another size.
+        ValueError: if the folder contains shards from a different encoder, from different images or of a different
+            size.
     """
     shards = (None,) * -(-len(images) // shard_size)
     now = Index(
@@ -243,7 +244,7 @@ class Encoding:
         return {name: value[0] for name, value in checked.items()}
 
     def time(self, part: range, repeats: float) -> float:
-        """Return the seconds to encode a batch, assuming that the latents of prompts take `repeats` times as long."""
+        """Return the time in seconds to encode a batch, assuming that prompt latents take `repeats` times as long."""
         start = time.perf_counter()
         self._encode(part)
         whole = time.perf_counter() - start
@@ -299,7 +300,7 @@ class Encoding:
         return self._known({LATENTS: latents, **conditions}, names)
 
     def _known(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """Apply `_checked`, and check that the names of the conditions are those of the empty caption, if any."""
+        """Apply `_checked`, and check that the conditions have the same names as those of the empty caption, if any."""
         conditions, known = tensors.keys() - {LATENTS}, self.index.tensors.keys() - {LATENTS}
         keeps_some = self.encoder.null is not None and LATENTS not in self.index.tensors
         if known and not (known <= conditions if keeps_some else known == conditions):
@@ -352,5 +353,5 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> Stored:
 
 
 def _record(root: Path, index: Index) -> None:
-    """Write the index, by which files that were lost in a power cut can be detected."""
+    """Write the index, which makes it possible to detect files that were lost in a power cut."""
     write_json(root / INDEX, index.model_dump(mode="json"))

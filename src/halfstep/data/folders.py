@@ -30,7 +30,7 @@ _BESIDE: Final = (
 _SPLITS: Final = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"})
 """Names of sub-folders that contain a split, not a class."""
 _LABELS: Final = "dataset.json"
-"""The file of labels in the format of EDM and StyleGAN, {"labels": [[path, class], ...]}. If this file exists, the
+"""The label file in the format of EDM and StyleGAN, {"labels": [[path, class], ...]}. If this file exists, the
 sub-folders are shards."""
 
 

@@ -19,27 +19,27 @@ from halfstep.runtime.files import user_path
 from halfstep.runtime.processes import Processes
 
 QUICK: Final = 5.0
-"""The number of seconds for one image above which `forecast` does not time a whole batch."""
+"""If encoding one image takes longer than this, in seconds, `forecast` does not time a whole batch."""
 
 _STORED: Final = Stored(sha256="0" * 64, size=2**20)
-"""Stands for a file that is not written yet."""
+"""A placeholder for a file that has not been written yet."""
 
 
 @final
 @dataclass(frozen=True)
 class Forecast:
-    """The cost of a call of `encode`."""
+    """The cost of a call to `encode`."""
 
     pending: int
-    """The number of images that are not encoded yet."""
+    """The number of images that have not been encoded yet."""
     tensors: Mapping[str, Entry]
     """The latents and conditions of one sample, by name."""
     num_bytes: int
     """The size of the complete folder."""
     seconds: float
-    """The estimated time in which one process encodes the pending images."""
+    """The estimated time that one process needs to encode the pending images."""
     timed: int
-    """The number of images on which the time was measured, or 0 if no images are pending."""
+    """The number of images that were timed, or 0 if no images are pending."""
 
 
 def forecast(
@@ -51,13 +51,14 @@ def forecast(
     class_names: Sequence[str] = (),
     repeats: float = 1.0,
 ) -> Forecast:
-    """Return what a call of `encode` costs, without writing anything.
+    """Return the cost of a call to `encode`, without writing anything.
 
-    The time is measured on the first batch, or on a single image if that takes long.
+    The time is measured on the first batch, or on a single image if one image takes long.
 
     Args:
         folder: the folder that would be written, or None for a new folder.
-        repeats: how many times as long as `images.sampled` the call would take to sample the latents of prompts.
+        repeats: the time that the call would take to sample the latents of prompts, as a multiple of the time that
+            `images.sampled` takes.
 
     Raises:
         ValueError: as described in `encode`, except that images after the first batch and other processes are not
@@ -84,7 +85,7 @@ def forecast(
 
 
 def _size(index: Index, null: Mapping[str, Tensor]) -> int:
-    """Return the size of a complete folder in bytes, computed with the headers of empty shards."""
+    """Return the size of a complete folder in bytes, including the headers, which are taken from empty shards."""
     empty = {name: torch.empty(0, *entry.shape, dtype=_dtype(entry)) for name, entry in index.tensors.items()}
     row = sum(math.prod(entry.shape) * _dtype(entry).itemsize for entry in index.tensors.values())
     files = len(save(empty)) * len(index.shards) + len(save(dict(null)))

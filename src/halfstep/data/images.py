@@ -261,7 +261,7 @@ def _decode(
 
 
 def _open(file: Path | bytes, name: str, prepare: Preparation) -> NDArray[np.uint8] | ValueError:
-    """Return the pixels of an image, or a ValueError with a message of one line if the image cannot be read.
+    """Return the pixels of an image, or a ValueError with a one-line message if the image cannot be read.
 
     Raises:
         OSError: if the disk is no longer available.

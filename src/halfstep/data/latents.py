@@ -31,7 +31,7 @@ from halfstep.runs.record import Record, problem_of
 from halfstep.runtime.files import DamagedFile, read_json, sha256_of, user_path
 
 FORMAT: Final = 1
-"""The version of the format. Folders with another version are rejected."""
+"""The version of the format. Folders with any other version are rejected."""
 INDEX: Final = "index.json"
 NULL: Final = "null.safetensors"
 LATENTS: Final = "latents"
@@ -127,7 +127,7 @@ class LatentData(Data):
             rows = indices[places] % self.index.shard_size
             path = user_path(self.source) / shard_name(number)
             try:
-                # Opening a shard takes microseconds, and keeping them all open could exceed the limit of open files.
+                # Opening a shard takes microseconds, and keeping them all open could exceed the limit on open files.
                 with safe_open(path, "pt") as file:
                     for name, value in found.items():
                         value[places] = file.get_tensor(name)[rows].to(value.dtype)

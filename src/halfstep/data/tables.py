@@ -92,7 +92,7 @@ def table(source: str, split: str, labels: bool, label_column: str | None, limit
 
 
 def is_saved(root: Path) -> bool:
-    """Whether the folder was written by the method `save_to_disk` of the `datasets` library."""
+    """Whether the folder was written by the `save_to_disk` method of the `datasets` library."""
     return any((root / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 

@@ -61,7 +61,7 @@ class Autoencoder:
         """Encode `x` as samples of the denoiser, `[n, *latent_shape]`, using the means of the VAE's distributions.
 
         Raises:
-            ValueError: if the VAE encodes to latents of a different shape from those that it decodes.
+            ValueError: if the VAE's encoder returns latents of a different shape from those that its decoder takes.
         """
         # Clips are encoded one at a time, because a clip can be as large as a batch of images.
         parts = x.reshape(len(x), *self.decoded).split(1 if self.image_size is None else len(x))

@@ -33,7 +33,7 @@ class Reading:
         self._names: set[str] = set()
 
     def node(self, path: str, one: Any, two: Any, later: Any) -> dict[str, Any]:
-        """Return an argument's node from its values for one prompt, for two prompts, and for two in the next step."""
+        """Return an argument's node from its values for one prompt, two prompts, and two prompts in the next step."""
         if isinstance(two, Mapping):
             items = {name: self.node(f"{path}.{name}", one.get(name), two[name], later[name]) for name in two}
             return {"is": "dict", "items": items}

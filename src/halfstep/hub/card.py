@@ -19,7 +19,7 @@ _PIXELS: Final = {
 
 
 def call_of(manifest: Manifest, num_steps: int) -> dict[str, Any]:
-    """Return the call arguments, except prompts, with which a model's stock pipeline takes the same steps as ours."""
+    """Return the call arguments, except prompts, that make a model's stock pipeline take the same steps as ours."""
     pipeline = manifest.pipeline
     assert pipeline is not None
     taken = inspect.signature(stock(pipeline.kind).__call__).parameters
@@ -50,7 +50,7 @@ def _call(manifest: Manifest, kind: str, steps: int = 4) -> str:
 
 
 def _usage(manifest: Manifest, kind: str, schedule: StockSchedule, steps: int) -> tuple[str, str, str]:
-    """Return imports, Python code that samples with `steps` steps, and the note about the spacing of these steps."""
+    """Return imports, Python code that samples with `steps` steps, and a note about the spacing of these steps."""
     line = _call(manifest, kind, steps)
     if schedule.kind != FLOW:
         return "", line, ""

@@ -32,7 +32,7 @@ WRAPPERS: Final = {
     "model.": "a training module",
     "net.": "a training module",
 }
-"""Prefixes of tensor names, and for each prefix the wrapper that adds it to all names."""
+"""Prefixes of tensor names, each with the wrapper that adds it to all names."""
 ADAPTER: Final = ".base_layer."
 """The string that peft inserts into the names of layers."""
 AVERAGED: Final = {
@@ -164,7 +164,7 @@ def check_files(folder: Path, kind: str) -> None:
 
 
 def _check_indirection(folder: Path) -> None:
-    """Refuse anything that makes a library read files other than the safetensors files in this folder."""
+    """Reject anything that makes a library read files other than the safetensors files in this folder."""
     for file in sorted(folder.glob("*.safetensors")):
         if not file.is_file():
             raise ValueError(f"{file} is not a regular file. Save the pipeline again")
@@ -218,7 +218,7 @@ def open_part(folder: Path, kind: str) -> Any:
         kind: library and class, such as "transformers.CLIPTextModel".
 
     Raises:
-        ValueError: if `check_files` refuses the files.
+        ValueError: if `check_files` rejects the files.
         DamagedFile: if the weights cannot be read, are not exactly those of the class, or are not finite; the message
             names the first such tensor.
     """

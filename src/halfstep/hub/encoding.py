@@ -119,11 +119,12 @@ def text_conditions(
     """Return the conditions for captions by name, each `[len(captions), ...]`, as the model's pipeline computes them.
 
     Args:
-        ends: the end of each sound in seconds. By default, all sounds have the end of the pipeline's call.
+        ends: the end of each sound in seconds. By default, all sounds have the same end, which is that of the
+            pipeline's call.
 
     Raises:
-        ValueError: if the package transformers or a text encoder is missing, or if `ends` are given for a
-            pipeline whose samples cannot have their own ends.
+        ValueError: if the package transformers or a text encoder is missing, or if `ends` is given for a pipeline whose
+            samples must all have the same end.
     """
     pipeline = _pipeline_of(manifest)
     pipe = _text_pipeline(fetch(pipeline.folder), pipeline.kind, torch.device(device))

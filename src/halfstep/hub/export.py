@@ -51,7 +51,7 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
 
     Args:
         metrics: quality measurements for the card.
-        name: the name with which the card loads the model, or None to use the folder's name.
+        name: the name that the card uses to load the model, or None to use the folder's name.
 
     Raises:
         ValueError: if diffusers has no pipeline, exact grid or scheduler for the model's sampler, if a part of the
@@ -109,7 +109,7 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
 
     Args:
         base: manifest of the stage that the weights were trained on, or None for the imported model.
-        name: the name with which the card loads the weights, or None to use the folder's name.
+        name: the name that the card uses to load the weights, or None to use the folder's name.
 
     Raises:
         ValueError: if the model is not a LoRA or was not trained on the pipeline's own weights, if the pipeline cannot

@@ -43,7 +43,7 @@ PROCESS: Final = VPCosine()
 
 @final
 class GooglePDConfig(Record):
-    """The configuration of a network in the authors' unet.py, and the facts that its checkpoint lacks."""
+    """The configuration of a network in the authors' unet.py, and the information that its checkpoint lacks."""
 
     image_size: PositiveInt
     """Height and width."""

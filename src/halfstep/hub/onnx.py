@@ -34,7 +34,8 @@ LARGEST: Final = int(1.4 * 2**30)
 """Maximum size in bytes of weights that are stored in the graph's own file. A protobuf is limited to 2 GiB, and torch
 splits the file at 1.5 GiB."""
 STEP_NOISE: Final = "step_noise"
-"""Name of the input with a stochastic sampler's noise for each step except the last, which draws no noise."""
+"""Name of the input that contains a stochastic sampler's noise for each step except the last, which does not draw
+noise."""
 
 
 @final
@@ -53,7 +54,8 @@ class _Recorder(Denoiser):
         super().__init__()
         self.process, self.size = process, size
         self.program: list[tuple[list[tuple[int, float]], tuple[Any, ...] | None]] = []
-        """Sums of (value, coefficient), each sum with the (t, alpha, sigma) of a call, or None for a step's result."""
+        """Sums of (value, coefficient) pairs, each with the (t, alpha, sigma) of a call, or None for a step's
+        result."""
         self.known = 1
 
     def value(self) -> Tensor:
@@ -95,7 +97,7 @@ class UnrolledSampler(nn.Module):
         self.drawn = num_steps - 1 if sampler.stochastic else 0
         noises = [recorder.value() for _ in range(self.drawn)]
         for (t, s), noise in itertools.zip_longest(itertools.pairwise(uniform_times(num_steps).tolist()), noises):
-            # The last step draws no noise.
+            # The last step does not draw noise.
             drawn = torch.zeros_like(x_t) if sampler.stochastic and noise is None else noise
             x_s, memory = sampler.step(recorder, x_t, t, s, None, memory, drawn)
             recorder.record(x_s)
@@ -209,7 +211,7 @@ def _normal(seed: int, *shape: int) -> Tensor:
 
 
 def step_noise(model: Model, num_steps: int, length: int) -> dict[str, Tensor]:
-    """Return the input `STEP_NOISE`, `[length, num_steps - 1, *shape]`, or nothing if the sampler draws no noise."""
+    """Return the input `STEP_NOISE`, `[length, num_steps - 1, *shape]`, or nothing if no noise is drawn."""
     if not model.sampler.stochastic or num_steps == 1:
         return {}
     return {STEP_NOISE: _normal(100 + length, length, num_steps - 1, *model.shape)}

@@ -32,7 +32,7 @@ PIXELS: Final = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
 """Image pipelines without a VAE, whose only network is fully described by its config."""
 UNET: Final = "UNet2DModel"
 FETCHED: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*/*.safetensors", "diffusion_pytorch_model*.safetensors")
-"""Files to download, which include no pickles, code or single-file weights."""
+"""Files to download, excluding pickles, code and single-file weights."""
 NON_EMA: Final = ("*.non_ema.*", "*.non_ema-*")
 HALF_PRECISION: Final = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*")
 """Weight variants, which are downloaded only if no weights without a variant exist."""
@@ -200,7 +200,7 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, precision: B
 
 
 def _origin(source: str | Path, weights: Path) -> str:
-    # A trailing slash, which shells add, does not make another teacher.
+    # A trailing slash, which shells add, does not make it a different teacher.
     return f"{Path(source)} (weights sha256 {disk.digest_of(weights)})"
 
 

@@ -2,7 +2,7 @@
 
 The configs were checked against public copies: those of SDXL against its authors' sd_xl_base.yaml, of Flux.1 dev
 against Open-Sora's config of the same network, and of Wan 2.1 against copies of its config.json and its published
-shifts. Tests check the number of parameters. Calls are those that the pipeline makes at the released size.
+shifts. Tests check the number of parameters. The calls are those that the pipeline makes at the released size.
 """
 
 import math

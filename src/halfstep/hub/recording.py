@@ -215,12 +215,12 @@ def _guiding(
 def _has_ends(
     call: Mapping[str, Any], arguments: Mapping[str, Any], shorter: Mapping[str, Any], constants: dict[str, Tensor]
 ) -> bool:
-    """Return whether the only arguments that change with the end in seconds have a batch axis. If so, mark these
-    arguments as conditions.
+    """Return whether any arguments change with the end in seconds and all of these have a batch axis. If so, mark them
+    as conditions.
 
     Args:
         arguments: the arguments of the recorded call, for two prompts.
-        shorter: the arguments of a call with another end.
+        shorter: the arguments of a call with a different end.
     """
     pairs = zip(reached(call, arguments), reached(call, shorter), strict=True)
     changed = [node for (node, one), (_, other) in pairs if node["is"] != "time" and not _equal(node, one, other)]
@@ -245,7 +245,7 @@ def _unshared(null: dict[str, Tensor], other: Mapping[str, Tensor], alone: Mappi
     """Return the conditions of the unconditional branch that do not change with the end in seconds.
 
     Args:
-        other: the conditions of the unconditional branch in a call with another end.
+        other: the conditions of the unconditional branch in a call with a different end.
         alone: the conditions of two samples without guidance.
 
     Raises:

@@ -32,7 +32,7 @@ TABLES: Final = (
     "DEISMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
     "HeunDiscreteScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
 )  # fmt: skip
-"""Schedulers with a table of betas. They differ only in how they take a step, which does not depend on the model."""
+"""Schedulers with a table of betas. They differ only in how they take a step, which is not a property of the model."""
 SHIFTED_TABLES: Final = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 """Schedulers that divide the signal-to-noise ratios of their table of betas by a constant."""
 COSINE: Final = "CosineDPMSolverMultistepScheduler"
@@ -55,7 +55,7 @@ _RAMPS: Final = {"linear": linear_betas, "scaled_linear": scaled_linear_betas}
 @final
 @dataclass(frozen=True)
 class Schedule:
-    """A model's properties that are stored in its scheduler's config."""
+    """The properties of a model that are stored in its scheduler's config."""
 
     process: NoiseProcess
     prediction: Prediction
@@ -109,7 +109,7 @@ def read_schedule(config: Mapping[str, Any], mu: float | None = None) -> Schedul
 
 
 def renewed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a scheduler's config with the fields of 2022 replaced by current fields.
+    """Return a scheduler's config with fields from 2022 replaced by current ones.
 
     Raises:
         ValueError: if `predict_epsilon` and `prediction_type` contradict each other.
@@ -293,7 +293,7 @@ SOLVERS: Final[dict[Sampler, dict[str, Any]]] = {
     DPMSolverPP2M(): {"algorithm_type": "dpmsolver++", "solver_order": 2},
     Ancestral(gamma=0.0): {"algorithm_type": "sde-dpmsolver++", "solver_order": 1},
 }
-"""Settings with which diffusers' DPM-Solver++ takes the steps of one of our samplers."""
+"""Settings that make diffusers' DPM-Solver++ take the same steps as one of our samplers."""
 
 
 def multistep(schedule: StockSchedule, solver: Mapping[str, Any], clip: bool) -> StockSchedule:
@@ -321,6 +321,6 @@ def multistep(schedule: StockSchedule, solver: Mapping[str, Any], clip: bool) ->
 
 
 def exact_steps(schedule: StockSchedule) -> list[int]:
-    """Return the numbers of steps, up to 64, for which the scheduler's times are exactly our grid."""
+    """Return the numbers of steps, up to 64, for which the scheduler's times match our grid exactly."""
     num = int(schedule.config["num_train_timesteps"])
     return [steps for steps in range(1, 65) if schedule.kind == FLOW or num % steps == 0]

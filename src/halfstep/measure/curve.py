@@ -54,7 +54,7 @@ class CurveSpec:
     """The number of sets of seeds. Set k starts at seed k * num_samples."""
     guidance_scale: float | None = None
     teacher: Entry | None = None
-    """The model with which all other models are compared, starting from the same noise."""
+    """The model that all other models are compared with, starting from the same noise."""
     notices: Sequence[str] = ()
     run: str | None = None
     """The value of `Manifest.run` in the measured run."""

@@ -1,4 +1,4 @@
-"""The settings for measuring models, and the real data with which samples are compared.
+"""The settings for measuring models, and the real data that samples are compared with.
 
 Images are measured as they would be saved, that is, rounded to uint8. The seeds are 0, 1, 2, ..., so all models of a
 chain start from the same noise.
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from halfstep.measure.store import Cell
 
 MOST_SAMPLES: Final = 1_000_000
-"""The largest number of samples in a set, which is twenty times the usual number."""
+"""The maximum number of samples in a set, which is twenty times the usual number."""
 FIGURES_FORMAT: Final = 1
 """The version of the stored metrics. Increment it when a metric changes, so that old results are measured again."""
 
@@ -129,7 +129,7 @@ def features_for(data: Data, evaluation: Evaluation) -> str:
 
 
 def check_measurable(data: Data, evaluation: Evaluation) -> None:
-    """Raise ValueError if samples cannot be compared with this data. No classifier is trained for this check."""
+    """Raise ValueError if samples cannot be compared with this data. This check does not train a classifier."""
     if not evaluation.enabled:
         return
     if len(data) < 2:
@@ -162,10 +162,10 @@ def few_samples(extractor: str, num_samples: int, num_reference: int, size: int)
 
 
 class Against(ABC):
-    """The reference with which a set of samples is compared."""
+    """The reference that a set of samples is compared with."""
 
     name: str
-    """A part of file names. It identifies everything that the metrics depend on besides the samples."""
+    """Part of the file names. It identifies everything besides the samples that the metrics depend on."""
     needs: Sequence["Cell"] = ()
     """The cells whose samples `figures` needs."""
 

@@ -14,11 +14,11 @@ from halfstep.core.draw import generator_for
 from halfstep.data import Data
 
 MOST_VALUES = 200_000_000
-"""The maximum number of training values to search. In larger data, only a fixed random subset is searched."""
+"""The maximum number of training values to search. In larger data sets, only a fixed random subset is searched."""
 NUM_REAL = 256
 """The maximum number of training samples for which `real` contains a distance."""
 CHUNK = 16_000_000
-"""The number of training values that are in memory at a time."""
+"""The number of training values that are held in memory at a time."""
 
 
 @final
@@ -45,7 +45,7 @@ def nearest_samples(data: Data, x0: Tensor, k: int = 3, flip: bool = False) -> N
         flip: whether the model was also trained on mirrored images, which are then searched too.
 
     Raises:
-        ValueError: if `x0` is empty or contains samples of another shape than the data, or if k is less than 1.
+        ValueError: if `x0` is empty or contains samples of a different shape from the data, or if k is less than 1.
     """
     if tuple(x0.shape[1:]) != data.shape or len(x0) == 0:
         raise ValueError(f"samples of shape {list(x0.shape)} cannot be compared with data of shape {list(data.shape)}")

@@ -122,7 +122,7 @@ class ModelSource(Source):
         return Drawn(x0, seconds, model.num_evals(self.sampler, num_steps, self._guidance_scale))
 
     def _cond(self, model: Model, seeds: range) -> dict[str, Tensor]:
-        """For each seed, return the conditions of the sample `seed % len(data)` in the data, if the model takes any."""
+        """Return, for each seed, the conditions of sample `seed % len(data)` of the data, if the model takes any."""
         data = self._conditions
         if data is None:
             return {}

@@ -9,7 +9,7 @@ FOLDER/
       samples.npz             arr_0: uint8 [n, h, w, c] for images, float32 [n, *dims] otherwise
   figures/NAME.json           the metrics of one cell in one protocol
 
-Each NAME contains a hash of everything that the content depends on. The cells of the models of a run are stored in
+Each NAME contains a hash of everything that the content depends on. The cells for a run's models are stored in
 RUN/evaluation.
 """
 
@@ -80,7 +80,7 @@ class Cell:
 
 
 def seeds_name(seeds: range) -> str:
-    """Return the name of a set of seeds, which is `first-last`."""
+    """Return the name of a set of seeds, in the form `first-last`."""
     return f"{seeds[0]}-{seeds[-1]}"
 
 

@@ -1,4 +1,4 @@
-"""The checks of the arguments of `fit` and `distill`."""
+"""Checks the arguments of `fit` and `distill`."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ KINDS: Final[Mapping[str, tuple[type, str]]] = {
     "guidance": (Guidance, "halfstep.FixedGuidance(4.0)"),
     "teacher_sampler": (Sampler, "halfstep.Heun()"),
 }
-"""The types of those arguments of `distill` that are objects, each with an example for error messages."""
+"""The types of the `distill` arguments that are objects, each with an example for error messages."""
 
 
 def check_bare(name: str, denoiser: Any) -> None:

@@ -59,7 +59,7 @@ class Forward(NamedTuple):
     saved_bytes: int
     """The number of bytes that autograd keeps for the backward pass, in addition to the parameters."""
     weight_bytes: int
-    """The size of the parameters in bytes. Frozen parameters count in the precision in which they are stored."""
+    """The size of the parameters in bytes. Frozen parameters are counted in their stored precision."""
 
 
 def count_forward(spec: RunSpec) -> Forward:
@@ -90,7 +90,7 @@ def count_forward(spec: RunSpec) -> Forward:
         return keep
 
     def recomputed(block: nn.Module, *args: Any) -> Any:
-        """Call a block and keep only its inputs, as the backward pass recomputes the activations block by block."""
+        """Call a block and keep only its inputs, since the backward pass recomputes the activations block by block."""
         nonlocal largest
         for value in args:
             if isinstance(value, Tensor):
@@ -179,7 +179,7 @@ class Memory(NamedTuple):
     """
 
     weights: int
-    """The student's weights. Frozen weights count in the precision in which they are stored."""
+    """The student's weights. Frozen weights are counted in their stored precision."""
     gradients: int
     """The gradients of all trained parameters."""
     moments: int
@@ -189,13 +189,13 @@ class Memory(NamedTuple):
     teacher: int
     """The teacher's weights that are not shared with the student."""
     helpers: int
-    """The weights of the objective's auxiliary networks, without the weights that are shared with the student."""
+    """The weights of the objective's auxiliary networks, excluding weights that are shared with the student."""
     activations: int
     """The activations that are kept for the backward pass of one micro batch."""
 
 
 def memory_of_update(stage: Stage, forward: Forward, engine: Engine, helpers: Mapping[str, Size]) -> Memory:
-    """Count the memory that an update needs, without the extra memory of the allocator and convolution workspaces."""
+    """Count the memory that an update needs, excluding allocator overhead and convolution workspaces."""
     training = stage.training
     samples = min(engine.set_micro_batch or training.batch_size, training.batch_size)
     own, all_ = forward.trainable, forward.parameters

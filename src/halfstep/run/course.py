@@ -30,7 +30,7 @@ IMAGE_RANGE: Final = (-1.0, 1.0)
 
 
 def cosine_within(process: NoiseProcess) -> VPCosine:
-    """Return a cosine process from the last noise level of `process`, or pure noise, down to its first noise level."""
+    """Return a cosine process from the last noise level of `process`, which may be pure noise, down to its first."""
     first = 1 / len(process.betas) if isinstance(process, VPTable) else 0.0
     bounds = process.log_snr(torch.tensor([1.0, first], dtype=torch.float64)).clamp(-20, 20)
     return VPCosine(*bounds.tolist())

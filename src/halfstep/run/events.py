@@ -21,7 +21,7 @@ class StageStart(Event):
     resumed_at: int
     """The update of the checkpoint from which the stage resumed, or 0 if the stage started from scratch."""
     seconds: float
-    """How many seconds the stage had trained up to this update."""
+    """The training time of the stage up to this update, in seconds."""
 
 
 @final

@@ -66,7 +66,7 @@ def identity(spec: RunSpec) -> str:
 def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, str]:
     """Check that the folder belongs to the run, and lock it.
 
-    Return the `run` that is recorded in recipe.json and the fingerprint of the data.
+    Return the `run` that is recorded in recipe.json, and the data's fingerprint.
     """
     path = folder.path
     _check_folder(spec, folder)
@@ -159,7 +159,7 @@ def _held_by(folder: RunFolder) -> str | None:
 
 
 def _accept(spec: RunSpec, folder: RunFolder, held: Mapping[str, Any]) -> None:
-    """Warn that the run's data have changed.
+    """Warn that the run's data has changed.
 
     Raises:
         DifferentRecipe: unless the recipe accepts changed data, and the shape and the classes are unchanged.

@@ -30,11 +30,11 @@ from halfstep.samplers import samplers
 
 
 def methods_of(spec: RunSpec, outcome: Outcome, is_first: bool) -> list[Method]:
-    """Return the samplers and numbers of steps with which a run measures a stage's model.
+    """Return the samplers and numbers of steps that a run uses to measure a stage's model.
 
     Args:
-        outcome: of the stage.
-        is_first: whether its model is the first one of the run.
+        outcome: the outcome of the stage.
+        is_first: whether the stage's model is the first one in the run.
     """
     if not spec.evaluation.enabled:
         return []
@@ -50,7 +50,7 @@ def methods_of(spec: RunSpec, outcome: Outcome, is_first: bool) -> list[Method]:
 
 
 def calls_of_measuring(spec: RunSpec) -> int:
-    """Return the network calls per sample with which a run measures all its models."""
+    """Return the number of network calls per sample that a run uses to measure all its models."""
     calls = 0
     for place, (_, stage) in enumerate(spec.stages):
         if stage is not None:
@@ -63,7 +63,7 @@ def calls_of_measuring(spec: RunSpec) -> int:
 
 @final
 class Measuring:
-    """Measures one stage after another, and compares each student with the first model on the same noise.
+    """Measures one stage after another, and compares each student with the first model, starting from the same noise.
 
     For this comparison, the first model uses the measured sampler and step count that need the most network calls.
     """
@@ -82,7 +82,7 @@ class Measuring:
         place, size = folder.evaluation_path.parent, spec.evaluation.batch_size
         self.store = Store(place, batch_size=size, own_device=True, processes=processes, stop=stop)
         self._base: Cell | None = None
-        """The finest samples of the chain's first model, with which the samples of all other models are compared."""
+        """The finest samples of the chain's first model, which the samples of all other models are compared with."""
 
     def measured(self, folder: StageFolder, model: Model, updates_before: int) -> Iterator[Event]:
         """Measure a stage unless its metrics exist. Trackers log the metrics at update `updates_before` of the plan."""

@@ -137,5 +137,5 @@ def prompted_by(
 
 
 def _unguided(model: Model) -> float | None:
-    """Return the scale that disables guidance, or None if the model has learned a scale or supports no guidance."""
+    """Return the scale that disables guidance, or None if the model has learned a scale or cannot be guided."""
     return 1.0 if model.null and model.guidance is None and not model.takes_scale else None

@@ -14,8 +14,8 @@ def preflight(spec: RunSpec) -> None:
     """Build every student and helper of the plan without allocating weights, and compute the features of two samples.
 
     Raises:
-        ValueError: if the teacher's precision does not fit the settings, low-rank additions or a helper do not fit the
-            network, or the models could not be measured.
+        ValueError: if the teacher's precision is incompatible with the settings, if LoRA or a helper is incompatible
+            with the network, or if the models could not be measured.
     """
     check_measurable(spec.data, spec.evaluation)
     if spec.teacher is not None and (lowered := precision_of(spec.teacher.denoiser.network)) != "float32":

@@ -24,8 +24,8 @@ MOST_WEIGHTS: Final = 10**8
 def _two_of(data: Data | StreamedBatches) -> Batch:
     """Return two samples of the data.
 
-    If the labels are in memory, one sample has the lowest class and the other has the highest class. Otherwise, these
-    are the first and the last sample.
+    If the labels are in memory, one sample has the lowest class and the other has the highest class. Otherwise, the
+    first and the last sample are returned.
     """
     if isinstance(data, StreamedBatches):
         x0, cond = data.first

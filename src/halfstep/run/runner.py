@@ -243,7 +243,7 @@ class _Runner:
             try:
                 held = resume(trainer, folder, self.own, notices.append)
             except OSError:
-                # If no checkpoint can be read from the disk, the message shows the latest.
+                # If no checkpoint can be read from the disk, the message shows the latest one.
                 self.last = next(iter(folder.checkpoints()), self.last)
                 raise
         yield from map(Notice, notices)

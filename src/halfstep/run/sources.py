@@ -31,12 +31,12 @@ MOST_CLASSES: Final = 10**6
 class StreamedBatches:
     """Regroups batches of any size from an iterable to the training batch size, and restarts the iterable at its end.
 
-    Unlike with other data, samples arrive in order, whatever the number of the update. Every process must get the same
+    Unlike with other data, samples arrive in order, regardless of the update number. Every process must get the same
     batches, and uses only its share of each batch.
 
     Raises:
         ValueError: if an item is neither x0 nor (x0, cond), the parts of an item differ in length, or the iterable is
-            empty, as a generator is the second time. The first item is checked at once.
+            empty, as a generator is on the second pass. The first item is checked immediately.
     """
 
     def __init__(self, batches: Iterable[Any]) -> None:
@@ -222,8 +222,8 @@ def in_memory(x0: Array, cond: Mapping[str, Array] | None = None) -> MemoryData:
     """Return samples and their conditions as data. Floats of any kind become float32, and uint8 values become images.
 
     Raises:
-        ValueError: if the samples are integers other than uint8 images, are not finite or have no axis besides the
-            batch axis, or if a condition does not have one row per sample.
+        ValueError: if the samples are integers other than uint8 images, are not finite or have only a batch axis, or if
+            a condition does not have one row per sample.
     """
     if isinstance(x0, np.ndarray):
         x0 = _numbers("samples", x0)

@@ -38,7 +38,7 @@ class RunSpec:
     network: Callable[[], nn.Module] | None = None
     """A function that builds an untrained network for the first stage. It is not called if `teacher` is given."""
     teacher: Model | None = None
-    """The model that the chain starts from, instead of training a teacher in a first stage."""
+    """The model that the chain starts from, or None if a first stage trains the teacher."""
     own_network: nn.Module | None = None
     """A network of the user's own class. Each model gets a copy, because no manifest can rebuild such a network."""
     own_conditions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

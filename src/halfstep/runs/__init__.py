@@ -1,4 +1,6 @@
-"""The run folder as a schema: the contract between engine, report and export. This package does not import torch.
+"""The run folder as a schema: the contract between the engine, the report and the export.
+
+This package does not import torch.
 
 RUN/
   recipe.json                 {"run": digest of recipe and data, "recipe": ..., "plan": [`PlannedStage`, ...],

@@ -25,7 +25,7 @@ class Best(NamedTuple):
 
     @classmethod
     def of(cls, result: Result) -> "Best":
-        """Return those fields of a row of metrics.json that are compared."""
+        """Return the fields of a metrics.json row that are compared."""
         return cls(**{name: getattr(result, name) for name in cls._fields})
 
     def ratio(self, frechet: float) -> float | None:

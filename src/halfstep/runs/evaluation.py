@@ -101,8 +101,8 @@ class Halves(Record):
     """The distances between two halves of the real data. Distances smaller than these are meaningless."""
 
     num_each: int
-    """The number of samples in each of two disjoint halves. It is smaller than in a row, which biases the Frechet
-    distance of the halves further upwards."""
+    """The number of samples in each of two disjoint halves. It is smaller than a row's number of samples, which biases
+    the Frechet distance of the halves further upwards."""
     figures: dict[str, float]
 
 

@@ -192,7 +192,7 @@ class RunFolder:
 
     @property
     def plan(self) -> list[PlannedStage]:
-        """The rows of the plan in recipe.json, in order. There are none if the plan cannot be read."""
+        """The rows of the plan in recipe.json, in order. The list is empty if the plan cannot be read."""
         rows = self._recipe().get("plan")
         rows = rows if isinstance(rows, list) else []
         return [_planned(row) for row in rows if isinstance(row, dict) and isinstance(row.get("stage"), str)]
@@ -234,7 +234,7 @@ class RunFolder:
         """Return the content of recipe.json: {"run": ..., "recipe": ..., "plan": ..., "environment": ...}.
 
         Raises:
-            DamagedFile: if the file is missing, altered or contains no recipe.
+            DamagedFile: if the file is missing or altered, or does not contain a recipe.
         """
         try:
             data = read_sealed(self.recipe_path)

@@ -58,7 +58,7 @@ class PlannedStage(NamedTuple):
 
     name: str
     role: RoleName | None = None
-    """The role of the stage's model, or None if the row contains no role."""
+    """The role of the stage's model, or None if the row does not contain a role."""
     num_steps: int | None = None
     num_updates: int = 0
     """The number of updates, or 0 for a given model."""
@@ -90,15 +90,15 @@ class Manifest(Record):
     num_classes: int = 0
     """The number of classes that the model is conditioned on, or 0 for an unconditional model."""
     classes_shown: int | None = None
-    """The number of classes in the training data, which are always the first classes, or None for all classes. Samples
+    """The number of classes in the training data (always the first classes), or None for all classes. Samples
     cycle through these classes."""
     class_names: tuple[str, ...] = ()
-    """The labels or folder names of the model's classes, in order. They are empty if unknown."""
+    """The labels or folder names of the model's classes, in order; empty if unknown."""
     conditions: dict[str, tuple[int, ...]] = Field(default={})
-    """The further conditions of the model, each with its shape for one sample."""
+    """The model's other conditions, each with its shape for one sample."""
     guidance: dict[str, Any] | None = None
     """The guidance that the network has learned, as {"type": its name in the registry of guidances, and its fields}, or
-    None if the network has learned no guidance."""
+    None if the network has not learned guidance."""
     guidance_scale: float | None = None
     """The default guidance scale, or None without guidance."""
     is_image: bool
@@ -179,12 +179,13 @@ class Result(Record):
     frechet: float
     kid: float
     precision: float | None = None
-    """Precision, recall and coverage are None if there are too few samples, or in results of an earlier halfstep."""
+    """Precision, recall and coverage are None if there are too few samples, or if the results come from an earlier
+    version of halfstep."""
     recall: float | None = None
     coverage: float | None = None
     teacher_rmse: float | None = None
-    """The RMS difference on [-1, 1] from the finest samples of the chain's first model with the same noise, or None for
-    those samples themselves."""
+    """The RMS difference on [-1, 1] from the finest samples of the chain's first model, drawn from the same noise, or
+    None for those samples themselves."""
     seconds_per_1000: float
     """The wall time for 1,000 samples."""
     samples: str | None = None

@@ -34,7 +34,7 @@ SHOWN: Final = (
 RESULT: Final = {"sampler", "num_steps", "num_evals", "frechet", "kid"}
 """The fields of a result in the JSON status."""
 LOG_BYTES: Final = 2**20
-"""The number of bytes to read from the end of the log, which contains the rows of the current stage."""
+"""The number of bytes to read from the end of the log, where the rows of the current stage are."""
 
 
 @dataclass
@@ -133,7 +133,7 @@ class RunStatus:
         return teacher_best(map(Best.of, first.results), first.too_few)
 
     def ratio(self, stage: StageStatus, result: Result) -> float | None:
-        """Return the ratio of a later stage's Frechet distance to the teacher's best, or None if it has no meaning."""
+        """Return the ratio of a later stage's Frechet distance to the teacher's best, or None if it is meaningless."""
         best, first = self.teacher_best, self.stages[0]
         if best is None or stage is first or stage.protocol != first.protocol or stage.too_few:
             return None
@@ -173,7 +173,7 @@ class RunStatus:
 
     @property
     def measuring_seconds_left(self) -> float:
-        """The time left for measuring, estimated from the fastest stage so far, or 0 before a stage was measured."""
+        """The time left for measuring, based on the fastest stage so far, or 0 if no stage has been measured yet."""
         known = [stage for stage in self.stages if stage.results and stage.measuring_seconds]
         if not known:
             return 0.0

@@ -4,10 +4,10 @@ import torch
 
 
 def existing_device(device: str | torch.device) -> torch.device:
-    """Return the torch device of this name.
+    """Return the torch device with this name.
 
     Raises:
-        ValueError: if torch has no device of this name, this machine has no such device, or the device stores no
+        ValueError: if torch has no device with this name, this machine has no such device, or the device does not store
             values.
     """
     here = "cpu"

@@ -182,7 +182,7 @@ def write_sealed(path: Path, body: Mapping[str, Any]) -> None:
 
 
 def write_arrays(path: Path, **arrays: Any) -> None:
-    """Write named arrays atomically to an .npz file, whatever the suffix of `path`."""
+    """Write named arrays atomically to an .npz file, regardless of the suffix of `path`."""
     # numpy is imported here, because most readers of a run folder need no arrays.
     import numpy as np
 

@@ -37,7 +37,7 @@ TIMEOUT_MINUTES: Final = 10.0
 
 WAIT_FOR_MAIN: Final = timedelta(hours=6)
 """How long the other ranks wait while rank 0 writes, measures or trains a classifier. If rank 0 dies, the other ranks
-notice this at once, so the limit is for a disk that does not respond."""
+notice this at once, so this limit only matters if a disk does not respond."""
 
 
 class FailedElsewhere(Exception):
@@ -187,7 +187,7 @@ class Processes:
         return at_once(stop if self.count == 1 else None)
 
     def main_first(self, work: Callable[[], Made]) -> Made:
-        """Call `work` on all ranks and return the result. Rank 0 is first, so that the others can use the cache."""
+        """Call `work` on all ranks and return the result. Rank 0 runs first, so that the others can use the cache."""
         made: list[Made] = []
         self.on_main(lambda: made.append(work()))
         return made[0] if made else work()
