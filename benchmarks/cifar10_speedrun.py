@@ -9,15 +9,15 @@ Measurements on the machine determine these settings (RUN.plan.json):
 - the precision with the fastest update;
 - the largest network whose teacher can train on ENOUGH samples in its share of the budget, after the time to evaluate
   that network has been subtracted;
-- the smallest batch size that reaches the share CLOSE of the highest number of samples per second;
-- whether to compile, which is done if more updates then fit into the budget, including the time to compile.
+- the smallest batch size whose throughput is at least the share CLOSE of the highest throughput;
+- whether to compile, which is done if more updates then fit into the budget, even with the time to compile.
 
 Learning rates and shares are fixed. The teacher and its students are then trained and evaluated: 10,000 samples are
 compared with the test images in the features of --features. The teacher is also evaluated with DDIM at 1 to 256 steps.
 
 A call stops cleanly after --seconds. Rerun the same command until the table is complete. Finished trials, updates and
 rows are kept. The reported time is the sum over all calls, each measured from the start of its process. An interrupted
-row of the table is repeated, so a single call is best. A row that does not fit into the rest of a call is left to the
+row of the table is repeated, so a single call is best. A row that does not fit into the rest of a call is left for the
 next call. The last row is the four-step student in float32, which shows the effect of sampling in bfloat16.
 """
 
@@ -64,18 +64,18 @@ from halfstep.samplers import DDIM
 from halfstep.train.settings import Engine, Precision
 
 PEAK_BF16 = {"H100 80GB HBM3": 989e12, "H100 SXM": 989e12, "H200": 989e12, "A100": 312e12}
-"""Dense bfloat16 operations per second from the manufacturers' data sheets, by a part of the name of the GPU."""
+"""Dense bfloat16 operations per second from the manufacturers' data sheets, keyed by part of the GPU's name."""
 
 SHARES = {"teacher": 0.55, "chain": 0.3}
 """Shares of the budget that remains after calibration and evaluation. The rest is reserved for loading and checkpoints.
 """
 
 CLOSE = 0.95
-"""The share of the highest number of samples per second that is sufficient. Larger batches would only cost updates."""
+"""The share of the highest throughput that is sufficient. Larger batches would only reduce the number of updates."""
 
 WORTH_COMPILING = 400.0
-"""The seconds that must be left before compiled networks are tried. Compilation takes a minute or two, which a shorter
-training cannot recover. The comparison includes the time to compile.
+"""The minimum number of seconds left for compiled networks to be tried. Compilation takes a minute or two, which a
+shorter training run cannot recover. The comparison includes the time to compile.
 """
 
 
@@ -83,11 +83,11 @@ class Size(NamedTuple):
     """The candidates and measurement settings for a run of one size."""
 
     networks: dict[str, UNetConfig]
-    """The candidate networks, with the smallest first."""
+    """The candidate networks, smallest first."""
     batches: tuple[int, ...]
     """The candidate batch sizes. Trials of networks and precisions use the first one."""
     enough: int
-    """The minimum number of samples with which a teacher must be trained."""
+    """The minimum number of samples that a teacher must be trained on."""
     students: tuple[int, ...]
     start: int
     """The number of steps that the teacher of the first student takes."""
@@ -101,12 +101,12 @@ class Size(NamedTuple):
 
     @property
     def evals(self) -> int:
-        """The number of network calls that are needed to draw one sample for every row of the table."""
+        """The number of network calls needed to draw one sample for every row of the table."""
         return sum(self.teacher_steps) + sum(self.students)
 
     @property
     def teacher_steps(self) -> list[int]:
-        """The numbers of steps with which the teacher is evaluated, in increasing order."""
+        """The numbers of steps at which the teacher is evaluated, in increasing order."""
         return [2**k for k in range(self.start.bit_length())]
 
 
@@ -222,7 +222,7 @@ def trial(options: argparse.Namespace, size: Size, setting: Setting, data: Data)
 
 
 def drawn(model: Model, size: Size, steps: int, precision: str) -> float:
-    """Return the number of seconds in which the model draws one batch of samples."""
+    """Return the number of seconds that the model takes to draw one batch of samples."""
     begun = time.perf_counter()
     model.sample(range(size.at_once), steps, batch_size=size.at_once, precision=precision)
     return time.perf_counter() - begun
@@ -254,13 +254,11 @@ class Plan:
         return row
 
     def left(self, row: dict[str, Any]) -> float:
-        """Return the number of seconds that are left for training after the time for the whole evaluation is
-        subtracted.
-        """
+        """Return the number of seconds left for training after subtracting the time for the whole evaluation."""
         return self.options.budget - self.clock.now() - self.measuring(row)
 
     def measuring(self, row: dict[str, Any]) -> float:
-        """Return the estimated number of seconds in which all samples of the table are drawn."""
+        """Return the estimated number of seconds that it takes to draw all samples of the table."""
         rows = len(self.size.teacher_steps) + len(self.size.students)
         return self.size.count * (self.size.evals * row["call"] + rows * row["sample"])
 
@@ -307,7 +305,7 @@ class Plan:
 
 
 class Clock:
-    """A clock for the seconds of this call and all earlier calls, from the start of each process."""
+    """A clock that counts the seconds of this call and all earlier calls, each from the start of its process."""
 
     def __init__(self, run: Path, seconds: float) -> None:
         self.file, self.seconds = run.with_name(run.name + ".seconds.json"), seconds
@@ -384,7 +382,7 @@ def measured(
         if there:
             shown_rows += there[:1]
             continue
-        # A row that is too long for any call is started in this call.
+        # A row that takes too long for any call is started in this call.
         if clock.left_of_call() < 1.2 * size.count * (steps * plan["call"] + plan["sample"]) < 0.8 * clock.seconds:
             raise Interrupted(signal.SIGTERM)
         with stop.at_once():
@@ -434,7 +432,7 @@ def table(options: argparse.Namespace, size: Size, clock: Clock, stop: StopSigna
 
 def share_of_peak(spec: RunSpec, seconds: dict[str, float]) -> dict[str, Any]:
     """Return the operations per second of teacher and student updates in the trials, as numbers and as shares of the
-    GPU's peak. Only network calls are counted, with a backward pass as two forward passes.
+    GPU's peak. Only network calls are counted, and a backward pass counts as two forward passes.
     """
     each = count_forward(spec).flops
     teacher, *students = spec.plan.stages

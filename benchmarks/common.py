@@ -31,7 +31,7 @@ from halfstep.train.settings import Engine
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "benchmarks"
 
 SIZES = {"digits": (1, 8), "fashion_mnist": (1, 28), "cifar10": (3, 32), "tiny": (1, 8)}
-"""The number of channels and the side length of the images of each network."""
+"""The number of channels and the side length of each network's images."""
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
@@ -135,9 +135,9 @@ def repeated(part: Callable[[], Any], times: int) -> Callable[[], Any]:
 def timed(
     parts: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", warm_up: int = 2
 ) -> dict[str, list[float]]:
-    """Return the seconds of each part in each round. The parts take turns, so that disturbances of the machine affect
-    all parts. The order changes in each round, because a part is faster if the previous part left its weights in the
-    cache.
+    """Return the time of each part in each round, in seconds. The parts take turns, so that disturbances of the machine
+    affect all parts. The order changes in each round, because a part is faster if the previous part left its weights in
+    the cache.
     """
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     for number in range(warm_up + rounds):
@@ -159,7 +159,7 @@ def median(values: list[float]) -> float:
 
 
 def median_ratio(top: list[float], bottom: list[float]) -> float:
-    """Return the median over all rounds of the ratio within a round."""
+    """Return the median, over all rounds, of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(top, bottom, strict=True))
 
 

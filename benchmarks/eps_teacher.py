@@ -1,10 +1,10 @@
-"""Match a teacher to v and halve it to 4 steps. The teacher predicts eps on linear betas, and diffusers trains it.
+"""Match a teacher to v and halve it to 4 steps. The teacher predicts eps on linear betas and is trained with diffusers.
 
     python benchmarks/eps_teacher.py /tmp/eps-teacher
 
-This script trains a `UNet2DModel` of diffusers on the digits, with the DDPM noise of diffusers and the plain eps loss,
-and saves it as a `DDPMPipeline`. It then runs `halfstep distill TEACHER --data digits --to 4` with the budgets of the
-demo. The table is written to docs/results/eps-teacher.json, along with that of the demo's own v teacher.
+This script trains a `UNet2DModel` of diffusers on the digits, with diffusers' DDPM noise and the plain eps loss, and
+saves it as a `DDPMPipeline`. It then runs `halfstep distill TEACHER --data digits --to 4` with the budgets of the demo.
+The table is written to docs/results/eps-teacher.json, along with that for the demo's own v teacher.
 """
 
 import json

@@ -56,14 +56,14 @@ VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "map weight 2, 4 auxiliary turns": {"map_weight": 2.0, "auxiliary_turns": 4},
 }
 """The settings in which each variant differs from the recipe with a map weight of 1. These are fields of `Finishing`,
-and `rate` and `length`, which multiply the learning rate and the number of updates.
+plus `rate` and `length`, which multiply the learning rate and the number of updates.
 """
 
 
 def trained(
     teacher: Any, student: Any, data: Any, plan: Plan, *, seed: int, precision: Precision
 ) -> tuple[Sequence[Any], float]:
-    """Train a plan from a student and its undistilled teacher, and return the models and the seconds of training."""
+    """Train a plan from a student and its undistilled teacher; return the models and the training time in seconds."""
     x0, cond = data.fetch(torch.arange(len(data)))
     source = (x0, dict(cond)) if teacher.num_classes else x0
     call = call_of(seed, Engine(cpu=True, precision=precision), None, None, None, None, None, False)
@@ -103,7 +103,7 @@ def measure_of(
 
 
 def varied(steps: int, training: Training, settings: Mapping[str, Any]) -> Plan:
-    """Return the plan for a finish of a student with these settings, which are given as in `VARIANTS`."""
+    """Return the plan for finishing a student with these settings, which are given as in `VARIANTS`."""
     own = dict(settings)
     rate, length = own.pop("rate", 1.0), own.pop("length", 1.0)
     changed = replace(

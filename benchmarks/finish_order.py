@@ -1,4 +1,4 @@
-"""Compare two orders at the end of a chain: halving the 2-step student before it is finished, or afterwards.
+"""Compare two orders at the end of a chain: halving the 2-step student before or after finishing it.
 
     python benchmarks/finish_order.py runs/digits                     # a run with halved students of 2 steps and 1 step
 

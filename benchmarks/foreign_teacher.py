@@ -33,7 +33,9 @@ AT_ONCE = 50
 def drawn(
     model: halfstep.Denoiser, number: int, shape: tuple[int, ...], steps: int, method: halfstep.Sampler
 ) -> Tensor:
-    """Return samples for the seeds 0, 1, ... The seeds also determine the noise of the steps of stochastic samplers."""
+    """Return samples for the seeds 0, 1, ... The seeds also determine the noise that stochastic samplers add at each
+    step.
+    """
     parts = []
     for first in range(0, number, AT_ONCE):
         seeds = range(first, min(first + AT_ONCE, number))

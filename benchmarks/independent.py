@@ -3,11 +3,11 @@
     python benchmarks/independent.py runs/digits runs/digits-1 runs/digits-2 --out docs/results/digits-independent.json
 
 A run evaluates its models in the features of its own classifier, with noise seeds that start at 0. The plans were tuned
-with these values. This script trains a perceptron with hidden layers of 256 and 64 units on the run's labelled data
-with a fixed seed. It then evaluates samples whose seeds start at 1,000,000 in the 64 features of the perceptron. The
-table also contains the metrics in the run's own features with the new seeds. If several runs with different seeds are
-given, their values are averaged. Ratios are relative to the teacher at its best, which is the teacher with 256 DDIM
-steps or 32 Heun steps, whichever is better in the same features.
+on these results. This script trains a perceptron with hidden layers of 256 and 64 units on the run's labelled data with
+a fixed seed. It then evaluates samples whose seeds start at 1,000,000 in the 64 features of the perceptron. The table
+also contains the metrics in the run's own features with the new seeds. If several runs with different seeds are given,
+their values are averaged. Ratios are relative to the teacher at its best, which is the teacher with 256 DDIM steps or
+32 Heun steps, whichever is better in the same features.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from halfstep.studies.roads import AT_BEST
 
 FIRST_SEED: Final = 1_000_000
 NUM_UPDATES: Final = 3000
-"""The number of updates with which the perceptron is trained. Each update uses 128 samples."""
+"""The number of training updates for the perceptron. Each update uses 128 samples."""
 KEPT: Final = ("frechet", "recall", "coverage")
 """The metrics in the table."""
 
@@ -122,7 +122,7 @@ def rows_of(
 
 
 def averaged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the mean of each metric over the runs for each model."""
+    """Return, for each model, the mean of each metric over the runs."""
     found = []
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]

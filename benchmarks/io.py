@@ -1,4 +1,4 @@
-"""Time saving and resuming a checkpoint, compare this with plain writes and reads, and measure the cost for a run.
+"""Measure the time to save and resume a checkpoint, compared with plain writes and reads, and its cost for a run.
 
     python benchmarks/io.py                   # the digits and the CIFAR-10 network
     python benchmarks/io.py --short
@@ -10,9 +10,9 @@ Four parts take turns:
 - `checkpoint` is the time from the call until the checkpoint is on the disk and verified;
 - `resume` verifies the checksums, reads the files and loads the state.
 
-`waits` is the part of `checkpoint` for which training waits while the state is copied. The rest runs in the background.
-`costs` is the time that a checkpoint adds to the updates after it. The share of the time is that of a run that saves a
-checkpoint every 60 seconds.
+`waits` is the part of `checkpoint` during which training waits for the state to be copied. The rest runs in the
+background. `costs` is the time that a checkpoint adds to the updates after it. The share of the time is for a run that
+saves a checkpoint every 60 seconds.
 
 `reading` is the number of images per second that a run opens, decodes and resizes for its batches. The images are in a
 folder that is too large for memory. All cores are used, and the machine has no other load.
@@ -42,7 +42,7 @@ BATCH = {"digits": 64, "cifar10": 16, "tiny": 8}
 
 
 def cost(trainer: StageTrainer, writer: CheckpointWriter, rounds: int, seconds: float) -> list[float]:
-    """Return the seconds that each checkpoint adds to a run that lasts longer than a checkpoint."""
+    """Return the seconds that each checkpoint adds to a run that lasts longer than saving a checkpoint."""
     updates = trainer.run()
     next(updates)
     start = time.perf_counter()
@@ -120,7 +120,7 @@ def measured(name: str, batch: int, device: str, rounds: int, where: Path | None
 
 
 IMAGES = {"PNG": (32, 32), "JPEG": (256, 64)}
-"""The side length of the images and the length to which it is resized, by kind of file."""
+"""The side length of the images before and after resizing, by file type."""
 
 
 def reading(kind: str, rounds: int, where: Path | None, count: int = 256) -> dict[str, Any]:

@@ -72,7 +72,7 @@ SETTINGS = {"denoise": DENOISE, "halve": HALVE}
 SHORT = [("halve", ""), ("halve", "gradient checkpointing")]
 
 NO_ATTENTION = ("digits", "tiny")
-"""Networks that have no layers to which LoRA can be added."""
+"""Networks without any layers that LoRA can be added to."""
 
 
 def settings_of(name: str) -> list[tuple[str, str]]:
@@ -196,7 +196,7 @@ def row_of(name: str, kind: str, setting: str, batch: int, found: dict[str, floa
 
 
 def growth_here(name: str, device: str, updates: int) -> dict[str, Any]:
-    """Return by how much the memory of a run in this process grows from update 50 to the end."""
+    """Return how much the memory of a run in this process grows from update 50 to the end."""
     stage = halving(8, num_updates=updates + 50, ema_decay=0.99)
     spec = spec_of(
         name, stage, data=images(name, 64), cpu=device == "cpu", teacher=model_of(name), log_every=50,

@@ -1,4 +1,4 @@
-"""Measure the time to quality, which is the time of distillation until the 4-step and 1-step students are good enough.
+"""Measure the time to quality, which is the distillation time until the 4-step and 1-step students are good enough.
 
     python benchmarks/quality.py RUNS                          # the digits, minutes to an hour on two cores
     python benchmarks/quality.py RUNS --scale small --data ../shared/data/fashion-mnist
@@ -7,13 +7,13 @@ A student is good enough if its Frechet distance is at most 1.1 times that of th
 steps or 32 Heun steps). Three methods start from the same teacher:
 
 - the paper's chain, which uses DDIM and halves from many steps;
-- the new plan, with a first student that learns from Heun steps, halvings, and finishes at 4 steps and 1 step;
+- the new plan: a first student that learns from Heun steps, then halvings, and finishes at 4 steps and 1 step;
 - the paper's chain with updates as in public re-implementations, which use float32 and the subtractive target, and have
   no warm-up, learning rate decay, fused optimiser or batched noise.
 
-Each method is run with several budgets, which are shares of the full number of updates of the method. The time to
-quality is the time of the smallest budget with which a student is good enough. The seconds include all stages that lead
-to a student, but not the evaluation of the student. Everything is stored in RUNS. To resume, rerun the same command.
+Each method is run with several budgets, which are shares of the method's full number of updates. The time to quality is
+the time of the smallest budget at which a student is good enough. The seconds include all stages that lead to a
+student, but not the evaluation of the student. Everything is stored in RUNS. To resume, rerun the same command.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from halfstep.studies.roads import AT_BEST, way_to
 from halfstep.studies.scales import SCALES, Scale
 
 MARK: Final = 1.1
-"""A student is good enough if its distance is at most this multiple of that of its teacher at its best."""
+"""A student is good enough if its distance is at most this multiple of its teacher's best distance."""
 PAPER: Final = "the paper's chain"
 NEW: Final = "the new plan"
 NAIVE: Final = f"{PAPER}, naive"
@@ -167,7 +167,7 @@ def naive_row(bench: Bench, plan: Plan, share: float, best: float) -> dict[str, 
 
 
 def marks(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the seconds of the smallest budget with which each method was good enough, or None if there is none."""
+    """Return, for each method, the seconds of the smallest budget that was good enough, or None if none was."""
     found = []
     for way in dict.fromkeys(row["way"] for row in rows):
         own = sorted((row for row in rows if row["way"] == way), key=lambda row: row["share"])

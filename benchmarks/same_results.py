@@ -4,7 +4,7 @@
     python benchmarks/same_results.py --against before.json        # after it: exit code 1 and a list of differences
 
 The runs are a teacher and halvings with a moving average, LoRA students, matching to a range of guidance scales, two
-processes, a run that is killed and resumed, and `halfstep.distill` in memory. All runs only use the command line and
+processes, a run that is killed and resumed, and `halfstep.distill` in memory. All runs use only the command line and
 the public Python API, so the same script works before and after a change. Weights depend on the machine and on the
 build of torch, so only compare files from the same machine.
 """

@@ -4,8 +4,8 @@
     python benchmarks/sample.py --short
 
 "Ours" is `Model.sample`, from the seeds to samples on the CPU, in float32 and bfloat16. "Bare" makes the same number of
-calls to the same network in float32, with existing noise. diffusers runs the exported model in float32, draws its own
-noise, shows no progress bar and returns arrays. The three take turns in one process.
+calls to the same network in float32, with existing noise. diffusers runs the exported model in float32 without a
+progress bar, draws its own noise and returns arrays. The three take turns in one process.
 """
 
 import tempfile
@@ -23,7 +23,7 @@ TIMES = 8
 """The number of consecutive draws in a turn with more than FEW steps, and of the 4-step draws to compare with these."""
 
 FEW = 8
-"""The largest number of steps with which only one batch is drawn per turn."""
+"""The largest number of steps for which only one batch is drawn per turn."""
 
 ROUNDS = {"digits": 240, "cifar10": 16, "tiny": 20}
 """The number of rounds with one step. With n steps, it is divided by n, but there are at least three rounds."""

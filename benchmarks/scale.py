@@ -1,13 +1,13 @@
-"""Time an update with 1 and 2 processes and with gradient accumulation, and compare it with only the network calls.
+"""Time an update with 1 and 2 processes and with gradient accumulation, and compare it with the network calls alone.
 
     python benchmarks/scale.py                   # the digits and the CIFAR-10 network
     python benchmarks/scale.py --short
 
-Each setting is a separate program that `torchrun` starts, like a run with several processes. In every process, an
-update of halfstep takes turns with bare network calls on the process's share of the batch and an optimiser step,
-without communication. The ratio therefore shows the cost of averaging the gradients, the data, the noise, the target
-and the moving average. `against 1` is the time with one process and one thread, divided by the time of this setting. On
-a machine with two cores, two processes with one thread each are compared with one process with two threads.
+Each setting is a separate program that `torchrun` starts, like a run with several processes. In every process, a
+halfstep update takes turns with bare network calls on the process's share of the batch and an optimiser step, without
+communication. The ratio therefore shows the cost of the data, the noise, the target, the moving average and averaging
+the gradients. `against 1` is the time with one process and one thread, divided by the time of this setting. On a
+machine with two cores, two processes with one thread each are compared with one process with two threads.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from step import bare
 BATCH = {"digits": 64, "cifar10": 16, "tiny": 8}
 
 SETTINGS = [(1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 1, 2), (1, 1, 4)]
-"""The number of processes, of threads per process, and of micro batches per process."""
+"""The numbers of processes, threads per process, and micro batches per process."""
 
 SHORT = [(1, 1, 1), (2, 1, 1), (1, 1, 2)]
 

@@ -1,4 +1,4 @@
-"""Time an update of each objective, and compare it with only its network calls and optimiser steps.
+"""Time an update of each objective, and compare it with its network calls and optimiser steps alone.
 
 A halving update is also compared with a naive implementation of the same update.
 
@@ -6,8 +6,8 @@ A halving update is also compared with a naive implementation of the same update
     python benchmarks/step.py --networks digits --short
 
 "Bare" makes the number of network calls that the objective declares, with and without a backward pass, and takes an
-optimiser step for each backward pass. It uses existing tensors, the same precision and the same compilation, and has no
-data, noise, target, loss or clipping. (A halving needs two forward passes of the teacher, and one forward and one
+optimiser step for each backward pass. It uses existing tensors, the same precision and the same compilation, and omits
+data, noise, target, loss and clipping. (A halving needs two forward passes of the teacher, and one forward and one
 backward pass of the student.)
 
 "Naive" is an update as in public re-implementations, in float32. It decodes images and fetches the loss at every
@@ -63,7 +63,7 @@ def ours(name: str, data: MemoryData, stage: Stage, precision: str, compiled: bo
 def bare(
     name: str, data: MemoryData, stage: Stage, precision: str, compiled: bool, device: str, micro_batches: int = 1
 ) -> Callable[[], Any]:
-    """Return a function that only makes the network calls and optimiser steps of an update on one micro batch."""
+    """Return a function that makes only the network calls and optimiser steps of an update on one micro batch."""
     evals = stage.objective.evals
     networks = {each: denoiser(name, device).eval().requires_grad_(False) for each in evals}
     optimizers = {}
@@ -158,7 +158,7 @@ def naive(name: str, data: MemoryData, device: str, batch: int) -> Callable[[], 
 
 
 def finishing(batch: int) -> Stage:
-    """Return a finishing stage in which every update contains a turn of the student."""
+    """Return a finishing stage in which every update also trains the student."""
     stage = Plan.finishes([NUM_STEPS], FINISHING, lambda steps: Finishing(steps, lead_updates=0)).stages[0]
     return replace(stage, training=replace(stage.training, num_updates=10**9, batch_size=batch, anneal=False))
 

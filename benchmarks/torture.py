@@ -7,10 +7,10 @@ python benchmarks/torture.py --short    a fifth of them
 
 The chain and the faults are those of the tests (tests/torture.py). The chain trains a teacher, two students and their
 finishes on points in the plane, saves a checkpoint at every third update, and measures each stage. Every fault occurs
-at a random moment. A completed run must have bit for bit the same weights and metrics as an uninterrupted run with the
-same number of processes. The run must not leave checkpoint files behind, and each fault must have stopped the run with
-the right exit code. The first failure ends the test with an error. Finally, the script measures by how much the memory
-grows in a stage with 2,060 updates and 206 checkpoints.
+at a random moment. The weights and metrics of a completed run must match, bit for bit, those of an uninterrupted run
+with the same number of processes. The run must not leave checkpoint files behind, and each fault must have stopped the
+run with the right exit code. The first failure ends the test with an error. Finally, the script measures how much the
+memory grows in a stage with 2,060 updates and 206 checkpoints.
 """
 
 import argparse
@@ -27,8 +27,7 @@ BLOWS: Final = {"sigkill": 50, "sigterm": 10, "damage": 10, "full_disk": 3, "kil
 
 def main() -> None:
     """Run the faults, print the result and write it."""
-    # The folder of this file would precede the standard library on the path, and some of its modules have the same
-    # names.
+    # This file's folder would precede the standard library on the path, and contains modules with the same names.
     sys.path[0] = str(TESTS)
     import teams
     import torture

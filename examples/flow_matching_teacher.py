@@ -1,4 +1,4 @@
-"""A teacher that predicts the flow-matching velocity is distilled without changing its prediction or clock.
+"""Distil a teacher that predicts the flow-matching velocity, without changing its prediction or clock.
 
 python examples/flow_matching_teacher.py
 """
@@ -18,7 +18,7 @@ def rings(number: int, seed: int) -> torch.Tensor:
 
 
 def main(teacher_updates: int = 3000, student_updates: int = 1000, shift: float = 2.0) -> tuple[float, float]:
-    """Return the distances of the student and the undistilled teacher with 4 steps from the teacher with 64 steps."""
+    """Return how far the 4-step student and the undistilled teacher with 4 steps are from the teacher with 64 steps."""
     torch.manual_seed(0)
     points = rings(4096, seed=0)
     # x_t = (1 - s) x0 + s eps, where s = shift t / (1 + (shift - 1) t). The network predicts eps - x0.

@@ -40,7 +40,7 @@ class Spiral:
 
 
 def main(teacher_updates: int = 4000, student_updates: int = 1000, out: str = "own.safetensors") -> tuple[float, float]:
-    """Return the distances of the student and the undistilled teacher with 4 steps from the teacher with 64 steps."""
+    """Return how far the 4-step student and the undistilled teacher with 4 steps are from the teacher with 64 steps."""
     torch.manual_seed(0)
     process = halfstep.VE(sigma_min=0.01, sigma_max=20.0)
     teacher = halfstep.NetworkDenoiser(MyNetwork(process), process, halfstep.EDM(SIGMA_DATA))

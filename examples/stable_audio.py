@@ -25,7 +25,7 @@ BUDGET = (
 def main(
     pipeline: str, sounds: str, out: Path, budget: tuple[str, ...] = BUDGET, seconds: float = SECONDS
 ) -> tuple[Path, Path]:
-    """Return the folders of the run and of the exported pipeline. Longer recordings are cut after `seconds`."""
+    """Return the folders of the run and of the exported pipeline. Longer recordings are truncated to `seconds`."""
     run, exported, call = out / "run", out / "audio-4-steps", ("--call", f"audio_end_in_s={seconds}")
     data = ("--prompts", sounds)
     if Path(sounds).is_dir():
@@ -38,7 +38,7 @@ def main(
 
 
 def use(exported: Path, prompts: list[str], out: Path, seconds: float = SECONDS) -> None:
-    """Sample with four network calls, without using halfstep, and write `out`/0.wav, 1.wav, ... with 16 bits."""
+    """Sample with four network calls, without using halfstep, and write `out`/0.wav, 1.wav, ... as 16-bit audio."""
     import torch
     from diffusers import StableAudioPipeline
 

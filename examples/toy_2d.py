@@ -1,4 +1,4 @@
-"""Train a teacher on two moons in the plane, distil it to 4 steps, and measure how well its map is kept.
+"""Train a teacher on two moons in the plane, distil it to 4 steps, and measure how well its map is preserved.
 
 python examples/toy_2d.py
 """
@@ -22,7 +22,7 @@ def moons(number: int, seed: int) -> Tensor:
 
 
 def train_teacher(points: Tensor, updates: int) -> halfstep.NetworkDenoiser:
-    """Train the teacher with a plain loop around the library's loss."""
+    """Train the teacher in a plain loop that uses the library's loss."""
     torch.manual_seed(0)
     teacher = halfstep.NetworkDenoiser(MLP((2,), width=96, depth=3), halfstep.VPCosine(), halfstep.V())
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=3e-3, weight_decay=0.0)
@@ -38,7 +38,7 @@ def train_teacher(points: Tensor, updates: int) -> halfstep.NetworkDenoiser:
 
 
 def main(teacher_updates: int = 3000, student_updates: int = 1000) -> tuple[float, float]:
-    """Return the distances of the student and the undistilled teacher with 4 steps from the teacher with 64 steps."""
+    """Return how far the 4-step student and the undistilled teacher with 4 steps are from the teacher with 64 steps."""
     points = moons(4096, seed=0)
     teacher = train_teacher(points, teacher_updates)
     student = halfstep.distill(teacher, points, to=4, start=64, training=halfstep.Training(student_updates, 1e-3, 256))

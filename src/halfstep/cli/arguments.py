@@ -1,4 +1,4 @@
-"""Functions that several verbs use to find a recipe, the processes or a device."""
+"""Helpers, shared by several verbs, that find a recipe, the group of processes or a device."""
 
 from pathlib import Path
 from shlex import quote
@@ -65,7 +65,8 @@ def processes_of(cpu: bool = False) -> Processes:
 
 
 def device_of(name: str | None, processes: Processes | None = None) -> torch.device:
-    """Return the named device or, by default, the fastest available device. Several processes get one GPU each.
+    """Return the named device or, by default, the fastest available device. If there are several processes, each gets
+    one GPU.
 
     Raises:
         ValueError: if this machine has no such device.

@@ -56,7 +56,7 @@ class RunDisplay:
             self._settle(None)
 
     def _settle(self, at_work: StageStatus | None) -> None:
-        """Change the state of every stage that was being measured to "done", except for `at_work`."""
+        """Mark every stage that was being measured as "done", except `at_work`."""
         for stage in self.status.stages:
             if stage is not at_work and stage.state == "measuring":
                 stage.state = "done"
@@ -71,7 +71,7 @@ class RunDisplay:
         match event:
             case StageStart(resumed_at=resumed_at):
                 stage.state = "training"
-                # The pace must not include the updates from before the run was resumed.
+                # The pace must not count the updates made before the run was resumed.
                 stage.take({"update": resumed_at, "seconds": event.seconds})
                 at = f", resuming at update {resumed_at}" if resumed_at else ""
                 self._line(f"{stage.name}: {count(event.stage.training.num_updates, 'update')}{at}")
@@ -89,8 +89,8 @@ class RunDisplay:
                 stage.state, stage.num_unmeasured = "measuring", total - max(0, place - 1)
                 stage.measuring = f"measuring {place or 1}/{total}"
                 text = f"{stage.name}: measuring {f'{place}/{total}, ' if place else ''}{what}"
-                # The first measurement of the first stage takes long, because a classifier is trained and the finest
-                # samples are drawn.
+                # The first measurement of the first stage takes a long time, because it trains a classifier and draws
+                # the samples with the most steps.
                 (self._line if place == 0 or (place == 1 and total > 1) else self._now_and_then)(text)
             case Measured(result=result, num_left=num_left, seconds=seconds, too_few=too_few):
                 stage.results.append(result)
@@ -105,7 +105,7 @@ class RunDisplay:
             self.screen.say(text)
 
     def _now_and_then(self, text: str) -> None:
-        """Print a progress line, unless another one was printed in the last 10 seconds."""
+        """Print a progress line, unless one has already been printed in the last 10 seconds."""
         now = time.monotonic()
         if self.is_live or now - self._last_line <= 10.0:
             return

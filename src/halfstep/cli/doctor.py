@@ -38,13 +38,13 @@ GIVES: Final = {
 
 REQUIRED: Final = ("torch", "diffusers", "accelerate", "numpy", "safetensors", "datasets", "pydantic", "tyro", "rich")
 LEAST_DISK: Final = 2 * 2**30
-"""The minimum free disk space in bytes, which is enough for the checkpoints of a small run and the data caches."""
+"""The minimum free disk space, in bytes, which is enough for the checkpoints of a small run and the data caches."""
 
 
 @dataclass
 class DoctorArguments:
-    """Check this machine: versions, devices, threads, disk space, the cache, and which packages are missing and what
-    they are needed for. Nothing is changed. The exit code is 0 even if problems are found.
+    """Check this machine: versions, devices, threads, disk space, the cache, and any missing packages with their
+    purpose. Nothing is changed. The exit code is 0 even if problems are found.
     """
 
     json: Switch = False
@@ -161,9 +161,9 @@ def device_finding(name: str) -> Finding:
 
 
 def _diffusers() -> list[Finding]:
-    # A failed import would leave this process in a broken state, so the import runs in another process. For example, a
-    # torchvision built for another version of torch fails while it registers its operators, deep inside the import of
-    # a pipeline.
+    # A failed import would leave this process in a broken state, so the import runs in a separate process. For example,
+    # a torchvision built for a different version of torch fails while it registers its operators, deep inside the
+    # import of a pipeline.
     command = [sys.executable, "-c", "from diffusers import DDPMPipeline, UNet2DModel, DDIMScheduler"]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

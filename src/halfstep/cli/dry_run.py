@@ -26,10 +26,14 @@ DEVICES: Final = (24, 48, 80)
 SHARE: Final = 0.9
 """The share of a device's memory that an update may use. The allocator and workspaces need the rest."""
 LITTLE: Final = 2**30
-"""The memory, in bytes, that any machine has. If a plan for the CPU needs less, the output does not mention devices."""
+"""An amount of memory, in bytes, that any machine has. If a plan for the CPU needs less, the output does not mention
+devices.
+"""
 FEW_SAMPLES: Final = 5000
 MANY_PASSES: Final = 500.0
-"""If a stage makes more passes than this over fewer than FEW_SAMPLES samples, a memorisation warning is printed."""
+"""A memorisation warning is printed if a stage makes more than this number of passes over fewer than FEW_SAMPLES
+samples.
+"""
 
 
 def check_alone() -> None:
@@ -79,7 +83,7 @@ def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str
         }
         for (name, stage, _), flops_of_update in zip(stages, flops, strict=True)
     ]
-    # Sampling takes most of the time of a measurement.
+    # Sampling accounts for most of the time that a measurement takes.
     measuring = spec.evaluation.num_samples * calls_of_measuring(spec) * forward.flops
     matched = [stage.objective for _, stage, _ in stages if stage.objective.outcome.role is Role.MATCHED]
     guidance = matched[0].guidance if matched else None

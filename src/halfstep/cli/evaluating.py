@@ -111,12 +111,12 @@ def _spec(subject: Subject, arguments: EvaluateArguments, device: torch.device, 
 
 
 def _given(arguments: EvaluateArguments, *names: str) -> dict[str, Any]:
-    """Return those of the named options that the user has set, as a mapping from names to values."""
+    """Return whichever of the named options the user has set, as a mapping from names to values."""
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
 def _recipe(subject: Subject, arguments: EvaluateArguments) -> Recipe:
-    """Return the run's recipe, in which command-line options override the data and the protocol."""
+    """Return the run's recipe, with the data and the protocol overridden by command-line options."""
     if subject.recipe is None and arguments.data is None:
         raise UsageError(f"{arguments.subject} is not inside a run, so its data is unknown. Add --data SOURCE")
     recipe = subject.recipe or Recipe(name="evaluate")
@@ -170,7 +170,7 @@ def _count(arguments: EvaluateArguments, samples: Data) -> int:
 def _line(cell: CellDone, total: int) -> str:
     """Return a one-line description of a finished cell."""
     gamma = "" if cell.entry.gamma is None else f", gamma {cell.entry.gamma:g}"
-    # The names of extractors are shown without the digest at the end.
+    # Extractor names are shown without the digest at the end.
     shown = ", ".join(
         f"{number(values['frechet'])} in {re.sub('(?<=.)-[^-]{12}$', '', name)}"
         for name, values in cell.figures.items()

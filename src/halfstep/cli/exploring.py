@@ -64,6 +64,6 @@ def explore(argv: Sequence[str]) -> None:
     serve(explorer, arguments.host, arguments.port, ready, arguments.allow_host, root_path)
     sys.stdout.flush()
     sys.stderr.flush()
-    # There is nothing to save. A normal exit would wait for the current sampling step, and would then spend seconds on
+    # There is nothing to save. A normal exit would wait for the current sampling step, and would then spend seconds
     # unloading modules.
     os._exit(0)

@@ -203,7 +203,7 @@ def encode(argv: Sequence[str]) -> None:
         )
     screen = Screen()
     if arguments.prompts is not None:
-        # The import can take minutes, so a wrong file is reported before it.
+        # The import can take minutes, so an invalid file is reported first.
         read_prompts(arguments.prompts)
         model = imported(arguments.pipeline, arguments.call, screen, precision=arguments.base_precision)
         if arguments.dry_run:
@@ -247,8 +247,8 @@ def encode(argv: Sequence[str]) -> None:
 def _data(
     arguments: EncodeArguments, autoencoder: Autoencoder, model: Model
 ) -> tuple[CaptionedImages | CaptionedClips, tuple[str, ...]]:
-    """Return the data to encode, and the class names. The data is checked, but only as far as this is possible without
-    decoding all of it.
+    """Return the data to encode, and the class names. The data is checked only as far as possible without decoding all
+    of it.
     """
     assert arguments.data is not None
     source, size = Path(arguments.data), autoencoder.image_size
@@ -305,7 +305,7 @@ def _prompts_for(model: Model, prompts: Path, guidance_scale: float | None, num_
 def _encoder_of_prompts(
     model: Model, guidance_scale: float | None, num_steps: int, seed: int, device: torch.device
 ) -> Encoder:
-    """Return the encoder of prompts, whose key identifies the samples that are drawn for them."""
+    """Return the prompt encoder, whose key identifies the samples that are drawn for the prompts."""
     encoder = prompts_of(model, device)
     lowered = precision_of(model.denoiser.network)
     key = encoder.key if lowered == "float32" else f"{encoder.key} {lowered}"
@@ -313,7 +313,7 @@ def _encoder_of_prompts(
 
 
 def _show_prompts(model: Model, prompts: Path, arguments: EncodeArguments, device: torch.device) -> None:
-    """Print what it costs to sample latents from prompts. The time is measured on samples that take one step."""
+    """Print what it costs to sample latents from prompts. The time is measured on one-step samples."""
     scale, num_steps, seed = arguments.guidance_scale, arguments.num_steps, arguments.seed
     texts = _prompts_for(model.to(device), prompts, scale, 1, seed)
     encoder = _encoder_of_prompts(model, scale, num_steps, seed, device)
@@ -326,7 +326,7 @@ def sample_prompts(
     model: Model, prompts: Path, out: Path, guidance_scale: float | None, num_steps: int, seed: int, batch_size: int,
     device: torch.device, processes: Processes, screen: Screen,
 ) -> LatentData:  # fmt: skip
-    """Sample latents from prompts with a teacher, and write them to a folder. Samples that exist already are skipped.
+    """Sample latents from prompts with a teacher, and write them to a folder. Samples that already exist are skipped.
     At the end, the text encoders are freed.
 
     Raises:

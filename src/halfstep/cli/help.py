@@ -68,7 +68,7 @@ def _shown(actions: list[Action], chosen: tuple[str, ...], short: Mapping[str, s
 
 
 def _first_sentence(text: str) -> str:
-    """Return the first sentence of an option's help text, followed by the default of the option."""
+    """Return the first sentence of an option's help text, followed by the option's default."""
     sentence, mark, rest = text.partition(". ")
     default = re.search(r"\(default:\xa0.*\)$", rest)
     return f"{sentence}{mark.rstrip()}" + (f" {default[0]}" if default else "")
@@ -93,7 +93,7 @@ def _metavar(text: str) -> str:
 
 
 def _wrap(text: str, width: int, indent: str = "", first: str | None = None) -> list[str]:
-    """Wrap a text, but break lines only at spaces."""
+    """Wrap a text, breaking lines only at spaces."""
     head = indent if first is None else first
     return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=indent, break_on_hyphens=False)
 

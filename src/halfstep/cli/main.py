@@ -36,7 +36,7 @@ def fail(message: object, code: int = 2) -> NoReturn:
     """Print one line to stderr and exit.
 
     Usually, all ranks fail with the same error, and rank 0 reports it. Any other rank waits a few seconds for the
-    launcher to kill it. If this does not happen, the error occurred only on that rank, which then reports it.
+    launcher to kill it. If the launcher does not, the error occurred only on that rank, which then reports it.
     """
     text = one_line(message)
     if number := rank():
@@ -65,7 +65,7 @@ def _warning_printer() -> Callable[..., None]:
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
     """Exit a process that has nothing to save. Without this handler, PID 1 of a container would ignore the signal."""
-    # If the signal interrupts another print, this one raises RuntimeError.
+    # If the signal interrupts a print call, the one below raises RuntimeError.
     with contextlib.suppress(RuntimeError):
         print(f"\nhalfstep: stopped by {signal.Signals(number).name}", file=sys.stderr)
     raise SystemExit(128 + number)
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             _check_written(out)
     except SystemExit as end:
         if argv is None and isinstance(end.code, int) and end.code > 128:
-            # At this point, everything is saved and printed. A normal exit would spend seconds on unloading modules.
+            # At this point, everything is saved and printed. A normal exit would spend seconds unloading modules.
             os._exit(end.code)
         raise
 

@@ -23,7 +23,7 @@ WIDTHS = (78, 92, 110)
 
 @final
 class PlanView:
-    """Shows the status of a run in the lines that the console has. Stages that do not fit are counted, not listed.
+    """Shows the status of a run in as many lines as the console has. Stages that do not fit are counted, not listed.
 
     Args:
         reserved: the number of terminal lines that other output needs.

@@ -22,7 +22,7 @@ from halfstep.report.reading import NearestFacts, RunFacts
 from halfstep.runs import RunFolder
 
 NUM_SHOWN = 8
-"""The number of samples that are shown next to the nearest training images."""
+"""The number of samples that are shown next to their nearest training images."""
 NUM_SEARCHED = 64
 """The number of samples whose distances to the training data are reported."""
 

@@ -89,8 +89,8 @@ def sample(argv: Sequence[str]) -> None:
     method = _sampler(arguments.sampler, arguments.gamma, model.sampler)
     seeds = range(arguments.seed, arguments.seed + arguments.num_samples)
     cond = _prompted(model, arguments.prompt, len(seeds))
-    # With a single process, the model finds the batch size that fits. Several processes use the size that the model
-    # would try first, because on a GPU the batch size affects the last bits of the samples.
+    # In a single process, the model finds a batch size that fits into memory. Several processes use the size that the
+    # model would try first, because on a GPU the batch size affects the least significant bits of the samples.
     share = len(seeds) if processes.count == 1 else arguments.batch_size or samples_at_once(model.device)
 
     def drawn(first: int) -> tuple[torch.Tensor]:

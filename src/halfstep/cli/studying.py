@@ -44,13 +44,13 @@ class StudyArguments:
     data: str | None = None
     """Data source, such as a folder; by default, the data of the scale."""
     seeds: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """Number of seeds with which the training is repeated; by default, the number that the scale sets."""
+    """Number of seeds for which training is repeated; by default, the scale's number."""
     threads: Annotated[int, Field(ge=1, le=512)] | None = None
     """Number of CPU threads for torch; by default, torch chooses the number."""
     out: Path | None = None
     """Folder shared by all studies of a scale; studies/SCALE by default."""
     dry_run: Switch = False
-    """List the cells and, if it is known, what they cost, without writing anything."""
+    """List the cells and, if known, their cost, without writing anything."""
     json: Switch = False
     """Print the table or, with --dry-run, the cells as one JSON document; progress goes to stderr."""
 
@@ -111,7 +111,7 @@ def study(argv: Sequence[str]) -> None:
 
 
 def scale_of(arguments: StudyArguments) -> Scale:
-    """Return the selected scale, with the changes that the command line makes to it."""
+    """Return the selected scale, with the overrides from the command line."""
     scale = SCALES[arguments.scale]()
     if arguments.recipe is not None:
         # The evaluation settings always come from the scale, not from the recipe.

@@ -32,7 +32,7 @@ from halfstep.samplers import Ancestral, Sampler, samplers
 
 @pydantic.dataclasses.dataclass
 class EvaluateArguments:
-    """Measure each student of a run with the number of steps that it was distilled for, and the teacher with all of
+    """Measure each student of a run with the number of steps that it was distilled for, and the teacher with each of
     these numbers. SUBJECT is a run, a stage, a diffusers pipeline (a folder or a name on the Hub), a folder of images,
     or a .npz file of samples. To resume, run the same command again: finished samples are reused. The results are
     written to evaluation.json, .md, .csv and .svg, and the samples are kept.
@@ -57,7 +57,7 @@ class EvaluateArguments:
     gamma: Share | None = None
     """Variance of ancestral sampling, from the lower bound (0) to the upper bound (1, the default)."""
     search_gamma: Annotated[int, Field(ge=2, le=1000)] | None = None
-    """Number of gammas from 0 to 1 to try for each ancestral row, of which the best is shown. The paper tries 11."""
+    """Number of gammas from 0 to 1 to try for each ancestral row; the best is shown. The paper tries 11."""
     guidance_scale: Guidance | None = None
     """Guidance scale, for models that support guidance; by default, each model's own scale."""
     precision: Literal["float32", "bf16"] | None = None
@@ -129,7 +129,7 @@ def subject_of(text: str) -> Subject:
 
 
 def _run(path: Path, recipe: Recipe | None) -> Subject:
-    """Return a run as the subject, with a notice for each model that is missing or damaged, or that was not kept."""
+    """Return a run as the subject, with a notice for each model that is missing, damaged or not kept."""
     run, notices, teacher = RunFolder(path), [], None
     students: list[Candidate] = []
     for stage in run.stages():
@@ -173,7 +173,7 @@ def _stage(path: Path, recipe: Recipe | None) -> Subject:
 
 @final
 class Rows:
-    """The rows of the curve: each student with its own number of steps, and each --against series with all of these
+    """The rows of the curve: each student with its own number of steps, and each --against series with each of these
     numbers.
 
     Raises:
@@ -280,7 +280,9 @@ class Rows:
             )
 
     def teacher(self) -> Entry | None:
-        """Return the teacher with its own number of steps or, if it takes any number, with the run's finest method."""
+        """Return the teacher with its own number of steps or, if it takes any number, with whichever method of the run
+        makes the most network calls.
+        """
         teacher = self.subject.teacher
         if teacher is None or self.subject.kind == "pipeline":
             return None

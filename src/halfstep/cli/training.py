@@ -155,7 +155,7 @@ def distill(argv: Sequence[str]) -> None:
     if arguments.prompts is not None:
         if any(word.partition("=")[0] == SHORT["--data"] for word in expand_short(rest, SHORT)):
             raise UsageError("use either --data or --prompts (texts), and not both")
-        # Importing a pipeline can take minutes, so a wrong file is reported before it.
+        # Importing a pipeline can take minutes, so an invalid file is reported first.
         read_prompts(arguments.prompts)
     is_published = name in PUBLISHED and arguments.dry_run and not Path(name).is_dir()
     if stage is not None or is_published:
@@ -185,13 +185,13 @@ def distill(argv: Sequence[str]) -> None:
         )
     last = chain.students[-1] if chain.students else chain.end_steps
     out = arguments.out or Path("runs") / f"{recipe.name}-{label}-to-{last}"
-    # The names . and .. have no neighbours.
+    # The paths . and .. must be resolved before a sibling folder can be named.
     place = out.resolve() if out.name in ("", "..") else out
     data_folder, stand_in = place.with_name(f"{place.name}-data"), None
     if arguments.dry_run and (arguments.prompts is not None or is_published):
         stand_in = _not_sampled(arguments.prompts, model, data_folder)
     elif arguments.prompts is not None:
-        # Sampling can take hours, so a plan that cannot be carried out is reported before it.
+        # Sampling can take hours, so a plan that cannot be carried out is reported first.
         with as_typed(rest, SHORT):
             data, _ = _not_sampled(arguments.prompts, model, data_folder)
             check_recipe(build(recipe, what="chain", teacher=model, data=data), RunFolder(out))
@@ -224,13 +224,15 @@ def _stage_at(name: str) -> StageFolder | None:
 
 
 def _imported_recipe() -> Recipe:
-    """Return the default recipe for a model that is not part of a run, so that its data is unknown."""
+    """Return the default recipe for a model that is not part of a run and whose data is therefore unknown."""
     return Recipe(name="distilled", chain=SECOND_ORDER, data=DataConfig(source=NO_DATA))
 
 
 def _chain_of(recipe: Recipe, model: Manifest | None = None) -> Recipe:
-    """Return the recipe with a chain that starts from a model. None stands for a pipeline that is not imported yet."""
-    # The settings per student of the old chain may not fit the new chain.
+    """Return the recipe with a chain that starts from a model. None stands for a pipeline that has not been imported
+    yet.
+    """
+    # The per-student settings of the old chain may not fit the new chain.
     chain: dict[str, object] = {
         "start_steps": START_STEPS,
         "factor": 2,
@@ -273,7 +275,7 @@ def _not_sampled(prompts: Path | None, model: Model, folder: Path) -> tuple[Data
 
 
 def _prepared(recipe: Recipe, before: Recipe, model: Model, name: str) -> Recipe:
-    """Return the recipe with settings that convert new images to the size and the channels of the teacher."""
+    """Return the recipe with settings that convert new images to the teacher's size and channels."""
     data, shape = recipe.data, model.shape
     if data.source == before.data.source or not holds_images(data):
         return recipe
@@ -322,8 +324,8 @@ def _carry_out(
     """With --dry-run, show the plan. Otherwise, build the run, train it and show the results.
 
     Args:
-        stand_in: the data for a dry run, and the reason why the real data is missing. By default, the data is that of
-            the recipe or, if it is missing, random pixels.
+        stand_in: the data for a dry run, and the reason why the real data is missing. By default, the recipe's data is
+            used or, if it is missing, random pixels.
     """
     recipe = arguments.recipe
     refuse_file(out)

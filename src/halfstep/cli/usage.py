@@ -71,7 +71,7 @@ def _plain(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 class UsageError(ValueError):
-    """An error in the command line, described by a message of one line."""
+    """An error in the command line, described by a one-line message."""
 
 
 def refuse_idle(arguments: Any, where: str, names: Iterable[str], reasons: Mapping[str, str] = {}) -> None:
@@ -198,7 +198,7 @@ def _parsed(
 
 
 def _reason(event: tyro_errors.ParseErrorEvent, prog: str, argv: Sequence[str]) -> str:
-    """Return tyro's error message in one line, whereas tyro itself prints a box of many lines."""
+    """Return tyro's error message as a single line; tyro itself prints a multi-line box."""
 
     def name_of(argument: Any) -> str:
         name: str = argument.lowered.name_or_flags[0]

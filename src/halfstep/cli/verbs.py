@@ -247,7 +247,7 @@ SITUATIONS: Final = (
 
 
 def overview() -> str:
-    """Return the text that `halfstep` prints if it is called without arguments."""
+    """Return the text that `halfstep` prints when called without arguments."""
     wide = max(len(what) for what, _ in SITUATIONS)
     lines = ["usage: halfstep VERB ...", "", *(f"  {what:<{wide}}  {command}" for what, command in SITUATIONS), ""]
     width = max(len(verb.usage) for verb in VERBS.values())

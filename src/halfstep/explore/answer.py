@@ -19,7 +19,7 @@ class StageChoice(NamedTuple):
 
     @property
     def words(self) -> str:
-        """Description such as "4-step student", which may not be unique, or the name if the role is unknown."""
+        """A description such as "4-step student", which may not be unique, or the name if the role is unknown."""
         if self.role is None:
             return self.name
         role = "matched teacher" if self.role == "matched" else self.role
@@ -39,7 +39,7 @@ class Shown(NamedTuple):
     """Number of network calls per sample."""
     sampler: str
     seconds: float
-    """Wall time in seconds of the sampling alone."""
+    """Wall time of the sampling alone, in seconds."""
     samples: np.ndarray
     """The samples: uint8 `[n, h, w, c]` for images, and float32 `[n, *dims]` otherwise."""
 

@@ -45,7 +45,7 @@ class Door:
 
     Args:
         hosts: accepted host names, or None to accept any.
-        inputs: number of values that each function takes, by the function's name and by its number.
+        inputs: number of values that each function takes, keyed by the function's name and by its number.
         root_path: path under which a proxy serves the page, such as "/user/me/proxy/7860".
     """
 

@@ -1,6 +1,6 @@
-"""The part of the explorer behind its page, which samples a run's models from the same noise, within limits.
+"""The explorer's backend, which samples a run's models from the same noise, subject to limits.
 
-Every value of a request is checked here. Error messages are a single line, and no value is used as a path. Models are
+Every value in a request is checked here. Error messages are a single line, and no value is used as a path. Models are
 loaded from safetensors files, and requests are served one at a time.
 """
 
@@ -51,7 +51,7 @@ class Bounds:
     num_steps: int = 1024
     num_frames: int = 32
     num_values: int = 4_000_000
-    """Maximum number of values in all samples together."""
+    """Maximum total number of values in all samples."""
     seconds: float = 60.0
     """Maximum sampling time in seconds."""
     guidance_scale: float = 50.0
@@ -207,7 +207,7 @@ class Explorer:
         return self._answer(asked, seeds, lambda m: m.noise(seeds), class_label, guidance_scale, notes)
 
     def strip(self, seed: object = 0, class_label: object = None, guidance_scale: object = None) -> Answer:
-        """Sample every stage in its own number of steps, and the teacher in `start_steps`, from the same noise.
+        """Sample every stage with its own number of steps, and the teacher with `start_steps`, from the same noise.
 
         Raises:
             ValueError: if a value is invalid.

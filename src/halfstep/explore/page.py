@@ -26,9 +26,9 @@ from halfstep.report.words import count, number, sampler_label
 LARGEST_QUEUE: Final = 32
 """Maximum number of waiting requests."""
 MOVING_WIDTH: Final = 256
-"""Approximate width in pixels of a walk's animation."""
+"""Approximate width of a walk's animation, in pixels."""
 MILLISECONDS: Final = 120
-"""Duration in milliseconds of a frame in a walk's animation."""
+"""Duration of each frame in a walk's animation, in milliseconds."""
 LOCAL: Final = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -261,7 +261,7 @@ def _html(kind: str, answer: Answer) -> str:
 
 
 def _there_and_back(shown: Shown, alt: str) -> Markup:
-    """Return a walk as an animation back and forth, or as its first frame if the reader prefers reduced motion."""
+    """Return a walk as a back-and-forth animation, or as its first frame if the reader prefers reduced motion."""
     height, width = figures.tile_size(shown.samples)
     factor = max(1, MOVING_WIDTH // width)
     frames = [

@@ -28,7 +28,8 @@ samples. Models are measured again if the evaluation protocol changes.
 
 
 def data_or_stand_in(recipe: Recipe) -> tuple[Data, str | None]:
-    """Return the recipe's data, or, if it is not on this machine, random pixels of the same shape and the reason why.
+    """Return the recipe's data or, if it is not on this machine, random pixels of its shape and the reason it is
+    missing.
 
     Raises:
         ValueError: if the data cannot be opened and the recipe has no `facts`.
@@ -119,7 +120,7 @@ def build(
 
 
 def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
-    """Return the teacher with the null conditions of the teacher itself, of the recipe, or of the data."""
+    """Return the teacher with null conditions, which come from the teacher itself, the recipe or the data."""
     null = dict(teacher.null)
     if config.null_class is not None:
         if not teacher.num_classes:
@@ -144,7 +145,9 @@ def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
 
 
 def _check_classes(model: Manifest, data: Data) -> None:
-    """Raise ValueError if data and model number the classes differently, for example because of gaps in the labels."""
+    """Raise ValueError if the data and the model number their classes differently, for example due to gaps in the
+    labels.
+    """
     names = data.class_names
     known = model.class_names[: len(names)] or tuple(map(str, range(len(names))))
     # Without class names, only the number of classes can be compared.

@@ -49,7 +49,7 @@ def digits() -> Recipe:
             training=Training(
                 num_updates=300, batch_size=32, learning_rate=1e-4, adam_betas=(0.0, 0.99), ema_decay=0.98
             ),
-            # With 260 updates, the student with 2 steps stayed 1.2 times as far from the data as the teacher.
+            # With 260 updates, the 2-step student was still 1.2 times as far from the data as the teacher.
             updates_at={2: 520},
         ),
         evaluation=Evaluation(num_samples=2000, batch_size=500),
@@ -82,7 +82,7 @@ def digits_long() -> Recipe:
 
 @recipes.register("fashion_mnist")
 def fashion_mnist() -> Recipe:
-    """Train on 28x28 grey images of clothes in 10 classes and distil to one step, in two hours on two CPU cores."""
+    """Train on 28x28 grey images of clothing in 10 classes and distil to one step, in two hours on two CPU cores."""
     return Recipe(
         name="fashion_mnist",
         data=DataConfig(source="zalando-datasets/fashion_mnist"),
@@ -109,7 +109,7 @@ def fashion_mnist() -> Recipe:
                 "updates_at": {8: 600, 1: 700},
             }
         ),
-        # In a test, 200 updates of finishing moved the student with 4 steps away from the data.
+        # In a test, 200 finishing updates moved the 4-step student away from the data.
         finish=FinishConfig(steps=(2, 1), training=replace(FINISHING, num_updates=250), updates_at={1: 350}),
         evaluation=Evaluation(num_samples=4000, batch_size=500),
     )

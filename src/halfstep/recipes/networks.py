@@ -54,7 +54,8 @@ class UNetConfig(Record):
         return number
 
     def build(self, shape: tuple[int, ...], num_classes: int, channels: int) -> UNet2D:
-        """Return an untrained U-Net for images of `shape` `[c, h, w]`, with `channels` outputs per channel of x_t.
+        """Return an untrained U-Net for images whose `shape` is `[c, h, w]`, with `channels` outputs per channel of
+        x_t.
 
         Raises:
             ValueError: if the samples are not images, or the sides, levels, channels, groups or attention heads do not

@@ -2,8 +2,9 @@
 
 The networks, batch sizes, learning rates, warm-up, decay, dropout, EMA, clipping, augmentation and numbers of updates
 are those that the authors published. The released configurations take precedence over the paper: for example, CIFAR-10
-is distilled at a learning rate of 5e-5. Two choices are ours. The warm-up is linear, because the authors' shape is not
-public. The number of timesteps is a power of two instead of 1000, so that every student uses whole timesteps.
+is distilled at a learning rate of 5e-5. Two choices are ours. The warm-up is linear, because the shape of the authors'
+warm-up is not public. The number of timesteps is a power of two instead of 1000, so that every student uses whole
+timesteps.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), section 5 and appendices, and the authors' configurations.
 """

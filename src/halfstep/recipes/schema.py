@@ -93,7 +93,7 @@ class ChainConfig(Record):
     factor: Annotated[int, Field(ge=2, le=MOST_STEPS)] = 2
     """Number of teacher steps that one student step replaces: 2 for halving, 4 for quartering."""
     teacher_sampler: Annotated[str, _member_of(samplers)] = "ddim"
-    """Deterministic sampler of the first teacher; students that teach use DDIM."""
+    """Deterministic sampler of the first teacher; later teachers use DDIM."""
     teacher_steps: Steps | None = None
     """Number of steps of the first teacher per step of the first student; the factor by default."""
     students: tuple[Steps, ...] | None = None
@@ -145,8 +145,8 @@ def _with_critic(plan: Plan, weight: float | None) -> Plan:
 
 
 class MatchingConfig(Record):
-    """How to convert a teacher to another prediction, process or guidance before halving. The matching stage is added
-    only if a setting needs it, or if a given teacher predicts eps near zero SNR.
+    """How to change a teacher's prediction, process or guidance before halving. The matching stage is added only if a
+    setting needs it, or if a given teacher predicts eps near zero SNR.
     """
 
     prediction: Annotated[str, _member_of(predictions)] | None = None
@@ -269,7 +269,7 @@ class StageConfig(Record):
 
 
 TEACHER: Final = Training(num_updates=100_000, learning_rate=2e-4, warmup_updates=1000, anneal=False, ema_decay=0.9999)
-"""The paper's training of a CIFAR-10 teacher, but with fewer updates and without weight decay or dropout."""
+"""The paper's hyperparameters for a CIFAR-10 teacher, but with fewer updates and without weight decay or dropout."""
 
 
 class Recipe(Record):
@@ -356,10 +356,11 @@ class Recipe(Record):
         return _with_critic(plan, chain.critic_weight)
 
     def fitted(self, given: Collection[str]) -> "Recipe":
-        """Return the recipe without settings for students that are not in the chain. Raises the errors of `chain_plan`.
+        """Return the recipe without settings for students that are not in the chain. Raises the same errors as
+        `chain_plan`.
 
         Args:
-            given: dotted names of the fields that the user has set, which do not change.
+            given: dotted names of the fields that the user has set, which are left unchanged.
         """
         plain = self.chain.model_copy(update={"updates_at": None, "learning_rate_at": None})
         made = {stage.num_steps for stage in self.model_copy(update={"chain": plain}).chain_plan().stages}

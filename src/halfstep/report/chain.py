@@ -21,7 +21,7 @@ class StageRow:
 
     name: str
     label: str
-    """The label: a student's number of steps, the role of another stage, or "?" if neither is known."""
+    """The label: the number of steps for a student, the role for any other stage, or "?" if neither is known."""
     status: str
     """The status: complete, damaged, not started, or the number of updates done."""
     stage: StageFacts | None
@@ -31,8 +31,8 @@ class StageRow:
     learning_rate: float | None
     """Maximum learning rate in the log."""
     to_teacher: float | None
-    """Root mean square difference between the kept samples of the student and of its teacher, from the same noise, each
-    in its own number of steps. Equals `to_first` if the teacher is the first model."""
+    """Root mean square difference between the kept samples of the student and its teacher, drawn from the same noise,
+    each with its own number of steps. Equals `to_first` if the teacher is the first model."""
     to_first: float | None
     """Root mean square difference from the first model of the chain, as stored in metrics.json."""
     num_compared: int
@@ -84,7 +84,7 @@ def _distances(
     measured = stage.metrics.results if stage.metrics is not None else ()
     to_first = next((finite(one.teacher_rmse) for one in measured if one.num_steps == steps), None)
     teacher = stages.get(stage.manifest.teacher or "")
-    # An undistilled teacher may have no samples from the sampler with which it taught its student.
+    # An undistilled teacher may have no samples from the sampler that it used to teach its student.
     if teacher is None or teacher.manifest.num_steps is None:
         return to_first, to_first, 0
     own = stage.samples.get(steps)
@@ -199,7 +199,7 @@ def _batch_size(recipe: Mapping[str, Any], sections: Sequence[str]) -> int | Non
 
 
 def _paid(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> str | None:
-    """Return a sentence that states after how many samples the summary's student pays off."""
+    """Return a sentence that states the number of samples after which the summary's student pays off."""
     group = next((group for group in groups if group.best is not None), None)
     if group is None or group.best is None or summary.best is None:
         return None

@@ -32,14 +32,14 @@ def metrics_of(table: EvaluationTable, result: EvaluationResult) -> list[str]:
 
 
 def is_too_few(table: EvaluationTable) -> bool:
-    """Return whether the samples are too few for a reliable Frechet distance."""
+    """Return whether there are too few samples for a reliable Frechet distance."""
     protocol = table.protocol
     dimension = finite(protocol.extractor_facts.get("dimension"))
     return dimension is not None and too_few(protocol.num_samples, protocol.num_reference, int(dimension))
 
 
 def cells_of(table: EvaluationTable, series: Iterable[Series]) -> list[Best]:
-    """Return the table's cells of these series that have a Frechet distance."""
+    """Return the table's cells for these series, limited to cells with a Frechet distance."""
     samplers = {one.name: one.sampler for one in series}
     cells = []
     for row in table.rows:
@@ -128,7 +128,9 @@ def protocol_words(protocol: Protocol) -> str:
 
 
 def curves_of(table: EvaluationTable, result: EvaluationResult, metric: str) -> list[tuple[Series, Curve]]:
-    """Return, for each series, the curve of a metric against network calls, without points that a log scale hides."""
+    """Return, for each series, the curve of a metric against network calls, without points that a log scale cannot
+    show.
+    """
     curves = []
     for place, series in enumerate(result.series):
         points = sorted(

@@ -1,7 +1,7 @@
 """Draw figures as inline SVG in the page's colours, and samples as images.
 
-matplotlib draws in placeholder colours, which CSS variables then replace, so that one figure suits light mode, dark
-mode and print. The colours are from the colour-blind-safe palette of Okabe and Ito.
+matplotlib draws in placeholder colours, which are then replaced by CSS variables, so that one figure suits light mode,
+dark mode and print. The colours are from the colour-blind-safe palette of Okabe and Ito.
 """
 
 import base64
@@ -29,7 +29,7 @@ VARIABLES = {
     **{stand_in: f"var(--other-{index})" for index, stand_in in enumerate(OTHERS)},
 }
 MARKERS = "D^vP"
-"""Markers for additional series, so that these series differ not only in colour."""
+"""Markers for additional series, so that these series differ in more than colour."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7F7F7F")
 SMALLEST_TILE, LARGEST_TILE = 64, 96
 """Approximate sizes in pixels to which small images are enlarged and large images are reduced."""
@@ -61,7 +61,7 @@ class Curve:
 
 
 def _figure(name: str, height: float, draw: Any, panels: Sequence[float] = (1.0,)) -> Markup:
-    """Return the SVG that `draw` produces, with ids that start with `name`. The same data always give the same SVG.
+    """Return the SVG that `draw` produces, with ids that start with `name`. The same data always gives the same SVG.
 
     Args:
         draw: function that is called with the axes, which are stacked and share the x-axis.
@@ -80,8 +80,8 @@ def _figure(name: str, height: float, draw: Any, panels: Sequence[float] = (1.0,
         "grid.linewidth": 0.6,
     }
     with matplotlib.rc_context(settings):
-        # At a width of 5 inches, the text is as large as the page's text if a row has two figures, and it is legible
-        # on a phone.
+        # At a width of 5 inches, the text is as large as the page's text when a row holds two figures, and legible on a
+        # phone.
         figure = Figure(figsize=(5.0, height), layout="constrained")
         draw(*figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=list(panels))[:, 0])
         buffer = io.StringIO()
@@ -155,7 +155,7 @@ def steps_figure(
     Args:
         others: additional curves, of which only the first `len(OTHERS)` are drawn.
         level: height of a horizontal line for the teacher at its best.
-        earlier: points of students that later students replaced, which are drawn faintly.
+        earlier: points of students that were replaced by later students, drawn faintly.
     """
     lines = [(teacher, TEACHER, "s--"), (student, STUDENT, "o-")]
     lines += [(curve, c, f"{marker}-.") for curve, c, marker in zip(others, OTHERS, MARKERS, strict=False)]
@@ -219,7 +219,7 @@ def chain_figure(name: str, stages: Sequence[tuple[Curve, Curve, float]]) -> Mar
                 if curve.x:
                     stride = -(-len(curve.x) // MOST_POINTS)
                     shifted = [start + x for x in curve.x[::-stride]]
-                    # A single point does not draw a line, so it gets a marker.
+                    # A line through a single point is invisible, so the point gets a marker.
                     mark = "o" if len(shifted) == 1 else None
                     panel.plot(shifted, curve.y[::-stride], color=colour, linewidth=1.5, marker=mark, markersize=4)
                 if index:
@@ -255,17 +255,17 @@ def chain_figure(name: str, stages: Sequence[tuple[Curve, Curve, float]]) -> Mar
 
 
 def is_images(samples: np.ndarray) -> bool:
-    """Return whether samples are grey or colour images, uint8 `[n, h, w, c]`."""
+    """Return whether samples are grey or colour images, as a uint8 array of shape `[n, h, w, c]`."""
     return samples.dtype == np.uint8 and samples.ndim == 4 and samples.shape[3] in (1, 3)
 
 
 def is_points(samples: np.ndarray) -> bool:
-    """Return whether samples are 2-D points, float `[n, 2]`."""
+    """Return whether samples are 2-D points, as a float array of shape `[n, 2]`."""
     return samples.dtype.kind == "f" and samples.shape[1:] == (2,)
 
 
 def tile_size(samples: np.ndarray) -> tuple[int, int]:
-    """Return the displayed height and width, in CSS pixels, of images uint8 `[n, h, w, c]`."""
+    """Return the displayed height and width, in CSS pixels, of uint8 images of shape `[n, h, w, c]`."""
     height, width = samples.shape[1:3]
     side = max(height, width)
     if side > LARGEST_TILE:
@@ -280,7 +280,7 @@ def data_url(content: bytes, kind: str) -> str:
 
 
 def image_grid(samples: np.ndarray, columns: int, alt: str, in_full: bool = False) -> tuple[Markup, str]:
-    """Return a grid of images uint8 `[n, h, w, c]` as an <img>, and the URL of its PNG.
+    """Return a grid of uint8 images of shape `[n, h, w, c]` as an <img>, and the URL of its PNG.
 
     Small images are enlarged by an integer factor without smoothing, and large images are reduced unless `in_full` is
     true.
@@ -303,7 +303,7 @@ def image_grid(samples: np.ndarray, columns: int, alt: str, in_full: bool = Fals
 
 
 def limits(points: np.ndarray) -> tuple[float, float, float]:
-    """Return the centre (x, y) of the square around points `[n, 2]`, and half the length of the square's side."""
+    """Return the centre (x, y) of the square around points `[n, 2]`, and half the square's side length."""
     points = points[np.isfinite(points).all(axis=1)].astype(np.float64)
     if not len(points):
         return 0.0, 0.0, 1.0

@@ -15,7 +15,7 @@ from halfstep.runs import Best
 
 WALKED_COLUMNS = 5
 MODELS = {"student": "the student", "matched": "the matched teacher", "teacher": "the undistilled teacher"}
-"""Names of the models in the alternative texts of images."""
+"""Names of the models in the images' alternative text."""
 
 
 @dataclass(frozen=True)

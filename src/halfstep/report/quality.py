@@ -61,7 +61,7 @@ class Group:
     note: str | None
     """Warning about the number of samples."""
     too_few: bool
-    """Whether the samples are too few for a reliable Frechet distance."""
+    """Whether there are too few samples for a reliable Frechet distance."""
 
     @property
     def best_words(self) -> str:
@@ -85,12 +85,14 @@ class Group:
 
     @property
     def students(self) -> list[tuple[str, Result]]:
-        """The students' stages and results, without students that later students replace."""
+        """The students' stages and results, without students that were replaced by later students."""
         rows = [row for row in self.rows if not (row.is_matched or row.is_earlier)]
         return [(str(row.student_stage), row.student) for row in rows if row.student is not None]
 
     def note_of(self, row: Pair) -> str:
-        """Return the sampler, role or stage of a row if other rows have the same steps, otherwise an empty string."""
+        """Return the sampler, role or stage of a row if other rows have the same number of steps, otherwise an empty
+        string.
+        """
         by = [] if row.sampler == sampler_label(self.teacher_sampler) else [row.sampler]
         of = ["matched"] if row.is_matched else [str(row.student_stage)] if row.is_repeated else []
         return ", ".join([*by, *of])

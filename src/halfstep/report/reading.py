@@ -64,7 +64,7 @@ class NearestFacts:
     distances: np.ndarray
     """Root mean square differences `[m, k]` on the scale of x0, for the first m >= n samples."""
     real: np.ndarray
-    """Distances `[r]` from some training samples to the nearest other training sample."""
+    """Distances `[r]` from some of the training samples to their nearest other training sample."""
     num_searched: int
 
 
@@ -76,7 +76,7 @@ class StudyFacts:
     question: str
     table: Table
     figure: bytes | None
-    """An SVG."""
+    """The figure as SVG."""
     seconds: float | None
     scale: str | None
 

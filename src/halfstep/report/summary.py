@@ -12,11 +12,11 @@ from halfstep.runs import Best, finite
 KEPT = 1.5
 """A student keeps the teacher's quality if its Frechet distance or KID is at most this multiple of the teacher's."""
 NO_GAIN = 1.05
-"""A student gains nothing if the undistilled teacher with equally many network calls is worse by at most this
+"""A student gains nothing if the undistilled teacher with the same number of network calls is worse by at most this
 factor."""
 LEARNED = 0.25
-"""Minimum coverage of the real data by the samples of a teacher that has learned the data. Coverage is near 1 if the
-samples and the data have the same distribution."""
+"""Minimum coverage of the real data by a teacher's samples for the teacher to count as having learned the data.
+Coverage is near 1 if the samples and the data have the same distribution."""
 
 
 class Rated(NamedTuple):
@@ -57,7 +57,7 @@ class Comparison(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """The outcome in one or two sentences and a few large numbers."""
+    """The outcome in one or two sentences and a few headline numbers."""
 
     lead: str
     more: str | None = None

@@ -2,7 +2,7 @@
 
 When a trial finishes, it writes its metrics to a file in STUDY/cells, so rerunning the command resumes the study.
 Trials train in run folders, and each run folder has a store of samples and metrics. Studies with the same teacher
-therefore share the samples and metrics of this teacher.
+therefore share the teacher's samples and metrics.
 """
 
 import time
@@ -57,7 +57,7 @@ class Finding(NamedTuple):
 @final
 @dataclass(frozen=True)
 class Trial:
-    """One entry of a study, which its axes identify, with the function that measures the entry."""
+    """One entry of a study, identified by its axes, with the function that measures it."""
 
     axes: Mapping[str, Any]
     work: Callable[["Bench"], Figures]
@@ -74,14 +74,14 @@ class Study(ABC):
     title: ClassVar[str]
     question: ClassVar[str]
     uses: ClassVar[tuple[str, ...]]
-    """The settings of the scale on which the study's metrics depend. If they change, the trials must be rerun."""
+    """The scale settings that affect the study's metrics. If they change, the trials must be rerun."""
 
     @abstractmethod
     def trials(self, scale: Scale) -> list[Trial]:
         """Return the trials in the order in which they run."""
 
     def costs(self, scale: Scale) -> Mapping[str, float]:
-        """Return the number of forward passes of one sample for each part of the plan, or {} if not counted."""
+        """Return, for each part of the plan, the number of single-sample forward passes, or {} if not counted."""
         return {}
 
     @abstractmethod
@@ -113,7 +113,7 @@ class Bench:
 
         Raises:
             NonFinite: if the training diverged.
-            Interrupted: if a signal arrived. The state has then been saved.
+            Interrupted: if a signal arrived, after the state has been saved.
         """
         return self._finished(name, self._spec(recipe, what))
 
@@ -147,7 +147,7 @@ class Bench:
 
     @cached_property
     def chain(self) -> dict[int, StageFolder]:
-        """The students of the shared teacher by their number of steps, trained with the scale's recipe."""
+        """The students of the shared teacher, trained with the scale's recipe, by number of steps."""
         stages = self.run("chain", self.scale.recipe, "chain").stages()[1:]
         return {stage.manifest(verify=False).num_steps or 0: stage for stage in stages}
 
@@ -171,7 +171,7 @@ class Bench:
         return Cell(source, num_steps, range(noise * size, (noise + 1) * size))
 
     def measured(self, stage: StageFolder, num_steps: int, sampler: Sampler | None = None, noise: int = 0) -> Result:
-        """Return the metrics of a stage's model. They are only measured once per protocol.
+        """Return the metrics of a stage's model. These are measured only once per protocol.
 
         Args:
             sampler: the sampler to use; None uses the model's own sampler.

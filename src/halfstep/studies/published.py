@@ -1,7 +1,7 @@
 """Verified results from the paper and its code, shown next to ours.
 
-An FID is not comparable with a distance in other features, so compare rankings and ratios. Results that could not be
-verified are omitted: the integrators of appendix C, the fast schedules and figure 6.
+An FID is not comparable with a distance in a different feature space, so compare rankings and ratios. Results that
+could not be verified are omitted: the integrators of appendix C, the fast schedules and figure 6.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), tables 1 and 2 and section 5.2. Figure 4 was digitised from the authors'
     README with an accuracy of 0.5%. The values for CIFAR-10 with 1 to 8 steps are taken from table 2.

@@ -1,4 +1,4 @@
-"""The study roads compares methods that distil one teacher to few steps at equal cost.
+"""The study `roads` compares methods that distil one teacher to few steps at equal cost.
 
 The cost of a student is the number of forward passes of all stages that lead from the teacher to this student,
 including those of auxiliary networks, as counted by `Stage.update_cost`. A scale sets the cost of each student (8, 4, 2
@@ -89,7 +89,7 @@ def passes_of(stages: Iterable[Stage]) -> float:
 
 
 def _halving(scale: Scale, steps: Sequence[int], share: float = 1.0) -> list[Leg]:
-    """Return the recipe's chain. The proportions of its updates are kept up to the first student of `steps`."""
+    """Return the recipe's chain. Up to the first student in `steps`, the updates keep their proportions."""
     stages = scale.recipe.chain_plan().stages
     before = [stage for stage in stages if (stage.num_steps or 0) >= steps[0]]
     scaled = share * scale.roads.passes[steps[0]] / passes_of(before)
@@ -105,7 +105,7 @@ def _second_order(scale: Scale, steps: Sequence[int], share: float = 1.0) -> lis
 
 
 def _halves(scale: Scale, steps: Sequence[int], share: float) -> list[Leg]:
-    """Return the stages that lead from each number of `steps` to the next."""
+    """Return the stages that lead from each number in `steps` to the next."""
     legs = []
     for before, after in pairwise(steps):
         stage = _stage_of(scale, after)
@@ -137,11 +137,11 @@ def _as_leg(stage: Stage, passes: float) -> Leg:
 
 
 def _finished(scale: Scale, steps: Sequence[int]) -> list[Leg]:
-    """Return the second-order chain and a finish for each student, which takes a share of the student's passes."""
+    """Return the second-order chain and a finish for each student. The finish takes a share of the student's passes."""
     settings = scale.roads
 
     def finishing(number: int) -> Callable[[int], Objective]:
-        # The default number of lead updates, which only train the auxiliary denoiser, would fill most of a short
+        # The default number of lead updates, which only train the auxiliary denoiser, would take up most of a short
         # finish.
         return lambda updates: Finishing(number, lead_updates=min(Finishing.lead_updates, updates // 4))
 
@@ -190,7 +190,7 @@ ROADS: Final = {
 }
 """The methods by their names in the study's JSON. Each method is a curve in the figure."""
 TEACHERS: Final = {"ddim": "teacher, DDIM", "heun": "teacher, Heun"}
-"""The samplers of the undistilled teacher that are compared at equal network calls."""
+"""The samplers of the undistilled teacher that are compared at equal numbers of network calls."""
 LABELS: Final = {name: road.label for name, road in ROADS.items()} | TEACHERS
 
 

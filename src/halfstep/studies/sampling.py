@@ -71,7 +71,7 @@ def _protocol(scale: Scale) -> str:
 @final
 @studies.register("table2")
 class Table2(Study):
-    """Table 2 of the paper: students and fast samplers of the teacher at equal network calls."""
+    """Table 2 of the paper: students and fast samplers of the teacher at equal numbers of network calls."""
 
     title: ClassVar[str] = "Table 2: fast samplers at equal network calls"
     question: ClassVar[str] = "What does distillation gain over the best samplers of the undistilled teacher?"

@@ -20,7 +20,7 @@ COUNTED: Final = 1_000_000
 @final
 @dataclass(frozen=True, kw_only=True)
 class RoadSettings:
-    """Budgets and training settings of the methods in the study roads. The recipe's chain sets all other values."""
+    """Budgets and training settings of the methods in the study `roads`. The recipe's chain sets all other values."""
 
     passes: Mapping[int, int]
     """The number of forward passes of all stages that lead to a student, by the student's number of steps."""
@@ -29,8 +29,8 @@ class RoadSettings:
     finish: Training = field(default_factory=lambda: replace(FINISHING, num_updates=COUNTED))
     consistency: Training
     grid: tuple[int, int]
-    """The number of times in the teacher's grid for consistency distillation, first at the start of training and then
-    in the second half."""
+    """The number of points in the teacher's time grid for consistency distillation: at the start of training, and in
+    the second half."""
     moments: Training
 
     @property
@@ -50,26 +50,26 @@ class Scale:
     ablation: Recipe
     """The recipe for the teachers in table 1. The study sets the prediction, weighting and seed of each teacher."""
     seeds: int
-    """The number of seeds with which training is repeated."""
+    """The number of seeds for which training is repeated."""
     gamma_levels: int = 11
     """The number of values of gamma to try with ancestral sampling."""
     ablation_gamma_levels: int = 11
     """The number of values of gamma to try in table 1, which has many cells."""
     steps: tuple[int, ...]
-    """The numbers of sampler steps with which methods are compared."""
+    """The numbers of sampler steps at which methods are compared."""
     ablation_steps: int
     """The number of sampler steps in table 1."""
     updates: tuple[int, ...]
-    """The numbers of updates per stage to try in the study schedules."""
+    """The numbers of updates per stage to try in the study `schedules`."""
     rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 3e-4)
-    """The learning rates to try in the study schedules, which reports the best one."""
+    """The learning rates to try in the study `schedules`, which reports the best one."""
     factors: tuple[int, ...] = (2, 4)
-    """The numbers of teacher steps per student step to try in the study schedules."""
+    """The numbers of teacher steps per student step to try in the study `schedules`."""
     roads: RoadSettings
     road_seeds: int = 3
-    """The number of seeds in the study roads."""
+    """The number of seeds in the study `roads`."""
     passes_per_second: int | None = None
-    """The number of forward passes of one sample per second of training on the intended machine, or None if unknown."""
+    """The number of single-sample forward passes per second of training on the intended machine, or None if unknown."""
 
     def as_data(self, uses: Sequence[str]) -> dict[str, Any]:
         """Return the settings listed in `uses` without the engine's `IDLE` fields ("evaluation" is the recipe's)."""
@@ -111,7 +111,7 @@ def _with_chain(recipe: Recipe, start_steps: int, training: Training, **changes:
 
 
 def smoke() -> Scale:
-    """Return a scale for the digits that takes minutes on two CPU cores and shows the effects visible at this size."""
+    """Return a scale for the digits, which takes minutes on two CPU cores and shows effects visible at this size."""
     recipe = _with_chain(
         recipes["digits"](),
         64,
@@ -157,7 +157,7 @@ def smoke() -> Scale:
 
 
 def small() -> Scale:
-    """Return a scale for Fashion-MNIST that takes hours on one GPU. Without access to the Hub, use `--data FOLDER`."""
+    """Return a scale for Fashion-MNIST, which takes hours on one GPU. Without Hub access, use `--data FOLDER`."""
     recipe = _with_chain(recipes["fashion_mnist"](), 256, Training(num_updates=4000, learning_rate=1e-4))
     recipe = recipe.model_copy(update={"evaluation": Evaluation(num_samples=5000, batch_size=1000)})
     consistency = Training(num_updates=COUNTED, batch_size=64, learning_rate=3e-4, warmup_updates=100)
@@ -179,7 +179,7 @@ def small() -> Scale:
 
 
 def paper() -> Scale:
-    """Return a scale for CIFAR-10 as in the paper that takes weeks on one GPU."""
+    """Return a scale for CIFAR-10 as in the paper, which takes weeks on one GPU."""
     recipe = recipes["cifar10_paper"]()
     consistency = Training(num_updates=COUNTED, learning_rate=1e-4, warmup_updates=1000)
     return Scale(

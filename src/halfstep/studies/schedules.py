@@ -1,4 +1,6 @@
-"""The fast schedules of appendix E, which vary the updates per stage and quarter the number of steps per stage."""
+"""The fast schedules of appendix E, which vary the number of updates per stage and quarter the number of steps at each
+stage.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,7 +33,8 @@ def shown(scale: Scale) -> list[int]:
 
 
 def _trial(scale: Scale, factor: int, updates: int, rate: float, seed: int) -> Trial:
-    # As in the paper, updates are doubled at 2 steps and at 1 step, and all stages have the same learning rate.
+    # As in the paper, the number of updates is doubled at 2 steps and at 1 step, and all stages have the same learning
+    # rate.
     training = scale.recipe.chain.training
     warmup = min(training.warmup_updates, updates)
     chain = scale.recipe.chain.model_copy(
