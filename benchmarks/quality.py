@@ -32,7 +32,7 @@ from common import parsed, write
 from halfstep.core.denoiser import NetworkDenoiser, per_sample
 from halfstep.metrics import frechet_distance
 from halfstep.models.model import Model
-from halfstep.objectives import Finishing, Halving, Plan, Stage
+from halfstep.objectives import Halving, Plan, Stage
 from halfstep.recipes import Recipe, recipes
 from halfstep.runs import Outcome
 from halfstep.runtime.files import read_json, write_json
@@ -67,12 +67,8 @@ def scaled(plan: Plan, share: float) -> Plan:
 
 
 def plans(scale: Scale, new: Recipe) -> dict[str, Plan]:
-    """Return the library's plans with the full budget: the scale's chain, and the plan of a recipe with finishes."""
-    training = new.finish.training
-    lead = min(Finishing.lead_updates, training.num_updates // 4)
-    steps = sorted(STEPS, reverse=True)
-    finishes = Plan.finishes(steps, training, lambda number: Finishing(number, lead_updates=lead))
-    return {PAPER: scale.recipe.chain_plan(), NEW: new.chain_plan() + finishes}
+    """Return the library's plans with the full budget: the scale's chain, and the chain and finishes of a recipe."""
+    return {PAPER: scale.recipe.chain_plan(), NEW: new.chain_plan() + new.finish.plan()}
 
 
 def naive_chain(bench: Bench, plan: Plan) -> Iterator[tuple[int, float, NetworkDenoiser]]:
@@ -131,13 +127,16 @@ def naive_chain(bench: Bench, plan: Plan) -> Iterator[tuple[int, float, NetworkD
         yield num_steps, seconds, teacher
 
 
-def library_row(bench: Bench, name: str, plan: Plan, share: float, best: float) -> dict[str, Any]:
-    """Train a plan with a share of its budget and measure its students."""
+def library_row(
+    bench: Bench, name: str, plan: Plan, share: float, best: float, students: Sequence[int]
+) -> dict[str, Any]:
+    """Train the stages that lead to the timed students with a share of their budget, and measure these students."""
     short = name.replace("'", "").replace(" ", "-")
-    changed = scaled(plan, share)
+    wanted = sorted({place for steps in students for place in way_to(plan, steps)})
+    changed = scaled(Plan(tuple(plan.stages[place] for place in wanted)), share)
     stages = bench.distil(f"{short}-{share:g}", changed, seed=0).stages()[1:]
     row: dict[str, Any] = {"way": name, "share": share}
-    for steps in STEPS:
+    for steps in students:
         way = way_to(changed, steps)
         seconds = sum(stages[place].manifest(verify=False).seconds for place in way)
         distance = bench.measured(stages[way[-1]], steps).frechet
@@ -145,16 +144,16 @@ def library_row(bench: Bench, name: str, plan: Plan, share: float, best: float) 
     return row
 
 
-def naive_row(bench: Bench, plan: Plan, share: float, best: float) -> dict[str, Any]:
+def naive_row(bench: Bench, plan: Plan, share: float, best: float, students: Sequence[int]) -> dict[str, Any]:
     """Train the paper's chain with naive updates and measure its students."""
-    file = bench.out / "naive" / f"{share:g}.json"
+    file = bench.out / "naive" / f"{share:g}-{'-'.join(map(str, students))}.json"
     if file.is_file():
         held: dict[str, Any] = read_json(file)
         return held
     count, model = bench.scale.recipe.evaluation.num_samples, bench.model(bench.teacher)
     row: dict[str, Any] = {"way": NAIVE, "share": share}
     for steps, seconds, student in naive_chain(bench, scaled(plan, share)):
-        if steps not in STEPS:
+        if steps not in students:
             continue
         # These students are sampled like the library's own models, with the same seeds, classes and clipping.
         manifest = model.manifest.model_copy(update={"outcome": Outcome(role="student", num_steps=steps)})
@@ -166,16 +165,16 @@ def naive_row(bench: Bench, plan: Plan, share: float, best: float) -> dict[str, 
     return row
 
 
-def marks(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def marks(rows: Sequence[dict[str, Any]], students: Sequence[int]) -> list[dict[str, Any]]:
     """Return, for each method, the seconds of the smallest budget that was good enough, or None if none was."""
     found = []
     for way in dict.fromkeys(row["way"] for row in rows):
         own = sorted((row for row in rows if row["way"] == way), key=lambda row: row["share"])
         reached = {
             steps: next((row[f"seconds to {steps}"] for row in own if row[f"ratio at {steps}"] <= MARK), None)
-            for steps in STEPS
+            for steps in students
         }
-        found.append({"way": way} | {f"seconds to quality at {steps}": reached[steps] for steps in STEPS})
+        found.append({"way": way} | {f"seconds to quality at {steps}": reached[steps] for steps in students})
     return found
 
 
@@ -188,6 +187,7 @@ def main() -> None:
     parser.add_argument(
         "--shares", type=float, nargs="+", default=SHARES, help="budgets, as shares of the full number of updates"
     )
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="numbers of steps of the timed students")
     parser.add_argument(
         "--only", choices=(PAPER, NEW, NAIVE), nargs="+", help="methods to measure; default: all methods"
     )
@@ -211,11 +211,11 @@ def measure(scale: Scale, new: Recipe, options: argparse.Namespace) -> None:
     for share in sorted(options.shares):
         for name in options.only or (*known, NAIVE):
             if name == NAIVE:
-                rows.append(naive_row(bench, known[PAPER], share, best))
+                rows.append(naive_row(bench, known[PAPER], share, best, options.steps))
             else:
-                rows.append(library_row(bench, name, known[name], share, best))
+                rows.append(library_row(bench, name, known[name], share, best, options.steps))
             print(rows[-1], flush=True)
-    write("quality", rows, options, scale=scale.name, mark=MARK, teacher_best=best, reached=marks(rows))
+    write("quality", rows, options, scale=scale.name, mark=MARK, teacher_best=best, reached=marks(rows, options.steps))
 
 
 if __name__ == "__main__":

@@ -281,9 +281,11 @@ def test_time_to_quality_trains_three_ways_and_takes_the_smallest_budget_that_is
     quality = modules("quality")
     scale = tiny()
     new = scale.recipe.model_copy(update={"chain": SECOND_ORDER.model_copy(update={"training": Training(2, 1e-3, 8)})})
-    new = new.model_copy(update={"finish": FinishConfig(training=Training(12, 1e-4, 4, adam_betas=(0.0, 0.99)))})
+    new = new.model_copy(
+        update={"finish": FinishConfig(steps=(1,), training=Training(12, 1e-4, 4, adam_betas=(0.0, 0.99)))}
+    )
     file = tmp_path / "quality.json"
-    options = SimpleNamespace(runs=tmp_path / "runs", shares=(0.5, 1.0), out=file, short=True)
+    options = SimpleNamespace(runs=tmp_path / "runs", shares=(0.5, 1.0), steps=(4, 1), only=None, out=file, short=True)
     with contextlib.redirect_stdout(io.StringIO()):
         quality.measure(scale, new, options)
     result = json.loads(file.read_text())
@@ -308,4 +310,6 @@ def test_time_to_quality_trains_three_ways_and_takes_the_smallest_budget_that_is
          "ratio at 1": one}
         for share, four, one in ((2.0, 1.0, 1.2), (0.5, 1.2, 1.5), (1.0, 1.09, 1.3))
     ]  # fmt: skip
-    assert quality.marks(rows) == [{"way": "a", "seconds to quality at 4": 10.0, "seconds to quality at 1": None}]
+    assert quality.marks(rows, (4, 1)) == [
+        {"way": "a", "seconds to quality at 4": 10.0, "seconds to quality at 1": None}
+    ]
