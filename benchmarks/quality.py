@@ -7,7 +7,7 @@ A student is good enough if its Frechet distance is at most 1.1 times that of th
 steps or 32 Heun steps). Three methods start from the same teacher:
 
 - the paper's chain, which uses DDIM and halves from many steps;
-- the new plan: a first student that learns from Heun steps, then halvings, and finishes at 4 steps and 1 step;
+- the new plan, which is that of the recipe: a first student that learns from Heun steps, then halvings, and finishes;
 - the paper's chain with updates as in public re-implementations, which use float32 and the subtractive target, and have
   no warm-up, learning rate decay, fused optimiser or batched noise.
 

@@ -156,13 +156,13 @@ def test_the_first_sentence_follows_from_the_figures(page: Page) -> None:
     one = result(kept, True)
     assert 1 < kept < 128
     assert (
-        f"{kept} network calls instead of 63 ({times(63 / kept)} times fewer): Fréchet distance "
+        f"{kept} network calls instead of 63 ({times(63 / kept)} times fewer): Frechet distance "
         f"{one.frechet / base:.2f} times that of the teacher at its best "
         f"({times(result(kept, False).frechet / base)} times without distillation)." in page.text
     )
     assert "at its best: Heun, 32 steps (63 calls)" in page.text
     fewest = result(1, True)
-    assert f"At 1 step: Fréchet distance {fewest.frechet / base:.1f} times that of the teacher at its" in page.text
+    assert f"At 1 step: Frechet distance {fewest.frechet / base:.1f} times that of the teacher at its" in page.text
 
 
 @pytest.mark.parametrize(("factor", "gains"), [(1.04, False), (0.9, False), (1.06, True)])
@@ -221,8 +221,8 @@ def test_an_unreliable_frechet_distance_is_not_in_the_headline(tmp_path: Path) -
     assert f"At 1 step: KID {number(last.kid)} ({number(best.kid)} for the teacher at its best, " in page.text
     assert f"KID; {number(best.kid)} for the teacher at its best: DDIM, 256 steps (256 calls)" in page.text
     assert "It compares KID because there are too few samples" in page.text
-    assert "Fréchet distance" not in page.text.partition("Number of sampler steps")[0]
-    assert "Fréchet distance of the teacher at its best" not in page.text
+    assert "Frechet distance" not in page.text.partition("Number of sampler steps")[0]
+    assert "Frechet distance of the teacher at its best" not in page.text
 
 
 def test_a_terminal_shows_kid_where_the_frechet_distance_is_unreliable(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_a_reliable_evaluation_comes_before_an_unreliable_measurement(tmp_path: 
     rewritten(run)
     write_fake_evaluation(run)
     ratio = frechet(4, True) / frechet(256, False)
-    assert f"A student with 4 network calls instead of 256 (64 times fewer): Fréchet distance {ratio:.2f}" in (
+    assert f"A student with 4 network calls instead of 256 (64 times fewer): Frechet distance {ratio:.2f}" in (
         reported(run).text
     )
 
@@ -272,7 +272,7 @@ def test_an_evaluation_is_reliable_if_its_samples_outnumber_the_dimensions(tmp_p
     told["tables"][0]["protocol"]["extractor_facts"]["dimension"] = size
     write_sealed(RunFolder(run).evaluation_path, told)
     lead = reported(run).text.partition("There are no figures")[0]
-    assert ("KID" in lead, "Fréchet distance" in lead) == (size == 1797, size == 1796)
+    assert ("KID" in lead, "Frechet distance" in lead) == (size == 1797, size == 1796)
 
 
 def test_the_teacher_at_its_best_has_the_first_column(tmp_path: Path) -> None:

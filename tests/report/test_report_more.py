@@ -159,7 +159,7 @@ def test_a_run_without_figures_of_its_own_takes_the_first_sentence_from_its_eval
     text = reported(run).text
     assert "A student with 4 network calls instead of 256 (64 times fewer): " in text
     alone = frechet(4, False) / frechet(256, False)
-    said = f"Fréchet distance {ratio:.2f} times that of the teacher at its best ({alone:.0f} times without"
+    said = f"Frechet distance {ratio:.2f} times that of the teacher at its best ({alone:.0f} times without"
     assert said in text
 
 
@@ -375,11 +375,11 @@ def test_a_later_student_of_as_many_steps_stands_for_them_and_the_earlier_one_st
     assert rows["09-finish-0004 4"][3:5] == [number(finished.frechet), number(finished.frechet / HEUN.frechet)]
     assert "A student with 4 network calls" in page.text
     ratio, alone = finished.frechet / HEUN.frechet, frechet(4, False) / HEUN.frechet
-    sentence = f"Fréchet distance {ratio:.2f} times that of the teacher at its best ({times(alone)} times without "
+    sentence = f"Frechet distance {ratio:.2f} times that of the teacher at its best ({times(alone)} times without "
     assert sentence in page.text
     assert headline(read_run(run)) == ("09-finish-0004", 4)
     # The slider shows the later one, with its own distance.
-    places = re.findall(r'data-label="4 steps".*?Fréchet ([0-9.]+)', RunFolder(run).report_path.read_text(), re.S)
+    places = re.findall(r'data-label="4 steps".*?Frechet ([0-9.]+)', RunFolder(run).report_path.read_text(), re.S)
     assert places == [number(finished.frechet)]
     facts = read_run(run)
     group = quality_groups(facts.stages, facts.start)[0]

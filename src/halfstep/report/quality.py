@@ -110,7 +110,7 @@ class Group:
         curves.append(_curve("teacher, matched", [row.student for row in self.rows if row.is_matched]))
         return figures.steps_figure(
             self.name,
-            "Fréchet distance (lower is better)",
+            "Frechet distance (lower is better)",
             curves[0],
             _curve("students", [student for _, student in self.students]),
             [curve for curve in curves[1:] if curve is not None],

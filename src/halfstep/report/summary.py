@@ -53,7 +53,7 @@ class Comparison(NamedTuple):
             alone = "" if student.alone is None else f", {number(student.alone)} without distillation"
             return f"KID {number(student.quality)} ({number(self.quality)} for the teacher at its best{alone})"
         alone = "" if student.alone is None else f" ({times(student.alone)} times without distillation)"
-        return f"Fréchet distance {times(student.quality)} times that of the teacher at its best{alone}"
+        return f"Frechet distance {times(student.quality)} times that of the teacher at its best{alone}"
 
 
 class Summary(NamedTuple):
@@ -83,9 +83,9 @@ def summarise(facts: RunFacts, groups: Sequence[Group]) -> Summary:
     else:
         best = min(found.students, key=lambda student: (student.quality, student.steps))
     choice = (
-        f"with the fewest steps and a {'KID' if found.by_kid else 'Fréchet distance'} of at most {KEPT} times the "
+        f"with the fewest steps and a {'KID' if found.by_kid else 'Frechet distance'} of at most {KEPT} times the "
         "teacher’s best, or the best student if none qualifies"
-        + (". It compares KID because there are too few samples for a reliable Fréchet distance" * found.by_kid)
+        + (". It compares KID because there are too few samples for a reliable Frechet distance" * found.by_kid)
     )
     calls, saved = count(best.num_evals, "network call"), found.teacher.num_evals / max(1, best.num_evals)
     fewer = f"{times(saved)} times fewer"
@@ -108,7 +108,7 @@ def summarise(facts: RunFacts, groups: Sequence[Group]) -> Summary:
     if found.by_kid:
         quality = (number(best.quality), f"KID; {number(found.quality)} for the teacher at its best: {how}")
     else:
-        quality = (f"{times(best.quality)}×", f"the Fréchet distance of the teacher at its best: {how}")
+        quality = (f"{times(best.quality)}×", f"the Frechet distance of the teacher at its best: {how}")
     tiles = [
         (f"{found.teacher.num_evals:,} → {best.num_evals:,}", f"network calls{f', {fewer}' if saved > 1 else ''}"),
         quality,
