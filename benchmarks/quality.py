@@ -1,4 +1,5 @@
-"""Measure the time to quality, which is the distillation time until the 4-step and 1-step students are good enough.
+"""Measure the time to quality: the distillation time until students with few steps (by default, 4 and 1) are good
+enough.
 
     python benchmarks/quality.py RUNS                          # the digits, minutes to an hour on two cores
     python benchmarks/quality.py RUNS --scale small --data ../shared/data/fashion-mnist
@@ -134,7 +135,7 @@ def library_row(
     short = name.replace("'", "").replace(" ", "-")
     wanted = sorted({place for steps in students for place in way_to(plan, steps)})
     changed = scaled(Plan(tuple(plan.stages[place] for place in wanted)), share)
-    stages = bench.distil(f"{short}-{share:g}", changed, seed=0).stages()[1:]
+    stages = bench.distil(f"{short}-{share:g}-{'-'.join(map(str, students))}", changed, seed=0).stages()[1:]
     row: dict[str, Any] = {"way": name, "share": share}
     for steps in students:
         way = way_to(changed, steps)

@@ -140,7 +140,7 @@ def cut_by_two(path: str) -> None:
 
 
 class Storm:
-    """Random faults in copies of runs below `folder`; `dealt` counts them by kind, `ends` counts their outcomes.
+    """Random faults in copies of runs below `folder`; `ends` counts their outcomes.
 
     Args:
         kinds: "chain" with averages and finishes, "lora", "matched", and "pair", the chain run by two processes.
@@ -148,10 +148,7 @@ class Storm:
 
     def __init__(self, folder: Path, seed: int = 0, kinds: Sequence[str] = ("chain", "lora", "matched")) -> None:
         self.folder, self.dice = folder, random.Random(seed)
-        self.dealt: Counter[str] = Counter()
         self.ends: Counter[str] = Counter()
-        self.met: Counter[str] = Counter()
-        """Numbers of faults by the kind of run."""
         self.drawn: dict[str, Markup] = {}
         chain = torture.spec()
         finish(chain, folder / "uncut")
@@ -170,15 +167,13 @@ class Storm:
             for name in ("swap", "copy", "foreign", "delete", "truncate", "flip", "edit", "misplace")
         }
 
-    def deal(self, rounds: int = 1) -> None:
-        """Apply each kind of fault to a copy of each run, `rounds` times.
+    def deal(self) -> None:
+        """Apply each kind of fault to a copy of each run.
 
         Raises:
             AssertionError: naming the fault, if a result changed silently or an error has no remedy.
         """
-        for number, (_, kind, (spec, uncut, start)) in enumerate(
-            itertools.product(range(rounds), self.faults, self.runs)
-        ):
+        for number, (kind, (spec, uncut, start)) in enumerate(itertools.product(self.faults, self.runs)):
             path = self.folder / f"run-{number}"
             shutil.copytree(start, path)
             what = f"fault {number} ({start.name}): {kind} {self.faults[kind](path)}"
@@ -187,8 +182,6 @@ class Storm:
                 self.ends[self._run(spec, path, uncut)] += 1
             except Exception as error:
                 raise AssertionError(what) from error
-            self.dealt[kind] += 1
-            self.met[start.name] += 1
             shutil.rmtree(path)
 
     def _made_by_two(self) -> list[Path]:

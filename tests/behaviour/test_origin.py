@@ -106,7 +106,7 @@ def test_a_folder_next_to_the_plans_stages_is_no_model_of_the_run(path: Path) ->
 def test_an_unfinished_run_reports_the_stage_that_it_loads(path: Path) -> None:
     stage(path, THIRD).manifest_path.unlink()
     with pytest.warns(
-        HalfstepWarning, match=f"is not complete, because stage {THIRD} is missing.*Using its stage {SECOND}"
+        HalfstepWarning, match=f"is not complete, because stage {THIRD} is not complete.*Using its stage {SECOND}"
     ):
         assert load(path).manifest.stage == SECOND
 

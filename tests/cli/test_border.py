@@ -699,7 +699,7 @@ def test_the_data_of_prompts_lies_next_to_a_run_in_the_working_folder(
 def test_a_call_cannot_be_changed_after_the_import(sd3_run: Path, tmp_path: Path, capsys: Capture) -> None:
     argv = ["distill", str(sd3_run), "--to", "2", "--out", str(tmp_path / "out"), "--call", "height=16"]
     said = refused(argv, capsys)
-    assert f"--call has no effect with {sd3_run}: the stage keeps the call of its import. Remove it" in said
+    assert f"--call has no effect with {sd3_run}: only a pipeline is called with it. Remove it" in said
     argv = ["distill", "sdxl", "--dry-run", "--call", "height=512"]
     assert "--call has no effect with sdxl: the estimate is for the size that is listed" in refused(argv, capsys)
 

@@ -280,8 +280,8 @@ class Rows:
             )
 
     def teacher(self) -> Entry | None:
-        """Return the teacher with its own number of steps or, if it takes any number, with whichever method of the run
-        makes the most network calls.
+        """Return the teacher with its own number of steps or, if it takes any number, with whichever of the run's
+        methods for the teacher makes the most network calls.
         """
         teacher = self.subject.teacher
         if teacher is None or self.subject.kind == "pipeline":

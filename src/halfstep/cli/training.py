@@ -123,7 +123,10 @@ def _run(argv: Sequence[str], kind: type[RunArguments], verb: str, what: Literal
         parse(kind, argv, f"halfstep {verb} RECIPE", kind(recipes["digits"]()), SHORT)
     name, *rest = argv
     prog = f"halfstep {verb}" if verb == "demo" else f"halfstep {verb} {name}"
-    arguments = parse(kind, rest, prog, kind(recipe_from(name)), SHORT)
+    default = recipe_from(name)
+    # Only options can make the recipe's own settings superfluous.
+    default.finish.plan()
+    arguments = parse(kind, rest, prog, kind(default), SHORT)
     recipe, suffix = arguments.recipe, "-teacher" if what == "teacher" else ""
     with as_typed(rest, SHORT):
         if what == "all":
@@ -159,7 +162,7 @@ def distill(argv: Sequence[str]) -> None:
         read_prompts(arguments.prompts)
     is_published = name in PUBLISHED and arguments.dry_run and not Path(name).is_dir()
     if stage is not None or is_published:
-        why = "the stage keeps the call of its import" if stage else "the estimate is for the size that is listed"
+        why = "only a pipeline is called with it" if stage else "the estimate is for the size that is listed"
         refuse_idle(arguments, f"with {name}", ("call",), {"call": why})
     if stage is not None:
         if arguments.base_precision != "float32":

@@ -63,7 +63,7 @@ _TRAIN: Final = (
         (
             "halfstep run digits",
             "halfstep run cifar10 --dry-run",
-            "halfstep run images --data ~/photos --data.image-size 32 --to 4 --out runs/photos",
+            "halfstep run images --data ~/photos --data.image-size 32 --to 2 --out runs/photos",
         ),
         RECIPE_NOTES,
         TRAINS,
@@ -95,7 +95,7 @@ _TRAIN: Final = (
     Verb(
         "finish RUN",
         "train a run's students towards the teacher's distribution",
-        ("halfstep finish runs/photos --steps 2", "halfstep finish runs/photos --steps 4 --dry-run"),
+        ("halfstep finish runs/photos --steps 2 --dry-run", "halfstep finish runs/photos --steps 2"),
         (
             "The new stages are added to RUN. Each stage starts from the student with the same number of steps in RUN, "
             "and keeps that student's map.",

@@ -63,7 +63,8 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
     if not isinstance(network, StockNetwork):
         kind = model.manifest.network.get("type")
         raise ValueError(f"diffusers has no pipeline for a network of the type {kind}. {USE_ONNX}")
-    if isinstance(network, Replay) and not network.is_on_table and has_fourier_clock(network):
+    is_flow = model.manifest.process["type"] == "flow"
+    if isinstance(network, Replay) and not is_flow and not network.is_on_table and has_fourier_clock(network):
         # Stable Audio's own scheduler draws noise in each step. DDIMScheduler does not, but passes integer timesteps.
         network = on_integers(network)
     schedule, kind, component = _layout(model, network)

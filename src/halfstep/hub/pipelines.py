@@ -141,14 +141,15 @@ def _check_options(kind: str, options: Mapping[str, Any]) -> None:
         if name in OWN_ARGUMENTS:
             raise ValueError(f"halfstep sets the argument {name} of the pipeline's call itself. Remove --call {name}")
         if name not in names:
-            remedy = nearest(name, names) or f". Remove --call {name}"
+            remedy = nearest(name, [each for each in names if each not in OWN_ARGUMENTS]) or f". Remove --call {name}"
             raise ValueError(f"the call of a {kind} does not take the argument {name!r}{remedy}")
     for name in SIZES & options.keys():
-        if not isinstance(options[name], int) or options[name] < 1:
+        if type(options[name]) is not int or options[name] < 1:
             raise ValueError(f"--call {name} must be a positive whole number, got {options[name]}")
-    # Some pipelines use their default size if only one of the two is given.
+    # Some pipelines, such as those of Stable Diffusion, use their default size if only one of the two is given.
+    defaults = {made.name: made.default for made in taken}
     for name, other in (("height", "width"), ("width", "height")):
-        if name in options and other in names and other not in options:
+        if name in options and other not in options and defaults.get(other, 0) is None:
             raise ValueError(f"--call {name}={options[name]} needs the {other}, too. Pass --call with both")
 
 
@@ -184,8 +185,8 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, precision: B
     for name in GUIDANCES:
         if name in pipeline.options and (name != recording.guidance or recording.off is not None):
             raise ValueError(
-                f"--call {name} has no effect, because the denoiser of this {pipeline.kind} does not take a guidance "
-                "scale. Remove it, and use --matching.guidance-scale (distill) or --guidance-scale (encode, sample)"
+                f"--call {name} has no effect, because the denoiser of this {pipeline.kind} does not take it. Remove "
+                "it, and use --matching.guidance-scale (distill) or --guidance-scale (encode, sample)"
             )
     network = recording.network
     network.lower(precision)

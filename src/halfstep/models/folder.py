@@ -86,7 +86,8 @@ def find_stage(path: Path) -> StageFolder:
         # Without a readable plan, a stage that was begun shows that the run is not complete.
         if missing := [name for name in run.stage_names() if not run.stage(name).is_complete()]:
             warnings.warn(
-                f"{path} is not complete, because stage {missing[0]} is missing. Using its stage {stages[-1].name}",
+                f"{path} is not complete, because stage {missing[0]} is not complete. Using its stage "
+                f"{stages[-1].name}",
                 HalfstepWarning,
                 stacklevel=2,
             )

@@ -1,7 +1,7 @@
 """Networks built from a teacher's network: the same weights with a different clock or an additional input.
 
-A new guidance input has no effect at first. A network with a new clock starts as close to the old network as its
-weights allow. The matching stage learns the rest. Only `on_integers` preserves the outputs.
+A new guidance input has no effect at first, and `on_integers` preserves the outputs. A network from `on_clock` starts
+as close to the old network as its weights allow. The matching stage learns the rest.
 """
 
 import math

@@ -55,7 +55,7 @@ from halfstep.objectives.landing_points import Landing, noised_landing
 START: Final = "start"
 
 SMALLEST_ERROR: Final = 1e-3
-"""The constant that is added to the mean error before the gradient is divided by it. The mean error is about 0.1 for
+"""The constant that is added to the mean error, by which the gradient is then divided. The mean error is about 0.1 for
 unit-scale data."""
 LARGEST_RATIO: Final = 5.0
 """The upper limit for sigma / alpha in the weight of the auxiliary denoiser's error."""

@@ -220,7 +220,7 @@ class FinishConfig(Record):
     def _nothing_idle(self) -> "FinishConfig":
         if self.critic_weight is not None and not self.steps:
             raise ValueError(f"critic_weight {self.critic_weight} has no effect without finish.steps. Add them")
-        # `Recipe.fitted` removes settings for students that are not finished, so only `plan` refuses them.
+        # `Recipe.fitted` can still remove settings for students that are not finished, so only `plan` refuses them.
         self._stages()
         return self
 
@@ -236,6 +236,7 @@ class FinishConfig(Record):
         return self._stages()
 
     def _stages(self) -> Plan:
+        """Return the finishing stages, without checking for settings of other students."""
 
         def finishing(num_steps: int) -> Finishing:
             return Finishing(num_steps, self.map_weight, self.auxiliary_turns, self.auxiliary_rate, self.lead_updates)

@@ -228,7 +228,7 @@ class RunFolder:
     def stage_names(self) -> list[str]:
         """Return the names of the plan's stages, or of the existing folders if the plan cannot be read."""
         names = [row.name for row in self.plan]
-        return names or sorted(path.name for path in (self.path / "stages").glob("[!.]*"))
+        return names or sorted(path.name for path in (self.path / "stages").glob("[!.]*") if path.is_dir())
 
     def recipe(self) -> dict[str, Any]:
         """Return the content of recipe.json: {"run": ..., "recipe": ..., "plan": ..., "environment": ...}.

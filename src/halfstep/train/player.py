@@ -201,7 +201,7 @@ class Player:
 
     @contextlib.contextmanager
     def alone(self, players: "Iterable[Player]") -> Iterator[None]:
-        """Return a context manager that neither computes nor keeps the gradients of other players' weights."""
+        """Return a context manager under which the gradients of other players' weights are not kept."""
         others = [player for player in players if player is not self]
         frozen = [p for other in others if not is_sharded(other.network) for p in other._parameters]
         for parameter in frozen:
@@ -261,8 +261,8 @@ class Player:
         """Return whether DDP still has to rebuild its buckets. This is True at most once.
 
         DDP rebuilds its gradient buckets after the first backward pass, and the rounding of a sum over more than two
-        processes depends on the buckets. Otherwise, the first update of a resumed run would differ from the
-        uninterrupted run.
+        processes depends on the buckets. The engine therefore discards the gradient of a first pass. Otherwise, the
+        first update of a resumed run would differ from that of the uninterrupted run.
         """
         settled, self._settled = self._settled, True
         return not settled and isinstance(self.wrapped, DistributedDataParallel) and count > 2
