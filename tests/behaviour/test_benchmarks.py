@@ -282,7 +282,9 @@ def test_time_to_quality_trains_three_ways_and_takes_the_smallest_budget_that_is
     scale = tiny()
     new = scale.recipe.model_copy(update={"chain": SECOND_ORDER.model_copy(update={"training": Training(2, 1e-3, 8)})})
     new = new.model_copy(
-        update={"finish": FinishConfig(steps=(1,), training=Training(12, 1e-4, 4, adam_betas=(0.0, 0.99)))}
+        update={
+            "finish": FinishConfig(steps=(1,), training=Training(12, 1e-4, 4, adam_betas=(0.0, 0.99)), lead_updates=4)
+        }
     )
     file = tmp_path / "quality.json"
     options = SimpleNamespace(runs=tmp_path / "runs", shares=(0.5, 1.0), steps=(4, 1), only=None, out=file, short=True)
