@@ -632,6 +632,16 @@ def test_arguments_that_no_call_can_take_are_rejected_before_the_weights_are_loa
     assert said in refused(argv, capsys)
 
 
+def test_a_pipeline_with_text_encoders_names_the_package_that_is_missing(
+    here: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("halfstep.hub.stock.find_spec", lambda name: None)
+    argv = ["encode", str(here / "sd"), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]
+    (tmp_path / "prompts.txt").write_text("a\n")
+    said = "a StableDiffusionPipeline needs the package transformers: pip install 'halfstep[text]'"
+    assert said in refused(argv, capsys)
+
+
 def test_a_guidance_scale_that_the_denoiser_does_not_take_is_rejected(
     here: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -1,6 +1,6 @@
 """A pipeline's VAE, and the map that the pipeline applies between the denoiser's samples and the VAE's latents.
 
-To find this map, the end of the pipeline's call is run on known samples, without running the denoiser or the VAE.
+To find this map, the last part of the pipeline's call is run on known samples, without the denoiser or the VAE.
 Each value that the VAE receives must be an affine function of one value of the sample. The results determine the
 order of the values (for example, packed or frames first), the shift and the scale.
 """

@@ -114,7 +114,7 @@ tags: [diffusion, progressive-distillation, halfstep]
 # {name}
 
 {made}, trained with halfstep by progressive distillation (Salimans & Ho 2022, arXiv:2202.00512) and exported as a
-stock `{kind}`. It only needs diffusers.
+stock `{kind}`. It does not need halfstep.
 
 ```python
 {imports}import torch

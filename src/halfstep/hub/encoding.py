@@ -4,7 +4,6 @@ import inspect
 import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from halfstep.hub.calls import call_in, conditions_in
 from halfstep.hub.disk import open_part
 from halfstep.hub.pipelines import fetch, load_pipeline
 from halfstep.hub.recording import GUIDANCES
+from halfstep.hub.stock import check_transformers
 from halfstep.hub.trace import first_arguments, prompted
 from halfstep.models.model import Model
 from halfstep.runs import Manifest, Pipeline
@@ -158,8 +158,7 @@ def release_texts() -> None:
 @lru_cache(maxsize=1)
 def _text_pipeline(folder: Path, kind: str, device: torch.device) -> Any:
     """Return the pipeline without the weights of its denoiser."""
-    if find_spec("transformers") is None:
-        raise ValueError("a text-conditioned model needs the package transformers: pip install 'halfstep[text]'")
+    check_transformers("a text-conditioned model")
     return load_pipeline(folder, kind, device, is_whole=False)
 
 

@@ -17,7 +17,7 @@ from halfstep.core.warnings import HalfstepWarning
 from halfstep.hub import disk
 from halfstep.hub.recording import GUIDANCES, record
 from halfstep.hub.schedulers import GONE, Schedule, read_schedule, renewed
-from halfstep.hub.stock import quiet, stock
+from halfstep.hub.stock import check_transformers, quiet, stock
 from halfstep.hub.trace import component_of
 from halfstep.models.model import Model
 from halfstep.nets import BasePrecision, StockNetwork, UNet2D, conditions_of
@@ -250,6 +250,8 @@ def read_kind(folder: Path) -> str:
         return str(kind)
     if not isinstance(stock(str(kind), None), type):
         raise ValueError(f"{folder} contains a {kind}, which diffusers {stock('__version__')} does not have")
+    if any(isinstance(value, list) and value[0] == "transformers" for value in index.values()):
+        check_transformers(f"a {kind}")
     for name, value in index.items():
         if isinstance(value, list) and value[0] and name not in OPTIONAL and not (folder / name).is_dir():
             raise ValueError(f"{folder} has no {name}, a part of its pipeline. Save the pipeline with this part")

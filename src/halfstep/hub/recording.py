@@ -242,7 +242,7 @@ def _equal(node: Mapping[str, Any], one: Any, other: Any) -> bool:
 
 
 def _unshared(null: dict[str, Tensor], other: Mapping[str, Tensor], alone: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the conditions of the unconditional branch that do not change with the end in seconds.
+    """Return the unconditional branch's conditions that do not depend on a sound's end time.
 
     Args:
         other: the conditions of the unconditional branch in a call with a different end.

@@ -4,6 +4,7 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from typing import Any
 
 from halfstep.core.warnings import HalfstepWarning
@@ -62,3 +63,9 @@ def warn_of_fields(where: str, config: Mapping[str, Any], foreign: Sequence[str]
 def in_one_line(error: BaseException) -> str:
     """Return the start of an error's text on a single line, to be quoted in a message."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def check_transformers(what: str) -> None:
+    """Raise ValueError if transformers, which `what` needs for its text encoders, is not installed."""
+    if find_spec("transformers") is None:
+        raise ValueError(f"{what} needs the package transformers: pip install 'halfstep[text]'")
