@@ -40,7 +40,7 @@ class StudyArguments:
     """smoke: digits, which takes minutes on two CPU cores. small: Fashion-MNIST, which takes hours on a GPU. paper:
     CIFAR-10, as published."""
     recipe: RecipeName | None = None
-    """Recipe for the teacher and the chain, such as imagenet64_paper; by default, the recipe of the scale."""
+    """Recipe for the teacher and the chain, such as imagenet64_paper; by default, the scale's own recipe."""
     data: str | None = None
     """Data source, such as a folder; by default, the data of the scale."""
     seeds: Annotated[int, Field(ge=1, le=1000)] | None = None

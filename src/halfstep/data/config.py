@@ -79,7 +79,7 @@ def open_data(config: DataConfig) -> Data:
 
 
 def holds_images(config: DataConfig) -> bool:
-    """Whether the source is a folder or a name on the Hub, where images may have any size."""
+    """Whether the images may have any size, which is the case for a folder and for a name on the Hub."""
     path = user_path(config.source)
     return config.source != "digits" and not path.is_file() and not is_latents(path)
 

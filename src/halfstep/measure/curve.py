@@ -1,4 +1,4 @@
-"""The tables of an evaluation, which contain the stored metrics of all models for all numbers of steps."""
+"""The tables of an evaluation, with the stored metrics of every model at every number of steps."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -147,7 +147,7 @@ class Curve:
         store.processes.on_main(partial(self._write, complete))
 
     def _bases(self) -> list[tuple[Cell, SameNoise]]:
-        """Return the teacher's cell for each set of seeds, and the comparison of other cells with this cell."""
+        """Return the teacher's cell for each set of seeds, and the comparisons of the other cells with it."""
         spec = self.spec
         cells = [] if spec.teacher is None else spec.cells(spec.teacher)
         return [(base, SameNoise(base, spec.references[0].data.shape)) for base in cells]

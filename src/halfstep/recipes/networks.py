@@ -44,7 +44,7 @@ class UNetConfig(Record):
     freq_shift: Literal[0, 1] = 0
     """With 1, the frequencies of the time embedding end at 1/10000, as in the paper."""
     num_train_timesteps: Steps = 1024
-    """Number of the network's timesteps, a power of two; chains up to this length use whole timesteps."""
+    """The network's number of timesteps, a power of two; chains up to this length use whole timesteps."""
 
     @field_validator("num_train_timesteps")
     @classmethod

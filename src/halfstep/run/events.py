@@ -64,7 +64,7 @@ class Measured(Event):
     seconds: float = 0.0
     """The wall time of sampling and measuring the results of the stage so far."""
     too_few: bool = False
-    """Whether the samples are too few for a reliable Frechet distance."""
+    """Whether there are too few samples for a reliable Frechet distance."""
 
 
 @final

@@ -1,4 +1,4 @@
-"""Errors of an update: non-finite numbers and exhausted memory."""
+"""Errors raised by an update: non-finite values and running out of memory."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
