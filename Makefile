@@ -17,9 +17,9 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo test test-slow test-all check bench docs clean help
 help:
 	@echo "make demo       train a teacher on the digits, distil it to 8, 4, 2 and 1 steps, write runs/digits/report/index.html"
-	@echo "make test       run the fast tests (CPU, no network), in about 5 minutes on two cores"
+	@echo "make test       run the fast tests (CPU, no network), in about 6 minutes on two cores"
 	@echo "make test-slow  run the slow tests: tests/slow_tests.txt, larger scales, compilers, launchers"
-	@echo "make test-all   run both in one session, which shares their runs, in about 15 minutes"
+	@echo "make test-all   run both in one session, which shares their runs, in about 20 minutes"
 	@echo "make check      run ruff, mypy and import-linter"
 	@echo "make bench      run the short benchmarks: updates, sampling, memory, checkpoints, two processes"
 	@echo "make docs       build the documentation into site/ and check its links"

@@ -30,6 +30,7 @@ from halfstep.data import MemoryData, training_batch
 from halfstep.models.folder import load
 from halfstep.nets import MLP
 from halfstep.objectives import FINISHING, Batch, Finishing, Losses, Models, Plan, Stage
+from halfstep.recipes import recipes
 from halfstep.run.events import Progress
 from halfstep.run.folder import DifferentRecipe
 from halfstep.run.runner import run
@@ -305,6 +306,12 @@ def test_a_recipe_finishes_the_students_that_its_chain_has(tmp_path: Path, capsy
     assert "refines a student of 1 steps, but the students before it take 8, 4, 2" in refused(asked, capsys)
     # The recipe's number of updates for the student with 2 steps does not prevent finishing only the one with 1 step.
     assert planned("--finish.steps", "1")[-2:] == ["04-halve-0001", "05-finish-0001"]
+    # In a recipe file, the same setting is a mistake.
+    mistaken = tmp_path / "mistaken.json"
+    recipe = recipes["digits"]().model_dump(mode="json")
+    recipe["finish"]["updates_at"] = {"3": 100}
+    mistaken.write_text(json.dumps(recipe))
+    assert "finish.updates_at contains a student of 3 steps" in refused(["run", str(mistaken), "--dry-run"], capsys)
 
 
 def test_distill_finishes_in_memory_and_runs_its_teacher_with_another_sampler() -> None:

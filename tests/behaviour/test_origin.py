@@ -111,6 +111,15 @@ def test_an_unfinished_run_reports_the_stage_that_it_loads(path: Path) -> None:
         assert load(path).manifest.stage == SECOND
 
 
+def test_an_unfinished_run_without_a_recipe_reports_the_stage_that_was_begun(path: Path) -> None:
+    RunFolder(path).recipe_path.unlink()
+    (path / "stages" / "notes.txt").write_text("not a stage")
+    assert load(path).manifest.stage == THIRD
+    stage(path, THIRD).manifest_path.unlink()
+    with pytest.warns(HalfstepWarning, match=f"stage {THIRD} is not complete.*Using its stage {SECOND}"):
+        assert load(path).manifest.stage == SECOND
+
+
 @pytest.mark.parametrize("of", ["other run", "other stage", "other update"])
 def test_a_checkpoint_of_another_origin_is_set_aside(made: Path, tmp_path: Path, of: str) -> None:
     path = shutil.copytree(made / "cut", tmp_path / "run")

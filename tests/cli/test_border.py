@@ -22,6 +22,7 @@ from halfstep import load
 from halfstep.cli import main
 from halfstep.data import open_latents
 from halfstep.hub import import_pipeline, text_conditions
+from halfstep.hub.pipelines import _check_options
 from halfstep.runs import RunFolder
 from support_cli import Capture, refused
 from support_pipelines import assert_same, save_ddpm, save_dit, save_sd, save_sd3, tiny_unet, tiny_vae
@@ -613,6 +614,9 @@ def test_a_wrong_file_of_prompts_is_rejected_before_the_import(
         # This pipeline's call takes **kwargs, so it would ignore the typing mistake.
         (["hieght=16"], "does not take the argument 'hieght'; did you mean 'height'?"),
         (["num_steps=4"], "does not take the argument 'num_steps'"),
+        # The nearest name, num_inference_steps, is no remedy, because it would be rejected next.
+        (["num_inference_step=4"], "does not take the argument 'num_inference_step'. Remove --call num_inference_step"),
+        (["height=true", "width=true"], "must be a positive whole number, got True"),
         (["height=16", "width=16", "height=8"], "--call sets height twice"),
         # Stable Diffusion would use its default size in these cases.
         (["height=16"], "--call height=16 needs the width, too"),
@@ -630,6 +634,14 @@ def test_arguments_that_no_call_can_take_are_rejected_before_the_weights_are_loa
     monkeypatch.setattr("halfstep.hub.pipelines.load_pipeline", loaded)
     argv = ["import", "diffusers", str(here / "sd"), "--out", str(tmp_path / "out"), "--call", *words]
     assert said in refused(argv, capsys)
+
+
+def test_arguments_of_a_call_are_checked_against_its_own_names_and_defaults() -> None:
+    _check_options("WanPipeline", {"height": 480})
+    with pytest.raises(ValueError, match="did you mean 'num_frames'"):
+        _check_options("WanPipeline", {"num_frame": 9})
+    with pytest.raises(ValueError, match="needs the width"):
+        _check_options("StableDiffusionPipeline", {"height": 480})
 
 
 def test_a_pipeline_with_text_encoders_names_the_package_that_is_missing(

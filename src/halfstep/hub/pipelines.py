@@ -141,7 +141,10 @@ def _check_options(kind: str, options: Mapping[str, Any]) -> None:
         if name in OWN_ARGUMENTS:
             raise ValueError(f"halfstep sets the argument {name} of the pipeline's call itself. Remove --call {name}")
         if name not in names:
-            remedy = nearest(name, [each for each in names if each not in OWN_ARGUMENTS]) or f". Remove --call {name}"
+            hint = nearest(name, names)
+            # An argument that halfstep sets itself would be rejected next.
+            is_own = any(repr(each) in hint for each in OWN_ARGUMENTS)
+            remedy = hint if hint and not is_own else f". Remove --call {name}"
             raise ValueError(f"the call of a {kind} does not take the argument {name!r}{remedy}")
     for name in SIZES & options.keys():
         if type(options[name]) is not int or options[name] < 1:
