@@ -35,6 +35,8 @@ from halfstep.objectives import (
     Training,
     parents_of,
 )
+from halfstep.objectives.base import Step
+from halfstep.objectives.landing_points import noised_landing
 from halfstep.samplers import Heun
 from support import Watched, members, numbers
 
@@ -110,31 +112,141 @@ class OptimalAuxiliary(Denoiser):
         return Denoised(x0, eps_from_x0(x_t, x0, alpha, sigma))
 
 
+class Bent(Denoiser):
+    """Another denoiser to which the bend of an `OptimalAuxiliary` is added."""
+
+    def __init__(self, denoiser: Denoiser, student: AffineStudent, bend: float) -> None:
+        super().__init__()
+        self.process, self.denoiser = denoiser.process, denoiser
+        self.bent, self.straight = OptimalAuxiliary(student, bend), OptimalAuxiliary(student)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
+        x0 = self.denoiser(x_t, t, cond).x0 + self.bent(x_t, t).x0 - self.straight(x_t, t).x0
+        return Denoised(x0, eps_from_x0(x_t, x0, *self.process.alpha_sigma(t)))
+
+
 def models_of(student: Denoiser, teacher: Denoiser, auxiliary: Denoiser, start: Denoiser | None = None) -> Models:
     helpers: Mapping[str, nn.Module] = {"auxiliary": auxiliary, "start": student if start is None else start}
     return Models(student, teacher, helpers)
 
 
+class Mixed(Denoiser):
+    """The weighted mean of two denoisers: `share` of the first."""
+
+    def __init__(self, first: Denoiser, second: Denoiser, share: float) -> None:
+        super().__init__()
+        self.process, self.first, self.second, self.share = first.process, first, second, share
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
+        x0 = torch.lerp(self.second(x_t, t).x0, self.first(x_t, t).x0, self.share)
+        return Denoised(x0, eps_from_x0(x_t, x0, *self.process.alpha_sigma(t)))
+
+
+def slopes(objective: Finishing, student: Denoiser, teacher: Denoiser, known: AffineStudent, share: float) -> Tensor:
+    """Return the slope of the auxiliary loss for each sample, at a denoiser with `share` of the teacher.
+
+    The rest is the optimal denoiser for the student `known`. The loss is quadratic in the bend, so its slope at 0 is
+    half the difference between +1 and -1.
+    """
+    up, down = (
+        objective.auxiliary_loss(
+            models_of(student, teacher, Mixed(Bent(teacher, known, bend), OptimalAuxiliary(known, bend), share)),
+            gaussian_data(),
+            draw_for(),
+        ).loss
+        for bend in (1.0, -1.0)
+    )
+    return (up - down) / 2
+
+
+def in_deviations(values: Tensor) -> float:
+    """Return the distance of the mean from 0, in standard errors."""
+    return abs(float(values.mean() / (values.std() / math.sqrt(len(values)))))
+
+
 @every_process
 @several_steps
+@pytest.mark.parametrize("data_weight", [0.0, 1.0])
 def test_the_auxiliary_loss_is_smallest_at_the_score_of_the_landing_points(
+    process: NoiseProcess, num_steps: int, data_weight: float
+) -> None:
+    """With an exact teacher, the control variate does not change where the expected loss is smallest."""
+    student, teacher = AffineStudent(process, num_steps, shift=0.4), GaussianDenoiser(process, MEAN, STD)
+    objective = Finishing(num_steps, data_weight=data_weight)
+    for shift, is_known in ((0.4, True), (0.0, False)):
+        found = in_deviations(slopes(objective, student, teacher, AffineStudent(process, num_steps, shift), 0.0))
+        assert found < 4 if is_known else found > 8, "only the score of the landing points may be a minimum"
+
+
+@every_process
+@several_steps
+@pytest.mark.parametrize("data_weight", [0.0, 0.5, 1.0])
+def test_the_auxiliary_takes_on_the_error_of_an_inexact_teacher(
+    process: NoiseProcess, num_steps: int, data_weight: float
+) -> None:
+    """With landing points distributed like data and weight 1, both denoisers agree, so the student does not move."""
+    student, teacher = AffineStudent(process, num_steps), GaussianDenoiser(process, MEAN + 0.8, STD)
+    objective = Finishing(num_steps, data_weight=data_weight)
+    for share in (0.0, 0.5, 1.0):
+        found = in_deviations(slopes(objective, student, teacher, student, share))
+        assert found < 4 if share == data_weight else found > 8
+
+
+@pytest.mark.parametrize(("num_steps", "least"), [(2, 1.5), (4, 4.0), (8, 8.0)])
+def test_data_removes_noise_from_the_auxiliary_loss_and_more_so_in_narrow_steps(num_steps: int, least: float) -> None:
+    process = VPCosine()
+    student, teacher = AffineStudent(process, num_steps), GaussianDenoiser(process, MEAN, STD)
+    without, with_data = (
+        float(slopes(Finishing(num_steps, data_weight=weight), student, teacher, student, 0.0).std())
+        for weight in (0.0, 1.0)
+    )
+    assert without > least * with_data
+
+
+def test_nothing_is_left_of_the_noise_if_the_student_returns_the_data() -> None:
+    """The teacher is inexact, and both denoisers see the same points, so the control variate cancels the gradient."""
+    process, point, count = VPCosine(), numbers(1, 3), 64
+    student, teacher = data_set_denoiser(process, point), GaussianDenoiser(process, 2.0, 0.1)
+    for weight in (0.0, 1.0):
+        auxiliary = Moved(teacher, torch.zeros(count, 3, dtype=torch.float64, requires_grad=True))
+        objective = Finishing(4, data_weight=weight)
+        batch = Batch(point.expand(count, 3))
+        objective.auxiliary_loss(models_of(student, teacher, auxiliary), batch, draw_for(count)).loss.sum().backward()
+        assert auxiliary.by.grad is not None
+        assert (float(auxiliary.by.grad.abs().max()) < 1e-9) == (weight == 1.0)
+
+
+@every_process
+@several_steps
+def test_data_gets_the_noise_of_the_landing_points_whatever_the_student_returns(
     process: NoiseProcess, num_steps: int
 ) -> None:
-    """The loss is quadratic in the bend, so its slope at 0 is half the difference between +1 and -1."""
-    student = AffineStudent(process, num_steps, shift=0.4)
-    objective, batch, draw = Finishing(num_steps), gaussian_data(), draw_for()
+    """For data of one point, the exact denoiser finds the noise in the samples that the auxiliary denoiser sees."""
+    point, count = numbers(1, 3), 4000
+    exact = data_set_denoiser(process, point)
+    found = []
+    for offset in (0.0, 0.3):
+        seen = Watched(exact)
+        student = Moved(exact, torch.full((count, 3), offset, dtype=torch.float64))
+        batch = Batch(point.expand(count, 3))
+        Finishing(num_steps).auxiliary_loss(models_of(student, exact, seen), batch, draw_for(count))
+        on_landing, on_data = seen.answers
+        assert torch.allclose(on_landing.eps, on_data.eps) == (offset == 0)
+        found.append(on_data.eps)
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+    assert scipy.stats.kstest(found[0].flatten().numpy(), "norm").pvalue > 1e-3
 
-    def slope(shift_known: float) -> float:
-        known = AffineStudent(process, num_steps, shift_known)
-        up, down = (
-            objective.auxiliary_loss(models_of(student, student, OptimalAuxiliary(known, bend)), batch, draw).loss
-            for bend in (1.0, -1.0)
-        )
-        slopes = (up - down) / 2
-        return float(slopes.mean() / (slopes.std() / math.sqrt(SIZE)))
 
-    assert abs(slope(0.4)) < 4, "the score of the landing points must be a minimum"
-    assert abs(slope(0.0)) > 8, "the score of other points must not be a minimum"
+@every_process
+def test_the_slope_of_a_landing_point_is_its_derivative(process: NoiseProcess) -> None:
+    count, num_steps = 32, 4
+    x_t, x0 = numbers(count, 1), numbers(count, 1, seed=2).requires_grad_()
+    t = (1 + torch.arange(count, dtype=torch.float64) % num_steps) / num_steps
+    step = Step(x_t, t, t - 1 / num_steps, {})
+    denoised = Denoised(x0, eps_from_x0(x_t, x0, *process.alpha_sigma(t)))
+    landing = noised_landing(denoised, process, step, draw_for(count), until=t, purpose="")
+    (slope,) = torch.autograd.grad(landing.y.sum(), x0)
+    torch.testing.assert_close(slope[:, 0], landing.slope)
 
 
 @every_process
@@ -200,7 +312,7 @@ def test_landing_points_get_as_much_noise_as_data_has_at_tau(
     point, count = numbers(1, 3), 4000
     exact = data_set_denoiser(process, point)
     student, seen = Watched(exact), Watched(exact)
-    objective, batch = Finishing(num_steps, inside_step=inside), Batch(point.expand(count, 3))
+    objective, batch = Finishing(num_steps, data_weight=0.0, inside_step=inside), Batch(point.expand(count, 3))
     objective.auxiliary_loss(models_of(student, exact, seen), batch, draw_for(count))
     (t,), (tau,) = student.times, seen.times
     assert scipy.stats.kstest(seen.answers[0].eps.flatten().numpy(), "norm").pvalue > 1e-3
@@ -216,7 +328,8 @@ def test_the_noise_that_is_added_is_new() -> None:
     process, point, count = VPCosine(), numbers(1, 1), 20_000
     exact = data_set_denoiser(process, point)
     student, seen = Watched(exact), Watched(exact)
-    Finishing(4).auxiliary_loss(models_of(student, exact, seen), Batch(point.expand(count, 1)), draw_for(count))
+    models, batch = models_of(student, exact, seen), Batch(point.expand(count, 1))
+    Finishing(4, data_weight=0.0).auxiliary_loss(models, batch, draw_for(count))
     (t,), (tau,) = student.times, seen.times
     s = t - 1 / 4
     late = s > 0
@@ -224,6 +337,19 @@ def test_the_noise_that_is_added_is_new() -> None:
     kept = k * process.landing(s)[1] / process.alpha_sigma(tau)[1]
     both = student.answers[0].eps[late, 0] * seen.answers[0].eps[late, 0] - kept[late]
     assert abs(float(both.mean() / (both.std() / math.sqrt(len(both))))) < 4
+
+
+def test_data_does_not_count_where_it_differs_from_the_samples_of_a_guided_teacher() -> None:
+    process, batch, draw = VPCosine(), gaussian_data(8), draw_for(8)
+    guided = Finishing(2, guidance=FixedGuidance(3.0))
+    seen = Watched(GaussianDenoiser(process, MEAN, STD))
+    student = AffineStudent(process, 2)
+    guided.auxiliary_loss(models_of(student, student, seen), batch, draw)
+    assert len(seen.answers) == 1
+    assert len(guided.turns(1000)) == 3
+    assert dataclasses.replace(guided, data_weight=0.0).evals == guided.evals
+    with pytest.raises(ValueError, match="data_weight 1 would pull the student away from its guided teacher"):
+        dataclasses.replace(guided, data_weight=1.0)
 
 
 def test_the_auxiliary_learns_first_and_then_before_each_turn_of_the_student() -> None:
@@ -240,9 +366,11 @@ def test_the_auxiliary_learns_first_and_then_before_each_turn_of_the_student() -
     assert training.adam_betas == own.adam_betas
 
 
-def test_costs_count_every_call_of_an_update() -> None:
+@pytest.mark.parametrize("data_weight", [0.0, 1.0])
+def test_costs_count_every_call_of_an_update(data_weight: float) -> None:
     """Compare with the calls that are made: forward passes, and backward passes of each trained network."""
-    objective, batch, draw = Finishing(2, auxiliary_turns=3), gaussian_data(8), draw_for(8)
+    objective = Finishing(2, data_weight=data_weight, auxiliary_turns=3)
+    batch, draw = gaussian_data(8), draw_for(8)
     process = VPCosine()
     called = {
         name: Watched(GaussianDenoiser(process, MEAN, STD)) for name in (STUDENT, "teacher", "auxiliary", "start")
@@ -253,7 +381,8 @@ def test_costs_count_every_call_of_an_update() -> None:
         turn.loss(models, batch, draw)
     for name, evals in objective.evals.items():
         assert evals.forward == len(called[name].answers)
-        assert evals.backward == [turn.trains for turn in turns].count(name)
+        own = [turn.trains for turn in turns].count(name)
+        assert evals.backward == own * (2 if data_weight and name == "auxiliary" else 1)
 
 
 def test_a_finish_starts_from_the_student_of_its_steps_and_learns_from_the_last_undistilled_model() -> None:
@@ -307,6 +436,8 @@ def test_guidance_that_a_teacher_has_learned_reaches_every_student_of_the_plan()
         ({"num_steps": 0}, "at least 1"),
         ({"map_weight": -1.0}, "map_weight must be finite and at least 0"),
         ({"map_weight": math.nan}, "map_weight must be finite"),
+        ({"data_weight": 1.5}, "data_weight must be from 0 to 1, got 1.5"),
+        ({"data_weight": math.nan}, "data_weight must be from 0 to 1"),
         ({"auxiliary_turns": 0}, "auxiliary_turns must be a whole number of at least 1"),
         ({"auxiliary_rate": 0.0}, "auxiliary_rate must be a finite number above 0"),
         ({"lead_updates": -1}, "lead_updates must be a whole number of at least 0"),

@@ -12,11 +12,16 @@ student's error, the gradient becomes a step for x0 = student(x_t, t), because a
 in the same direction. The map term keeps x0 near its value before finishing. Without this term, training would drift
 between different maps that produce the same distribution.
 
+Where s > 0, the regression target of score matching is almost pure noise, because little noise is added to x_s. Data
+that has the same noise at t and the same added noise has almost the same target. The teacher's error on this data is
+known, so subtracting it removes most of the noise (a control variate). It also removes the teacher's own bias: the
+difference of the two scores then compares the student with the data instead of with the teacher.
+
 With one step, this is distribution matching distillation, except that the regression targets come from the student
 before finishing instead of from stored pairs. The student remains deterministic and still uses DDIM as its sampler.
 
 Source: Yin et al. 2023 (arXiv:2311.18828) for one step. The extension to the landing points of inner steps is specific
-to halfstep; compare Phased DMD (arXiv:2510.27684).
+to halfstep; compare Phased DMD (arXiv:2510.27684). So is the control variate.
 """
 
 import math
@@ -25,6 +30,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Final, final
 
 import torch
+from torch import Tensor, nn
 
 from halfstep.core.door import check_whole
 from halfstep.core.draw import Draw
@@ -79,8 +85,13 @@ class Finishing(StepObjective):
     map_weight: float | None = None
     """Weight of the squared distance between x0 and its value before finishing; None means num_steps / 2. A student
     with more steps has less to gain, and errors of the auxiliary denoiser affect it more."""
-    auxiliary_turns: int = 2
-    """Number of turns that the auxiliary denoiser takes per turn of the student."""
+    data_weight: float | None = None
+    """Weight of the data's score, from 0 to 1, in the score that the student should reach. The teacher's score has the
+    remaining weight. None means 1, or 0 if the teacher has learned guidance, because guided samples are not distributed
+    like data."""
+    auxiliary_turns: int | None = None
+    """Number of turns that the auxiliary denoiser takes per turn of the student; None means 1, or 2 if `data_weight` is
+    0, because its loss is then noisier."""
     auxiliary_rate: float = 6.0
     """Constant learning rate of the auxiliary denoiser, relative to the student's peak rate."""
     lead_updates: int = 60
@@ -97,20 +108,41 @@ class Finishing(StepObjective):
 
     def __post_init__(self) -> None:
         check_num_steps(self.num_steps)
-        check_whole("auxiliary_turns", self.auxiliary_turns, most=1000)
+        if self.auxiliary_turns is not None:
+            check_whole("auxiliary_turns", self.auxiliary_turns, most=1000)
         check_whole("lead_updates", self.lead_updates, 0)
+        if self.data_weight is not None:
+            if not 0 <= self.data_weight <= 1:
+                raise ValueError(f"data_weight must be from 0 to 1, got {self.data_weight}")
+            if self.data_weight and self.guidance is not None:
+                raise ValueError(
+                    f"data_weight {self.data_weight:g} would pull the student away from its guided teacher, because "
+                    "guided samples are not distributed like data. Remove it, or set it to 0"
+                )
         if self.map_weight is not None and not 0 <= self.map_weight < math.inf:
             raise ValueError(f"map_weight must be finite and at least 0, got {self.map_weight}")
         if not 0 < self.auxiliary_rate < math.inf:
             raise ValueError(f"auxiliary_rate must be a finite number above 0, got {self.auxiliary_rate}")
 
     @property
+    def _share(self) -> float:
+        """The weight of the data's score."""
+        if self.data_weight is None:
+            return 1.0 if self.guidance is None else 0.0
+        return self.data_weight
+
+    @property
+    def _turns(self) -> int:
+        """The number of turns of the auxiliary denoiser."""
+        return self.auxiliary_turns or (1 if self._share else 2)
+
+    @property
     def evals(self) -> Mapping[str, Evals]:
-        turns = self.auxiliary_turns
+        turns, on_data = self._turns, self._turns if self._share else 0
         return {
             STUDENT: Evals(1 + turns, 1),
-            "teacher": Evals(1),
-            AUXILIARY: Evals(1 + turns, turns),
+            "teacher": Evals(1 + on_data),
+            AUXILIARY: Evals(1 + turns + on_data, turns + on_data),
             START: Evals(1),
         }
 
@@ -123,7 +155,7 @@ class Finishing(StepObjective):
         return own.of_helper(self.auxiliary_rate, anneal=False, warmup_updates=0)
 
     def turns(self, update: int) -> tuple[Turn, ...]:
-        learning = (Turn(AUXILIARY, self.auxiliary_loss),) * self.auxiliary_turns
+        learning = (Turn(AUXILIARY, self.auxiliary_loss),) * self._turns
         return learning if update < self.lead_updates else (*learning, Turn(STUDENT, self.loss))
 
     def step_losses(self, models: Models, step: Step, denoised: Denoised, draw: Draw) -> Losses:
@@ -148,14 +180,27 @@ class Finishing(StepObjective):
         """Return the denoising score matching losses of the auxiliary denoiser on the student's landing points.
 
         The score of y given x_s is -eps' / b. The loss is the squared error in eps', with larger weights at low signal.
+        With data, it also contains the product of two differences in eps' on data with the same eps': the one between
+        the auxiliary denoiser and the teacher, and the teacher's error. If the teacher is exact, its error has mean 0
+        at each point, and the expected loss does not change.
         """
         step, process = self.step(models, batch, draw), models.student.process
         with torch.no_grad():
-            landing = self._landing(models, models.student(step.x_t, step.t, step.cond), step, draw)
+            denoised = models.student(step.x_t, step.t, step.cond)
+            landing = self._landing(models, denoised, step, draw)
         alpha, sigma = process.alpha_sigma(landing.tau)
-        x0 = models.helpers[AUXILIARY](landing.y, landing.tau, step.cond).x0
-        found = per_sample(landing.spread / sigma**2, x0) * (landing.y - per_sample(alpha, x0) * x0)
-        error = entry_mean((found - landing.eps).square())
+
+        def eps_of(denoiser: nn.Module, y: Tensor) -> Tensor:
+            x0: Tensor = denoiser(y, landing.tau, step.cond).x0
+            return per_sample(landing.spread / sigma**2, x0) * (y - per_sample(alpha, x0) * x0)
+
+        error = entry_mean((eps_of(models.helpers[AUXILIARY], landing.y) - landing.eps).square())
+        if self._share:
+            with torch.no_grad():
+                data = landing.y + per_sample(landing.slope, landing.y) * (batch.x0 - denoised.x0)
+                known = eps_of(check_one_process(models), data)
+            change = eps_of(models.helpers[AUXILIARY], data) - known
+            error = error - 2 * self._share * entry_mean(change * (known - landing.eps))
         weight = 1 + (sigma / alpha).clamp(max=LARGEST_RATIO) ** 2
         return Losses(per_sample(weight, error) * error, process.log_snr(landing.tau))
 

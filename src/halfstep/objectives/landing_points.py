@@ -30,6 +30,8 @@ class Landing(NamedTuple):
     tau: Tensor
     spread: Tensor
     eps: Tensor
+    slope: Tensor
+    """The derivative of y with respect to the student's x0, `[batch]`."""
 
 
 def noised_landing(
@@ -44,10 +46,12 @@ def noised_landing(
     x_s = ddim_step(denoised, process, step.s)
     share = as_clock(draw.uniform(f"{purpose}tau"), x_s)
     tau = step.s + share * (until - step.s)
-    (alpha, sigma), (alpha_s, _) = process.alpha_sigma(tau), process.landing(step.s)
+    (alpha, sigma), (alpha_s, sigma_s) = process.alpha_sigma(tau), process.landing(step.s)
+    alpha_t, sigma_t = process.alpha_sigma(step.t)
     added = torch.where(step.s == 0, -torch.inf, process.log_snr(tau) - process.log_snr(step.s))
     # The square root of sigma_tau^2 - k^2 sigma_s^2, computed without subtracting nearly equal numbers.
     spread = sigma * torch.sqrt(-torch.expm1(added))
     eps = draw.normal(f"{purpose}landing", x_s.shape[1:]).to(x_s)
-    y = per_sample(alpha / alpha_s, x_s) * x_s + per_sample(spread, x_s) * eps
-    return Landing(y, tau, spread, eps)
+    k = alpha / alpha_s
+    y = per_sample(k, x_s) * x_s + per_sample(spread, x_s) * eps
+    return Landing(y, tau, spread, eps, k * (alpha_s - sigma_s * alpha_t / sigma_t))

@@ -207,8 +207,10 @@ class FinishConfig(Record):
     """Learning rates of individual students, keyed by number of steps."""
     map_weight: float | None = Finishing.map_weight
     """Weight of the loss that preserves the map from noise to samples; by default, half the number of steps."""
-    auxiliary_turns: Positive = Finishing.auxiliary_turns
-    """Number of updates of the auxiliary denoiser before each student update."""
+    data_weight: float | None = Finishing.data_weight
+    """Weight of data relative to the teacher, from 0 to 1; by default 1, or 0 with guidance."""
+    auxiliary_turns: Positive | None = Finishing.auxiliary_turns
+    """Number of updates of the auxiliary denoiser before each student update; by default 1, or 2 with data weight 0."""
     auxiliary_rate: Rate = Finishing.auxiliary_rate
     """Learning rate of the auxiliary denoiser, relative to the student's learning rate."""
     lead_updates: int = Field(default=Finishing.lead_updates, ge=0, le=MOST_UPDATES)
@@ -239,7 +241,8 @@ class FinishConfig(Record):
         """Return the finishing stages, without checking for settings of other students."""
 
         def finishing(num_steps: int) -> Finishing:
-            return Finishing(num_steps, self.map_weight, self.auxiliary_turns, self.auxiliary_rate, self.lead_updates)
+            own = (self.map_weight, self.data_weight, self.auxiliary_turns, self.auxiliary_rate, self.lead_updates)
+            return Finishing(num_steps, *own)
 
         updates, rates = self.updates_at or {}, self.learning_rate_at or {}
 
