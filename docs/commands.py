@@ -24,31 +24,31 @@ TAIL = f"""\
 halfstep status runs/digits --watch
 ```
 
-This works from any shell or machine that can access the run's folder, and neither locks nor changes it. A run writes
-`heartbeat.json` to its folder every five seconds, and the outcome at the end. `halfstep status` reads this file, the
-plan, the log and the manifests. On the run's own machine, it checks whether the process exists. On another machine,
-it assumes that the process has ended after {SILENT_SECONDS:.0f} seconds without a heartbeat, so the two clocks must
-roughly agree.
+This works from any shell or machine that can access the run's folder, and neither locks nor changes the folder. A run
+updates `heartbeat.json` in its folder every five seconds, and records the outcome there at the end. `halfstep status`
+reads this file, the plan, the log and the manifests. On the run's own machine, it checks whether the process exists.
+On another machine, it assumes that the process has ended after {SILENT_SECONDS:.0f} seconds without a heartbeat, so
+the clocks of the two machines must roughly agree.
 
 | state | meaning |
 |---|---|
 | running | a process is training or measuring |
 | finished | all stages are trained and measured |
-| stopped | by a signal, killed, or without a heartbeat; rerun the command to resume |
+| stopped | the process was stopped or killed, or sends no heartbeat; rerun the command to resume |
 | diverged | a loss or a gradient was not finite |
 | failed | another error, which the status shows |
 
-The time left is estimated for training only: the remaining updates, weighted by their forward passes, at the speed of
-the last rows of the log. Measuring the models takes additional time.
+The time left is estimated from the remaining updates, weighted by their forward passes, and the speed in the last rows
+of the log. Once a stage has been measured, the estimate also includes the time to measure the remaining stages.
 
 ## For machines
 
-With `--json`, stdout is one JSON document, and progress and tables go to stderr. `run`, `train`, `distill` and `demo`
-print the run's status at the end, or the plan with `--dry-run`. `study`, `sample`, `evaluate`, `status`, `ls` and
-`doctor` also have this option. If the output is not a terminal, progress is printed as one line per stage and figure,
-and one every ten seconds.
+With `--json`, stdout is one JSON document, and progress and tables go to stderr. `run`, `train`, `distill`, `finish`
+and `demo` print the run's status at the end, or the plan with `--dry-run`. `study`, `sample`, `evaluate`, `status`,
+`ls` and `doctor` also have this option. If the output is not a terminal, progress is printed as one line per stage,
+one line per result, and another line at most every ten seconds.
 
-Environment variables: `HALFSTEP_CACHE` is the cache folder, which can be deleted at any time. `HALFSTEP_TRACEBACK=1`
+Environment variables: `HALFSTEP_CACHE` sets the cache folder, which can be deleted at any time. `HALFSTEP_TRACEBACK=1`
 shows the traceback of an error.
 """
 

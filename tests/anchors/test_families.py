@@ -446,7 +446,7 @@ def test_unsupported_uses_of_prompts_are_rejected_in_one_line(
     prompts.write_text("a\n")
     call = ["--call", "height=8", "width=8"]
     out = ["--out", str(tmp_path / "out")]
-    assert "use either --data (images) or --prompts (texts)" in refused(["encode", str(folder), *out], capsys)
+    assert "use either --data or --prompts, but not both" in refused(["encode", str(folder), *out], capsys)
     asked = ["distill", str(folder), "--prompts", str(prompts), *out, *call, *BUDGET]
     main([*asked, "--dry-run"])
     told = " ".join(capsys.readouterr().out.split())

@@ -101,4 +101,4 @@ def test_the_command_line_adds_a_critic_to_halvings_and_to_finishes(tmp_path: Pa
     early = ["--chain.critic-weight", "0.1", "--chain.early-end.patience", "3"]
     assert "early_end has no effect with critic_weight" in refused(["run", "arrays", *where, *early], capsys)
     idle = refused(["run", "arrays", *where, "--finish.critic-weight", "0.1"], capsys)
-    assert "0.1 has no effect without finish.steps. Add them" in idle
+    assert "0.1 has no effect without finish.steps. Add finish.steps" in idle

@@ -120,22 +120,22 @@ CLASS_TEACHER = halfstep.Model.of(denoiser(Labelled()), (2,), num_classes=4).eva
 DATA: dict[str, tuple[Callable[[], Any], str]] = {
     "labels for a network without": (
         lambda: _fit(data=_labelled(CLASSES)),
-        "contain class_labels, which the network does not take. Pass x0 alone",
+        "contains class_labels, which the network does not take. Pass x0 alone",
     ),
     "labels for a teacher without": (
         lambda: _distill(data=_labelled(CLASSES)),
-        "contain class_labels, which the network does not take. Pass x0 alone",
+        "contains class_labels, which the network does not take. Pass x0 alone",
     ),
     "labels for a model without": (
         lambda: _distill(TEACHER, _labelled(CLASSES)),
-        "contain class_labels, which the teacher does not take. Pass x0 alone",
+        "contains class_labels, which the teacher does not take. Pass x0 alone",
     ),
     "classes of a file": (lambda: _fit(data="digits"), r"DataConfig\(source='digits', labels=False\)"),
     "labels in batches": (lambda: _fit(data=[_labelled(CLASSES)]), "which the network does not take"),
     "no labels": (lambda: _fit(Labelled()), r"needs the condition class_labels.*\(x0, \{'class_labels': tensor\}\)"),
     "no labels for a teacher": (lambda: _distill(Labelled()), "needs the condition class_labels"),
     "no labels for a model": (lambda: _distill(CLASS_TEACHER), "is conditioned on class_labels"),
-    "another name": (lambda: _fit(Labelled(), (X0, {"label": CLASSES})), "class_labels, but the data contain label"),
+    "another name": (lambda: _fit(Labelled(), (X0, {"label": CLASSES})), "class_labels, but the data contains label"),
     "a label outside": (lambda: _fit(Labelled(), _labelled(ONE_OUTSIDE)), "two samples.*index out of range"),
     "a label outside a model": (
         lambda: _distill(CLASS_TEACHER, _labelled(ONE_OUTSIDE)),
@@ -154,7 +154,7 @@ DATA: dict[str, tuple[Callable[[], Any], str]] = {
             halfstep.Model.of(denoiser(Net()), (2,), conditions={"text": (3,)}),
             as_source((X0, {"text": torch.zeros(64, 4)})),
         ),
-        r"takes text of shape \[3\] per sample, but the data contain text of shape \[4\]",
+        r"takes text of shape \[3\] per sample, but the data contains text of shape \[4\]",
     ),
     "a condition with NaN": (lambda: _fit(Labelled(), (X0, {"angle": torch.full((64,), math.nan)})), "angle.*finite"),
     "NaN": (lambda: _fit(data=X0.index_fill(0, torch.tensor([3]), math.nan)), r"not finite.*first.*index \[3, 0\]"),
@@ -334,7 +334,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], str]] = {
     "load on meta": (lambda: halfstep.load("fashion", "meta"), "stores no values"),
     "a network for one of the library": (lambda: halfstep.load("fashion", network=Net()), "Remove network"),
     "a plan of no stages": (lambda: _distill(plan=halfstep.Plan()), "the plan has no stages"),
-    "null of another name": (lambda: _guided({"label": torch.tensor(3)}), "null contains label, but the data do not"),
+    "null of another name": (lambda: _guided({"label": torch.tensor(3)}), "null contains label, but the data does not"),
     "null beyond": (lambda: _guided({"class_labels": torch.tensor(4)}), "index out of range"),
     "bounds of one": (lambda: halfstep.Matching(8, clip=1.0), "two bounds"),  # type: ignore[arg-type]
     "bounds that fall": (lambda: halfstep.Matching(8, clip=(1.0, -1.0)), "must increase"),

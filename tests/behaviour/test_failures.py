@@ -608,7 +608,7 @@ def test_the_remedy_for_a_damaged_stage_is_one(tmp_path: Path, uncut: Path) -> N
     shutil.copytree(uncut, path)
     stage = RunFolder(path).stage("01-halve-0002")
     stage.model.write_bytes(stage.model.read_bytes()[:-5])
-    with pytest.raises(DamagedFile, match=r"restore a copy of it, or remove .*/01-halve-0002 and the stages after it"):
+    with pytest.raises(DamagedFile, match=r"restore it from a copy, or remove .*/01-halve-0002 and the stages after"):
         finish(toy_spec(), path)
     for folder in (stage, RunFolder(path).stage("02-halve-0001")):
         shutil.rmtree(folder.path)

@@ -290,7 +290,7 @@ def test_conditions_reach_the_network_row_by_row_and_classes_can_be_sampled(tmp_
             model.sample(range(3), 4)
         assert model.sample(range(3), 4, class_label=2, cond={"angle": torch.ones(3)}).shape == (3, 2)
         seen.clear()
-    with pytest.raises(ValueError, match=r"conditioned on angle, which the data do not contain. Pass \(x0, \{'angle'"):
+    with pytest.raises(ValueError, match=r"conditioned on angle, which the data does not contain. Pass \(x0, \{'"):
         halfstep.distill(model, (points(32), {"class_labels": labels}), **CHAIN)
 
 

@@ -692,7 +692,7 @@ def test_a_plan_that_cannot_be_carried_out_is_rejected_before_prompts_are_sample
     assert "needs an input for the scale" in refused([*argv, *out, "--matching.guidance-range", "1", "8"], capsys)
     assert "is not empty, but it is not a run folder" in refused([*argv, "--out", str(other)], capsys)
     assert "is a file, so it cannot be a folder" in refused([*argv, "--out", str(prompts)], capsys)
-    assert "use either --data or --prompts" in refused([*argv, *out, "--data", "digits"], capsys)
+    assert "--data and --prompts cannot be combined" in refused([*argv, *out, "--data", "digits"], capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "prompts.txt"]
     with pytest.raises(pytest.fail.Exception, match="prompts were sampled"):
         main([*argv, *out])
@@ -721,9 +721,9 @@ def test_the_data_of_prompts_lies_next_to_a_run_in_the_working_folder(
 def test_a_call_cannot_be_changed_after_the_import(sd3_run: Path, tmp_path: Path, capsys: Capture) -> None:
     argv = ["distill", str(sd3_run), "--to", "2", "--out", str(tmp_path / "out"), "--call", "height=16"]
     said = refused(argv, capsys)
-    assert f"--call has no effect with {sd3_run}: only a pipeline is called with it. Remove it" in said
+    assert f"--call has no effect with {sd3_run}: only pipelines take call arguments. Remove it" in said
     argv = ["distill", "sdxl", "--dry-run", "--call", "height=512"]
-    assert "--call has no effect with sdxl: the estimate is for the size that is listed" in refused(argv, capsys)
+    assert "--call has no effect with sdxl: the estimate is for the listed size" in refused(argv, capsys)
 
 
 def test_unsupported_input_is_rejected_before_anything_is_written(here: Path, tmp_path: Path, capsys: Capture) -> None:

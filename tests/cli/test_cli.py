@@ -188,7 +188,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: Capt
     assert network > 1000
     for name in ("00-denoise", "01-halve-0002", "02-halve-0001", "04-finish-0001", "estimated time on this machine"):
         assert name in printed
-    assert torch.accelerator.is_available() or "a device of" not in printed
+    assert torch.accelerator.is_available() or "a device with" not in printed
     assert not (tmp_path / "x").exists()
 
 
@@ -223,12 +223,12 @@ def test_dry_run_of_a_paper_recipe_needs_none_of_its_data(
     main(["run", name, "--data", "nowhere", "--dry-run", *small])
     printed = capsys.readouterr().out
     for said in (
-        "random numbers replace the data",
+        "so random numbers are used instead",
         "samples seen:",
         "GiB",
         "FLOP",
         "extrapolated from updates of",
-        "device of",
+        "device with",
     ):
         assert said in printed
     assert list(tmp_path.iterdir()) == []

@@ -270,7 +270,7 @@ def test_bodies_that_are_large_or_nonsense_are_refused(url: str) -> None:
         assert (answer.status_code, answer.text) == (400, 'halfstep: a call must be JSON of the form {"data": [...]}\n')
     for data in ([], [float("inf")], [STUDENT, 2], [*request(), 1]):
         answer = httpx.post(call, content=json.dumps({"data": data}), headers=kind)
-        said = f"halfstep: this function takes 7 values, but got {len(data)}: see /gradio_api/info\n"
+        said = f"halfstep: this function takes 7 values, got {len(data)}: see /gradio_api/info\n"
         assert (answer.status_code, answer.text) == (400, said)
     # Before a function is called, gradio copies such a file to its cache or fetches it.
     for file in ({"path": "/etc/passwd"}, {"path": "a", "url": f"{url}/config"}, ["/etc/passwd"], {"a": {"path": "b"}}):

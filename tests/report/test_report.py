@@ -271,7 +271,7 @@ def test_an_evaluation_is_reliable_if_its_samples_outnumber_the_dimensions(tmp_p
         row["figures"]["kid"] = figure(row["figures"]["frechet"]["mean"] / 10)
     told["tables"][0]["protocol"]["extractor_facts"]["dimension"] = size
     write_sealed(RunFolder(run).evaluation_path, told)
-    lead = reported(run).text.partition("There are no figures")[0]
+    lead = reported(run).text.partition("There are no metrics")[0]
     assert ("KID" in lead, "Frechet distance" in lead) == (size == 1797, size == 1796)
 
 
@@ -463,9 +463,9 @@ def test_missing_figures_recipe_log_and_samples_are_listed(tmp_path: Path) -> No
         path.unlink()
     page = reported(run)
     for text in (
-        "The recipe cannot be shown: recipe.json does not exist; restore a copy of it",
+        "The recipe cannot be shown: recipe.json does not exist; restore it from a copy",
         "stages/00-denoise/metrics.json has no sha256 of its content",
-        "There are no figures (metrics.json) for stages 00-denoise, 01-halve-0128.",
+        "There are no metrics (metrics.json) for stages 00-denoise, 01-halve-0128.",
         "There are no samples for stages 00-denoise, 01-halve-0128.",
         "No losses were logged.",
         "The command of this run was not recorded.",

@@ -1,4 +1,4 @@
-"""Helpers, shared by several verbs, that find a recipe, the group of processes or a device."""
+"""Helpers shared by several verbs: find a recipe, the process group or a device."""
 
 from pathlib import Path
 from shlex import quote
@@ -60,7 +60,7 @@ def recipe_of_stage(stage: StageFolder) -> Recipe | None:
 
 
 def processes_of(cpu: bool = False) -> Processes:
-    """Return the group of processes that jointly run this command (usually a single process)."""
+    """Return the process group that runs this command (usually a single process)."""
     return Processes(make_accelerator(cpu=cpu)) if world_size() > 1 else Processes()
 
 

@@ -59,7 +59,7 @@ def command_line() -> ArgumentParser:
 
 
 def _parsers_of(verb: str, kind: Any) -> list[ArgumentParser]:
-    """Return a list with the parser of a verb, or with one parser per recipe if the verb takes a recipe."""
+    """Return the verb's parsers: one per recipe if the verb takes a recipe, otherwise a single one."""
     from halfstep.cli.training import SHORT, SHORT_OF_FINISH, PlanArguments
     from halfstep.recipes import recipes
 

@@ -56,7 +56,7 @@ class RunDisplay:
             self._settle(None)
 
     def _settle(self, at_work: StageStatus | None) -> None:
-        """Mark every stage that was being measured as "done", except `at_work`."""
+        """Set the state of every stage that is "measuring" to "done", except for `at_work`."""
         for stage in self.status.stages:
             if stage is not at_work and stage.state == "measuring":
                 stage.state = "done"
@@ -71,7 +71,7 @@ class RunDisplay:
         match event:
             case StageStart(resumed_at=resumed_at):
                 stage.state = "training"
-                # The pace must not count the updates made before the run was resumed.
+                # Updates made before the run was resumed do not count towards the pace.
                 stage.take({"update": resumed_at, "seconds": event.seconds})
                 at = f", resuming at update {resumed_at}" if resumed_at else ""
                 self._line(f"{stage.name}: {count(event.stage.training.num_updates, 'update')}{at}")

@@ -43,8 +43,8 @@ LEAST_DISK: Final = 2 * 2**30
 
 @dataclass
 class DoctorArguments:
-    """Check this machine: versions, devices, threads, disk space, the cache, and any missing packages with their
-    purpose. Nothing is changed. The exit code is 0 even if problems are found.
+    """Check this machine: versions, devices, threads, disk space and the cache. List missing packages and what each is
+    for. Nothing is changed. The exit code is 0 even if problems are found.
     """
 
     json: Switch = False

@@ -37,7 +37,7 @@ samples.
 
 
 def check_alone() -> None:
-    """Raise UsageError if there are several processes, because a dry run measures the time in a single process."""
+    """Raise UsageError if there are several processes, because a dry run can only time a single process."""
     if world_size() > 1:
         raise UsageError("a dry run needs only one process. Start it without torchrun or accelerate launch")
 
@@ -117,7 +117,7 @@ def show_plan(spec: RunSpec, out: Path, json: bool, missing: str | None = None) 
     """Print the plan and cost of a run, as one JSON document or as text.
 
     Args:
-        missing: the reason why the data is not available, in which case random numbers replace the data.
+        missing: the reason why the data is not available; random numbers are then used instead.
     """
     facts = plan_facts(spec, out, missing)
     if json:
@@ -150,7 +150,7 @@ def _lines(facts: dict[str, Any], spec: RunSpec) -> Iterator[str]:
     stages, data = facts["stages"], facts["data"]
     yield data_line(spec.data)
     if data["missing"] is not None:
-        yield f"random numbers replace the data, which is not available ({data['missing']})"
+        yield f"the data is not available ({data['missing']}), so random numbers are used instead"
     seen = sum(stage["samples_seen"] for stage in stages)
     parameters, trainable = facts["parameters"], facts["trainable_parameters"]
     yield f"parameters: {parameters:,}    one forward pass of one sample: {quantity(facts['forward_flops'], 'FLOP')}"
@@ -166,7 +166,7 @@ def _lines(facts: dict[str, Any], spec: RunSpec) -> Iterator[str]:
     on_cpu = spec.engine.cpu or not torch.accelerator.is_available()
     if not on_cpu or sum(memory.values()) >= LITTLE:
         fits = facts["fits_gib"]
-        yield f"fits on a device of {fits[0]} GiB" if fits else f"does not fit on a device of {DEVICES[-1]} GiB"
+        yield f"fits on a device with {fits[0]} GiB" if fits else f"does not fit on a device with {DEVICES[-1]} GiB"
     if (guidance := facts["guidance"]) is not None:
         is_fixed = guidance["type"] == "fixed"
         scales = f"the scale {guidance['scale']:g}" if is_fixed else f"{guidance['low']:g} to {guidance['high']:g}"
@@ -209,7 +209,7 @@ def data_line(data: Data) -> str:
 
 
 def quantity(amount: float, unit: str) -> str:
-    """Format an amount with a prefixed unit, as in "1.23 GFLOP"."""
+    """Format an amount with an SI prefix, as in "1.23 GFLOP"."""
     for prefix in ("", "k", "M", "G", "T", "P", "E"):
         # A number that would be rounded to 1,000 is shown as 1 of the next larger unit.
         if amount < 999.5:

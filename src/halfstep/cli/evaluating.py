@@ -68,7 +68,7 @@ def evaluate(argv: Sequence[str]) -> None:
     if arguments.json:
         print_json(curve.result.model_dump(mode="json"))
     names = ", ".join([str(out / "evaluation.json"), *(path.name for path in written)])
-    screen.say(f"{names}; {duration(curve.result.seconds)} of work")
+    screen.say(f"{names}; sampling and measuring took {duration(curve.result.seconds)}")
 
 
 def _spec(subject: Subject, arguments: EvaluateArguments, device: torch.device, processes: Processes) -> CurveSpec:
@@ -111,7 +111,7 @@ def _spec(subject: Subject, arguments: EvaluateArguments, device: torch.device, 
 
 
 def _given(arguments: EvaluateArguments, *names: str) -> dict[str, Any]:
-    """Return whichever of the named options the user has set, as a mapping from names to values."""
+    """Return the named options that the user has set, as a mapping from names to values."""
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 

@@ -21,8 +21,8 @@ from halfstep.runtime.terminal import warn
 
 @dataclass
 class ExploreArguments:
-    """Open a local page that compares a run's teacher and students, by sampling from all of them with the same noise.
-    This requires gradio (pip install 'halfstep[explore]'). Press Ctrl-C to stop serving the page."""
+    """Open a local page that compares samples of a run's teacher and students from the same noise. This requires gradio
+    (pip install 'halfstep[explore]'). Press Ctrl-C to stop serving the page."""
 
     run: tyro.conf.Positional[Path]
     """Folder of a run or stage."""

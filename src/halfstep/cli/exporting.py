@@ -1,4 +1,4 @@
-"""`halfstep export`, which exports models for other tools, and `halfstep encode`, which encodes data as latents."""
+"""`halfstep export`: exports models for other tools. `halfstep encode`: encodes data as latents."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -149,7 +149,7 @@ class EncodeArguments:
     pipeline: tyro.conf.Positional[str]
     """Folder of the pipeline, or its name on the Hub."""
     out: Path | None = None
-    """Folder to write the latents to, which is required without --dry-run."""
+    """Folder to write the latents to; required unless --dry-run is set."""
     data: str | None = None
     """For a text-conditioned model: a folder of images, videos (files or folders of frames) or sounds, with captions in
     metadata.jsonl, .csv or .parquet, or in one .txt file per sample. For a class-conditional model: a folder that
@@ -168,11 +168,11 @@ class EncodeArguments:
     frame_rate: Rate | None = None
     """With --data: number of frames to take from each second of a video file; by default, all of them."""
     call: tuple[str, ...] = ()
-    """Arguments for calling the pipeline, such as height=512 width=512."""
+    """Arguments of the pipeline call, such as height=512 width=512."""
     base_precision: BasePrecision = "float32"
     """With --prompts: precision of the pipeline's weights; the run must use the same precision."""
     batch_size: Count = 8
-    """Number of samples or prompts that are processed at once."""
+    """Number of samples or prompts to process at once."""
     device: str | None = None
     """Device on which the encoders run; by default, cuda if it is available."""
     dry_run: Switch = False
@@ -188,7 +188,7 @@ def encode(argv: Sequence[str]) -> None:
     processes = processes_of(arguments.device == "cpu")
     device = device_of(arguments.device, processes)
     if (arguments.data is None) == (arguments.prompts is None):
-        raise UsageError("use either --data (images) or --prompts (texts), and not both")
+        raise UsageError("use either --data or --prompts, but not both")
     if arguments.data is None:
         refuse_idle(arguments, "with --prompts", ("image_size", "frame_rate"))
     else:
@@ -240,7 +240,7 @@ def encode(argv: Sequence[str]) -> None:
             processes=processes,
         )
     release_texts()
-    shown = f"of {count(len(names), 'class')}" if names else "with their texts"
+    shown = f"of {count(len(names), 'class')}" if names else "with their captions"
     screen.say(f"{arguments.out}: {count(len(found), 'latent')} of shape {list(found.shape)} {shown}")
 
 

@@ -93,7 +93,7 @@ def _metavar(text: str) -> str:
 
 
 def _wrap(text: str, width: int, indent: str = "", first: str | None = None) -> list[str]:
-    """Wrap a text, breaking lines only at spaces."""
+    """Wrap text, breaking lines only at spaces."""
     head = indent if first is None else first
     return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=indent, break_on_hyphens=False)
 

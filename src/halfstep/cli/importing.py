@@ -35,7 +35,7 @@ class ImportArguments:
     """google-pd: cifar10, imagenet64, bedroom128, church128, or a .json file with image_size, ch, multipliers,
     layers_per_block, attention, attention_head_dim, time_embedding_dim, num_classes, prediction and start_steps."""
     call: tuple[str, ...] = ()
-    """diffusers: arguments for calling the pipeline that are the same for all samples, such as height=512 width=512."""
+    """diffusers: arguments of the pipeline call that are the same for all samples, such as height=512 width=512."""
     ema: bool = False
     """diffusers: use the averaged weights of the network (unet_ema) instead of the unaveraged weights."""
     base_precision: BasePrecision = "float32"

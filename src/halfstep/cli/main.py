@@ -108,7 +108,7 @@ def _check_written(out: Output) -> None:
 
 
 def _main(arguments: list[str]) -> None:
-    # Slow imports come last, because help texts and usage errors must appear quickly.
+    # Slow imports come last, because help and usage errors must appear quickly.
     if arguments[:1] == ["help"] and arguments[1:] and arguments[1] in VERBS:
         arguments = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):

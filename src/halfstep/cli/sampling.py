@@ -59,7 +59,7 @@ class SampleArguments:
     batch_size: Count | None = None
     """Number of samples drawn at once; by default, as many as fit into memory."""
     precision: Literal["float32", "bf16"] = "float32"
-    """Precision in which the network runs; bf16 stands for bfloat16."""
+    """Precision of the network; bf16 stands for bfloat16."""
     device: str | None = None
     """cpu, cuda or mps; by default, the fastest available device."""
     out: Path = Path("samples.png")

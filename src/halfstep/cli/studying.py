@@ -37,14 +37,13 @@ class StudyArguments:
     name: tyro.conf.Positional[StudyName]
     """Name of the study (see `halfstep ls studies`)."""
     scale: Literal["smoke", "small", "paper"] = "smoke"
-    """smoke: digits, which takes minutes on two CPU cores. small: Fashion-MNIST, which takes hours on a GPU. paper:
-    CIFAR-10, as published."""
+    """smoke: digits, minutes on two CPU cores. small: Fashion-MNIST, hours on a GPU. paper: CIFAR-10, as published."""
     recipe: RecipeName | None = None
     """Recipe for the teacher and the chain, such as imagenet64_paper; by default, the scale's own recipe."""
     data: str | None = None
     """Data source, such as a folder; by default, the data of the scale."""
     seeds: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """Number of seeds for which training is repeated; by default, the scale's number."""
+    """Number of seeds to train with; by default, the number set by the scale."""
     threads: Annotated[int, Field(ge=1, le=512)] | None = None
     """Number of CPU threads for torch; by default, torch chooses the number."""
     out: Path | None = None

@@ -69,7 +69,7 @@ class EvaluateArguments:
     image_size: Side | None = None
     """Height and width to resize real images to; by default, the size in the recipe."""
     channels: Literal[1, 3] | None = None
-    """1 reads real images in grey, 3 in colour; by default, the setting in the recipe applies."""
+    """Channels of the real images: 1 for grey, 3 for colour; by default, the setting in the recipe."""
     split: str | None = None
     """Split of the real data; by default, the training split."""
     no_labels: Switch = False
@@ -280,8 +280,8 @@ class Rows:
             )
 
     def teacher(self) -> Entry | None:
-        """Return the teacher with its own number of steps or, if it takes any number, with whichever of the run's
-        methods for the teacher makes the most network calls.
+        """Return the teacher with its own number of steps. If it takes any number of steps, use the one of the run's
+        teacher methods that makes the most network calls.
         """
         teacher = self.subject.teacher
         if teacher is None or self.subject.kind == "pipeline":

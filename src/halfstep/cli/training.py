@@ -55,7 +55,7 @@ class PlanArguments:
     dry_run: Switch = False
     """Print the plan, memory and time; write nothing."""
     json: Switch = False
-    """Print one JSON document. It contains the plan with --dry-run, and the final status otherwise."""
+    """Print one JSON document: the plan with --dry-run, otherwise the final status."""
 
 
 @dataclass
@@ -89,11 +89,11 @@ class DistillArguments(PlanArguments):
     out: Path | None = None
     """Folder of the new run; runs/NAME-STAGE-to-STEPS by default."""
     prompts: Path | None = None
-    """File with one prompt per line, instead of --data. The teacher, which must take prompts, writes a sample for each
-    prompt to OUT-data, and is distilled on these samples.
+    """File with one prompt per line, instead of --data. For each prompt, a sample of the text-conditioned teacher is
+    drawn and written to OUT-data. The teacher is then distilled on these samples.
     """
     call: tuple[str, ...] = ()
-    """Arguments for calling the pipeline, such as height=512 width=512. They are the same for all samples."""
+    """Arguments of the pipeline call, such as height=512 width=512. They are the same for all samples."""
     base_precision: BasePrecision = "float32"
     """Precision of a pipeline's frozen weights with --chain.lora-rank: bf16, int8 or nf4 (both from bitsandbytes), or
     int8wo (from torchao)."""
@@ -101,7 +101,7 @@ class DistillArguments(PlanArguments):
 
 @dataclass
 class FinishArguments(PlanArguments):
-    """Finish students of a trained run: train them until the distribution of their samples is closer to that of the
+    """Finish students of a trained run: train them to bring the distribution of their samples closer to that of the
     undistilled teacher. RUN is the folder of a run, to which the new stages are added. The options are those of the
     run's recipe. Options of stages that are already trained cannot be changed."""
 
@@ -124,7 +124,7 @@ def _run(argv: Sequence[str], kind: type[RunArguments], verb: str, what: Literal
     name, *rest = argv
     prog = f"halfstep {verb}" if verb == "demo" else f"halfstep {verb} {name}"
     default = recipe_from(name)
-    # Only options can make the recipe's own settings superfluous.
+    # Check the recipe's own settings first: `fitted` later removes those that the options make superfluous.
     default.finish.plan()
     arguments = parse(kind, rest, prog, kind(default), SHORT)
     recipe, suffix = arguments.recipe, "-teacher" if what == "teacher" else ""
@@ -157,12 +157,12 @@ def distill(argv: Sequence[str]) -> None:
     arguments = parsed(None if stage is None else stage.manifest(verify=False))
     if arguments.prompts is not None:
         if any(word.partition("=")[0] == SHORT["--data"] for word in expand_short(rest, SHORT)):
-            raise UsageError("use either --data or --prompts (texts), and not both")
+            raise UsageError("--data and --prompts cannot be combined. Remove one of them")
         # Importing a pipeline can take minutes, so an invalid file is reported first.
         read_prompts(arguments.prompts)
     is_published = name in PUBLISHED and arguments.dry_run and not Path(name).is_dir()
     if stage is not None or is_published:
-        why = "only a pipeline is called with it" if stage else "the estimate is for the size that is listed"
+        why = "only pipelines take call arguments" if stage else "the estimate is for the listed size"
         refuse_idle(arguments, f"with {name}", ("call",), {"call": why})
     if stage is not None:
         if arguments.base_precision != "float32":
@@ -205,7 +205,7 @@ def distill(argv: Sequence[str]) -> None:
 
 
 def _only_help(argv: Sequence[str], missing: str) -> bool:
-    """Return whether the first argument asks for help; raise UsageError if there is no first argument."""
+    """Return whether the first argument is a help option; raise UsageError if it is missing or another option."""
     if argv and argv[0] in HELP:
         return True
     if not argv or argv[0].startswith("-"):

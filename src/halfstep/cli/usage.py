@@ -110,7 +110,7 @@ def first_line(error: ValidationError) -> str:
             return f"{where} must be {words} {limit}, got {first['input']!r}"
     if first["type"] != "value_error":
         reason = f"{reason[0].lower()}{reason[1:]}, got {first['input']!r}"
-    # An error about a contradiction between fields has no location.
+    # An error about contradictory fields has no location.
     return f"{where}: {reason}" if where else reason
 
 

@@ -20,9 +20,9 @@ class Verb:
     summary: str
     """The line that describes the verb in the overview."""
     examples: tuple[str, ...]
-    """Complete command lines. Tests check that the parser knows the options in them."""
+    """Complete command lines. Tests check that the parser accepts their options."""
     notes: tuple[str, ...] = ()
-    """Notes that concern more than one option, each of which is printed on a new line."""
+    """Notes that concern several options, each printed on a separate line."""
     codes: tuple[int, ...] = (0, 2)
     """The exit codes of the verb."""
     shown: tuple[str, ...] = ()
@@ -139,7 +139,7 @@ _USE: Final = (
     Verb("report RUN", "write RUN/report/index.html", ("halfstep report runs/digits",), module="reporting"),
     Verb(
         "explore RUN",
-        "open a local page that compares samples from the teacher and the students for the same noise",
+        "open a local page that compares samples of the teacher and the students from the same noise",
         ("halfstep explore runs/digits", "halfstep explore runs/digits --port 8000 --max-samples 16"),
         (
             "To stop serving the page, press Ctrl-C. The exit code is then 0.",
@@ -169,7 +169,7 @@ _USE: Final = (
     ),
     Verb(
         "encode PIPELINE",
-        "encode images, videos, sounds and texts for a pipeline (resumable)",
+        "encode images, videos, sounds and text for a pipeline (resumable)",
         (
             "halfstep encode my-sd --data ~/captioned --out latents",
             "halfstep encode my-wan --data ~/clips --frame-rate 16 --out latents",
@@ -210,8 +210,8 @@ _LOOK: Final = (
             "zsh: halfstep completion zsh > ~/.zfunc/_halfstep; ~/.zshrc: fpath=(~/.zfunc $fpath) before compinit.",
             "fish: halfstep completion fish > ~/.config/fish/completions/halfstep.fish",
             "tcsh: halfstep completion tcsh > ~/.halfstep.tcsh; ~/.tcshrc: source ~/.halfstep.tcsh",
-            "RECIPE is completed to a name, not to a file. After any recipe, the options of all recipes are completed.",
-            "In tcsh, the options of all verbs are completed after any verb.",
+            "RECIPE completes to recipe names, not to files. After any recipe, the options of all recipes are offered.",
+            "In tcsh, the options of all verbs are offered after any verb.",
         ),
         module="completion",
         is_light=True,

@@ -1,4 +1,4 @@
-"""Output for people (texts and tables) and for machines (JSON)."""
+"""Output for people (text and tables) and for machines (JSON)."""
 
 import json
 import re
@@ -21,10 +21,10 @@ PIPE_WIDTH: Final = 160
 
 @final
 class Screen(Console):
-    """A console that prints only on rank 0, and ignores markup and control sequences in texts.
+    """A console that prints only on rank 0, and ignores markup and control sequences in text.
 
     Args:
-        json: whether stdout is reserved for a JSON document, in which case texts go to stderr.
+        json: whether stdout is reserved for a JSON document, in which case text goes to stderr.
         file: the file to write to, instead of stdout or stderr.
         is_terminal: whether the output is a terminal. If None, this is detected.
     """
@@ -44,7 +44,7 @@ class Screen(Console):
         )
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Remove control characters from texts, but keep rich's own control codes, which are separate segments."""
+        """Remove control characters from text, but keep rich's own control codes, which are separate segments."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 

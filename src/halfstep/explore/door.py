@@ -146,7 +146,7 @@ class Door:
         if needed is None:
             return f"function {name!r:.40} does not exist"
         if len(data) != needed:
-            return f"this function takes {needed} values, but got {len(data)}: see /gradio_api/info"
+            return f"this function takes {needed} values, got {len(data)}: see /gradio_api/info"
         if any(isinstance(value, dict | list) for value in data):
             # gradio would treat some of these values as files, and copy or fetch the files before calling the function.
             return "each value must be a number, string or null"

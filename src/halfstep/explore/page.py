@@ -163,7 +163,7 @@ CSS: Final = """
 
 
 def _blocks(gr: Any, explorer: Explorer) -> Any:
-    """Return the page, which contains the settings and, below the settings, a tab for each view."""
+    """Return the page: the settings and, below them, a tab for each view."""
     last = explorer.present[-1]
     most_samples, most_frames = explorer.bounds.samples(explorer.shape), explorer.bounds.frames(explorer.shape)
 
@@ -212,7 +212,7 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
             compare = gr.Button("Sample", variant="primary", elem_id="compare")
             compared = gr.HTML(elem_id="compared")
         with gr.Tab("All stages"):
-            gr.Markdown("Samples of every stage from the same noise, each stage in its own number of steps.")
+            gr.Markdown("Samples of every stage from the same noise, each stage with its own number of steps.")
             strip = gr.Button("Sample", variant="primary", elem_id="strip")
             stripped = gr.HTML(elem_id="stripped")
         with gr.Tab("Walk"):
@@ -245,7 +245,7 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
 
 
 def _plain(text: str) -> str:
-    """Escape a text so that Markdown shows it literally."""
+    """Escape text so that Markdown shows it literally."""
     return re.sub(r"([\\`*_{}\[\]()<>#+!|&~$-])", r"\\\1", text)
 
 

@@ -243,6 +243,6 @@ def references_for(
         lambda: [Reference(data, replace(evaluation, features=one), cache, device) for one in features]
     )
     names = " and ".join(reference.extractor.name for reference in made)
-    remedy = "give all processes the same cache folder (HALFSTEP_CACHE)"
+    remedy = "set the same cache folder for all processes (HALFSTEP_CACHE)"
     processes.check_same(names, "their feature extractors", remedy)
     return made

@@ -40,10 +40,10 @@ class Drawn(NamedTuple):
 
 
 class Source(ABC):
-    """Samples that are a function of their seeds."""
+    """A source of samples, each of which is determined by its seed."""
 
     name: str
-    """The prefix for the names of the source's cells."""
+    """The prefix of the source's cell names."""
     is_image: bool
     at_once: int
     """The default batch size."""

@@ -247,7 +247,7 @@ class Store:
     def measure(self, cells: Sequence[Cell], against: Sequence[Against]) -> None:
         """Measure all missing metrics, except those that need samples of `broken` cells.
 
-        In each round, every process measures one pair, and then the results are written.
+        In each round, every process measures one cell against one reference, and then the results are written.
 
         Raises:
             Interrupted, OutOfMemory: the results of completed rounds are kept.
@@ -270,7 +270,7 @@ class Store:
             self.processes.on_main(write)
 
     def is_broken(self, cell: Cell, one: Against) -> bool:
-        """Whether these metrics need samples that are not finite."""
+        """Return whether these metrics need the samples of a cell in `broken`."""
         return any(needed.name in self.broken for needed in (cell, *one.needs))
 
     def kept(self, cell: Cell, one: Against) -> Kept | None:

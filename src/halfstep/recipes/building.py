@@ -154,7 +154,7 @@ def _check_classes(model: Manifest, data: Data) -> None:
     if names != known and (model.class_names or all(name.isdecimal() for name in names)):
         raise ValueError(
             f"the model's first classes are {shortened(known)}, but those of {data.source} are {shortened(names)}. "
-            "Give data with the same classes, in the same order"
+            "Pass data with the same classes, in the same order"
         )
 
 
@@ -173,17 +173,17 @@ def check_fit(model: Manifest, data: Data) -> None:
         raise ValueError(encode_first(model, data.source, model.pipeline.folder))
     if model.is_image != data.is_image:
         raise ValueError(
-            f"the model generates {kinds[model.is_image]}, but {data.source} has {kinds[data.is_image]}. Give the "
+            f"the model generates {kinds[model.is_image]}, but {data.source} has {kinds[data.is_image]}. Pass the "
             "training data (--data)"
         )
     if model.shape != data.shape:
         raise ValueError(
             f"the model has samples of shape {list(model.shape)}, but {data.source} has shape {list(data.shape)}. "
-            "Give the training data (--data, --data.image-size)"
+            "Pass the training data (--data, --data.image-size)"
         )
     if model.num_classes and not 0 < data.num_classes <= model.num_classes:
         raise ValueError(
-            f"the model has {model.num_classes} classes, but {data.source} has {data.num_classes}. Give the training "
+            f"the model has {model.num_classes} classes, but {data.source} has {data.num_classes}. Pass the training "
             "data (--data)"
         )
     if model.num_classes:

@@ -68,7 +68,7 @@ class UNetConfig(Record):
             )
         if len(self.attention) != levels:
             raise ValueError(
-                f"network.attention has {len(self.attention)} entries for {levels} resolutions. Give one entry for each"
+                f"network.attention has {len(self.attention)} entries for {levels} resolutions. Use one entry for each"
             )
         for channels_here, attention in zip(widths, self.attention, strict=True):
             for name in ("norm_num_groups", "attention_head_dim") if attention else ("norm_num_groups",):
@@ -86,7 +86,7 @@ class UNetConfig(Record):
         if shape[1] % factor or shape[2] % factor:
             raise ValueError(
                 f"images of {shape[1]}x{shape[2]} cannot be halved {levels - 1} times. Make their sides multiples "
-                f"of {factor} (--data.image-size), or use fewer network.block_out_channels"
+                f"of {factor} (--data.image-size), or use fewer entries in network.block_out_channels"
             )
         described = unet2d_config(
             size=shape[1:],

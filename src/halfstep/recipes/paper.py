@@ -63,7 +63,9 @@ def cifar10_paper() -> Recipe:
 
 
 def _large(name: str, data: DataConfig, facts: DataFacts, network: UNetConfig, num_updates: int) -> Recipe:
-    """Return a recipe for one of the larger data sets, with both heads, batches of 2048, and 1024 steps to 1."""
+    """Return a recipe for one of the larger data sets. The network predicts x0 and eps, the batch size is 2048, and the
+    chain goes from 1024 steps to 1.
+    """
     return Recipe(
         name=name,
         data=data,
@@ -80,8 +82,8 @@ def _large(name: str, data: DataConfig, facts: DataFacts, network: UNetConfig, n
 
 @recipes.register("imagenet64_paper")
 def imagenet64_paper() -> Recipe:
-    """The paper's class-conditional ImageNet 64x64, with both heads and 296 million parameters, from 1024 steps to
-    1."""
+    """The paper's class-conditional ImageNet 64x64, with x0 and eps outputs and 296 million parameters, from 1024 steps
+    to 1."""
     data = DataConfig(source="ILSVRC/imagenet-1k", image_size=64, resample="area", channels=3, flip=True)
     facts = DataFacts(shape=(3, 64, 64), num_samples=1_281_167, num_classes=1000)
     return _large("imagenet64_paper", data, facts, PAPER_IMAGENET64, 550_000)
@@ -97,11 +99,13 @@ def _lsun(name: str, num_samples: int) -> Recipe:
 
 @recipes.register("lsun_bedroom128_paper")
 def lsun_bedroom128_paper() -> Recipe:
-    """The paper's LSUN bedrooms 128x128 from a folder (--data FOLDER), with both heads and 140 million parameters."""
+    """The paper's LSUN bedrooms 128x128 from a folder (--data FOLDER), with x0 and eps outputs and 140 million
+    parameters."""
     return _lsun("lsun_bedroom128_paper", 3_033_042)
 
 
 @recipes.register("lsun_church128_paper")
 def lsun_church128_paper() -> Recipe:
-    """The paper's LSUN churches 128x128 from a folder (--data FOLDER), with both heads and 140 million parameters."""
+    """The paper's LSUN churches 128x128 from a folder (--data FOLDER), with x0 and eps outputs and 140 million
+    parameters."""
     return _lsun("lsun_church128_paper", 126_227)

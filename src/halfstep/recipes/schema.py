@@ -108,8 +108,8 @@ class ChainConfig(Record):
     critic_weight: Rate | None = None
     """Weight of an adversarial term on the students' outputs; by default, no such term is added."""
     lora_rank: Width | None = None
-    """Train LoRA weights of this rank instead of whole students, also in the matching stage. This works only for
-    networks of diffusers. The teacher and the students share the base weights."""
+    """Train LoRA weights of this rank instead of whole students, also in the matching stage. Only diffusers networks
+    are supported. The teacher and the students share the base weights."""
     keep: tuple[Steps, ...] | None = None
     """Numbers of steps of the students to keep on disk, besides the teacher and the last student; all by default."""
 
@@ -155,7 +155,8 @@ class MatchingConfig(Record):
     process: Literal["own", "cosine"] | None = None
     """The student's noise process: own keeps the teacher's process; cosine covers the teacher's noise levels with a
     power of two timesteps. For a U-Net with a discrete noise schedule that needs matching and has no LoRA, the default
-    is cosine, because each step then loses less and every power of two is exact."""
+    is cosine, because each step then loses less accuracy, and chains whose numbers of steps are powers of two use whole
+    timesteps."""
     guidance_scale: Scale | None = None
     """Guidance scale for the student to learn, which halves the number of network calls; 1 disables guidance."""
     guidance_range: tuple[Scale, Scale] | None = None
@@ -163,8 +164,8 @@ class MatchingConfig(Record):
     null_class: int | None = Field(default=None, ge=0, le=MOST_UPDATES)
     """The null class, if the teacher's files do not specify it."""
     num_times: Steps = 1024
-    """Number of times at which teacher and student are compared. A teacher with a discrete noise schedule is compared
-    at its timesteps instead."""
+    """Number of time points at which teacher and student are compared. A teacher with a discrete noise schedule is
+    compared at its timesteps instead."""
     training: Flat = Training(num_updates=10_000, learning_rate=1e-4)
     """Training hyperparameters of the matched student."""
 
@@ -221,7 +222,7 @@ class FinishConfig(Record):
     @model_validator(mode="after")
     def _nothing_idle(self) -> "FinishConfig":
         if self.critic_weight is not None and not self.steps:
-            raise ValueError(f"critic_weight {self.critic_weight} has no effect without finish.steps. Add them")
+            raise ValueError(f"critic_weight {self.critic_weight} has no effect without finish.steps. Add finish.steps")
         # `Recipe.fitted` can still remove settings for students that are not finished, so only `plan` refuses them.
         self._stages()
         return self

@@ -63,8 +63,8 @@ class Walked(NamedTuple):
 
     column: Column
     student: Picture | None
-    """The student with this number of steps. With more steps than any student takes, the first student's teacher, which
-    is the matched model or the start of the chain."""
+    """The student with this number of steps. If no student takes this many steps, the first student's teacher instead:
+    the matched model or the start of the chain."""
     teacher: Picture | None
 
 

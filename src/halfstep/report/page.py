@@ -1,4 +1,4 @@
-"""Write the page of a run, which presents the run as sentences, tables, images and figures in one HTML file."""
+"""Write the page of a run: sentences, tables, images and figures in a single HTML file."""
 
 import base64
 import functools

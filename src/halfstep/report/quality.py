@@ -231,7 +231,7 @@ def text_table(group: Group) -> Table:
         notes.append(f"{what} relative to the teacher at its best, {group.best_words}.")
     if group.base is not None:
         notes.append(
-            f"RMSE is the difference between student and teacher ({group.base_words}) samples from the same noise."
+            f"RMSE compares the student's samples with the teacher's ({group.base_words}) from the same noise."
         )
     sizes = [group.protocol.get(name, "?") for name in ("num_samples", "num_reference")]
     bias = "are biased upwards, more so with fewer samples. Compare distances only within this table"

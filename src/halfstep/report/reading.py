@@ -149,7 +149,7 @@ def read_run(path: Path, studies: Path | None = None) -> RunFacts:
         )
     notices += [f"Stage {name} is damaged and was skipped: {why}." for name, why in damaged.items()]
     for what, without in (
-        ("figures (metrics.json)", [s.name for s in stages if s.metrics is None]),
+        ("metrics (metrics.json)", [s.name for s in stages if s.metrics is None]),
         ("samples", [s.name for s in stages if not s.samples]),
     ):
         if without:

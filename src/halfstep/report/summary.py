@@ -15,7 +15,7 @@ NO_GAIN = 1.05
 """A student gains nothing if the undistilled teacher with the same number of network calls is worse by at most this
 factor."""
 LEARNED = 0.25
-"""Minimum coverage of the real data by a teacher's samples for the teacher to count as having learned the data.
+"""A teacher counts as having learned the data if its samples cover at least this share of the real data.
 Coverage is near 1 if the samples and the data have the same distribution."""
 
 
@@ -116,7 +116,7 @@ def summarise(facts: RunFacts, groups: Sequence[Group]) -> Summary:
     ]
     if best.alone is not None:
         alone = number(best.alone) if found.by_kid else f"{times(best.alone)}×"
-        tiles.insert(2, (alone, f"the same without distillation, {calls}"))
+        tiles.insert(2, (alone, f"without distillation, {calls}"))
     return Summary(lead, more, tiles, best, choice)
 
 

@@ -100,10 +100,10 @@ def check_plan_arguments(
 
 
 def check_data(model: Model, data: Data | StreamedBatches) -> None:
-    """Raise ValueError unless the data have the shape of the model's samples and exactly the model's conditions."""
+    """Raise ValueError unless the data has the shape of the model's samples and exactly the model's conditions."""
     if data.shape != model.shape:
         raise ValueError(
-            f"the teacher has samples of shape {list(model.shape)}, but the data have the shape {list(data.shape)}. "
+            f"the teacher has samples of shape {list(model.shape)}, but the data has the shape {list(data.shape)}. "
             "Pass the data that it was trained on"
         )
     classes = data.num_classes if isinstance(data, Data) else 0
@@ -111,20 +111,20 @@ def check_data(model: Model, data: Data | StreamedBatches) -> None:
     held = set(shapes) | ({CLASSES} if classes else set())
     needed = set(model.manifest.conditions) | ({CLASSES} if model.num_classes else set())
     if foreign := sorted(held - needed):
-        raise ValueError(f"the data contain {foreign[0]}, which the teacher does not take. {without(data)}")
+        raise ValueError(f"the data contains {foreign[0]}, which the teacher does not take. {without(data)}")
     if missing := sorted(needed - held):
         raise ValueError(
-            f"the teacher is conditioned on {missing[0]}, which the data do not contain. Pass "
+            f"the teacher is conditioned on {missing[0]}, which the data does not contain. Pass "
             f"(x0, {{{missing[0]!r}: tensor}})"
         )
     for name, shape in model.manifest.conditions.items():
         if shapes.get(name, shape) != shape:
             raise ValueError(
-                f"the teacher takes {name} of shape {list(shape)} per sample, but the data contain {name} of shape "
+                f"the teacher takes {name} of shape {list(shape)} per sample, but the data contains {name} of shape "
                 f"{list(shapes[name])}. Pass the data that it was trained on"
             )
     if model.num_classes and classes > model.num_classes:
         raise ValueError(
-            f"the data have the classes 0 to {classes - 1}, but the teacher has the classes 0 to "
+            f"the data has the classes 0 to {classes - 1}, but the teacher has the classes 0 to "
             f"{model.num_classes - 1}. Pass the data that it was trained on"
         )

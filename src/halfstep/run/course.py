@@ -1,8 +1,8 @@
 """Builds the plan of a chain from a teacher, for recipes and for `halfstep.distill`.
 
-A teacher that amplifies its errors at t = 1 is matched to v-prediction before it is halved. If a U-Net with a discrete
-noise schedule needs matching, it also moves to the cosine schedule. There, each step loses less accuracy, and every
-power of two is an exact number of steps.
+A teacher that amplifies its errors at t = 1 is matched to v-prediction before halving. If a U-Net with a discrete
+noise schedule needs matching, it also moves to the cosine schedule. On this schedule, each step loses less accuracy,
+and chains whose numbers of steps are powers of two use whole timesteps.
 """
 
 import warnings
@@ -97,7 +97,7 @@ class Start:
 @final
 @dataclass(frozen=True)
 class Match:
-    """How to convert a teacher before halving. Settings that are None are chosen by the builder."""
+    """How to convert a teacher before halving. `objective` chooses the settings that are None."""
 
     training: Training
     prediction: Prediction | None = None

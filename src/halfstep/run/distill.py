@@ -205,7 +205,7 @@ def distill(
 
     if plan is not None and (teacher_sampler, teacher_steps) != (None, None):
         raise ValueError(
-            "plan gives the halving stages, so teacher_sampler and teacher_steps have no effect. Remove them"
+            "plan already contains the halving stages, so teacher_sampler and teacher_steps have no effect. Remove them"
         )
     if plan is not None and not plan.stages:
         raise ValueError("the plan has no stages. Pass halfstep.Plan.halvings(64, 4)")

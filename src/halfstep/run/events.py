@@ -50,7 +50,7 @@ class Measuring(Event):
     what: str
     """A description of the samples or the comparison in progress."""
     number: int
-    """The number of the measurement, counted from 1, or 0 for the real data, which are measured first."""
+    """The number of the measurement, counted from 1, or 0 for the real data, which is measured first."""
     total: int
 
 
@@ -60,7 +60,7 @@ class Measured(Event):
     name: str
     result: Result
     num_left: int = 0
-    """The number of results of the stage that are still to come."""
+    """The number of results of the stage that have not been measured yet."""
     seconds: float = 0.0
     """The wall time of sampling and measuring the results of the stage so far."""
     too_few: bool = False

@@ -180,7 +180,7 @@ def _accept(spec: RunSpec, folder: RunFolder, held: Mapping[str, Any]) -> None:
         warnings.warn(f"{folder.path} resumes with changed data: {what}", HalfstepWarning, stacklevel=2)
         return
     remedy = "restore the old data, choose another --out" + (
-        ", or add --data.accept-changed to resume with the data as they are now" if fits else ""
+        ", or add --data.accept-changed to resume with the changed data" if fits else ""
     )
     raise DifferentRecipe(f"{folder.path} contains a run with different data: {what}; {remedy}")
 

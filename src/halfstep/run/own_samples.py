@@ -30,7 +30,7 @@ def samples_of(
     sampler: Sampler | None = None,
     seed: int = 0,
 ) -> MemoryData:
-    """Sample training data from the teacher, for `distill` without other data.
+    """Sample training data from the teacher, so that `distill` needs no other data.
 
     The cost is `num_samples` times the sampler's network calls: 4,096 samples with 32 Heun steps take 258,048 forward
     passes, the same as 400 finishing updates of 64 samples. No student can be better than these samples, which contain
@@ -92,7 +92,7 @@ def check_can_sample(teacher: Denoiser, shape: Sequence[int] | None = None) -> t
     if isinstance(teacher, Model) and teacher.manifest.conditions:
         names = ", ".join(teacher.manifest.conditions)
         raise ValueError(
-            f"the teacher cannot be sampled without {names}. Pass data that contain these conditions, such as a "
+            f"the teacher cannot be sampled without {names}. Pass data that contains these conditions, such as a "
             "folder from halfstep encode --prompts"
         )
     if shape is None and teacher.shape is None:

@@ -61,17 +61,17 @@ def _check_names(network: nn.Module, data: Data | StreamedBatches, held: list[st
     foreign = [] if takes_any else [name for name in held if name not in by_name]
     if missing and foreign:
         raise ValueError(
-            f"the network takes the condition {missing[0]}, but the data contain {foreign[0]}. Use one name: "
+            f"the network takes the condition {missing[0]}, but the data contains {foreign[0]}. Use one name: "
             f"(x0, {{{missing[0]!r}: tensor}})"
         )
     if missing:
         raise ValueError(
-            f"the network needs the condition {missing[0]}, which the data do not contain. Pass (x0, {{{missing[0]!r}: "
-            "tensor})"
+            f"the network needs the condition {missing[0]}, which the data does not contain. Pass "
+            f"(x0, {{{missing[0]!r}: tensor}})"
         )
     if foreign:
         raise ValueError(
-            f"the data contain {foreign[0]}, which the network does not take. {without(data)}, or add the argument "
+            f"the data contains {foreign[0]}, which the network does not take. {without(data)}, or add the argument "
             f"{foreign[0]} to the network's forward"
         )
 
@@ -99,7 +99,7 @@ def check_called(denoiser: Denoiser, data: Data | StreamedBatches, null: Cond | 
     what = "network" if isinstance(denoiser, NetworkDenoiser) else "denoiser"
     x0, cond = _two_of(data)
     if foreign := sorted(set(null or {}) - set(cond)):
-        raise ValueError(f"null contains {foreign[0]}, but the data do not. Use only conditions from {sorted(cond)}")
+        raise ValueError(f"null contains {foreign[0]}, but the data does not. Use only conditions from {sorted(cond)}")
     cond = {name: (null or {}).get(name, value).to(value).expand_as(value) for name, value in cond.items()}
     if isinstance(denoiser, NetworkDenoiser):
         _check_names(network, data, list(cond))

@@ -70,8 +70,8 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
         (odd,) = processes.agree(processes.index if spec.data.fingerprint != fingerprint else 0)
         if odd:
             raise ValueError(
-                f"process {odd} of the run reads different data from {spec.data.source} than process 0: give all "
-                "processes the same files"
+                f"process {odd} of the run reads different data from {spec.data.source} than process 0: make all "
+                "processes read the same files"
             )
         runner = _Runner(spec, folder, own, stop, accelerator, processes)
         beat = Heartbeat(folder.heartbeat_path, {Interrupted: "stopped", NonFinite: "diverged"})
@@ -96,10 +96,10 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
 
 
 STARVED: Final = 0.2
-"""A run warns if its updates spend more than this share of the time waiting for data."""
+"""If updates spend more than this share of the time waiting for data, a warning is printed."""
 
 STARVED_WINDOWS: Final = 3
-"""The number of consecutive log lines that must exceed `STARVED` before a run warns. A single line is not enough,
+"""The number of consecutive log lines that must exceed `STARVED` before the warning. A single line is not enough,
 because a stage's first updates wait for a new thread."""
 
 
@@ -236,8 +236,8 @@ class _Runner:
             trainer = trainer_for(spec, stage, folder.name, start, self.accelerator, teacher)
             # Only the manifests of the parents are still needed: the networks in training are copies or share weights.
             if teacher is not None and spec.engine.teacher_precision != "float32":
-                # A bfloat16 copy teaches and another copy is trained, so free the original. A LoRA keeps the weights
-                # that it shares with the original.
+                # The teacher is now a bfloat16 copy, and the student is another copy, so free the original. A LoRA
+                # keeps the weights that it shares with the original.
                 teacher.to("meta")
                 self._models.clear()
             try:

@@ -20,7 +20,7 @@ from halfstep.objectives import Batch
 
 Array = Tensor | np.ndarray
 Source = Array | tuple[Array, Mapping[str, Array]] | Data | str | Path | Iterable[Any]
-"""The kinds of training data that the Python API accepts, which `distill` describes."""
+"""The kinds of training data that the Python API accepts (see `distill`)."""
 
 CLASSES: Final = "class_labels"
 MOST_CLASSES: Final = 10**6

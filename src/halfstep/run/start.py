@@ -35,7 +35,7 @@ def fresh_denoiser(spec: RunSpec) -> NetworkDenoiser:
 def student_and_teacher(
     stage: Stage, start: Denoiser, teacher: Denoiser, null: Cond, lora_rank: int | None, engine: Engine
 ) -> tuple[Denoiser, Denoiser]:
-    """Return a stage's student, initialised from `start`, and the teacher as the student sees it."""
+    """Return a stage's student, initialised from `start`, and the teacher, wrapped by `Objective.view`."""
     student = start_student(stage.objective.start(start), lora_rank)
     if isinstance(teacher, NetworkDenoiser):
         teacher = in_precision(teacher, engine.teacher_precision)

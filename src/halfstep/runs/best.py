@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 from halfstep.runs.schema import Result
 
 BEST_OF: Final = ("ddim", "heun")
-"""The samplers that count for the teacher's best result, because students follow the same deterministic paths."""
+"""The samplers that count towards the teacher's best result, because students follow the same deterministic paths."""
 
 
 class Best(NamedTuple):
@@ -56,5 +56,5 @@ def teacher_best(cells: Iterable[Best], by_kid: bool = False) -> Best | None:
 
 
 def too_few(num_samples: int, num_reference: int, dimension: int) -> bool:
-    """Return whether there are too few samples for a reliable Frechet distance, because a covariance is singular."""
+    """Return whether a covariance is singular for lack of samples, which makes the Frechet distance unreliable."""
     return min(num_samples, num_reference) <= dimension

@@ -29,7 +29,7 @@ class StageFolder:
 
     @property
     def null(self) -> Path:
-        """The file with the null conditions of a model that guidance calls twice."""
+        """The file with the null conditions, for a model that is called twice per step with guidance."""
         return self.path / "null.safetensors"
 
     @property
@@ -54,10 +54,10 @@ class StageFolder:
     def remedy(self) -> str:
         """How to recover from a damaged or foreign file of the stage."""
         if self.run is None:
-            return "restore a copy of it, or import or train the model again"
+            return "restore it from a copy, or import or train the model again"
         return (
-            f"restore a copy of it, or remove {self.path} and the stages after it and rerun the command of the run, "
-            "which trains these stages again"
+            f"restore it from a copy, or remove {self.path} and the stages after it, then rerun the command of the run "
+            "to train these stages again"
         )
 
     def is_complete(self) -> bool:
@@ -242,7 +242,7 @@ class RunFolder:
                 raise DamagedFile(f"{self.recipe_path} does not contain a recipe")
         except DamagedFile as error:
             raise DamagedFile(
-                f"{error}; restore a copy of it, or remove it and rerun the command of the run, which writes it again"
+                f"{error}; restore it from a copy, or remove it and rerun the command of the run to write it again"
             ) from None
         return data
 

@@ -35,7 +35,7 @@ def this_machine() -> list[str]:
 class Heartbeat:
     """A file that is rewritten every few seconds inside a `with` block, and finally records how the process ended.
 
-    {"state": "running", "finished", "stopped", "diverged" or "failed"; "message": of the error, or null; "pid";
+    {"state": "running", "finished", "stopped", "diverged" or "failed"; "message": the error message, or null; "pid";
     "machine": see `this_machine`; "started", "updated": seconds since 1970}. Failed writes are ignored, because a full
     disk is reported by the write that loses data. A folder that was removed is not recreated.
 

@@ -28,14 +28,14 @@ class Pipeline(Record):
     options: dict[str, Any] = Field(default={})
     """The arguments of the pipeline's call that are the same for all samples."""
     guidance: str | None = None
-    """The name of the argument of the pipeline's call that sets the guidance scale."""
+    """The name of the pipeline call's argument that sets the guidance scale."""
     off: float | None = None
     """The value of this argument that disables guidance, or None if the network itself takes the scale."""
     scale: float | None = None
     """The scale at which the network was trained, if the network itself takes the scale."""
     end: str | None = None
-    """The name of the argument of the pipeline's call that sets the end of a sound in seconds, if each sound can have
-    its own end."""
+    """The name of the pipeline call's argument that sets the end of a sound in seconds, if each sound can have its own
+    end."""
 
 
 class Outcome(Record):

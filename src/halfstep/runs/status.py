@@ -50,7 +50,7 @@ class StageStatus:
     """The cost of an update in forward passes of one sample."""
     state: StageState = "to come"
     update: int = 0
-    """The number of updates that are done."""
+    """The number of finished updates."""
     seconds: float = 0.0
     """The training time so far, over all restarts."""
     loss: float | None = None
@@ -141,7 +141,7 @@ class RunStatus:
 
     @property
     def updates(self) -> tuple[int, int]:
-        """The number of updates that are done, and the number of updates in the plan."""
+        """The number of finished updates, and the number of updates in the plan."""
         return sum(s.update for s in self.stages), sum(s.num_updates for s in self.stages)
 
     @property
@@ -230,7 +230,7 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
     """
     folder = RunFolder(path)
     if not folder.recipe_path.is_file():
-        raise ValueError(f"{path} is not a run (it has no recipe.json): give the folder that `halfstep run` writes")
+        raise ValueError(f"{path} is not a run (it has no recipe.json): pass the folder that `halfstep run` writes")
     data = folder.recipe()
     stages = [
         StageStatus(row.name, row.num_steps, row.num_updates, row.update_cost, role=row.role) for row in folder.plan

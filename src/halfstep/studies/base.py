@@ -113,7 +113,7 @@ class Bench:
 
         Raises:
             NonFinite: if the training diverged.
-            Interrupted: if a signal arrived, after the state has been saved.
+            Interrupted: if a signal arrived; the state is saved.
         """
         return self._finished(name, self._spec(recipe, what))
 
@@ -212,7 +212,7 @@ class Bench:
         return best
 
     def noise_distance(self) -> float:
-        """Return the Frechet distance of clipped unit noise from the data, beyond which a model has diverged."""
+        """Return the Frechet distance of clipped unit noise from the data, beyond which a model counts as diverged."""
         reference = self.reference
         noise: Tensor = sample_noise(range(self.scale.recipe.evaluation.num_samples), reference.data.shape).clamp(-1, 1)
         return frechet_distance(reference.real.features, reference.extractor.features(noise))

@@ -50,7 +50,7 @@ class Scale:
     ablation: Recipe
     """The recipe for the teachers in table 1. The study sets the prediction, weighting and seed of each teacher."""
     seeds: int
-    """The number of seeds for which training is repeated."""
+    """The number of training seeds."""
     gamma_levels: int = 11
     """The number of values of gamma to try with ancestral sampling."""
     ablation_gamma_levels: int = 11
@@ -111,7 +111,7 @@ def _with_chain(recipe: Recipe, start_steps: int, training: Training, **changes:
 
 
 def smoke() -> Scale:
-    """Return a scale for the digits, which takes minutes on two CPU cores and shows effects visible at this size."""
+    """Return a scale for the digits, which takes minutes on two CPU cores."""
     recipe = _with_chain(
         recipes["digits"](),
         64,

@@ -54,7 +54,7 @@ class StageTrainer:
 
     Raises:
         ValueError: if the objective needs a teacher but none is given, a helper contradicts the stage, the global batch
-            cannot be split evenly over the processes, or the networks cannot be sharded.
+            cannot be split evenly across the processes, or the networks cannot be sharded.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class StageTrainer:
             raise ValueError(f"stage {stream} learns from a teacher, but none is given. Pass one")
         if training.batch_size % accelerator.num_processes:
             raise ValueError(
-                f"a batch of {training.batch_size} cannot be split evenly over {accelerator.num_processes} processes"
+                f"a batch of {training.batch_size} cannot be split evenly across {accelerator.num_processes} processes"
             )
         check_sharding(engine, accelerator.num_processes)
         self.stage, self.seed, self.stream = stage, seed, stream
@@ -137,7 +137,7 @@ class StageTrainer:
 
     @property
     def student(self) -> Player:
-        """The player that the stage passes on."""
+        """The player whose model is the result of the stage."""
         return self.players[STUDENT]
 
     def _models_of(self, trains: str) -> Models:
@@ -267,7 +267,7 @@ class StageTrainer:
         return min(training.num_updates, self._plateau_at + training.early_end.window)
 
     def rate_share(self, update: int) -> float:
-        """Return the factor for all learning rates, which is 1 and decays to 0 once the loss has stopped falling."""
+        """Return the factor for all learning rates: 1 until the loss stops falling, then decaying to 0."""
         if self._plateau_at is None or update < self._plateau_at:
             return 1.0
         return 1 - (update - self._plateau_at) / (self.last_update - self._plateau_at)
@@ -276,7 +276,7 @@ class StageTrainer:
         """Raise NonFinite if any loss or gradient norm so far was not finite.
 
         Raises:
-            NonFinite: with the stage, the first update that was not finite, and the statistics of that update's batch.
+            NonFinite: the error gives the stage, the first bad update, and the statistics of that update's batch.
         """
         firsts = [int(player.first_bad) for player in self.players.values()]
         # Each rank has only its own losses, so all ranks agree on the earliest bad update that any rank has found.

@@ -147,7 +147,7 @@ class Player:
         model: a denoiser or any other module, which is trained in place.
         training: the hyperparameters of this network.
         optimizer: the name of the optimiser, as in `make_optimizer`.
-        sharded: whether the weights are sharded over the processes.
+        sharded: whether the weights are sharded across the processes.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class Player:
 
     @property
     def network(self) -> nn.Module:
-        """The network without the wrapper for several processes."""
+        """The network without its multi-process wrapper."""
         network: nn.Module = self._accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         return network
 

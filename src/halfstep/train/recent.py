@@ -14,7 +14,7 @@ KEPT: Final = 1000
 
 @final
 class Part(NamedTuple):
-    """The losses at some places of an update's batch. The tensors stay on the device."""
+    """The losses at some positions in an update's batch. The tensors stay on the device."""
 
     update: int
     places: range

@@ -35,7 +35,7 @@ class Engine:
     """Number of samples per network call; the whole batch by default. auto tries the whole batch first, then smaller
     powers of two, and uses the first size that fits in memory."""
     sharding: Sharding = "none"
-    """full shards the weights, gradients, moments and averages of all networks over the processes (FSDP2)."""
+    """full shards the weights, gradients, moments and averages of all networks across the processes (FSDP2)."""
     timeout_minutes: float = 10.0
     """Minutes after which an unresponsive process is considered lost."""
     trackers: tuple[Tracker, ...] | None = None

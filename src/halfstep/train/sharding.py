@@ -1,4 +1,4 @@
-"""Sharding of networks over the processes: FSDP2, torch's `fully_shard`.
+"""Sharding of networks across the processes: FSDP2, torch's `fully_shard`.
 
 Each process stores a slice of every weight, gradient, moment and average. The weights of a unit (a block) are gathered
 while the unit runs. accelerate's FSDP2 supports neither CPU processes nor networks without an optimiser, such as
@@ -32,7 +32,7 @@ def check_sharding(engine: Engine, num_processes: int) -> None:
         return
     if num_processes == 1:
         raise ValueError(
-            "sharding full shards weights over several processes, but this is the only process. Start several "
+            "sharding full shards weights across several processes, but this is the only process. Start several "
             "processes with torchrun or accelerate launch, or remove --engine.sharding"
         )
     if engine.compile:
