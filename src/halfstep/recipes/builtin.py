@@ -109,8 +109,12 @@ def fashion_mnist() -> Recipe:
                 "updates_at": {8: 600, 1: 700},
             }
         ),
-        # In a test, 200 finishing updates moved the 4-step student away from the data.
-        finish=FinishConfig(steps=(2, 1), training=replace(FINISHING, num_updates=250), updates_at={1: 350}),
+        finish=FinishConfig(
+            steps=(8, 4, 2, 1),
+            training=replace(FINISHING, num_updates=250, learning_rate=1e-4),
+            updates_at={1: 400},
+            lead_updates=30,
+        ),
         evaluation=Evaluation(num_samples=4000, batch_size=500),
     )
 
