@@ -38,12 +38,16 @@ from independent import KEPT, drawn, references_of
 OWN: Final = ("auxiliary_turns", "auxiliary_rate", "lead_updates")
 """The settings of the finish that are taken from the recipe."""
 VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "as in the recipe": {"map_weight": None},
+    "data weight 0": {"map_weight": None, "data_weight": 0.0},
+    "data weight 0.5": {"map_weight": None, "data_weight": 0.5},
     "map weight 1": {},
     "map weight 0": {"map_weight": 0.0},
     "map weight 0.5": {"map_weight": 0.5},
     "map weight 2": {"map_weight": 2.0},
     "map weight 4": {"map_weight": 4.0},
     "1 auxiliary turn": {"auxiliary_turns": 1},
+    "2 auxiliary turns": {"auxiliary_turns": 2},
     "4 auxiliary turns": {"auxiliary_turns": 4},
     "auxiliary rate halved": {"auxiliary_rate": 3.0},
     "no lead": {"lead_updates": 0},

@@ -1,16 +1,18 @@
 """The counts of a dry run are exact: parameters, operations, memory, and the stand-in for the data."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from halfstep.data import DataConfig, StandIn
 from halfstep.nets import MLP
-from halfstep.objectives import Plan, Training
+from halfstep.objectives import FINISHING, Adversarial, Finishing, Halving, Objective, Plan, Stage, Training
 from halfstep.recipes import DataFacts, Recipe, UNetConfig, build, recipes
 from halfstep.recipes.building import data_or_stand_in
 from halfstep.recipes.paper import PAPER_CIFAR10
 from halfstep.run import cost
-from halfstep.run.cost import Memory, count_forward, memory_of_update, time_updates
+from halfstep.run.cost import Memory, Size, count_forward, memory_of_update, time_updates
 from halfstep.train.settings import Engine
 from toys import toy_plan, toy_spec, tuned
 
@@ -54,6 +56,22 @@ def test_the_memory_of_an_update_counts_every_copy_of_the_weights_and_one_micro_
     assert states(memory_of_update(tuned(teacher, ema_decay=0.0), forward, Engine(), {})) == 4 * weights
     assert memory_of_update(teacher, forward, Engine(micro_batch=4), {}).activations == 4 * forward.saved_bytes
     assert memory_of_update(teacher, forward, Engine(micro_batch=10**6), {}).activations == 16 * forward.saved_bytes
+
+
+def test_activations_are_those_of_all_calls_of_a_turn_and_of_one_turn_only() -> None:
+    forward = count_forward(toy_spec())
+    whole = forward.parameters
+    helpers = {"auxiliary": Size(whole, whole, whole), "start": Size(whole, 0, whole), "critic": Size(whole, whole, 0)}
+    training = replace(FINISHING, batch_size=8)
+
+    def calls_kept(objective: Objective) -> float:
+        activations = memory_of_update(Stage(objective, training), forward, Engine(), helpers).activations
+        return activations / (8 * forward.saved_bytes)
+
+    assert calls_kept(Halving(2)) == 1
+    assert calls_kept(Finishing(2, data_weight=0.0, auxiliary_turns=3)) == 1
+    assert calls_kept(Finishing(2, auxiliary_turns=3)) == 2, "the landing points and the data"
+    assert calls_kept(Adversarial(Halving(2))) >= 3, "the landing points, the data and the perturbed data"
 
 
 def test_a_forward_pass_is_counted_on_the_meta_device_whatever_its_size() -> None:

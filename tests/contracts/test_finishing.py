@@ -208,7 +208,7 @@ def test_nothing_is_left_of_the_noise_if_the_student_returns_the_data() -> None:
     process, point, count = VPCosine(), numbers(1, 3), 64
     student, teacher = data_set_denoiser(process, point), GaussianDenoiser(process, 2.0, 0.1)
     for weight in (0.0, 1.0):
-        auxiliary = Moved(teacher, torch.zeros(count, 3, dtype=torch.float64, requires_grad=True))
+        auxiliary = Moved(teacher, torch.zeros(3, dtype=torch.float64, requires_grad=True))
         objective = Finishing(4, data_weight=weight)
         batch = Batch(point.expand(count, 3))
         objective.auxiliary_loss(models_of(student, teacher, auxiliary), batch, draw_for(count)).loss.sum().backward()
@@ -230,9 +230,10 @@ def test_data_gets_the_noise_of_the_landing_points_whatever_the_student_returns(
         student = Moved(exact, torch.full((count, 3), offset, dtype=torch.float64))
         batch = Batch(point.expand(count, 3))
         Finishing(num_steps).auxiliary_loss(models_of(student, exact, seen), batch, draw_for(count))
-        on_landing, on_data = seen.answers
-        assert torch.allclose(on_landing.eps, on_data.eps) == (offset == 0)
-        found.append(on_data.eps)
+        (answer,) = seen.answers
+        on_landing, on_data = answer.eps.chunk(2)
+        assert torch.allclose(on_landing, on_data) == (offset == 0)
+        found.append(on_data)
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
     assert scipy.stats.kstest(found[0].flatten().numpy(), "norm").pvalue > 1e-3
 
@@ -345,7 +346,7 @@ def test_data_does_not_count_where_it_differs_from_the_samples_of_a_guided_teach
     seen = Watched(GaussianDenoiser(process, MEAN, STD))
     student = AffineStudent(process, 2)
     guided.auxiliary_loss(models_of(student, student, seen), batch, draw)
-    assert len(seen.answers) == 1
+    assert [len(answer.x0) for answer in seen.answers] == [8]
     assert len(guided.turns(1000)) == 3
     assert dataclasses.replace(guided, data_weight=0.0).evals == guided.evals
     with pytest.raises(ValueError, match="data_weight 1 would pull the student away from its guided teacher"):
@@ -380,7 +381,7 @@ def test_costs_count_every_call_of_an_update(data_weight: float) -> None:
     for turn in turns:
         turn.loss(models, batch, draw)
     for name, evals in objective.evals.items():
-        assert evals.forward == len(called[name].answers)
+        assert evals.forward == sum(len(answer.x0) for answer in called[name].answers) / 8
         own = [turn.trains for turn in turns].count(name)
         assert evals.backward == own * (2 if data_weight and name == "auxiliary" else 1)
 

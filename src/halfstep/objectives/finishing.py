@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Final, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from halfstep.core.door import check_whole
 from halfstep.core.draw import Draw
@@ -190,17 +190,22 @@ class Finishing(StepObjective):
             landing = self._landing(models, denoised, step, draw)
         alpha, sigma = process.alpha_sigma(landing.tau)
 
-        def eps_of(denoiser: nn.Module, y: Tensor) -> Tensor:
-            x0: Tensor = denoiser(y, landing.tau, step.cond).x0
+        def eps_of(x0: Tensor, y: Tensor) -> Tensor:
             return per_sample(landing.spread / sigma**2, x0) * (y - per_sample(alpha, x0) * x0)
 
-        error = entry_mean((eps_of(models.helpers[AUXILIARY], landing.y) - landing.eps).square())
-        if self._share:
+        auxiliary, tau, cond = models.helpers[AUXILIARY], landing.tau, step.cond
+        if not self._share:
+            found = eps_of(auxiliary(landing.y, tau, cond).x0, landing.y)
+            error = entry_mean((found - landing.eps).square())
+        else:
             with torch.no_grad():
                 data = landing.y + per_sample(landing.slope, landing.y) * (batch.x0 - denoised.x0)
-                known = eps_of(check_one_process(models), data)
-            change = eps_of(models.helpers[AUXILIARY], data) - known
-            error = error - 2 * self._share * entry_mean(change * (known - landing.eps))
+                known = eps_of(check_one_process(models)(data, tau, cond).x0, data)
+            # All samples go through one call, because DDP and FSDP2 expect each trained network to be called once.
+            twice = {name: torch.cat([value] * 2) for name, value in cond.items()}
+            on_landing, on_data = auxiliary(torch.cat([landing.y, data]), tau.repeat(2), twice).x0.chunk(2)
+            error = entry_mean((eps_of(on_landing, landing.y) - landing.eps).square())
+            error = error - 2 * self._share * entry_mean((eps_of(on_data, data) - known) * (known - landing.eps))
         weight = 1 + (sigma / alpha).clamp(max=LARGEST_RATIO) ** 2
         return Losses(per_sample(weight, error) * error, process.log_snr(landing.tau))
 

@@ -18,7 +18,7 @@ from halfstep.core.denoiser import GUIDANCE, Denoiser, NetworkDenoiser
 from halfstep.models.folder import blank_denoiser
 from halfstep.models.students import start_student
 from halfstep.nets import checkpoint_gradients, copy_denoiser, takes_guidance, trainable, weight_bytes_of
-from halfstep.objectives import Models, Stage
+from halfstep.objectives import Evals, Models, Stage
 from halfstep.run.spec import RunSpec
 from halfstep.run.start import fresh_denoiser, trainer_for
 from halfstep.runtime.processes import make_accelerator
@@ -191,7 +191,7 @@ class Memory(NamedTuple):
     helpers: int
     """The weights of the objective's auxiliary networks, excluding weights that are shared with the student."""
     activations: int
-    """The activations that are kept for the backward pass of one micro batch."""
+    """The activations that are kept for the backward pass of one micro batch, in the turn that keeps the most."""
 
 
 def memory_of_update(stage: Stage, forward: Forward, engine: Engine, helpers: Mapping[str, Size]) -> Memory:
@@ -209,8 +209,23 @@ def memory_of_update(stage: Stage, forward: Forward, engine: Engine, helpers: Ma
         average=4 * own if training.ema_decay else 0,
         teacher=teacher if stage.objective.needs_teacher else 0,
         helpers=4 * sum(size.held for size in helpers.values()),
-        activations=samples * forward.saved_bytes,
+        activations=round(samples * forward.saved_bytes * _calls_kept(stage, forward, helpers)),
     )
+
+
+def _calls_kept(stage: Stage, forward: Forward, helpers: Mapping[str, Size]) -> float:
+    """Return how many calls keep their activations at once in a turn, at most, in units of a call to the student."""
+    trained = [turn.trains for turn in stage.objective.turns(stage.training.num_updates - 1)]
+    evals = stage.objective.evals
+    return max(
+        evals.get(name, Evals(1, 1)).backward / trained.count(name) * _relative_size(name, forward, helpers)
+        for name in trained
+    )
+
+
+def _relative_size(name: str, forward: Forward, helpers: Mapping[str, Size]) -> float:
+    """Return the number of parameters of a network relative to the student's, as an estimate of relative cost."""
+    return helpers[name].parameters / forward.parameters if name in helpers else 1
 
 
 def update_flops(stage: Stage, forward: Forward, helpers: Mapping[str, Size]) -> float:
@@ -218,10 +233,7 @@ def update_flops(stage: Stage, forward: Forward, helpers: Mapping[str, Size]) ->
 
     The cost of a call to a helper network is scaled by the helper's parameter count relative to the student's.
     """
-    each = sum(
-        evals.cost * (helpers[name].parameters / forward.parameters if name in helpers else 1)
-        for name, evals in stage.objective.evals.items()
-    )
+    each = sum(evals.cost * _relative_size(name, forward, helpers) for name, evals in stage.objective.evals.items())
     return each * stage.training.batch_size * forward.flops
 
 
