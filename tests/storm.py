@@ -239,7 +239,7 @@ class Storm:
             assert path.name in why, why
         else:
             last = RunFolder(uncut).stages()[-1].name
-            assert model.manifest.stage == last or any("is not complete" in str(w.message) for w in caught)
+            assert model.manifest.stage == last or any("is incomplete" in str(w.message) for w in caught)
             true = own_state(load(uncut / "stages" / model.manifest.stage).denoiser.network)
             mine = own_state(model.denoiser.network)
             assert all(np.array_equal(mine[name], true[name]) for name in true), "other weights are sampled"

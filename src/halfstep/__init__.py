@@ -16,7 +16,7 @@
 | sample | `Model.sample(seeds)`, `sample(model, noise)`, `trajectory`; samplers `DDIM`, `Heun`, `Ancestral`, ... |
 | save, load | `load`, `save`, `Model.of` |
 | describe a network | `NetworkDenoiser` with a process (`VPCosine`, `VPTable`) and a prediction (`V`, `Eps`) |
-| write a method | `Objective`, `Sampler`, `Denoiser`, `halving_target` |
+| implement a new method | `Objective`, `Sampler`, `Denoiser`, `halving_target` |
 
 Each name is documented where it is defined. CONTRIBUTING.md describes the packages. The names are listed in
 __init__.pyi and imported on first use, so `halfstep status` does not have to import torch.

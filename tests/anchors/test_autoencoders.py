@@ -104,7 +104,7 @@ def test_a_pipeline_that_mixes_its_latents_is_refused(tmp_path: Path, monkeypatc
     own = kind.decode_latents
     for mixed in (lambda z: z + z.roll(1), lambda z: z + 1e-2 * torch.randn_like(z), torch.relu, lambda z: z[:, 1:]):
         monkeypatch.setattr(kind, "decode_latents", lambda self, z, mixed=mixed: own(self, mixed(z)))
-        with pytest.raises(ValueError, match=r"in another order and scale\. Use --prompts instead of --data"):
+        with pytest.raises(ValueError, match=r"are not the reordered .*\. Use --prompts instead of --data"):
             autoencoder_of(model)
     for changed in (lambda z: 3 - 2 * z.flip(2), lambda z: z.roll(1, 4)):
         monkeypatch.setattr(kind, "decode_latents", lambda self, z, changed=changed: own(self, changed(z)))
@@ -219,7 +219,7 @@ def test_what_cannot_be_encoded_is_refused(tmp_path: Path, capsys: Capture) -> N
         assert not out.exists()
         return line
 
-    assert "0.gif has 7 frames, but the pipeline takes 9: remove it, or lower --call num_frames" in said()
+    assert "0.gif has only 7 of the 9 frames that the pipeline takes: remove it, or lower --call num_frames" in said()
     assert "--image-size has no effect on this pipeline" in said("--image-size", "8", size="num_frames=5")
     assert "--frame-rate has no effect on this pipeline" in said("--frame-rate", "8", size="num_frames=1")
     for frame in range(3):

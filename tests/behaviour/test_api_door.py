@@ -332,7 +332,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], str]] = {
     "a file on the way": (lambda: halfstep.save(TEACHER, f"{__file__}/x"), "is a file, so .* cannot be a folder"),
     "no path as out": (lambda: _fit(out=""), "Pass out='runs/mine'"),
     "load on meta": (lambda: halfstep.load("fashion", "meta"), "stores no values"),
-    "a network for one of the library": (lambda: halfstep.load("fashion", network=Net()), "Remove network"),
+    "a network for one of the library": (lambda: halfstep.load("fashion", network=Net()), "one of halfstep's networks"),
     "a plan of no stages": (lambda: _distill(plan=halfstep.Plan()), "the plan has no stages"),
     "null of another name": (lambda: _guided({"label": torch.tensor(3)}), "null contains label, but the data does not"),
     "null beyond": (lambda: _guided({"class_labels": torch.tensor(4)}), "index out of range"),

@@ -128,7 +128,7 @@ def test_a_checkpoint_cut_anywhere_is_refused_and_leaves_nothing(
         said = refused(
             ["import", "google-pd", str(file), "--config", str(config), "--out", str(tmp_path / "s")], capsys
         )
-        assert "cut.msgpack is truncated or not a checkpoint of the authors' code" in said
+        assert "cut.msgpack is truncated, or was not written by the authors' code" in said
     assert not (tmp_path / "s").exists()
 
 
@@ -166,7 +166,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(content: bytes, config: Path, t
     file = tmp_path / "foreign.msgpack"
     file.write_bytes(content)
     said = refused(["import", "google-pd", str(file), "--config", str(config), "--out", str(tmp_path / "s")], capsys)
-    assert "foreign.msgpack is truncated or not a checkpoint of the authors' code" in said
+    assert "foreign.msgpack is truncated, or was not written by the authors' code" in said
     assert not (tmp_path / "s").exists()
 
 

@@ -92,7 +92,7 @@ def test_a_quantised_network_has_the_counted_size_and_is_read_back_unchanged(pla
         assert float((restored(x_t, time, **cond) - out).norm()) < 0.06 * float(out.norm())
     assert out.dtype == torch.float32
     assert 1e-5 < float((out - before).norm()) < 0.3 * float(before.norm())
-    with pytest.raises(RuntimeError, match="is missing, is unexpected or has another shape"):
+    with pytest.raises(RuntimeError, match="is missing, is unexpected or has a different shape"):
         load_own_state(again, {name: value for name, value in own_state(found).items() if "x_embedder" not in name})
 
 

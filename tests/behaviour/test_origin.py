@@ -76,7 +76,7 @@ def test_a_field_of_a_manifest_that_was_edited_is_refused(path: Path, field: str
         held[field] = value
     file.write_text(json.dumps(held))
     for said in refusals(path):
-        assert said.startswith(f"{file} is altered: " if value is not None else f"{file} has no sha256 of its content")
+        assert said.startswith(f"{file} was altered: " if value is not None else f"{file} has no sha256 of its content")
         assert f"remove {file.parent} and the stages after it" in said
 
 
@@ -106,7 +106,7 @@ def test_a_folder_next_to_the_plans_stages_is_no_model_of_the_run(path: Path) ->
 def test_an_unfinished_run_reports_the_stage_that_it_loads(path: Path) -> None:
     stage(path, THIRD).manifest_path.unlink()
     with pytest.warns(
-        HalfstepWarning, match=f"is not complete, because stage {THIRD} is not complete.*Using its stage {SECOND}"
+        HalfstepWarning, match=f"is incomplete, because stage {THIRD} has not.*Using its last complete stage, {SECOND}"
     ):
         assert load(path).manifest.stage == SECOND
 
@@ -116,7 +116,7 @@ def test_an_unfinished_run_without_a_recipe_reports_the_stage_that_was_begun(pat
     (path / "stages" / "notes.txt").write_text("not a stage")
     assert load(path).manifest.stage == THIRD
     stage(path, THIRD).manifest_path.unlink()
-    with pytest.warns(HalfstepWarning, match=f"stage {THIRD} is not complete.*Using its stage {SECOND}"):
+    with pytest.warns(HalfstepWarning, match=f"stage {THIRD} has not.*Using its last complete stage, {SECOND}"):
         assert load(path).manifest.stage == SECOND
 
 

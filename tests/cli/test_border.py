@@ -482,7 +482,7 @@ SOLVED_FLOW: Final = {
         (edit("unet/config.json", auto_map={"a": "b"}), "requires custom code (auto_map)"),
         (edit("model_index.json", _class_name="FluxPipeline"), "cannot be read (Pipeline"),
         (edit("model_index.json", _class_name="MyPipeline"), "contains a MyPipeline, which diffusers"),
-        (lambda f: (f / "unet" / "config.json").write_text("{}"), "contains a None, but a UNet2DModel is needed"),
+        (lambda f: (f / "unet" / "config.json").write_text("{}"), "contains the class None, but UNet2DModel is needed"),
         (lambda f: (f / "unet" / "config.json").unlink(), "has no config.json: the pipeline was not saved completely"),
         (
             lambda f: shutil.rmtree(f / "scheduler"),
@@ -619,8 +619,8 @@ def test_a_wrong_file_of_prompts_is_rejected_before_the_import(
         (["height=true", "width=true"], "must be a positive whole number, got True"),
         (["height=16", "width=16", "height=8"], "--call sets height twice"),
         # Stable Diffusion would use its default size in these cases.
-        (["height=16"], "--call height=16 needs the width, too"),
-        (["width=16"], "--call width=16 needs the height, too"),
+        (["height=16"], "--call height=16 also needs the width"),
+        (["width=16"], "--call width=16 also needs the height"),
         (["height=0", "width=16"], "--call height must be a positive whole number, got 0"),
         (["height=16", "width=NaN"], "--call width must be a positive whole number, got nan"),
     ],

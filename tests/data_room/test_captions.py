@@ -174,7 +174,7 @@ def test_no_captions_at_all(tmp_path):
 def test_captions_of_missing_images(tmp_path):
     image(tmp_path / "a.png")
     write_texts(tmp_path, {"a.png": "", "b.png": "", "c.png": ""})
-    refused(tmp_path, "2 captions without an image", "b.txt", "move")
+    refused(tmp_path, "captions without an image (2 in total", "b.txt", "move")
 
 
 @pytest.mark.parametrize("name", ["b.png", "../a.png", "b.heic", ""])
@@ -251,7 +251,7 @@ def test_a_file_that_is_not_an_image(tmp_path):
 
 def test_captions_that_do_not_fit():
     for files, captions in [((), ()), ((Path("a.png"),), ())]:
-        with pytest.raises(ValueError, match=f"{len(files)} images and 0 captions"):
+        with pytest.raises(ValueError, match=f"images: {len(files)}, captions: 0"):
             CaptionedImages("mine", files, captions, Preparation())
 
 

@@ -65,7 +65,10 @@ def test_a_frame_rate_takes_what_is_shown_at_that_time(tmp_path: Path, rate: flo
     longer = VideoPreparation(len(wanted) + 1, 8, 8, rate)
     for refuse in (longer, longer.check):
         refused(
-            lambda refuse=refuse: refuse(path), f"has {len(wanted)} frames at {rate:g} frames per second", "num_frames"
+            lambda refuse=refuse: refuse(path),
+            f"has only {len(wanted)} of the {len(wanted) + 1} frames",
+            f"at {rate:g} frames per second",
+            "num_frames",
         )
 
 
@@ -159,7 +162,7 @@ def test_other_files_hold_the_same_frames_and_sounds(tmp_path: Path) -> None:
     torch.testing.assert_close(half(tmp_path / "a.mov"), every(folder)[:, ::2])
     longer = VideoPreparation(5, 16, 24, 5.0)
     for call in (longer, longer.check):
-        refused(lambda call=call: read(tmp_path / "a.mov", call), "a.mov has 4 frames at 5 frames per second")
+        refused(lambda call=call: read(tmp_path / "a.mov", call), "a.mov has only 4 of the 5 frames")
     with av.open(str(tmp_path / "turned.mov"), "w") as file:
         stream = file.add_stream("png", rate=10)
         stream.width, stream.height, stream.pix_fmt = 24, 16, "rgb24"
@@ -227,12 +230,12 @@ def test_what_is_no_clip_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     gif(tmp_path / "b.gif", [100, 100])
     said("has no caption for 1 of 1 clips", "write b.txt", "A caption may be empty")
     (tmp_path / "c.txt").write_text("")
-    said("1 captions without a clip", "c.txt", "add the clips")
+    said("captions without a clip (1 in total", "c.txt", "add the clips")
     (tmp_path / "c.txt").rename(tmp_path / "b.txt")
     read_clips(tmp_path, VIDEO).check()
     folder_of(tmp_path / "d", pictures(1))
     (tmp_path / "d.txt").write_text("")
-    said(f"{tmp_path / 'd'} has 1 frames, but the pipeline takes 2")
+    said(f"{tmp_path / 'd'} has only 1 of the 2 frames that the pipeline takes")
     (tmp_path / "d/frame_1.png").write_bytes(b"?")
     refused(lambda: read_clips(tmp_path, VIDEO).x0([1]), f"{tmp_path / 'd'} cannot be read", "frame_1.png", "repair")
     (tmp_path / "b.gif").write_bytes((tmp_path / "b.gif").read_bytes()[:20])

@@ -149,7 +149,7 @@ def test_deep_colour(tmp_path):
     (tmp_path / "a.png").write_bytes(
         b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", pixels) + part(b"IEND", b"")
     )
-    refused(tmp_path, "a.png", "8 bits", "16 bits of colour")
+    refused(tmp_path, "a.png", "8 bits", "16-bit colour")
 
 
 def test_a_scene_with_more_pixels_than_pillow_decodes(tmp_path, monkeypatch):
@@ -178,7 +178,7 @@ def test_suffixes_that_are_skipped_are_counted(tmp_path):
     refused(tmp_path, "2 .jfif, 1 .heic, 1 without a suffix")
     image(tmp_path / "a.png", 4, 4)
     (tmp_path / "readme.txt").write_text("beside images this is not a surprise")
-    with pytest.warns(HalfstepWarning, match="4 files .* 2 .jfif, 1 .heic, 1 without a suffix") as caught:
+    with pytest.warns(HalfstepWarning, match="4 in total: 2 .jfif, 1 .heic, 1 without a suffix") as caught:
         open_data(DataConfig(source=str(tmp_path)))
     assert len(caught) == 1
 
@@ -223,7 +223,7 @@ def test_images_beside_tables(tmp_path):
 def test_values_that_are_not_finite(tmp_path, bad):
     x = np.zeros((4, 2, 3))
     x[2, 1, 0] = x[3, 0, 0] = bad
-    refused(array(tmp_path, x), "d.npz", "2 values", "[2, 1, 0]")
+    refused(array(tmp_path, x), "d.npz", "2 in total", "[2, 1, 0]")
 
 
 def test_python_objects(tmp_path):

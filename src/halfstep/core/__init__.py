@@ -1,1 +1,1 @@
-"""The mathematical core, written in torch alone, without files or third-party networks."""
+"""The mathematical core. It needs only torch, and uses no files or third-party networks."""

@@ -125,7 +125,7 @@ def check_real(**values: object) -> None:
 
 
 def failed_call(what: str, x_t: Tensor, cond: Mapping[str, Tensor] | None, error: Exception, remedy: str) -> ValueError:
-    """Return a one-line error that describes a failed call with the dtypes and shapes of its inputs.
+    """Return a one-line error that contains the cause of a failed call and the dtypes and shapes of its inputs.
 
     Args:
         what: a description of the callable, such as "the network".

@@ -1,4 +1,4 @@
-"""Random numbers that depend only on their purpose.
+"""Stateless random numbers for training and sampling.
 
 The random numbers of training are a function of (seed, stream, update, purpose, place in the global batch). The noise
 of a generated sample is a function of that sample's seed. No number depends on earlier draws, so the numbers stay the
@@ -86,7 +86,7 @@ class Draw:
             raise ValueError(f"the places {self.places} are not within a batch of {self.batch_size} samples")
 
     def made_ahead(self, asked: Sequence[Asked], place: Callable[[Tensor], Tensor]) -> "Draw":
-        """Return a copy of this draw with the results of the calls in `asked`, drawn in advance and moved with `place`.
+        """Return a copy of this draw that already contains the results of the calls in `asked`, moved with `place`.
 
         The copy returns each of these results once. All other numbers are drawn on the CPU on request.
         """

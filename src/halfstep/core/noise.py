@@ -66,11 +66,11 @@ def per_sample(clock: Tensor | float, like: Tensor) -> Tensor | float:
 
 
 REMEMBERED: Final = 4096
-"""The maximum number of times for which a process caches the amplitudes. Sampling grids are rarely this long."""
+"""The maximum number of time points whose amplitudes a process caches. Sampling grids are rarely this long."""
 
 
 class NoiseProcess(ABC):
-    """The amplitudes of signal and noise as functions of time. All tensors in this class are float64 clock tensors."""
+    """The amplitudes of signal and noise as functions of time. Times and amplitudes are float64 clock tensors."""
 
     @abstractmethod
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -277,7 +277,7 @@ def scaled_linear_betas(num: int = 1000, first: float = 0.00085, last: float = 0
 
 
 def cosine_betas(num: int = 1000, largest: float = 0.999) -> tuple[float, ...]:
-    """Return `num` betas, each at most `largest`, for which alpha^2 falls like a squared cosine.
+    """Return `num` betas, each at most `largest`, for which alpha^2 follows a squared cosine.
 
     Source: Nichol & Dhariwal 2021 (arXiv:2102.09672), equation 17.
     """

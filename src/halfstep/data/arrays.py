@@ -40,7 +40,7 @@ def array_file(source: str, prepare: Preparation, labels: bool, limit: int | Non
 def from_arrays(
     source: str, x: NDArray[Any], labels: NDArray[Any] | None, prepare: Preparation, limit: int | None
 ) -> MemoryData:
-    """Return data that contains the samples in `x`.
+    """Return the samples in `x` as data in memory.
 
     These are uint8 images `[n, height, width]` or `[n, height, width, 1 | 3 | 4]`, or floats `[n, *dims]`. The classes
     are the distinct labels in sorted order (see `classes_of`). `limit` keeps only the first samples but does not remove
@@ -87,7 +87,7 @@ def _load(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
     x = next((arrays[name] for name in DATA_KEYS if name in arrays), None)
     if x is None:
         raise ValueError(
-            f"{path} contains the arrays {', '.join(names) or 'none'}: rename the samples to "
+            f"{path} has no array of samples (its arrays: {', '.join(names) or 'none'}): rename the samples to "
             f"{' or '.join(DATA_KEYS)}, and the labels, if any, to {' or '.join(LABEL_KEYS)}"
         )
     return x, next((arrays[name] for name in LABEL_KEYS if name in arrays), None)

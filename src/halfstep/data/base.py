@@ -134,7 +134,7 @@ class MemoryData(Data):
 
 
 def sent(value: Tensor, device: torch.device) -> Tensor:
-    """Return the tensor on the device. With pinned memory, the host need not wait for the GPU's earlier work."""
+    """Return the tensor on the device. With pinned memory, the host does not wait for work queued on the GPU."""
     if value.device.type == "cpu" and device.type == "cuda":
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
@@ -172,6 +172,11 @@ def to_batch(x: Tensor, labels: Tensor | None, indices: Tensor) -> Batch:
     return Batch(x0, {} if labels is None else {"class_labels": labels.index_select(0, indices)})
 
 
+def named(source: str) -> str:
+    """Return the name of a data source for messages. Data passed to `fit` or `distill` has the source "memory"."""
+    return "the data in memory" if source == "memory" else source
+
+
 def check_indices(data: Data, indices: Tensor) -> None:
     """Raise IndexError if any index is outside the range [0, len(data))."""
     if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(data):
@@ -182,16 +187,17 @@ def check_flip(data: Data, flip: bool) -> None:
     """Raise ValueError if `flip` is set, but the samples of `data` are not images."""
     if flip and not data.is_image:
         raise ValueError(
-            f"{data.source} contains arrays of shape {data.shape}, but only images can be mirrored: use --data.no-flip"
+            f"{named(data.source)} contains arrays of shape {data.shape}, but only images can be mirrored: use "
+            "--data.no-flip"
         )
 
 
 UNIT: Final = (0.1, 5.0)
-"""The range of the data's root mean square in which unit-variance noise works well in training."""
+"""The range of the data's root mean square for which training with unit-variance noise works well."""
 
 
 def warn_of_scale(data: Data) -> None:
-    """Warn if arrays (not images) are far from the unit scale of the noise, as networks learn little from such data."""
+    """Warn if the scale of arrays (not images) is far from the noise's, as networks learn little from such data."""
     if data.is_image:
         return
     some = generator_for("scale of the data")
@@ -201,9 +207,9 @@ def warn_of_scale(data: Data) -> None:
     size, top = float(x0.square().mean().sqrt()), float(x0.abs().max())
     if size and not UNIT[0] <= size <= UNIT[1]:
         warnings.warn(
-            f"{data.source} has values up to {top:.3g} in size (standard deviation {float(x0.std()):.3g}), but the "
-            "noise has unit variance: models trained on such data are poor. Train on (x - mean) / std, computed for "
-            "each channel, and undo this scaling in the samples",
+            f"{named(data.source)} has values up to {top:.3g} in magnitude (standard deviation {float(x0.std()):.3g}), "
+            "but the noise has unit variance: models trained on such data are poor. Train on (x - mean) / std, "
+            "computed for each channel, and undo this scaling in the samples",
             HalfstepWarning,
             stacklevel=2,
         )
@@ -213,16 +219,16 @@ def check_samples(source: str, x: Tensor) -> None:
     """Raise ValueError unless the samples are uint8 images or finite float32 arrays."""
     if (x.dtype, x.ndim) != (torch.uint8, 4) and (x.dtype != torch.float32 or x.ndim < 2):
         raise ValueError(
-            f"{source} contains a tensor of type {x.dtype} and shape {tuple(x.shape)}: images must be uint8 "
+            f"{named(source)} contains a tensor of type {x.dtype} and shape {tuple(x.shape)}: images must be uint8 "
             f"[n, channels, height, width], and other samples must be float32 [n, *dims]"
         )
     if x.numel() == 0:
-        raise ValueError(f"{source} contains no samples (shape {tuple(x.shape)}): at least 1 sample is needed")
+        raise ValueError(f"{named(source)} contains no samples (shape {tuple(x.shape)}): at least 1 sample is needed")
     if x.is_floating_point() and not (finite := x.isfinite()).all():
         bad = (~finite).nonzero()
         raise ValueError(
-            f"{source} has {len(bad)} values that are not finite in float32, the first of which is at index "
-            f"{bad[0].tolist()}: remove or replace these values"
+            f"{named(source)} contains values that are not finite in float32 ({len(bad)} in total, the first at index "
+            f"{bad[0].tolist()}): remove or replace them"
         )
 
 

@@ -54,8 +54,8 @@ class CaptionedImages:
     def __post_init__(self) -> None:
         if not self.files or len(self.files) != len(self.captions):
             raise ValueError(
-                f"{self.source} has {len(self.files)} images and {len(self.captions)} captions: at least 1 image and a "
-                f"caption for each image are needed"
+                f"{self.source} does not have one caption per image (images: {len(self.files)}, captions: "
+                f"{len(self.captions)}): pass at least 1 image, and a caption for each image"
             )
 
     def __len__(self) -> int:
@@ -208,7 +208,7 @@ def _from_texts(
     stems = {_stem(path) for path in files}
     if lost := sorted(path for stem, path in beside.items() if stem not in stems):
         raise ValueError(
-            f"{root} has {len(lost)} captions without {_one(kind)}, the first of which is {lost[0]}: add the {kind}s, "
+            f"{root} has captions without {_one(kind)} ({len(lost)} in total, such as {lost[0]}): add the {kind}s, "
             f"or move the .txt files out of the folder"
         )
     texts = {stem: _read_text(root / path) for stem, path in beside.items()}

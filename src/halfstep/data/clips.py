@@ -86,7 +86,8 @@ class VideoPreparation:
     def _too_short(self, number: int) -> _Unfit:
         at = "" if self.frame_rate is None else f" at {self.frame_rate:g} frames per second"
         return _Unfit(
-            f"has {number} frames{at}, but the pipeline takes {self.num_frames}: remove it, or lower --call num_frames"
+            f"has only {number} of the {self.num_frames} frames that the pipeline takes{at}: remove it, or lower "
+            "--call num_frames"
         )
 
 
@@ -169,7 +170,7 @@ class CaptionedClips:
         return self._each(self.preparation.end, indices) if isinstance(self.preparation, SoundPreparation) else None
 
     def check(self) -> None:
-        """Check all clips before starting the encoding, which can take hours; raise the same errors as `x0`."""
+        """Check all clips before encoding them, which can take hours; raise the same errors as `x0`."""
         self._each(self.preparation.check, range(len(self)))
 
     def _each(self, read: Callable[[Path], Any], indices: Sequence[int]) -> list[Any]:

@@ -244,7 +244,7 @@ class Encoding:
         return {name: value[0] for name, value in checked.items()}
 
     def time(self, part: range, repeats: float) -> float:
-        """Return the time in seconds to encode a batch, assuming that prompt latents take `repeats` times as long."""
+        """Return the seconds to encode a batch if sampling prompt latents takes `repeats` times the measured time."""
         start = time.perf_counter()
         self._encode(part)
         whole = time.perf_counter() - start

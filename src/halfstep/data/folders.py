@@ -72,8 +72,8 @@ def image_paths(root: Path, files: Sequence[PurePath]) -> list[PurePath]:
         raise no_images(root, f"; it contains these other files: {shown}" if shown else "")
     if shown:
         warnings.warn(
-            f"{len(others):,} files in {root} are skipped because they do not have an image suffix: {shown}; "
-            "rename or convert those that are images",
+            f"files in {root} without an image suffix are skipped ({len(others):,} in total: {shown}); rename or "
+            "convert those that are images",
             HalfstepWarning,
             stacklevel=2,
         )

@@ -53,7 +53,7 @@ def forecast(
 ) -> Forecast:
     """Return the cost of a call to `encode`, without writing anything.
 
-    The time is measured on the first batch, or on a single image if one image takes long.
+    The time is measured on the first batch, or on a single image if that takes longer than `QUICK`.
 
     Args:
         folder: the folder that would be written, or None for a new folder.
@@ -85,7 +85,7 @@ def forecast(
 
 
 def _size(index: Index, null: Mapping[str, Tensor]) -> int:
-    """Return the size of a complete folder in bytes, including the headers, which are taken from empty shards."""
+    """Return the size of a complete folder in bytes, including the headers, whose size is that of empty shards."""
     empty = {name: torch.empty(0, *entry.shape, dtype=_dtype(entry)) for name, entry in index.tensors.items()}
     row = sum(math.prod(entry.shape) * _dtype(entry).itemsize for entry in index.tensors.values())
     files = len(save(empty)) * len(index.shards) + len(save(dict(null)))

@@ -187,13 +187,13 @@ def _whole(source: str, found: Labelled, broken: dict[int, ValueError], skip: bo
     images, labels, class_names = found
     reasons = [str(broken[index]) for index in sorted(broken)]
     more = f"; and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
-    count = f"{source} has {len(broken):,} of {len(images):,} images that cannot be read"
+    count = f"{len(broken):,} of {len(images):,} images in {source} cannot be read"
     if not skip or len(broken) == len(images):
         remedy = "repair or remove" if skip else "skip them with --data.skip-broken, or repair or remove"
         if len(reasons) == 1:
             raise broken.popitem()[1] if skip else ValueError(f"{reasons[0]}; or skip it with --data.skip-broken")
         raise ValueError(f"{count}; {remedy} them: {'; '.join(reasons[:_SHOWN])}{more}")
-    warnings.warn(f"{count} and are skipped: {'; '.join(reasons[:_SHOWN])}{more}", HalfstepWarning, stacklevel=2)
+    warnings.warn(f"{count} and will be skipped: {'; '.join(reasons[:_SHOWN])}{more}", HalfstepWarning, stacklevel=2)
     kept = [index for index in range(len(images)) if index not in broken]
     if labels is None:
         return Labelled(images.subset(kept))

@@ -60,7 +60,7 @@ class Preparation:
         is_deep = image.mode in ("I", "F") or image.mode.startswith("I;")
         # Pillow converts 16-bit colour to 8 bits; only the raw mode of its decoder shows the original depth.
         if is_deep or (image.format in ("PNG", "TIFF") and any(";16" in str(tile.args) for tile in image.tile)):
-            mode = image.mode if is_deep else "16 bits of colour"
+            mode = image.mode if is_deep else "16-bit colour"
             raise TooDeep(f"has more than 8 bits per channel (mode {mode}): scale it to 8 bits, or remove it")
         image = _upright(image)
         channels = self.channels or (1 if image.mode in _GREY else 3)

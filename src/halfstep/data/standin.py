@@ -1,4 +1,4 @@
-"""Random pixels with the shape of missing data. They are used in dry runs, which only measure the cost of an update."""
+"""Random samples with the shape of missing data, for dry runs, which only measure the cost of an update."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -107,8 +107,8 @@ def autoencoder_in(
     places = sum(digit * unit for digit, unit in zip(found, _DIGITS, strict=True))
     if not torch.equal(places.sort().values, indices) or difference(shift + scale * test[places], tested) > TOLERANCE:
         raise ValueError(
-            f"{type(pipe).__name__} decodes latents {list(made.shape[1:])}, whose values are not those of a sample "
-            f"{list(shape)} in another order and scale. {_REMEDY}"
+            f"{type(pipe).__name__} decodes latents of shape {list(made.shape[1:])}, which are not the "
+            f"reordered and rescaled values of a sample of shape {list(shape)}. {_REMEDY}"
         )
     with torch.no_grad(), quiet():
         decoded = pipe.vae.decode(torch.empty(1, *made.shape[1:], device="meta"), return_dict=False)[0].shape[1:]

@@ -74,7 +74,9 @@ class Reading:
             return {"is": "sample", "shape": list(two.shape[1:])}
         if two.shape == later.shape and not torch.equal(two, later):
             if bool((two != two.flatten()[0]).any()):
-                raise ValueError(f"the argument {path[1:]} changes from step to step, but is neither sample nor time")
+                raise ValueError(
+                    f"the argument {path[1:]} changes from step to step, but is neither the sample nor the time"
+                )
             return {"is": "time", "dims": list(two.shape[1:])}
         if two.ndim == 0 or len(two) != 2 or (one is not None and len(one) != 1):
             if one is None or one.shape != two.shape or not torch.equal(one, two):

@@ -1,4 +1,4 @@
-"""Model cards for exported models, with their contents, origin, quality and usage."""
+"""Model cards for exported models: contents, origin, quality and usage."""
 
 import inspect
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ def _usage(manifest: Manifest, kind: str, schedule: StockSchedule, steps: int) -
         line = f"pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas={sigmas})\n{line}"
     note = (
         f"\nThe scheduler's default spacing is different. {remedy}, as shown above. They are k / N, decreasing "
-        "from 1, without the shift, because the scheduler applies it.\n"
+        "from 1, before the shift, which the scheduler applies itself.\n"
     )
     return imports, line, note
 
@@ -114,7 +114,7 @@ tags: [diffusion, progressive-distillation, halfstep]
 # {name}
 
 {made}, trained with halfstep by progressive distillation (Salimans & Ho 2022, arXiv:2202.00512) and exported as a
-stock `{kind}`. It does not need halfstep.
+stock `{kind}`. It runs without halfstep.
 
 ```python
 {imports}import torch
@@ -124,7 +124,7 @@ pipe = {kind}.from_pretrained("{name}"{"".join(f", {part}=None" for part in abse
 {line}
 ```
 
-## What it is
+## Details
 
 - Teacher: {public(manifest.source or "trained by halfstep")}; the chain started at {manifest.start_steps or "?"} \
 steps; this stage learned from `{manifest.teacher or "data"}`{started}, in {manifest.num_updates:,} updates.

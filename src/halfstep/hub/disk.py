@@ -41,7 +41,7 @@ AVERAGED: Final = {
 }  # fmt: skip
 """Config fields that are added by diffusers' `EMAModel` and by quantisation."""
 OLD_NAMES: Final = {"Transformer2DModel": ("DiTTransformer2DModel", "PixArtTransformer2DModel")}
-"""Class names in older files, with the current classes that replace them."""
+"""Class names in older files, mapped to the current classes that replace them."""
 HALVES: Final = ("fp16", "bf16")
 """Variants to read if no weights without a variant exist."""
 
@@ -79,7 +79,7 @@ def check_config(folder: Path, name: str) -> dict[str, Any]:
     config = read_config(folder / "config.json")
     declared = config.get("_class_name")
     if declared != name and name not in OLD_NAMES.get(str(declared), ()):
-        raise ValueError(f"{folder} contains a {declared}, but a {name} is needed here")
+        raise ValueError(f"{folder} contains the class {declared}, but {name} is needed here")
     return config
 
 
@@ -246,7 +246,7 @@ def open_part(folder: Path, kind: str) -> Any:
         except Exception as error:  # diffusers, transformers and safetensors raise many exception types
             raise DamagedFile(f"{folder} cannot be read as a {name} ({in_one_line(error)})") from None
     if type(part).__name__ != name:
-        raise ValueError(f"{folder} contains a {type(part).__name__}, but a {name} is needed here")
+        raise ValueError(f"{folder} contains the class {type(part).__name__}, but {name} is needed here")
     _check_names(folder, name, held, facts["missing_keys"], facts["unexpected_keys"])
     check_finite(part.state_dict(), folder)
     return part

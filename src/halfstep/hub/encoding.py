@@ -132,7 +132,7 @@ def text_conditions(
     if ends is None:
         return conditions_in(call, first_arguments(pipe, **prompted(pipe, captions), **unguided), len(captions))
     if pipeline.end is None:
-        raise ValueError(f"the samples of a {pipeline.kind} cannot have their own ends in seconds. Remove ends")
+        raise ValueError(f"{pipeline.kind} does not accept an end time for each sample. Remove ends")
     rows: dict[int, dict[str, Tensor]] = {}
     for end in dict.fromkeys(ends):
         # The pipeline takes one end per call.

@@ -122,7 +122,7 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
         raise ValueError("this model was not trained with LoRA and has no LoRA weights. Use --format diffusers")
     kind: Any = None if pipeline is None else stock(pipeline.kind)
     if pipeline is None or not hasattr(kind, "save_lora_weights"):
-        where = "no pipeline" if pipeline is None else pipeline.kind
+        where = "an unknown pipeline" if pipeline is None else pipeline.kind
         raise ValueError(
             f"diffusers cannot load LoRA weights into {where}: use --format diffusers, which merges the weights"
         )

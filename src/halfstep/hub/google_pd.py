@@ -170,7 +170,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
             raise ValueError(f"its num_sample_steps is {steps!r}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, msgpack.UnpackException) as error:
         raise DamagedFile(
-            f"{file} is truncated or not a checkpoint of the authors' code ({in_one_line(error)}). Pass one of the "
+            f"{file} is truncated, or was not written by the authors' code ({in_one_line(error)}). Pass one of the "
             "authors' .msgpack files"
         ) from None
     return Checkpoint(params, steps)

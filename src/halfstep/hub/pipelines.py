@@ -153,7 +153,7 @@ def _check_options(kind: str, options: Mapping[str, Any]) -> None:
     defaults = {made.name: made.default for made in taken}
     for name, other in (("height", "width"), ("width", "height")):
         if name in options and other not in options and defaults.get(other, 0) is None:
-            raise ValueError(f"--call {name}={options[name]} needs the {other}, too. Pass --call with both")
+            raise ValueError(f"--call {name}={options[name]} also needs the {other}. Pass both to --call")
 
 
 def _weights(source: str | Path, network: Path, ema: bool) -> Path:

@@ -1,8 +1,8 @@
 """Published networks without weights, for dry runs on the meta device.
 
-The configs were checked against public copies: those of SDXL against its authors' sd_xl_base.yaml, of Flux.1 dev
-against Open-Sora's config of the same network, and of Wan 2.1 against copies of its config.json and its published
-shifts. Tests check the number of parameters. The calls are those that the pipeline makes at the released size.
+The configs were checked against public copies: SDXL against its authors' sd_xl_base.yaml, Flux.1 dev against
+Open-Sora's config of the same network, and Wan 2.1 against copies of its config.json and its published shifts. Tests
+check the number of parameters. The calls are those that each pipeline makes at the network's usual sample size.
 """
 
 import math

@@ -258,7 +258,7 @@ def _unshared(null: dict[str, Tensor], other: Mapping[str, Tensor], alone: Mappi
 
 
 def _embedded(call: dict[str, Any], arguments: Mapping[str, Any], scale: float, constants: dict[str, Tensor]) -> bool:
-    """Mark the argument of the recorded call that changes with the guidance scale, and return whether it exists."""
+    """Mark the argument of the recorded call that changes with the guidance scale. Return whether one exists."""
     for path, node in call["items"].items():
         value = arguments[path]
         if node["is"] != "constant" or not node.get("rows") or torch.equal(value[:1], constants[node["name"]]):

@@ -61,7 +61,7 @@ def component_of(pipe: Any) -> str:
     found = [name for name in names if pipe.components.get(name) is not None]
     if len(found) != 1 or found[0] not in ("transformer", "unet"):
         parts = ", ".join(found) or "no transformer or unet"
-        raise ValueError(f"a {type(pipe).__name__} has {parts}, but exactly one denoiser is needed")
+        raise ValueError(f"{type(pipe).__name__} has {parts}, but exactly one denoiser is needed")
     return found[0]
 
 
@@ -75,7 +75,7 @@ def prompted(pipe: Any, prompts: Sequence[Any]) -> dict[str, Any]:
     for name in ("prompt", "class_labels"):
         if name in taken:
             return {name: list(prompts)}
-    raise ValueError(f"a {type(pipe).__name__} takes neither prompt nor class_labels, so it cannot be recorded")
+    raise ValueError(f"{type(pipe).__name__} takes neither prompt nor class_labels, so it cannot be recorded")
 
 
 def trace(pipe: Any, num_steps: int, *, of: int = STEPS, **call: Any) -> Trace:

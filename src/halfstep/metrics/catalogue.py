@@ -1,4 +1,4 @@
-"""All metrics by name, each with a description for readers."""
+"""All metrics by name, each with a label and a description."""
 
 import math
 from collections.abc import Mapping

@@ -90,7 +90,7 @@ def train_classifier(
     cache: Path | None = None,
     num_updates: int | None = None,
 ) -> Classifier:
-    """Train a classifier on `x` `[n, *dims]` with int64 `labels` `[n]`. On a given machine, the result never changes.
+    """Train a classifier on `x` `[n, *dims]` with int64 `labels` `[n]`. On a given machine, training is deterministic.
 
     A tenth of the data is held out to measure the accuracy. The name of the extractor consists of `name` and a hash of
     the weights.

@@ -42,7 +42,9 @@ class DINOv2(NetworkFeatures):
             network, said = Dinov2Model.from_pretrained(source, use_safetensors=True, output_loading_info=True)
             if odd := sorted({*said["missing_keys"], *said["unexpected_keys"], *map(str, said["mismatched_keys"])}):
                 # transformers initialises missing weights randomly.
-                raise ValueError(f"its weights belong to another network: {len(odd)} differ, such as {odd[0]}")
+                raise ValueError(
+                    f"its weights belong to another network (mismatched tensors: {len(odd)}, such as {odd[0]})"
+                )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"dinov2={source}: no DINOv2 model could be loaded from there ({first_line(error)}). Set "

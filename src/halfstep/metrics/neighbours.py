@@ -45,7 +45,7 @@ def radii(features: Tensor, k: int = K) -> Tensor:
     from sklearn.metrics import pairwise_distances
 
     if len(features) < k + 2:
-        raise ValueError(f"neighbourhoods of {k} neighbours need at least {k + 2} samples, got {len(features)}")
+        raise ValueError(f"neighbourhoods with k = {k} need at least {k + 2} samples, got {len(features)}")
     x = features.double().numpy()
     found = []
     for start in range(0, len(x), BLOCK):

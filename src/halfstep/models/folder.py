@@ -86,7 +86,7 @@ def find_stage(path: Path) -> StageFolder:
         # Without a readable plan, a stage that was begun shows that the run is not complete.
         if missing := [name for name in run.stage_names() if not run.stage(name).is_complete()]:
             warnings.warn(
-                f"{path} is not complete, because stage {missing[0]} is not complete. Using its stage "
+                f"{path} is incomplete, because stage {missing[0]} has not finished. Using its last complete stage, "
                 f"{stages[-1].name}",
                 HalfstepWarning,
                 stacklevel=2,
@@ -144,7 +144,7 @@ def save(model: Model, path: str | Path) -> None:
         path: a new folder, or the folder of a saved model, which is overwritten.
 
     Raises:
-        ValueError: if `model` is not a model, or if `path` contains anything other than a saved model.
+        ValueError: if `model` is not a `Model`, or if `path` contains anything other than a saved model.
         OSError: if the disk is full or no longer available.
     """
     if not isinstance(model, Model):
@@ -153,7 +153,7 @@ def save(model: Model, path: str | Path) -> None:
             "halfstep.Model.of(denoiser, shape)"
         )
     if not isinstance(path, str | Path) or not str(path):
-        raise ValueError(f"the path of a saved model must be a folder path, got {path!r}. Pass 'my-student'")
+        raise ValueError(f"save needs the path of a folder, got {path!r}. Pass 'my-student'")
     folder = StageFolder(user_path(path))
     refuse_file(folder.path, "Choose another path")
     if folder.path.parent.name == "stages" and (folder.path.parent.parent / "recipe.json").exists():
@@ -202,7 +202,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", network: nn.Modul
         )
     if network is not None and manifest.network.get("type") != OWN:
         raise ValueError(
-            f"{folder.path} contains a halfstep network, so the argument network has no effect. Remove network"
+            f"{folder.path} contains one of halfstep's networks, so the argument network has no effect. Remove this "
+            "argument"
         )
     denoiser = blank_denoiser(manifest, network)
     try:

@@ -1,4 +1,4 @@
-"""LoRA: low-rank additions to a network's frozen weights. Training them needs less memory than a full student.
+"""LoRA: low-rank updates of a network's frozen weights. They need less memory to train than a full student.
 
 A layer's weight W becomes W + B A, where A has `rank` rows, B has `rank` columns and B starts at 0. All models of a
 chain share W and differ only in A and B.
@@ -29,18 +29,18 @@ from halfstep.nets.replay import Replay
 from halfstep.nets.stock import StockNetwork
 
 TARGETS: Final = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
-"""The name suffixes of the layers in transformers and attention blocks that receive low-rank additions."""
+"""The name suffixes of the layers in transformers and attention blocks that receive LoRA weights."""
 
 
 @final
 @networks.register("lora")
 class LoRA(Network):
-    """A diffusers network with low-rank additions. Only the additions are trained and saved.
+    """A diffusers network with LoRA weights. Only the LoRA weights are trained and saved.
 
     Args:
         base: the frozen network, which is modified in place, or its description.
-        rank: the rank of each addition.
-        targets: the name suffixes of the layers that receive additions.
+        rank: the rank of each low-rank update.
+        targets: the name suffixes of the layers that receive LoRA weights.
 
     Raises:
         ValueError: if peft is not installed, the network is not from diffusers, or no layer name has one of the
@@ -56,8 +56,8 @@ class LoRA(Network):
             raise ValueError("LoRA needs the package peft: pip install 'halfstep[lora]'") from None
         if not isinstance(base, StockNetwork):
             raise ValueError(
-                f"low-rank additions need a diffusers network, got the class {type(base).__name__}. Train it without "
-                "the additions (remove --chain.lora-rank)"
+                f"LoRA needs a diffusers network, got the class {type(base).__name__}. Train it without LoRA "
+                "(remove --chain.lora-rank)"
             )
         if rank < 1:
             raise ValueError(f"the rank must be at least 1, got {rank}")
@@ -71,7 +71,7 @@ class LoRA(Network):
             names = ", ".join(targets)
             raise ValueError(f"no layer of {base.stock} has a name ending in {names}. Choose other targets") from None
         for _, parameter in self.own():
-            # peft creates the additions in the dtype of their layer.
+            # peft creates the LoRA weights in the dtype of their layer.
             parameter.data = parameter.data.float()
 
     def arguments(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class LoRA(Network):
         return self.base(x_t, time, **cond)
 
     def own(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the low-rank additions by name."""
+        """Return the LoRA weights by name."""
         return [(name, p) for name, p in self.named_parameters() if ".lora_" in name]
 
     def load_base(self, state: Mapping[str, Tensor]) -> None:
@@ -100,7 +100,7 @@ def _plain(name: str) -> str:
 
 
 def with_lora(network: Network, rank: int, targets: Sequence[str] = TARGETS) -> LoRA:
-    """Return a copy of the network with low-rank additions that start at 0. The copy shares the network's weights."""
+    """Return a copy that shares the network's weights and has additional LoRA weights, whose update starts at 0."""
     twin = copy.deepcopy(network, {id(p): p for p in network.parameters()} | shared_layers(network))
     with torch.random.fork_rng(devices=[]):
         # The random values of A depend only on the shape of A.
@@ -130,12 +130,12 @@ def base_of(network: nn.Module) -> nn.Module:
 
 
 def trainable(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return the trainable parameters by name: the additions of a `LoRA`, or all parameters of any other network."""
+    """Return the trainable parameters by name: the LoRA weights of a `LoRA`, or all parameters of any other network."""
     return network.own() if isinstance(network, LoRA) else list(network.named_parameters())
 
 
 def own_state(network: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors to save: the additions of a `LoRA`, or the state dict of any other network."""
+    """Return the tensors to save: the LoRA weights of a `LoRA`, or the state dict of any other network."""
     if isinstance(network, LoRA):
         return {name: value.detach() for name, value in network.own()}
     return packed_state(network) if precision_of(network) != "float32" else network.state_dict()
@@ -149,7 +149,7 @@ def load_own_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     if isinstance(network, LoRA):
         if odd := {name for name, _ in network.own()} ^ set(state):
-            raise RuntimeError(f"the low-rank additions do not match the network: {min(odd)}")
+            raise RuntimeError(f"the LoRA weights do not match the network: {min(odd)}")
         network.load_state_dict(state, strict=False)
     elif precision_of(network) == "float32":
         network.load_state_dict(state)
@@ -158,7 +158,7 @@ def load_own_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def bare(network: LoRA) -> LoRA:
-    """Return a copy that shares the frozen weights and has its additions set to 0."""
+    """Return a copy that shares the frozen weights and whose low-rank updates are 0."""
     twin = copy_network(network)
     assert isinstance(twin, LoRA)
     with torch.no_grad():
@@ -169,7 +169,7 @@ def bare(network: LoRA) -> LoRA:
 
 
 def merged(network: nn.Module) -> nn.Module:
-    """Return the base network of a `LoRA` in float32 with the additions merged in, or any other network unchanged."""
+    """Return the base network of a `LoRA` in float32 with merged LoRA weights, or any other network unchanged."""
     is_lowered = precision_of(network) != "float32"
     if not isinstance(network, LoRA) and not is_lowered:
         return network

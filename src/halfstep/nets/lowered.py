@@ -1,4 +1,4 @@
-"""Networks in lower precision: teachers in bfloat16, and quantised frozen weights for low-rank additions.
+"""Networks in lower precision: teachers in bfloat16, and quantised frozen weights for LoRA.
 
 Quantisation replaces linear layers with those of bitsandbytes or torchao, as diffusers does with `BitsAndBytesConfig`
 and `TorchAoConfig`. All other weights are stored in bfloat16, except those that the network's class keeps in float32.
@@ -72,7 +72,7 @@ def shared_layers(network: nn.Module) -> dict[int, Any]:
 
 
 def lower(model: Any, precision: str) -> None:
-    """Convert the weights of a stock module, except low-rank additions, to a precision in place.
+    """Convert the weights of a stock module, except LoRA weights, to a precision in place.
 
     Tensors are replaced rather than modified, so other modules that share a tensor keep the old values. On the meta
     device, linear layers become bfloat16 as well.
@@ -157,7 +157,7 @@ def packed_state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def load_packed(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load the tensors that `packed_state` returned, except low-rank additions.
+    """Load the tensors that `packed_state` returned, except LoRA weights.
 
     Raises:
         RuntimeError: if names or shapes do not match.
@@ -165,7 +165,7 @@ def load_packed(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = {name: value for name, value in packed_state(network).items() if ".lora_" not in name}
     for name in sorted(own.keys() | state.keys()):
         if name not in own or name not in state or own[name].shape != state[name].shape:
-            raise RuntimeError(f"{name} is missing, is unexpected or has another shape")
+            raise RuntimeError(f"{name} is missing, is unexpected or has a different shape")
         own[name].copy_(state[name])
 
 

@@ -3,7 +3,7 @@
 The call is a tree of JSON-ready nodes. A node is an argument of the stock module's `forward`, or a part of one:
 
     {"is": "sample", "shape": [...]}            x_t, each sample in this shape; with "list", a list of samples
-    {"is": "time", "dims": [...]}               the clock's value of each sample, repeated over further axes
+    {"is": "time", "dims": [...]}               the clock value of each sample, repeated over further axes
     {"is": "condition", "name": ..., ...}       the batch's condition of this name; with "list", cut to its lengths
     {"is": "constant", "name": ..., ...}        a tensor without a batch axis; with "rows", repeated for each sample
     {"is": "repeat", "item": node}              a list that repeats the item for each sample

@@ -1,1 +1,1 @@
-"""Operating system services: atomic files, signals, several processes, out-of-memory errors."""
+"""Operating-system services: atomic files, signals, multiple processes and out-of-memory errors."""

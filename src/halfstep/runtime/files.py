@@ -85,7 +85,7 @@ def scratch(path: Path) -> Iterator[Path]:
 
     The name is random, because threads can share a process id, as can processes in different containers.
     """
-    # A missing scratch folder was on a lost disk. Recreating it would write to the disk under the mount point.
+    # If a scratch folder is missing, its disk was lost. Recreating it would write to the disk under the mount point.
     if not fnmatch(path.parent.name, ".*.tmp"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -266,7 +266,7 @@ def unsealed(data: Any, path: Path) -> dict[str, Any]:
         raise DamagedFile(f"{path} has no sha256 of its content: it was altered, or written by an earlier halfstep")
     held = {name: value for name, value in data.items() if name != SEAL}
     if data[SEAL] != json_digest(held):
-        raise DamagedFile(f"{path} is altered: its content does not match its sha256")
+        raise DamagedFile(f"{path} was altered: its content does not match its sha256")
     return held
 
 

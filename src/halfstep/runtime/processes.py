@@ -61,7 +61,7 @@ def exit_code(error: BaseException) -> int:
 
 
 _FOREIGN: Final = {
-    "FSDP": "its FSDP",
+    "FSDP": "its own FSDP",
     "DEEPSPEED": "DeepSpeed",
     "MEGATRON_LM": "Megatron-LM",
     "PARALLELISM_CONFIG": "a parallelism config",
