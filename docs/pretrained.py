@@ -1,6 +1,6 @@
 """Add a student to the package, with float16 weights: python docs/pretrained.py STAGE NAME DATA
 
-STAGE is the folder of a stage, such as runs/fashion_mnist/stages/07-finish-0001. `halfstep.load(NAME)` then loads it.
+STAGE is the folder of a stage, such as runs/fashion_mnist/stages/08-finish-0001. `halfstep.load(NAME)` then loads it.
 DATA describes the training data in words. The model card, README.md in the student's folder, is written by hand.
 """
 

@@ -72,9 +72,8 @@ def digits_long() -> Recipe:
                     "updates_at": {8: 500, 4: 800},
                 }
             ),
-            "finish": FinishConfig(
-                steps=(2, 1),
-                training=replace(demo.finish.training, num_updates=260, batch_size=64, learning_rate=5e-5),
+            "finish": demo.finish.model_copy(
+                update={"training": replace(demo.finish.training, num_updates=240), "updates_at": {1: 360}}
             ),
         }
     )
