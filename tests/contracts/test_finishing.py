@@ -172,7 +172,7 @@ def test_the_auxiliary_loss_is_smallest_at_the_score_of_the_landing_points(
 ) -> None:
     """With an exact teacher, the control variate does not change where the expected loss is smallest."""
     student, teacher = AffineStudent(process, num_steps, shift=0.4), GaussianDenoiser(process, MEAN, STD)
-    objective = Finishing(num_steps, data_weight=data_weight)
+    objective = Finishing(num_steps, data_weight=data_weight, inside_step=True)
     for shift, is_known in ((0.4, True), (0.0, False)):
         found = in_deviations(slopes(objective, student, teacher, AffineStudent(process, num_steps, shift), 0.0))
         assert found < 4 if is_known else found > 8, "only the score of the landing points may be a minimum"
@@ -186,7 +186,7 @@ def test_the_auxiliary_takes_on_the_error_of_an_inexact_teacher(
 ) -> None:
     """With landing points distributed like data and weight 1, both denoisers agree, so the student does not move."""
     student, teacher = AffineStudent(process, num_steps), GaussianDenoiser(process, MEAN + 0.8, STD)
-    objective = Finishing(num_steps, data_weight=data_weight)
+    objective = Finishing(num_steps, data_weight=data_weight, inside_step=True)
     for share in (0.0, 0.5, 1.0):
         found = in_deviations(slopes(objective, student, teacher, student, share))
         assert found < 4 if share == data_weight else found > 8
@@ -197,7 +197,7 @@ def test_data_removes_noise_from_the_auxiliary_loss_and_more_so_in_narrow_steps(
     process = VPCosine()
     student, teacher = AffineStudent(process, num_steps), GaussianDenoiser(process, MEAN, STD)
     without, with_data = (
-        float(slopes(Finishing(num_steps, data_weight=weight), student, teacher, student, 0.0).std())
+        float(slopes(Finishing(num_steps, data_weight=weight, inside_step=True), student, teacher, student, 0.0).std())
         for weight in (0.0, 1.0)
     )
     assert without > least * with_data
@@ -255,7 +255,7 @@ def test_the_slope_of_a_landing_point_is_its_derivative(process: NoiseProcess) -
 def test_for_a_student_that_follows_the_flow_nothing_is_left_to_do(process: NoiseProcess, num_steps: int) -> None:
     teacher, student = GaussianDenoiser(process, MEAN, STD), AffineStudent(process, num_steps)
     models = models_of(student, teacher, OptimalAuxiliary(student))
-    losses = Finishing(num_steps, whitened=False).loss(models, gaussian_data(200), draw_for(200))
+    losses = Finishing(num_steps, inside_step=True, whitened=False).loss(models, gaussian_data(200), draw_for(200))
     assert float(losses.loss.max()) < 1e-18
 
 
@@ -266,7 +266,7 @@ def test_a_shifted_student_is_pushed_back_at_every_sample(process: NoiseProcess,
     teacher, student = GaussianDenoiser(process, MEAN, STD), AffineStudent(process, num_steps, shift)
     moved = Moved(student, torch.zeros(200, 1, dtype=torch.float64, requires_grad=True))
     models = models_of(moved, teacher, OptimalAuxiliary(student), start=student)
-    Finishing(num_steps).loss(models, gaussian_data(200), draw_for(200)).loss.sum().backward()
+    Finishing(num_steps, inside_step=True).loss(models, gaussian_data(200), draw_for(200)).loss.sum().backward()
     assert moved.by.grad is not None
     assert bool((moved.by.grad * shift > 0).all()), "descent must reduce the shift"
 

@@ -3,7 +3,7 @@
 A halved student lands where its teacher lands, up to an error that the squared loss spreads over neighbouring samples.
 Finishing corrects the distribution of the landing points x_s. For x_t at one of the student's times t, it minimises the
 Kullback-Leibler divergence between x_s and data at noise level s, after noise up to a level tau is added to both. The
-module `landing_points` explains why the landing point is used and why tau is inside the step.
+module `landing_points` explains why the landing point is used.
 
 The gradient of the divergence is the difference between two scores at y, the landing point with added noise. In terms
 of x0, it is auxiliary(y) - teacher(y). The teacher's x0 represents the data, and the auxiliary denoiser's x0 represents
@@ -96,7 +96,7 @@ class Finishing(StepObjective):
     """Constant learning rate of the auxiliary denoiser, relative to the student's peak rate."""
     lead_updates: int = 60
     """Number of initial updates that train only the auxiliary denoiser."""
-    inside_step: bool = True
+    inside_step: bool = False
     """Whether to draw tau inside the step, from s to t, rather than from s to 1."""
     whitened: bool = True
     """Whether to divide each sample's gradient by the mean distance between the student's x0 and the teacher's x0."""

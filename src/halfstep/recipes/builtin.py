@@ -27,7 +27,7 @@ def digits() -> Recipe:
         # With class labels, even an undistilled teacher needs few steps, so the demo would show little.
         model=ModelConfig(conditional=False),
         teacher=Training(
-            num_updates=1100,
+            num_updates=1050,
             batch_size=96,
             learning_rate=2e-3,
             warmup_updates=50,
@@ -38,18 +38,18 @@ def digits() -> Recipe:
         chain=SECOND_ORDER.model_copy(
             update={
                 "training": Training(
-                    num_updates=200, batch_size=64, learning_rate=1e-3, warmup_updates=20, adam_betas=(0.9, 0.99)
+                    num_updates=170, batch_size=64, learning_rate=1e-3, warmup_updates=20, adam_betas=(0.9, 0.99)
                 ),
-                "updates_at": {8: 250, 1: 300},
+                "updates_at": {8: 230, 1: 280},
                 "learning_rate_at": {8: 6e-4, 4: 7e-4},
             }
         ),
         finish=FinishConfig(
             steps=(8, 4, 2, 1),
             training=Training(
-                num_updates=120, batch_size=64, learning_rate=1.5e-4, adam_betas=(0.0, 0.99), ema_decay=0.98
+                num_updates=260, batch_size=48, learning_rate=1.5e-4, adam_betas=(0.0, 0.99), ema_decay=0.98
             ),
-            updates_at={1: 180},
+            updates_at={8: 120, 1: 180},
             lead_updates=20,
         ),
         evaluation=Evaluation(num_samples=2000, batch_size=500),
@@ -73,7 +73,7 @@ def digits_long() -> Recipe:
                 }
             ),
             "finish": demo.finish.model_copy(
-                update={"training": replace(demo.finish.training, num_updates=240), "updates_at": {1: 360}}
+                update={"training": replace(demo.finish.training, num_updates=400), "updates_at": {8: 200}}
             ),
         }
     )
