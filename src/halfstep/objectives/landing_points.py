@@ -6,9 +6,12 @@ point becomes
     y = k x_s + b eps',   k = alpha_tau / alpha_s,   b^2 = sigma_tau^2 - k^2 sigma_s^2,
 
 which is distributed like data at tau if x_s is distributed like data at s. Objectives use the landing point instead of
-x0 itself, because at s > 0 the student's x0 is a mean over samples rather than a sample. The level tau is inside the
-step, with s < tau < t, because more noise than in x_t would hide the effect of the step. The noise levels of different
-steps then never overlap, so one critic or one auxiliary denoiser works for all steps.
+x0 itself, because at s > 0 the student's x0 is a mean over samples rather than a sample.
+
+If tau is inside the step, with s < tau < t, the noise levels of different steps never overlap, so a network without an
+input for the step can distinguish their landing points. A larger tau also compares coarse properties, such as how often
+each mode occurs. There, the network sees a mixture of the landing points of several steps. If all of these are
+distributed like data, so is the mixture.
 """
 
 from typing import NamedTuple
