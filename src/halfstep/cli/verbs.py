@@ -94,7 +94,7 @@ _TRAIN: Final = (
     ),
     Verb(
         "finish RUN",
-        "train a run's students towards the teacher's distribution",
+        "train a run's students further, to improve their samples",
         ("halfstep finish runs/photos --steps 2 --dry-run", "halfstep finish runs/photos --steps 2"),
         (
             "The new stages are added to RUN. Each stage starts from the student with the same number of steps in RUN, "

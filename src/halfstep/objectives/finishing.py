@@ -1,4 +1,4 @@
-"""Finishing: match a student's landing points to the teacher's distribution and preserve the map from noise to samples.
+"""Finishing: match a student's landing points to the distribution of data and preserve the map from noise to samples.
 
 A halved student lands where its teacher lands, up to an error that the squared loss spreads over neighbouring samples.
 Finishing corrects the distribution of the landing points x_s. For x_t at one of the student's times t, it minimises the
@@ -12,16 +12,15 @@ student's error, the gradient becomes a step for x0 = student(x_t, t), because a
 in the same direction. The map term keeps x0 near its value before finishing. Without this term, training would drift
 between different maps that produce the same distribution.
 
-Where s > 0, the regression target of score matching is almost pure noise, because little noise is added to x_s. Data
-that has the same noise at t and the same added noise has almost the same target. The teacher's error on this data is
-known, so subtracting it removes most of the noise (a control variate). It also removes the teacher's own bias: the
-difference of the two scores then compares the student with the data instead of with the teacher.
+At s > 0, the gradient of score matching is mostly noise. The batch's data, with the same noise at t and the same added
+noise, gives almost the same gradient, and the teacher's error there is known, so it serves as a control variate. This
+also removes the teacher's own bias: the student is then compared with the data instead of with the teacher.
 
 With one step, this is distribution matching distillation, except that the regression targets come from the student
 before finishing instead of from stored pairs. The student remains deterministic and still uses DDIM as its sampler.
 
-Source: Yin et al. 2023 (arXiv:2311.18828) for one step. The extension to the landing points of inner steps is specific
-to halfstep; compare Phased DMD (arXiv:2510.27684). So is the control variate.
+Source: Yin et al. 2023 (arXiv:2311.18828) for one step. The extension to the landing points of inner steps and the
+control variate are specific to halfstep; compare Phased DMD (arXiv:2510.27684).
 """
 
 import math

@@ -196,7 +196,7 @@ class MatchingConfig(Record):
 
 
 class FinishConfig(Record):
-    """How to finish students: move their outputs towards the teacher's distribution."""
+    """How to finish students: bring their samples closer to data, or to those of a guided teacher."""
 
     steps: tuple[Steps, ...] = ()
     """Numbers of steps of the students to finish, such as 2 1."""
