@@ -35,13 +35,13 @@ from halfstep.studies.roads import AT_BEST
 from halfstep.train.settings import Engine, Precision
 from independent import KEPT, drawn, references_of
 
-OWN: Final = ("auxiliary_turns", "auxiliary_rate", "lead_updates")
+OWN: Final = ("map_weight", "data_weight", "auxiliary_turns", "auxiliary_rate", "lead_updates")
 """The settings of the finish that are taken from the recipe."""
 VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "as in the recipe": {"map_weight": None},
-    "data weight 0": {"map_weight": None, "data_weight": 0.0},
-    "data weight 0.5": {"map_weight": None, "data_weight": 0.5},
-    "map weight 1": {},
+    "as in the recipe": {},
+    "data weight 0": {"data_weight": 0.0},
+    "data weight 0.5": {"data_weight": 0.5},
+    "map weight 1": {"map_weight": 1.0},
     "map weight 0": {"map_weight": 0.0},
     "map weight 0.5": {"map_weight": 0.5},
     "map weight 2": {"map_weight": 2.0},
@@ -51,7 +51,7 @@ VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "4 auxiliary turns": {"auxiliary_turns": 4},
     "auxiliary rate halved": {"auxiliary_rate": 3.0},
     "no lead": {"lead_updates": 0},
-    "tau from s to 1": {"inside_step": False},
+    "tau inside the step": {"inside_step": True},
     "not whitened": {"whitened": False},
     "half the rate": {"rate": 0.5},
     "half the updates": {"length": 0.5},
@@ -59,8 +59,8 @@ VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "map weight 0.25": {"map_weight": 0.25},
     "map weight 2, 4 auxiliary turns": {"map_weight": 2.0, "auxiliary_turns": 4},
 }
-"""The settings in which each variant differs from the recipe with a map weight of 1. These are fields of `Finishing`,
-plus `rate` and `length`, which multiply the learning rate and the number of updates.
+"""The settings in which each variant differs from the recipe. These are fields of `Finishing`, plus `rate` and
+`length`, which multiply the learning rate and the number of updates.
 """
 
 
@@ -155,7 +155,7 @@ def main() -> None:
     methods = AT_BEST[-1:] if options.heun_only else AT_BEST
     measured, best = measure_of(recipe, data, teacher, methods, options.num_samples)
     planned = recipe.finish.training
-    own = {"map_weight": 1.0} | {name: getattr(recipe.finish, name) for name in OWN}
+    own = {name: getattr(recipe.finish, name) for name in OWN}
     for steps in options.steps:
         student = halfstep.load(halved[steps].path)
         updates = (recipe.finish.updates_at or {}).get(steps, planned.num_updates)

@@ -71,7 +71,7 @@ def test_activations_are_those_of_all_calls_of_a_turn_and_of_one_turn_only() -> 
     assert calls_kept(Halving(2)) == 1
     assert calls_kept(Finishing(2, data_weight=0.0, auxiliary_turns=3)) == 1
     assert calls_kept(Finishing(2, auxiliary_turns=3)) == 2, "the landing points and the data"
-    assert calls_kept(Adversarial(Halving(2))) >= 3, "the landing points, the data and the perturbed data"
+    assert calls_kept(Adversarial(Halving(2))) == 4, "at most: three in the critic's turn and one in the student's"
 
 
 def test_a_forward_pass_is_counted_on_the_meta_device_whatever_its_size() -> None:

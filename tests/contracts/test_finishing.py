@@ -180,24 +180,31 @@ def test_the_auxiliary_loss_is_smallest_at_the_score_of_the_landing_points(
 
 @every_process
 @several_steps
-@pytest.mark.parametrize("data_weight", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("data_weight", "inside"), [(0.0, True), (0.5, False), (1.0, True), (1.0, False)])
 def test_the_auxiliary_takes_on_the_error_of_an_inexact_teacher(
-    process: NoiseProcess, num_steps: int, data_weight: float
+    process: NoiseProcess, num_steps: int, data_weight: float, inside: bool
 ) -> None:
     """With landing points distributed like data and weight 1, both denoisers agree, so the student does not move."""
     student, teacher = AffineStudent(process, num_steps), GaussianDenoiser(process, MEAN + 0.8, STD)
-    objective = Finishing(num_steps, data_weight=data_weight, inside_step=True)
+    objective = Finishing(num_steps, data_weight=data_weight, inside_step=inside)
     for share in (0.0, 0.5, 1.0):
         found = in_deviations(slopes(objective, student, teacher, student, share))
         assert found < 4 if share == data_weight else found > 8
 
 
-@pytest.mark.parametrize(("num_steps", "least"), [(2, 1.5), (4, 4.0), (8, 8.0)])
-def test_data_removes_noise_from_the_auxiliary_loss_and_more_so_in_narrow_steps(num_steps: int, least: float) -> None:
+@pytest.mark.parametrize(
+    ("num_steps", "inside", "least"),
+    [(2, True, 1.5), (4, True, 4.0), (8, True, 8.0), (2, False, 1.4), (4, False, 3.0), (8, False, 6.0)],
+)
+def test_data_removes_noise_from_the_auxiliary_loss_and_more_so_in_narrow_steps(
+    num_steps: int, inside: bool, least: float
+) -> None:
     process = VPCosine()
     student, teacher = AffineStudent(process, num_steps), GaussianDenoiser(process, MEAN, STD)
     without, with_data = (
-        float(slopes(Finishing(num_steps, data_weight=weight, inside_step=True), student, teacher, student, 0.0).std())
+        float(
+            slopes(Finishing(num_steps, data_weight=weight, inside_step=inside), student, teacher, student, 0.0).std()
+        )
         for weight in (0.0, 1.0)
     )
     assert without > least * with_data
@@ -255,8 +262,9 @@ def test_the_slope_of_a_landing_point_is_its_derivative(process: NoiseProcess) -
 def test_for_a_student_that_follows_the_flow_nothing_is_left_to_do(process: NoiseProcess, num_steps: int) -> None:
     teacher, student = GaussianDenoiser(process, MEAN, STD), AffineStudent(process, num_steps)
     models = models_of(student, teacher, OptimalAuxiliary(student))
-    losses = Finishing(num_steps, inside_step=True, whitened=False).loss(models, gaussian_data(200), draw_for(200))
-    assert float(losses.loss.max()) < 1e-18
+    for inside in (True, False):
+        objective = Finishing(num_steps, inside_step=inside, whitened=False)
+        assert float(objective.loss(models, gaussian_data(200), draw_for(200)).loss.max()) < 1e-18
 
 
 @every_process
@@ -437,8 +445,10 @@ def test_guidance_that_a_teacher_has_learned_reaches_every_student_of_the_plan()
         ({"num_steps": 0}, "at least 1"),
         ({"map_weight": -1.0}, "map_weight must be finite and at least 0"),
         ({"map_weight": math.nan}, "map_weight must be finite"),
-        ({"data_weight": 1.5}, "data_weight must be from 0 to 1, got 1.5"),
-        ({"data_weight": math.nan}, "data_weight must be from 0 to 1"),
+        ({"data_weight": 1.5}, "data_weight must be at most 1, got 1.5"),
+        ({"data_weight": -0.1}, "data_weight must be a finite number of at least 0"),
+        ({"data_weight": math.nan}, "data_weight must be a finite number"),
+        ({"data_weight": "1"}, "data_weight must be a finite number"),
         ({"auxiliary_turns": 0}, "auxiliary_turns must be a whole number of at least 1"),
         ({"auxiliary_rate": 0.0}, "auxiliary_rate must be a finite number above 0"),
         ({"lead_updates": -1}, "lead_updates must be a whole number of at least 0"),

@@ -101,9 +101,9 @@ class DistillArguments(PlanArguments):
 
 @dataclass
 class FinishArguments(PlanArguments):
-    """Finish students of a trained run: train them to bring the distribution of their samples closer to that of the
-    undistilled teacher. RUN is the folder of a run, to which the new stages are added. The options are those of the
-    run's recipe. Options of stages that are already trained cannot be changed."""
+    """Finish students of a trained run: train them to bring the distribution of their samples closer to the data, or to
+    the samples of a guided teacher. RUN is the folder of a run, to which the new stages are added. The options are
+    those of the run's recipe. Options of stages that are already trained cannot be changed."""
 
 
 def run(argv: Sequence[str]) -> None:

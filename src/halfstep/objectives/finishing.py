@@ -1,7 +1,7 @@
 """Finishing: match a student's landing points to the distribution of data and preserve the map from noise to samples.
 
 A halved student lands where its teacher lands, up to an error that the squared loss spreads over neighbouring samples.
-Finishing corrects the distribution of the landing points x_s. For x_t at one of the student's times t, it minimises the
+Finishing corrects the distribution of the landing points x_s. For x_t at the student's times t, it reduces the
 Kullback-Leibler divergence between x_s and data at noise level s, after noise up to a level tau is added to both. The
 module `landing_points` explains why the landing point is used.
 
@@ -31,7 +31,7 @@ from typing import ClassVar, Final, final
 import torch
 from torch import Tensor
 
-from halfstep.core.door import check_whole
+from halfstep.core.door import check_number, check_whole
 from halfstep.core.draw import Draw
 from halfstep.core.grids import check_num_steps
 from halfstep.core.noise import per_sample
@@ -90,13 +90,14 @@ class Finishing(StepObjective):
     like data."""
     auxiliary_turns: int | None = None
     """Number of turns that the auxiliary denoiser takes per turn of the student; None means 1, or 2 if `data_weight` is
-    0, because its loss is then noisier."""
+    0. Both cost the same, because a turn with data needs twice as many network calls."""
     auxiliary_rate: float = 6.0
     """Constant learning rate of the auxiliary denoiser, relative to the student's peak rate."""
     lead_updates: int = 60
     """Number of initial updates that train only the auxiliary denoiser."""
-    inside_step: bool = False
-    """Whether to draw tau inside the step, from s to t, rather than from s to 1."""
+    inside_step: bool | None = None
+    """Whether to draw tau inside the step, from s to t, rather than from s to 1. None means only if `data_weight` is
+    0."""
     whitened: bool = True
     """Whether to divide each sample's gradient by the mean distance between the student's x0 and the teacher's x0."""
     guidance: Guidance | None = None
@@ -111,8 +112,9 @@ class Finishing(StepObjective):
             check_whole("auxiliary_turns", self.auxiliary_turns, most=1000)
         check_whole("lead_updates", self.lead_updates, 0)
         if self.data_weight is not None:
-            if not 0 <= self.data_weight <= 1:
-                raise ValueError(f"data_weight must be from 0 to 1, got {self.data_weight}")
+            check_number("data_weight", self.data_weight)
+            if self.data_weight > 1:
+                raise ValueError(f"data_weight must be at most 1, got {self.data_weight}")
             if self.data_weight and self.guidance is not None:
                 raise ValueError(
                     f"data_weight {self.data_weight:g} would pull the student away from its guided teacher, because "
@@ -209,5 +211,6 @@ class Finishing(StepObjective):
         return Losses(per_sample(weight, error) * error, process.log_snr(landing.tau))
 
     def _landing(self, models: Models, denoised: Denoised, step: Step, draw: Draw) -> Landing:
-        until = step.t if self.inside_step else 1.0
+        inside = not self._share if self.inside_step is None else self.inside_step
+        until = step.t if inside else 1.0
         return noised_landing(denoised, models.student.process, step, draw, until=until, purpose="")

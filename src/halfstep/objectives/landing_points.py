@@ -11,7 +11,7 @@ x0 itself, because at s > 0 the student's x0 is a mean over samples rather than 
 If tau is inside the step, with s < tau < t, the noise levels of different steps never overlap, so a network without an
 input for the step can distinguish their landing points. A larger tau also compares coarse properties, such as how often
 each mode occurs. There, the network sees a mixture of the landing points of several steps. If all of these are
-distributed like data, so is the mixture.
+distributed like data, so is the mixture, but errors of different steps can cancel in it.
 """
 
 from typing import NamedTuple

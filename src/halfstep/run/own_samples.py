@@ -33,7 +33,7 @@ def samples_of(
     """Sample training data from the teacher, so that `distill` needs no other data.
 
     The cost is `num_samples` times the sampler's network calls: 4,096 samples with 32 Heun steps take 258,048 forward
-    passes, the same as 400 finishing updates of 64 samples. No student can be better than these samples, which contain
+    passes, as many as 288 finishing updates of 64 samples. No student can be better than these samples, which contain
     the teacher's errors and gaps. A student memorises the samples if there are only a few of them.
 
     A class-conditional model generates samples of all its classes in turn. It is sampled without guidance unless it has
