@@ -52,8 +52,8 @@ def section(name: str, held: dict[str, Any], figure: str) -> str:
             "",
             Table.from_json(held["table"]).markdown(),
             f"Command: `halfstep study {name} --scale {held['scale']['name']}`, {spent(held['seconds'])} on "
-            f"{environment['cpu_count']} CPU cores ({environment['device']}), not counting results that "
-            "other studies of the scale share; torch "
+            f"{environment['cpu_count']} CPU cores ({environment['device']}), without the results "
+            "that it shares with other studies; torch "
             f"{environment['versions']['torch']}, commit {environment['git_commit'] or 'unknown'}, "
             f"{environment['started'][:10]}.",
             "",

@@ -206,7 +206,9 @@ class VPTable(NoiseProcess):
 
     def __post_init__(self) -> None:
         if isinstance(self.betas, str) or not isinstance(self.betas, Iterable):
-            raise ValueError(f"betas must be a sequence of numbers, got {got(self.betas)}. Pass linear_betas(1000)")
+            raise ValueError(
+                f"betas must be a sequence of numbers, got {got(self.betas)}. Pass, for example, linear_betas(1000)"
+            )
         betas = tuple(beta.item() if hasattr(beta, "item") else beta for beta in self.betas)
         for beta in betas:
             check_real(betas=beta)
@@ -296,7 +298,9 @@ def zero_terminal_betas(betas: Sequence[float]) -> tuple[float, ...]:
     Source: Lin et al. 2023 (arXiv:2305.08891), algorithm 1.
     """
     if isinstance(betas, str) or not isinstance(betas, Sequence) or len(betas) < 2:
-        raise ValueError(f"betas must be a sequence of at least 2 numbers, got {betas!r}. Pass linear_betas(1000)")
+        raise ValueError(
+            f"betas must be a sequence of at least 2 numbers, got {betas!r}. Pass, for example, linear_betas(1000)"
+        )
     alpha = torch.log1p(-torch.tensor(betas, dtype=torch.float64)).cumsum(0).div(2).exp()
     shifted = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
     power = shifted.square()

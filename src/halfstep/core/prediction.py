@@ -90,7 +90,7 @@ class LinearPrediction(Prediction):
 
 @lru_cache(maxsize=4096)
 def _solved_once(prediction: LinearPrediction, alpha: float, sigma: float) -> tuple[float, ...]:
-    """Return `LinearPrediction._solved` for two numbers. It is cached, because sampling uses only a few pairs."""
+    """Return the solution for two numbers. Results are cached, because sampling uses only a few pairs."""
     alphas, sigmas = (torch.tensor([number], dtype=torch.float64) for number in (alpha, sigma))
     return tuple(float(number) for number in prediction._solved(alphas, sigmas))
 

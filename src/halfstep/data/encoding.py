@@ -244,7 +244,7 @@ class Encoding:
         return {name: value[0] for name, value in checked.items()}
 
     def time(self, part: range, repeats: float) -> float:
-        """Return the seconds to encode a batch if sampling prompt latents takes `repeats` times the measured time."""
+        """Return the time to encode a batch in seconds, with the measured sampling time multiplied by `repeats`."""
         start = time.perf_counter()
         self._encode(part)
         whole = time.perf_counter() - start
@@ -300,7 +300,7 @@ class Encoding:
         return self._known({LATENTS: latents, **conditions}, names)
 
     def _known(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """Apply `_checked`, and check that the conditions have the same names as those of the empty caption, if any."""
+        """Check the conditions, including that their names match those of the empty caption, if there is one."""
         conditions, known = tensors.keys() - {LATENTS}, self.index.tensors.keys() - {LATENTS}
         keeps_some = self.encoder.null is not None and LATENTS not in self.index.tensors
         if known and not (known <= conditions if keeps_some else known == conditions):

@@ -102,8 +102,8 @@ def image_folder(root: Path, paths: Sequence[PurePath], split: str, labels: bool
     if (root / split).is_dir():
         if others := sorted(tops - _SPLITS - {split}):
             raise ValueError(
-                f"{root} has the sub-folders {split} and {others[0]}, so {split} may be a split or a class: give "
-                f"{root / split} as the data, or rename {split} if it is a class"
+                f"{root} has the sub-folders {split} and {others[0]}, so {split} may be a split or a class: use "
+                f"{root / split} as the data folder, or rename {split} if it is a class"
             )
         root, paths = root / split, [path.relative_to(split) for path in paths if path.parts[0] == split]
     elif split != "train":

@@ -65,7 +65,7 @@ class EncodedImages(ABC):
 
     @abstractmethod
     def sizes(self) -> Iterator[tuple[str, int]]:
-        """Yield a machine-independent name of each image, and its encoded size in bytes."""
+        """Yield, for each image, a name that is the same on every machine and the encoded size in bytes."""
 
 
 class Labelled(NamedTuple):

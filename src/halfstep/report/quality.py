@@ -1,6 +1,6 @@
 """The results of a run's own measurements (metrics.json), with a table and figures for each protocol.
 
-Ratios are relative to the teacher at its best (`teacher_best`) with the same protocol.
+Ratios are relative to the teacher at its best (`teacher_best`), measured with the same protocol.
 """
 
 import json

@@ -1,1 +1,1 @@
-"""Runs a plan in a folder: specification, loop over the stages, cost."""
+"""Runs a plan in a folder: specifies the run, trains its stages and estimates its cost."""
