@@ -116,7 +116,8 @@ class StreamedBatches:
         x0 = x0.detach().float()
         if not x0.isfinite().all():
             raise ValueError(
-                f"the batch after the first {self._seen} samples contains values that are not finite. Remove or replace them"
+                f"the batch after the first {self._seen} samples contains values that are not finite. Remove or "
+                "replace them"
             )
         if x0.ndim < 2:
             raise ValueError(
