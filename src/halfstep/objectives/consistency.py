@@ -1,9 +1,9 @@
 """Multistep consistency distillation: the student learns to step from any time on a fine grid to a segment boundary.
 
 The student takes N steps, so time is divided into N segments, from j / N to (j + 1) / N. The teacher's grid has T
-time points, where T is a multiple of N. From a time t = b + n / T in the segment above the boundary b, the teacher takes one
-step to s = t - 1 / T, and the student covers the rest of the way to b, without gradients. The target is the x0 for
-which one DDIM step from t lands at the same point (see `samplers/ddim.py`):
+time points, where T is a multiple of N. From a time t = b + n / T in the segment above the boundary b, the teacher
+takes one step to s = t - 1 / T, and the student covers the rest of the way to b, without gradients. The target is the
+x0 for which one DDIM step from t lands at the same point (see `samplers/ddim.py`):
 
     target = w x0_teacher(x_t, t) + (1 - w) x0_student(x_s, s),   w = (r_s - r_t) / (r_b - r_t),   r = alpha / sigma
 
