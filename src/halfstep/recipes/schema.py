@@ -196,7 +196,7 @@ class MatchingConfig(Record):
 
 
 class FinishConfig(Record):
-    """How to finish students: bring their samples closer to data, or to those of a guided teacher."""
+    """How to finish students: bring their samples closer to the data."""
 
     steps: tuple[Steps, ...] = ()
     """Numbers of steps of the students to finish, such as 2 1."""
