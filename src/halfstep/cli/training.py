@@ -55,7 +55,7 @@ class PlanArguments:
     dry_run: Switch = False
     """Print the plan, memory and time; write nothing."""
     json: Switch = False
-    """Print JSON: the plan with --dry-run, otherwise the status."""
+    """Print one JSON document: the plan with --dry-run, otherwise the final status."""
 
 
 @dataclass

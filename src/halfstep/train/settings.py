@@ -26,7 +26,7 @@ class Engine:
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
 
     precision: Precision = "float32"
-    """Precision of the networks: float32, or bf16 for bfloat16 autocast with float32 weights."""
+    """Precision of the networks: float32, or bf16 for autocast with float32 weights."""
     cpu: bool = False
     """Use the CPU even if an accelerator is available."""
     threads: int | None = None
