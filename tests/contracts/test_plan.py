@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from halfstep.core.prediction import SNRPlusOne, TruncatedSNR
 from halfstep.objectives import Denoising, EarlyEnd, Halving, Objective, Plan, Stage, Training
 from halfstep.recipes import Recipe
+from halfstep.samplers import Heun
 
 
 def steps_of(plan: Plan) -> list[int | None]:
@@ -276,3 +277,9 @@ def test_a_halving_stage_is_made_for_its_students_steps_and_a_teacher_for_any() 
 
     assert steps(Halving(4, num_teacher_steps=3)) == 4
     assert steps(Denoising()) is None
+
+
+def test_a_plan_knows_how_many_steps_its_first_halving_asks_of_the_teacher() -> None:
+    assert Plan.halvings(16, 2, teacher_sampler=Heun(), teacher_steps=3).start_steps == 24
+    assert (Plan.finishes([2]) + Plan.halvings(8, 4)).start_steps == 8
+    assert Plan.finishes([2, 1]).start_steps is None

@@ -74,7 +74,7 @@ class Training:
             check_number(name, getattr(self, name), above=True)
         check_number("weight_decay", self.weight_decay)
         if not isinstance(self.adam_betas, tuple | list) or len(self.adam_betas) != 2:
-            raise ValueError(f"adam_betas must be two numbers, got {self.adam_betas!r}. Pass (0.9, 0.999)")
+            raise ValueError(f"adam_betas must be two numbers, got {self.adam_betas!r}. Pass {Training.adam_betas}")
         for beta in self.adam_betas:
             check_number("adam_betas", beta, below=1)
         for name in ("ema_decay", "dropout"):

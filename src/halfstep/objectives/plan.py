@@ -148,6 +148,12 @@ class Plan:
     def __add__(self, other: "Plan") -> "Plan":
         return Plan(self.stages + other.stages)
 
+    @property
+    def start_steps(self) -> int | None:
+        """The number of teacher steps per sample in the first halving stage, or None if no stage halves."""
+        first = next((stage.objective for stage in self.stages if isinstance(stage.objective, Halving)), None)
+        return None if first is None else first.num_steps * first.num_teacher_steps
+
     def guided(self, guidance: Guidance | None) -> "Plan":
         """Return the plan, adapted to teachers that have learned `guidance`."""
         if guidance is None:

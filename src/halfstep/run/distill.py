@@ -17,7 +17,7 @@ from halfstep.measure.evaluate import Evaluation
 from halfstep.models.model import Model
 from halfstep.models.students import start_student
 from halfstep.nets import has_movable_clock, own_state
-from halfstep.objectives import Denoising, Guidance, Halving, Outcome, Plan, Role, Training
+from halfstep.objectives import Denoising, Guidance, Outcome, Plan, Role, Training
 from halfstep.run.arguments import (
     A_TRAINING,
     check_bare,
@@ -239,7 +239,6 @@ def distill(
         assert like is not None
         told = {"teacher": digest_of(own_state(bare.network)), "lora_rank": lora_rank}
         given = Model(like.denoiser, like.manifest, held_null)
-        first = next((stage.objective for stage in chain.stages if isinstance(stage.objective, Halving)), None)
         spec = call.spec(
             "distill",
             chain,
@@ -247,7 +246,7 @@ def distill(
             bare,
             told,
             teacher=given,
-            start_steps=None if first is None else first.num_steps * first.num_teacher_steps,
+            start_steps=chain.start_steps,
             conditional=like.num_classes > 0,
             clip=like.manifest.clip,
             lora_rank=lora_rank,

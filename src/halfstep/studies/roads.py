@@ -109,8 +109,7 @@ def _halves(scale: Scale, steps: Sequence[int], share: float) -> list[Leg]:
     legs = []
     for before, after in pairwise(steps):
         stage = _stage_of(scale, after)
-        assert isinstance(stage.objective, Halving)
-        halving = replace(stage.objective, num_teacher_steps=before // after)
+        halving = Halving(after, before // after)
         legs.append(_as_leg(replace(stage, objective=halving), share * scale.roads.passes[after]))
     return legs
 
