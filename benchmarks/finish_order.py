@@ -46,7 +46,8 @@ def main() -> None:
     teacher = halfstep.load(first.path)
     two = next(one for one in others if one.manifest().objective == "halve" and one.manifest().num_steps == 2)
     halving = Plan(recipe.chain_plan().stages[-1:])
-    finishes = recipe.finish.model_copy(update={"steps": (2, 1)}).plan()
+    finish = recipe.finish.model_copy(update={"steps": (2, 1)})
+    finishes = recipe.model_copy(update={"finish": finish}).fitted({"finish.steps"}).finish.plan()
     measured, _ = measure_of(recipe, data, teacher, AT_BEST[-1:], options.num_samples)
     rows = []
     of_two, of_one = (Plan((stage,)) for stage in finishes.stages)
