@@ -6,7 +6,7 @@
 Each trial starts from the run's halved student with N steps, trains one finish on the run's data with the undistilled
 teacher, and measures the finished student. The row "before" is the student without a finish. Distances are relative to
 that of the teacher at its best (256 DDIM steps or 32 Heun steps). They are measured with new noise seeds in the
-features of the run's own classifier and of the perceptron in `independent.py`, which was never used for tuning. `rmse`
+features of the run's own classifier and of the perceptron in `independent.py`. `rmse`
 is the distance from the teacher's Heun samples with the same noise. The file is written after each trial. To resume,
 rerun the same command.
 """

@@ -39,7 +39,7 @@ the clocks of the two machines must roughly agree.
 | failed | another error, which the status shows |
 
 The time left is estimated from the remaining updates, weighted by their forward passes, and the speed in the last rows
-of the log. Once a stage has been measured, the estimate also includes the time to measure the remaining stages.
+of the log. After the first measurement, it also includes the time to measure the remaining models.
 
 ## For machines
 

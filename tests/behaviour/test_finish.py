@@ -316,6 +316,15 @@ def test_a_recipe_finishes_the_students_that_its_chain_has(tmp_path: Path, capsy
     assert "finish.updates_at contains a student of 3 steps" in refused(["run", str(mistaken), "--dry-run"], capsys)
 
 
+@pytest.mark.parametrize("setting", [("data-weight", "0.5"), ("map-weight", "2.0"), ("auxiliary-turns", "3")])
+def test_a_setting_of_the_finish_without_students_to_finish_is_refused(
+    setting: tuple[str, str], tmp_path: Path, capsys: Capture
+) -> None:
+    name, value = setting
+    asked = ["run", "images", "--data", str(tmp_path), "--out", str(tmp_path / "x"), f"--finish.{name}", value]
+    assert f"{value} has no effect without finish.steps. Add finish.steps" in refused(asked, capsys)
+
+
 def test_distill_finishes_in_memory_and_runs_its_teacher_with_another_sampler() -> None:
     from halfstep.samplers import Heun
 

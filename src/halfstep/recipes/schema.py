@@ -221,8 +221,9 @@ class FinishConfig(Record):
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> "FinishConfig":
-        if self.critic_weight is not None and not self.steps:
-            raise ValueError(f"critic_weight {self.critic_weight} has no effect without finish.steps. Add finish.steps")
+        for name in ("map_weight", "data_weight", "auxiliary_turns", "critic_weight"):
+            if getattr(self, name) is not None and not self.steps:
+                raise ValueError(f"{name} {getattr(self, name)} has no effect without finish.steps. Add finish.steps")
         # `Recipe.fitted` can still remove settings for students that are not finished, so only `plan` refuses them.
         self._stages()
         return self
