@@ -165,7 +165,7 @@ def test_a_damaged_recipe_is_reported_with_a_remedy(path: Path, content: str) ->
     file.write_text(content)
     for said in refusals(path):
         assert str(file) in said
-        assert "restore it from a copy, or remove it and rerun the command of the run" in said
+        assert "restore it from a copy, or remove it and rerun the run's command" in said
 
 
 @pytest.mark.parametrize("damage", ["cut", "altered", "other stage", "samples"])

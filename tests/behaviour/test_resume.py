@@ -215,7 +215,7 @@ def test_an_unreadable_checkpoint_is_skipped_and_kept(
 def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
     first: Iterator[object] = run(toy_spec(), tmp_path / "run")
     next(first)
-    with pytest.raises(InUse, match="is being written by another") as refused:
+    with pytest.raises(InUse, match="another halfstep process is writing to") as refused:
         finish(toy_spec(), tmp_path / "run")
     # The previous job may be about to end, so the exit code makes a scheduler retry.
     assert exit_code(refused.value) == 75

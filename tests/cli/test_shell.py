@@ -36,8 +36,8 @@ from support_pipelines import save_ddpm
 @pytest.mark.parametrize(
     ("line", "code", "said"),
     [
-        ("--help >&-", 2, "stdout cannot be written to (Bad file descriptor)"),
-        ("--help > /dev/full", 2, "stdout cannot be written to (No space left on device)"),
+        ("--help >&-", 2, "cannot write to stdout (Bad file descriptor)"),
+        ("--help > /dev/full", 2, "cannot write to stdout (No space left on device)"),
         ("--help 2>&- | true", 0, ""),
         ("--help | head -1", 0, ""),
         ("nonsense 2>&- >&-", 2, ""),
@@ -156,7 +156,9 @@ COMMAND = sys.modules["halfstep.cli.main"]
 """The module; its package has a function with the same name."""
 
 
-@pytest.mark.parametrize(("verb", "said"), [("sample", "stopped at once\n"), ("run", "the last checkpoint is safe\n")])
+@pytest.mark.parametrize(
+    ("verb", "said"), [("sample", "stopped immediately\n"), ("run", "the last checkpoint is safe\n")]
+)
 def test_a_stopped_process_leaves_without_unloading_its_modules(
     verb: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

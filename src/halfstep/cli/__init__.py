@@ -1,4 +1,4 @@
-"""The command line: the verbs, their arguments, and a clear one-line message for every error."""
+"""The command line: verbs, arguments and one-line error messages."""
 
 from halfstep.cli.main import main
 

@@ -1,4 +1,4 @@
-"""Helpers shared by several verbs: find a recipe, the process group or a device."""
+"""Helpers that look up recipes, process groups and devices for several verbs."""
 
 from pathlib import Path
 from shlex import quote
@@ -17,16 +17,16 @@ from halfstep.runtime.processes import Processes, make_accelerator
 
 
 def recipe_from(text: str) -> Recipe:
-    """Return the recipe that `text` refers to: a built-in name, the folder of a run or a .json file.
+    """Return the recipe for `text`, which is a built-in name, the folder of a run or a .json file.
 
     Raises:
-        ValueError: if there is no such recipe.
+        ValueError: if the recipe does not exist.
     """
     path = Path(text)
     if text in recipes or not (path.suffix == ".json" or path.is_dir()):
         return recipes[text]()
     if not path.is_dir():
-        # The user may have written or edited this file.
+        # The user may have written this file, so it needs no seal.
         return _recipe_in(read_json(path), path)
     run = RunFolder(path)
     if not (run.recipe_path.exists() or run.log_path.exists() or run.stages()):
@@ -43,7 +43,7 @@ def recipe_of_run(run: RunFolder) -> Recipe:
 
 
 def _recipe_in(data: Any, file: Path) -> Recipe:
-    """Return the recipe from the parsed recipe.json of a run, or from a parsed file that contains only a recipe."""
+    """Return the recipe from parsed JSON: a run's recipe.json, or a file that contains only a recipe."""
     if isinstance(data, dict) and isinstance(data.get("recipe"), dict):
         data = data["recipe"]
     if not isinstance(data, dict):
@@ -65,8 +65,8 @@ def processes_of(cpu: bool = False) -> Processes:
 
 
 def device_of(name: str | None, processes: Processes | None = None) -> torch.device:
-    """Return the named device or, by default, the fastest available device. If there are several processes, each gets
-    one GPU.
+    """Return the named device or, by default, the fastest available device. With several processes, each uses its own
+    GPU.
 
     Raises:
         ValueError: if this machine has no such device.

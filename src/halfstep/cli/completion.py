@@ -1,4 +1,4 @@
-"""`halfstep completion`: prints shell completion scripts, which shtab generates from the parsers of the verbs.
+"""`halfstep completion`: prints shell completion scripts, which shtab generates from the verbs' parsers.
 
 tyro can also generate completion scripts, but they would start Python on every key press.
 """
@@ -18,12 +18,10 @@ from halfstep.cli.verbs import VERBS, Verb
 
 @dataclass
 class CompletionArguments:
-    """Print a script that makes the shell complete verbs, options, choices and files. Regenerate the script after
-    updating halfstep.
-    """
+    """Print a script that completes verbs, options, choices and files. Regenerate it after updating halfstep."""
 
     shell: tyro.conf.Positional[Literal["bash", "zsh", "fish", "tcsh"]]
-    """The shell that will run the script."""
+    """Shell that will run the script."""
 
 
 def completion(argv: Sequence[str]) -> None:
@@ -46,12 +44,12 @@ def command_line() -> ArgumentParser:
         options = verbs.add_parser(name, help=verb.summary, add_help=False)
         known: set[str] = set()
         for parser in _parsers_of(name, arguments_of(verb)):
-            # The `parents` argument of argparse rejects parsers whose groups have an option in common.
+            # argparse's `parents` argument rejects parsers whose groups share an option.
             for action in parser._actions:
                 if known.isdisjoint(action.option_strings):
                     # Defaults differ between recipes.
                     action.help = (action.help or "").partition(" (default:")[0]
-                    # To select None, users omit the option.
+                    # Users select None by omitting the option.
                     action.choices = None if action.choices is None else [c for c in action.choices if c != "None"]
                     options._add_action(action)
                     known.update(action.option_strings)

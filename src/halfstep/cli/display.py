@@ -1,7 +1,7 @@
-"""Displays a run in progress, and prints its results at the end.
+"""Displays a run in progress and prints its results at the end.
 
-On a terminal, the whole plan is shown and updated in place. Any other output gets one line for each stage, one line for
-each result, and occasional progress lines.
+On a terminal, the whole plan is shown and updated in place. Any other output gets one line per stage, one line per
+result and occasional progress lines.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ from halfstep.runs import RunFolder, RunStatus, StageStatus
 
 @final
 class RunDisplay:
-    """Displays the events of a run as they occur.
+    """A display of a run that is updated as events occur.
 
     Args:
-        stages: the stages, in the format of `RunSpec.stages`.
+        stages: the stages from `RunSpec.stages`.
     """
 
     def __init__(self, stages: Sequence[tuple[str, Stage | None]], screen: Screen) -> None:
@@ -45,7 +45,7 @@ class RunDisplay:
         self._last_line = 0.0
 
     def show(self, events: Iterable[Event]) -> None:
-        """Iterate over the events and display each of them."""
+        """Display each event as it occurs."""
         if not self.is_live:
             for event in events:
                 self._take(event)
@@ -56,7 +56,7 @@ class RunDisplay:
             self._settle(None)
 
     def _settle(self, at_work: StageStatus | None) -> None:
-        """Set the state of every stage that is "measuring" to "done", except for `at_work`."""
+        """Change the state of every stage except `at_work` from "measuring" to "done"."""
         for stage in self.status.stages:
             if stage is not at_work and stage.state == "measuring":
                 stage.state = "done"
@@ -89,8 +89,7 @@ class RunDisplay:
                 stage.state, stage.num_unmeasured = "measuring", total - max(0, place - 1)
                 stage.measuring = f"measuring {place or 1}/{total}"
                 text = f"{stage.name}: measuring {f'{place}/{total}, ' if place else ''}{what}"
-                # The first measurement of the first stage takes a long time, because it trains a classifier and draws
-                # the samples with the most steps.
+                # Always announce the slowest measurements: features of the real data, and samples with the most steps.
                 (self._line if place == 0 or (place == 1 and total > 1) else self._now_and_then)(text)
             case Measured(result=result, num_left=num_left, seconds=seconds, too_few=too_few):
                 stage.results.append(result)
@@ -105,7 +104,7 @@ class RunDisplay:
             self.screen.say(text)
 
     def _now_and_then(self, text: str) -> None:
-        """Print a progress line, unless one has already been printed in the last 10 seconds."""
+        """Print a progress line unless one was printed in the last 10 seconds."""
         now = time.monotonic()
         if self.is_live or now - self._last_line <= 10.0:
             return
@@ -125,7 +124,7 @@ class RunDisplay:
 
 
 def show_results(path: Path, screen: Screen) -> None:
-    """Print the results of a run, with one table for each evaluation protocol."""
+    """Print the results of a run, with one table per evaluation protocol."""
     run = RunFolder(path)
     stages = [StageFacts(one.name, one.manifest(verify=False), one.metrics(), {}) for one in run.stages()]
     start = next((stage for stage in stages if run.start is not None and stage.name == run.start.name), None)

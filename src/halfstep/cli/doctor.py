@@ -23,7 +23,7 @@ from halfstep.runtime.files import cache_folder, first_line
 
 GIVES: Final = {
     "text": "text-conditioned models such as Stable Diffusion, in encode, distill and sample --prompt",
-    "clips": "videos other than .gif files and sounds other than .wav files, in encode --data",
+    "clips": "encode --data with videos (except .gif files) and sounds (except .wav files)",
     "lora": "LoRA students (--chain.lora-rank) and export --format lora",
     "onnx": "export --format onnx (the whole sampler as one graph) and --format web",
     "explore": "halfstep explore, a local page for sampling from a run's models",
@@ -34,17 +34,17 @@ GIVES: Final = {
     "trackio": "curves and samples in Trackio",
     "bitsandbytes": "--engine.optimizer adamw8bit, which stores AdamW's moments in a quarter of the memory",
 }
-"""The purpose of each extra and of each optional package."""
+"""The purpose of each extra and optional package."""
 
 REQUIRED: Final = ("torch", "diffusers", "accelerate", "numpy", "safetensors", "datasets", "pydantic", "tyro", "rich")
 LEAST_DISK: Final = 2 * 2**30
-"""The minimum free disk space, in bytes, which is enough for the checkpoints of a small run and the data caches."""
+"""The minimum free disk space, in bytes: enough for a small run's checkpoints and the data caches."""
 
 
 @dataclass
 class DoctorArguments:
-    """Check this machine: versions, devices, threads, disk space and the cache. List missing packages and what each is
-    for. Nothing is changed. The exit code is 0 even if problems are found.
+    """Check this machine: versions, devices, threads, disk space and the cache. Missing packages are listed with their
+    purpose. Nothing is changed, and the exit code is 0 even if problems are found.
     """
 
     json: Switch = False
@@ -58,7 +58,7 @@ class Finding:
 
     what: str
     verdict: Literal["ok", "missing", "problem"]
-    """missing: something optional, such as a package, is not available. problem: something will not work."""
+    """missing: an optional item, such as a package, is unavailable. problem: something does not work."""
     found: str
     advice: str | None = None
 
@@ -145,13 +145,13 @@ def device_finding(name: str) -> Finding:
         torch.ones(8, device=device).sum().item()
     except (RuntimeError, AssertionError) as error:
         return Finding(
-            name, "problem", f"the device cannot compute ({first_line(error)})", "use the CPU with --engine.cpu"
+            name, "problem", f"the device does not work ({first_line(error)})", "use the CPU with --engine.cpu"
         )
     shown = "Apple's GPU"
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         shown = f"{torch.cuda.get_device_name(device)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-        shown += ", bfloat16" if torch.cuda.is_bf16_supported() else ", no bfloat16: keep --engine.precision float32"
+        shown += ", bfloat16" if torch.cuda.is_bf16_supported() else ", no bfloat16: use --engine.precision float32"
     try:
         torch.zeros(1, dtype=torch.float64, device=device)
     except (RuntimeError, TypeError):
@@ -161,9 +161,8 @@ def device_finding(name: str) -> Finding:
 
 
 def _diffusers() -> list[Finding]:
-    # A failed import would leave this process in a broken state, so the import runs in a separate process. For example,
-    # a torchvision built for a different version of torch fails while it registers its operators, deep inside the
-    # import of a pipeline.
+    # Import in a separate process, because a failed import would leave this one in a broken state. For example, a
+    # torchvision built for a different version of torch fails while it registers its operators.
     command = [sys.executable, "-c", "from diffusers import DDPMPipeline, UNet2DModel, DDIMScheduler"]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -190,7 +189,7 @@ def diffusers_failure(errors: str, torch: str | None, torchvision: str | None) -
 
 
 def extras() -> dict[str, tuple[str, ...]]:
-    """Return the extras that the installed halfstep offers, each with its packages."""
+    """Return the extras of the installed halfstep, each with its packages."""
     found: dict[str, tuple[str, ...]] = {}
     for line in requires("halfstep") or []:
         if matched := re.match(r"([\w.-]+).*;.*extra *== *['\"]([\w-]+)['\"]", line):
@@ -224,18 +223,18 @@ def _places() -> Iterator[Finding]:
 
 
 def place_finding(name: str, path: Path, advice: str) -> Finding:
-    """Check whether a folder is writable or can be created, and how much space is free on its disk."""
+    """Check whether a folder is writable or can be created, and whether its disk has enough free space."""
     path = path.absolute()
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     if not there.is_dir():
         return Finding(name, "problem", f"{path} is not a folder, because {there} is a file", advice)
     try:
-        # Permission bits do not show that a file system is read-only.
+        # Permission bits do not reveal a read-only file system.
         with tempfile.NamedTemporaryFile(dir=there):
             pass
         free = shutil.disk_usage(there).free
     except OSError as error:
-        return Finding(name, "problem", f"{path} cannot be written to ({error.strerror})", advice)
+        return Finding(name, "problem", f"cannot write to {path} ({error.strerror})", advice)
     shown = f"{path}, {free / 2**30:.1f} GiB free"
     if free < LEAST_DISK:
         return Finding(name, "problem", shown, "free some space for checkpoints and caches")

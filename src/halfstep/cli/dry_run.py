@@ -1,4 +1,4 @@
-"""The output of `--dry-run`: the plan of a run, and what it costs in FLOPs, memory and time."""
+"""The output of `--dry-run`: the plan of a run and its cost in FLOPs, memory and time."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,15 +20,13 @@ from halfstep.runs.schema import shortened
 from halfstep.runtime.launch import world_size
 
 LONG_SECONDS: Final = 86400.0
-"""The estimated training time, in seconds, above which a warning is printed."""
+"""The estimated time of a run, in seconds, above which a warning is printed."""
 DEVICES: Final = (24, 48, 80)
 """The memory sizes of common devices, in GiB."""
 SHARE: Final = 0.9
 """The share of a device's memory that an update may use. The allocator and workspaces need the rest."""
 LITTLE: Final = 2**30
-"""An amount of memory, in bytes, that any machine has. If a plan for the CPU needs less, the output does not mention
-devices.
-"""
+"""The memory, in bytes, that any machine has. The output for a CPU plan that needs less does not mention devices."""
 FEW_SAMPLES: Final = 5000
 MANY_PASSES: Final = 500.0
 """A memorisation warning is printed if a stage makes more than this number of passes over fewer than FEW_SAMPLES
@@ -37,13 +35,13 @@ samples.
 
 
 def check_alone() -> None:
-    """Raise UsageError if there are several processes, because a dry run can only time a single process."""
+    """Raise UsageError if there are several processes, because a dry run only times a single process."""
     if world_size() > 1:
-        raise UsageError("a dry run needs only one process. Start it without torchrun or accelerate launch")
+        raise UsageError("a dry run uses a single process. Start it without torchrun or accelerate launch")
 
 
 def show_encoding(found: Forecast, num_samples: int, source: str, verb: str) -> None:
-    """Print what `halfstep encode` would write, and how long it would take; `verb` is "encoded" or "sampled"."""
+    """Print what `halfstep encode` would write and how long it would take; `verb` is "encoded" or "sampled"."""
     screen, tensors = Screen(), dict(found.tensors)
     shapes = {name: f"{list(entry.shape)} {entry.dtype}" for name, entry in tensors.items()}
     screen.say(f"dry run of {source}: {found.pending:,} of {count(num_samples, 'sample')} would be {verb}")
@@ -57,7 +55,7 @@ def show_encoding(found: Forecast, num_samples: int, source: str, verb: str) -> 
 
 
 def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str, Any]:
-    """Return the plan of a run, and its cost in bytes, seconds and FLOPs (multiplications and additions)."""
+    """Return the plan of a run and its cost in bytes, seconds and FLOPs (multiplications and additions)."""
     forward = count_forward(spec)
     stages = [(name, stage, helper_sizes(spec, stage)) for name, stage in spec.stages if stage is not None]
     memory = max((memory_of_update(stage, forward, spec.engine, helpers) for _, stage, helpers in stages), key=sum)
@@ -83,7 +81,7 @@ def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str
         }
         for (name, stage, _), flops_of_update in zip(stages, flops, strict=True)
     ]
-    # Sampling accounts for most of the time that a measurement takes.
+    # Sampling accounts for most of the measuring time.
     measuring = spec.evaluation.num_samples * calls_of_measuring(spec) * forward.flops
     matched = [stage.objective for _, stage, _ in stages if stage.objective.outcome.role is Role.MATCHED]
     guidance = matched[0].guidance if matched else None
@@ -117,7 +115,7 @@ def show_plan(spec: RunSpec, out: Path, json: bool, missing: str | None = None) 
     """Print the plan and cost of a run, as one JSON document or as text.
 
     Args:
-        missing: the reason why the data is not available; random numbers are then used instead.
+        missing: why the data is not available, in which case random numbers replace it.
     """
     facts = plan_facts(spec, out, missing)
     if json:
@@ -162,7 +160,7 @@ def _lines(facts: dict[str, Any], spec: RunSpec) -> Iterator[str]:
     memory = facts["memory_bytes"]
     parts = " + ".join(f"{gibibytes(size)} {name}" for name, size in memory.items() if size)
     total = gibibytes(sum(memory.values()))
-    yield f"estimated memory of the largest update: {total} = {parts} (with a micro batch of {facts['micro_batch']:,})"
+    yield f"estimated memory of the largest update: {total} = {parts} (micro batch of {facts['micro_batch']:,})"
     on_cpu = spec.engine.cpu or not torch.accelerator.is_available()
     if not on_cpu or sum(memory.values()) >= LITTLE:
         fits = facts["fits_gib"]
@@ -191,7 +189,7 @@ def _lines(facts: dict[str, Any], spec: RunSpec) -> Iterator[str]:
 
 
 def shorter(roles: Sequence[str], teacher: Model | None) -> str:
-    """Return advice on how to shorten a run. The network and the image size of a given teacher are fixed."""
+    """Return advice on how to shorten a run. A given teacher's network and image size are fixed."""
     if teacher is None:
         return "fewer updates, a smaller network and smaller images, as in the recipe images_small"
     options = ["--matching.num-updates"] * (Role.MATCHED in roles) + ["--chain.num-updates"]
@@ -201,7 +199,7 @@ def shorter(roles: Sequence[str], teacher: Model | None) -> str:
 
 
 def data_line(data: Data) -> str:
-    """Return a one-line description of the training data: source, number of samples, their shape, and class names."""
+    """Return a one-line description of the training data: source, sample count, sample shape and class names."""
     classes = (
         f"{count(data.num_classes, 'class')} ({shortened(data.class_names)})" if data.num_classes else "no classes"
     )
@@ -211,7 +209,7 @@ def data_line(data: Data) -> str:
 def quantity(amount: float, unit: str) -> str:
     """Format an amount with an SI prefix, as in "1.23 GFLOP"."""
     for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        # A number that would be rounded to 1,000 is shown as 1 of the next larger unit.
+        # A number that rounds to 1,000 is shown in the next larger unit.
         if amount < 999.5:
             return f"{number(float(amount))} {prefix}{unit}"
         amount /= 1000
@@ -219,6 +217,6 @@ def quantity(amount: float, unit: str) -> str:
 
 
 def gibibytes(num_bytes: float) -> str:
-    """Format a number of bytes in GiB, as in "1.20 GiB", or, below 0.1 GiB, in MiB, as in "34.5 MiB"."""
+    """Format a number of bytes in GiB ("1.20 GiB") or, below 0.1 GiB, in MiB ("34.5 MiB")."""
     size = num_bytes / 2**30
     return f"{number(size)} GiB" if size >= 0.1 else f"{number(num_bytes / 2**20)} MiB"

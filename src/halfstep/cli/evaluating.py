@@ -36,7 +36,7 @@ NEED_MODEL: Final = (
 
 @told_when_out_of_memory("out of memory while measuring. Free some memory, or use fewer samples (--num-samples)")
 def evaluate(argv: Sequence[str]) -> None:
-    """Measure the subject, print one table for each protocol, and write the result files."""
+    """Measure the subject, print one table per protocol and write the result files."""
     processes = processes_of()
     device = device_of(None, processes)
     arguments = parse(EvaluateArguments, argv, "halfstep evaluate")
@@ -72,7 +72,7 @@ def evaluate(argv: Sequence[str]) -> None:
 
 
 def _spec(subject: Subject, arguments: EvaluateArguments, device: torch.device, processes: Processes) -> CurveSpec:
-    """Return the specification of the quality curve, and reject options that do not apply to the subject."""
+    """Return the specification of the quality curve; reject options that do not apply to the subject."""
     recipe = _recipe(subject, arguments)
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
@@ -111,14 +111,14 @@ def _spec(subject: Subject, arguments: EvaluateArguments, device: torch.device, 
 
 
 def _given(arguments: EvaluateArguments, *names: str) -> dict[str, Any]:
-    """Return the named options that the user has set, as a mapping from names to values."""
+    """Return the values of the named options that the user has set, keyed by name."""
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
 def _recipe(subject: Subject, arguments: EvaluateArguments) -> Recipe:
     """Return the run's recipe, with the data and the protocol overridden by command-line options."""
     if subject.recipe is None and arguments.data is None:
-        raise UsageError(f"{arguments.subject} is not inside a run, so its data is unknown. Add --data SOURCE")
+        raise UsageError(f"{arguments.subject} is not part of a run, so its data is unknown. Add --data SOURCE")
     recipe = subject.recipe or Recipe(name="evaluate")
     source = {} if arguments.data is None else {"source": arguments.data}
     settings = _given(arguments, "split", "image_size", "channels", "label_column", "max_bytes")
@@ -130,14 +130,14 @@ def _recipe(subject: Subject, arguments: EvaluateArguments) -> Recipe:
 
 
 def _split_of(data: DataConfig) -> str | None:
-    """Return the name of the split to read, or None if the data is not divided into splits."""
+    """Return the name of the split to read, or None if the data has no splits."""
     path = Path(data.source)
     whole = path.is_file() or (path.is_dir() and not any(path.glob(f"{data.split}*")))
     return None if whole or data.source == "digits" else data.split
 
 
 def _samples(path: Path, data: Data) -> Data:
-    """Load samples from files, and reject them if their shape or kind differs from that of the reference data."""
+    """Load samples from files; reject them if their shape or kind differs from that of the reference data."""
     channels = data.shape[0] if data.is_image and path.is_dir() and data.shape[0] in (1, 3) else None
     config = {"source": str(path), "labels": False, "channels": channels, "max_bytes": sys.maxsize}
     with in_own_words():
@@ -157,7 +157,7 @@ def _samples(path: Path, data: Data) -> Data:
 
 
 def _count(arguments: EvaluateArguments, samples: Data) -> int:
-    """Return how many of the samples from files will be measured."""
+    """Return the number of samples to measure."""
     wanted = len(samples) if arguments.num_samples is None else arguments.num_samples
     if not 2 <= wanted <= len(samples):
         raise UsageError(

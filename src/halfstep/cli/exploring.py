@@ -21,13 +21,13 @@ from halfstep.runtime.terminal import warn
 
 @dataclass
 class ExploreArguments:
-    """Open a local page that compares samples of a run's teacher and students from the same noise. This requires gradio
-    (pip install 'halfstep[explore]'). Press Ctrl-C to stop serving the page."""
+    """Open a local page that compares teacher and student samples drawn from the same noise. This requires gradio (pip
+    install 'halfstep[explore]'). Press Ctrl-C to stop serving the page."""
 
     run: tyro.conf.Positional[Path]
     """Folder of a run or stage."""
     host: str = "127.0.0.1"
-    """Address to listen on. If other machines can reach the address, anyone can use the page without a password."""
+    """Address to listen on. The page has no password, so anyone who can reach the address can use it."""
     port: Annotated[int, Field(ge=0, le=65_535)] = 7860
     """Port to listen on; 0 picks a free port."""
     max_samples: Count = 64
@@ -37,7 +37,7 @@ class ExploreArguments:
     max_seconds: Annotated[float, Field(ge=1, le=86_400)] = 60.0
     """Maximum sampling time per request, in seconds."""
     allow_host: tuple[str, ...] = ()
-    """Additional host names by which the page can be reached, such as the name of a proxy."""
+    """Additional host names for the page, such as a proxy's name."""
     root_path: str = ""
     """Path under which a proxy serves the page, such as /user/me/proxy/7860."""
     device: str | None = None
@@ -52,7 +52,7 @@ def explore(argv: Sequence[str]) -> None:
         if choice.missing is not None:
             warn(f"{choice.name} is missing: {choice.missing}")
     if arguments.host not in (*LOCAL, "::1"):
-        warn(f"other people may be able to use the page at {arguments.host}, because it has no password")
+        warn(f"the page has no password, so anyone who can reach {arguments.host} can use it")
     if arguments.root_path and not re.fullmatch(r"(/[\w.~-]+)+/?", arguments.root_path):
         raise UsageError(f"--root-path {arguments.root_path} must be a path such as /user/me/proxy/7860")
 
@@ -64,6 +64,6 @@ def explore(argv: Sequence[str]) -> None:
     serve(explorer, arguments.host, arguments.port, ready, arguments.allow_host, root_path)
     sys.stdout.flush()
     sys.stderr.flush()
-    # There is nothing to save. A normal exit would wait for the current sampling step, and would then spend seconds
-    # unloading modules.
+    # Nothing needs saving, and a normal exit would wait for the current sampling step and then spend seconds unloading
+    # modules.
     os._exit(0)

@@ -62,7 +62,7 @@ class ExportArguments:
     model: tyro.conf.Positional[Path]
     """Folder of a stage or run. For a run, the last stage is used."""
     out: Path
-    """Folder to write to; for onnx, a .onnx file; for web with --single-file, a .html file."""
+    """Output folder; for onnx, a .onnx file; for web with --single-file, a .html file."""
     format: Literal["diffusers", "lora", "onnx", "web"] = "diffusers"
     """diffusers: a stock pipeline with its scheduler and a model card. lora: the weights of a LoRA student, for
     pipe.load_lora_weights. onnx: the whole sampler as one graph from noise to x0. web: a page that samples in the
@@ -72,7 +72,7 @@ class ExportArguments:
     """For onnx and web: number of sampler steps. By default, onnx uses the model's own number of steps, and web exports
     every student of a run."""
     push_to_hub: str | None = None
-    """For diffusers and lora: repository on the Hub, as OWNER/NAME, to which the folder is uploaded."""
+    """For diffusers and lora: Hub repository, as OWNER/NAME, to upload the folder to."""
     single_file: Switch = False
     """For web: write a single HTML file, which a browser can also open from disk."""
     runtime: Path | None = None
@@ -141,8 +141,8 @@ def _export_page(arguments: ExportArguments) -> None:
 
 @dataclass
 class EncodeArguments:
-    """Encode images, videos or sounds once, along with their captions or classes, using the VAE and text encoders of a
-    latent pipeline: halfstep encode PIPELINE --data FOLDER --out latents. If you have no data, sample the latents from
+    """Encode images, videos or sounds, with their captions or classes, using the VAE and text encoders of a latent
+    pipeline: halfstep encode PIPELINE --data FOLDER --out latents. If you have no data, sample the latents from
     prompts: halfstep encode PIPELINE --prompts prompts.txt --out latents. To resume, run the same command again.
     """
 
@@ -156,7 +156,7 @@ class EncodeArguments:
     contains one folder of images per class, in the order of the class names.
     """
     prompts: Path | None = None
-    """Text file with one prompt per line, instead of --data; the pipeline then samples latents from these prompts."""
+    """Text file with one prompt per line, from which the pipeline samples latents; replaces --data."""
     num_steps: Steps = NUM_STEPS
     """With --prompts: number of Heun steps per sample."""
     guidance_scale: Guidance | None = None
@@ -164,9 +164,9 @@ class EncodeArguments:
     seed: int = 0
     """With --prompts: seed of the noise."""
     image_size: Side | None = None
-    """With --data: height and width to resize images to; by default, the size that all images share."""
+    """With --data: height and width to resize images to; by default, the images' common size."""
     frame_rate: Rate | None = None
-    """With --data: number of frames to take from each second of a video file; by default, all of them."""
+    """With --data: number of frames to use per second of a video file; by default, all of them."""
     call: tuple[str, ...] = ()
     """Arguments of the pipeline call, such as height=512 width=512."""
     base_precision: BasePrecision = "float32"
@@ -174,9 +174,9 @@ class EncodeArguments:
     batch_size: Count = 8
     """Number of samples or prompts to process at once."""
     device: str | None = None
-    """Device on which the encoders run; by default, cuda if it is available."""
+    """Device to run on; by default, cuda if it is available."""
     dry_run: Switch = False
-    """Print the number, shapes and size of the samples, and the estimated time, without writing anything."""
+    """Print the number, shapes and size of the samples, and the estimated time; write nothing."""
 
 
 def encode(argv: Sequence[str]) -> None:
@@ -221,7 +221,7 @@ def encode(argv: Sequence[str]) -> None:
     autoencoder = autoencoder_of(model, device)
     images, names = _data(arguments, autoencoder, model)
     encoder = encoder_of(model, autoencoder, device, names)
-    # If the encoders cannot be read, fail before the folder is created.
+    # If the encoders cannot be loaded, fail before the folder is created.
     encoder.texts([""])
     encoder.images(images.x0([0]))
     with in_own_words("image-size"):
@@ -240,16 +240,14 @@ def encode(argv: Sequence[str]) -> None:
             processes=processes,
         )
     release_texts()
-    shown = f"of {count(len(names), 'class')}" if names else "with their captions"
+    shown = f"in {count(len(names), 'class')}" if names else "with their captions"
     screen.say(f"{arguments.out}: {count(len(found), 'latent')} of shape {list(found.shape)} {shown}")
 
 
 def _data(
     arguments: EncodeArguments, autoencoder: Autoencoder, model: Model
 ) -> tuple[CaptionedImages | CaptionedClips, tuple[str, ...]]:
-    """Return the data to encode, and the class names. The data is checked only as far as possible without decoding all
-    of it.
-    """
+    """Return the data to encode and the class names. Checks that would decode all the data are skipped."""
     assert arguments.data is not None
     source, size = Path(arguments.data), autoencoder.image_size
     is_video = size is None and len(autoencoder.decoded) == 4
@@ -275,7 +273,7 @@ def _data(
 
 
 def progress_of(verb: str, screen: Screen) -> Callable[[int, int], None]:
-    """Return a function that prints how many samples are finished, and how much time is left at the current pace."""
+    """Return a function that prints how many samples are finished and how much time is left at the current pace."""
     start: tuple[int, float] | None = None
 
     def progress(done: int, total: int) -> None:
@@ -290,7 +288,7 @@ def progress_of(verb: str, screen: Screen) -> Callable[[int, int], None]:
 
 
 def _prompts_for(model: Model, prompts: Path, guidance_scale: float | None, num_steps: int, seed: int) -> Prompts:
-    """Return the prompts in a file, along with the samples that the model draws for them.
+    """Return the prompts in a file and the samples that the model draws for them.
 
     Raises:
         ValueError: if there are no prompts, or the model does not take prompts.
@@ -305,7 +303,7 @@ def _prompts_for(model: Model, prompts: Path, guidance_scale: float | None, num_
 def _encoder_of_prompts(
     model: Model, guidance_scale: float | None, num_steps: int, seed: int, device: torch.device
 ) -> Encoder:
-    """Return the prompt encoder, whose key identifies the samples that are drawn for the prompts."""
+    """Return the prompt encoder, whose key identifies the samples drawn for the prompts."""
     encoder = prompts_of(model, device)
     lowered = precision_of(model.denoiser.network)
     key = encoder.key if lowered == "float32" else f"{encoder.key} {lowered}"
@@ -313,7 +311,7 @@ def _encoder_of_prompts(
 
 
 def _show_prompts(model: Model, prompts: Path, arguments: EncodeArguments, device: torch.device) -> None:
-    """Print what it costs to sample latents from prompts. The time is measured on one-step samples."""
+    """Print the cost of sampling latents from prompts. The time is estimated from one-step samples."""
     scale, num_steps, seed = arguments.guidance_scale, arguments.num_steps, arguments.seed
     texts = _prompts_for(model.to(device), prompts, scale, 1, seed)
     encoder = _encoder_of_prompts(model, scale, num_steps, seed, device)
@@ -326,8 +324,8 @@ def sample_prompts(
     model: Model, prompts: Path, out: Path, guidance_scale: float | None, num_steps: int, seed: int, batch_size: int,
     device: torch.device, processes: Processes, screen: Screen,
 ) -> LatentData:  # fmt: skip
-    """Sample latents from prompts with a teacher, and write them to a folder. Samples that already exist are skipped.
-    At the end, the text encoders are freed.
+    """Sample latents from prompts with a teacher and write them to a folder, skipping samples that already exist.
+    Afterwards, the text encoders are freed.
 
     Raises:
         ValueError: if there are no prompts, the model does not take prompts, or the folder contains other data.

@@ -14,7 +14,7 @@ HELP: Final = ("-h", "--help", "--help-all")
 """The options that print a help text."""
 WIDEST: Final = 100
 HEAD: Final = 28
-"""The width, in characters, of the column that shows the names and values of options."""
+"""The width, in characters, of the column with option names and values."""
 
 
 def help_text(parser: ArgumentParser, prog: str, short: Mapping[str, str], everything: bool) -> str:
@@ -86,7 +86,7 @@ def _parted(text: str) -> tuple[str, str]:
 
 
 def _metavar(text: str) -> str:
-    """Remove {None} and nested brackets from the placeholder that tyro shows for a value."""
+    """Remove {None} and nested brackets from tyro's placeholder for a value."""
     text = re.sub(r"\{None\}\|\{(.*)\}$", r"\1", text)
     text = re.sub(r"\[(.+) \[\1 \.\.\.\]\]", r"\1 ...", text)
     return text.replace("{None,", "{").replace(",None}", "}")

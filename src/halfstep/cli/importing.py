@@ -35,9 +35,9 @@ class ImportArguments:
     """google-pd: cifar10, imagenet64, bedroom128, church128, or a .json file with image_size, ch, multipliers,
     layers_per_block, attention, attention_head_dim, time_embedding_dim, num_classes, prediction and start_steps."""
     call: tuple[str, ...] = ()
-    """diffusers: arguments of the pipeline call that are the same for all samples, such as height=512 width=512."""
+    """diffusers: arguments of the pipeline call for all samples, such as height=512 width=512."""
     ema: bool = False
-    """diffusers: use the averaged weights of the network (unet_ema) instead of the unaveraged weights."""
+    """diffusers: use the network's averaged weights (unet_ema) instead of its unaveraged weights."""
     base_precision: BasePrecision = "float32"
     """diffusers: precision of the weights; if it is below float32, only LoRA students can be trained."""
     out: Path | None = None
@@ -52,9 +52,9 @@ def _options_from(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         name, equals, value = word.partition("=")
         if not (name.isidentifier() and equals):
-            raise UsageError(f"--call {word} is not of the form NAME=VALUE. An example is --call height=512 width=512")
+            raise UsageError(f"--call {word} is not of the form NAME=VALUE. Use, for example, --call height=512")
         if name in options:
-            raise UsageError(f"--call sets {name} twice. Remove one of the two values")
+            raise UsageError(f"--call sets {name} twice. Remove one of them")
         try:
             options[name] = json.loads(value)
         except ValueError:
@@ -65,13 +65,13 @@ def _options_from(words: Sequence[str]) -> dict[str, Any]:
 def imported(
     source: str, call: Sequence[str], screen: Screen, *, ema: bool = False, precision: BasePrecision = "float32"
 ) -> Model:
-    """Import a pipeline, after printing that this may take a while.
+    """Print a notice that the import may take a while, then import a pipeline.
 
     Args:
-        call: the arguments for the pipeline as the user typed them, each in the form NAME=VALUE.
+        call: the pipeline arguments as typed by the user, each in the form NAME=VALUE.
     """
     options = _options_from(call)
-    # The source is a folder or a name on the Hub.
+    # Any other source is rejected immediately.
     if user_path(source).is_dir() or source.count("/") == 1:
         screen.say(f"importing {source}: loading it and recording its calls (this takes minutes for a large pipeline)")
     return import_pipeline(source, options, ema=ema, precision=precision)

@@ -31,7 +31,7 @@ FAMILIES: Final[Mapping[str, Registry[Any]]] = {
     "studies": studies,
     "extractors": extractors,
 }
-"""For each family, the registry of the names that recipes and options accept."""
+"""The families of names that recipes and options accept, each with its registry."""
 
 if TYPE_CHECKING:
     FamilyName = str

@@ -1,4 +1,4 @@
-"""Dispatches verbs, reports every error in one line, and exits with one of `verbs.EXIT_CODES`."""
+"""Dispatches verbs, reports every error on one line, and exits with one of `verbs.EXIT_CODES`."""
 
 import contextlib
 import errno
@@ -64,7 +64,7 @@ def _warning_printer() -> Callable[..., None]:
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
-    """Exit a process that has nothing to save. Without this handler, PID 1 of a container would ignore the signal."""
+    """Exit a process that has nothing to save. Without this handler, PID 1 in a container would ignore the signal."""
     # If the signal interrupts a print call, the one below raises RuntimeError.
     with contextlib.suppress(RuntimeError):
         print(f"\nhalfstep: stopped by {signal.Signals(number).name}", file=sys.stderr)
@@ -72,7 +72,7 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command `halfstep`.
+    """Run the `halfstep` command.
 
     Raises:
         SystemExit: with one of `verbs.EXIT_CODES`.
@@ -95,16 +95,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
-    """Print the traceback of an error in a thread, except for an OSError: the main thread reports a lost disk."""
+    """Print the traceback of an error in a thread, except for an OSError: the main thread reports lost disks."""
     if not issubclass(failed.exc_type, OSError):
         threading.__excepthook__(failed)
 
 
 def _check_written(out: Output) -> None:
-    """Fail if output to stdout was lost, unless the program that read it (such as head or less) closed the pipe."""
+    """Fail if output to stdout was lost, unless the reading program (such as head or less) closed the pipe."""
     out.flush()
     if out.error is not None and out.error.errno != errno.EPIPE:
-        fail(f"stdout cannot be written to ({out.error.strerror}). The output is lost, but everything else is done")
+        fail(f"cannot write to stdout ({out.error.strerror}). The output is lost, but everything else is done")
 
 
 def _main(arguments: list[str]) -> None:
@@ -164,7 +164,7 @@ def _dispatch(verb: Verb, rest: Sequence[str]) -> None:
             _call_heavy(verb, rest)
     except KeyboardInterrupt:
         safe = "; the last checkpoint is safe" if 130 in verb.codes else ""
-        print(f"\nhalfstep: stopped at once{safe}", file=sys.stderr)
+        print(f"\nhalfstep: stopped immediately{safe}", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:
         if os.environ.get("HALFSTEP_TRACEBACK"):

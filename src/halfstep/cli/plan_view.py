@@ -1,4 +1,4 @@
-"""Shows the plan of a run on a terminal: one line per stage, and the overall progress."""
+"""Shows the plan of a run on a terminal: one line per stage and the overall progress."""
 
 import math
 import time
@@ -18,12 +18,12 @@ ASCII_MARKS = {"done": "x", "training": ">", "measuring": ">", "to come": ".", "
 STYLES = {"done": "green", "training": "bold", "measuring": "bold", "to come": "dim", "damaged": "red"}
 BAR_WIDTH = 12
 WIDTHS = (78, 92, 110)
-"""The minimum terminal widths at which losses and distances, progress bars, and samples per second are shown."""
+"""The minimum terminal widths for losses and distances, for progress bars, and for samples per second."""
 
 
 @final
 class PlanView:
-    """Shows the status of a run in as many lines as the console has. Stages that do not fit are counted, not listed.
+    """A view of a run's status that fits the height of the console. Stages that do not fit are counted, not listed.
 
     Args:
         reserved: the number of terminal lines that other output needs.
@@ -87,9 +87,7 @@ class PlanView:
         return f"{duration(left)} left" if stage.state == "training" else f"about {duration(left)}"
 
     def _distance(self, stage: StageStatus) -> str:
-        """Return the best distance of a model, with the ratio to the teacher's best distance. While the model is being
-        measured, return the progress instead.
-        """
+        """Return a model's best distance and its ratio to the teacher's best or, during measuring, the progress."""
         if stage.state == "measuring" and not (stage.results and stage.num_steps):
             return stage.measuring or "measuring ..."
         if not stage.results:
@@ -114,14 +112,14 @@ class PlanView:
         if (status.current is not None or left) and not math.isnan(left):
             parts.append(f"{duration(left)} left")
             if status.state == "running" and left < 30 * 86400:
-                # If half a day or more is left, show the date as well.
+                # If half a day or more is left, also show the date.
                 clock = time.strftime("%H:%M" if left < 43200 else "%a %d %b %H:%M", time.localtime(time.time() + left))
                 parts.append(f"done about {clock}")
         return Text("  ".join(parts), style="bold")
 
 
 def updates_words(stage: StageStatus) -> str:
-    """Return the number of planned updates of a stage or, while it is being trained, progress such as "120/1,500"."""
+    """Return the planned number of updates of a stage or, during training, progress such as "120/1,500"."""
     done = f"{stage.update:,}/" if stage.state in ("training", "damaged") else ""
     return f"{done}{stage.num_updates:,}"
 

@@ -1,4 +1,4 @@
-"""`halfstep report`: writes the report page of a run, with the training samples nearest to the run's samples."""
+"""`halfstep report`: writes the report page of a run, including the training samples nearest to the generated ones."""
 
 import hashlib
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from halfstep.report.reading import NearestFacts, RunFacts
 from halfstep.runs import RunFolder
 
 NUM_SHOWN = 8
-"""The number of samples that are shown next to their nearest training images."""
+"""The number of samples shown next to their nearest training images."""
 NUM_SEARCHED = 64
 """The number of samples whose distances to the training data are reported."""
 
@@ -47,12 +47,12 @@ def report(argv: Sequence[str]) -> None:
 
 
 def make_report(run: Path, data: Data | None = None, studies: Path | None = None) -> Path:
-    """Write RUN/report/index.html, and return its path. If the data can be opened, the page shows the nearest training
+    """Write RUN/report/index.html and return its path. If the data can be opened, the page shows the nearest training
     samples.
 
     Args:
-        data: the training data. If None, the data of the recipe is used.
-        studies: a folder of studies to show. If None, RUN/studies is used.
+        data: the training data. None selects the recipe's data.
+        studies: a folder of studies to show. None selects RUN/studies.
 
     Raises:
         ValueError: if the folder contains nothing to report on.
@@ -62,7 +62,7 @@ def make_report(run: Path, data: Data | None = None, studies: Path | None = None
 
 
 def _look(run: RunFolder, facts: RunFacts, data: Data | None) -> str | None:
-    """Write report/nearest.npz, unless it is up to date. If it cannot be written, return the reason."""
+    """Write report/nearest.npz unless it is up to date. If it cannot be written, return the reason."""
     shown = headline(facts)
     if shown is None:
         run.nearest_path.unlink(missing_ok=True)
@@ -74,11 +74,11 @@ def _look(run: RunFolder, facts: RunFacts, data: Data | None) -> str | None:
         recipe = recipe_of_run(run)
         digest = hashlib.sha256(samples.tobytes()).hexdigest()
         fingerprint = run.recipe().get("data_fingerprint")
-        # The first number is the version of the search. To make all runs search again, increment it.
+        # The first number is the search version. Increment it to repeat the search in all runs.
         key = f"1 {fingerprint} {recipe.data.flip} {name} {steps} {digest}"
         if fingerprint is not None and facts.nearest is not None and nearest_key(run) == key:
             return None
-        # Remove the neighbours that were found for earlier samples.
+        # Remove the neighbours of earlier samples.
         run.nearest_path.unlink(missing_ok=True)
         data = open_data(recipe.data) if data is None else data
         if fingerprint not in (None, data.fingerprint):

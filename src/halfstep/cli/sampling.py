@@ -1,4 +1,4 @@
-"""`halfstep sample`: draws samples from a model, and writes them to a grid, an array file or a folder."""
+"""`halfstep sample`: draws samples from a model and writes them to a grid, an array file or a folder."""
 
 import time
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ else:
 @dataclass
 class SampleArguments:
     """Draw samples from a model with any number of steps. The seeds of the samples are --seed, --seed + 1, and so on.
-    Each sample depends only on its seed, not on the batch. For a given seed, the noise is the same for all models and
-    all numbers of steps.
+    Each sample depends only on its seed, not on the batch. A given seed yields the same noise for all models and all
+    numbers of steps.
     """
 
     model: tyro.conf.Positional[Path]
@@ -57,14 +57,14 @@ class SampleArguments:
     gamma: Share | None = None
     """Variance of ancestral sampling, from the lower bound (0) to the upper bound (1, the default)."""
     batch_size: Count | None = None
-    """Number of samples drawn at once; by default, as many as fit into memory."""
+    """Number of samples drawn at once; by default, as many as fit in memory."""
     precision: Literal["float32", "bf16"] = "float32"
-    """Precision of the network; bf16 stands for bfloat16."""
+    """Precision of the network (bf16 is bfloat16)."""
     device: str | None = None
     """cpu, cuda or mps; by default, the fastest available device."""
     out: Path = Path("samples.png")
     """A .png file (one grid, in which small images are enlarged), a .npz file (arr_0, uint8 [n, h, w, c]), or a folder
-    for .png files."""
+    of .png files."""
     overwrite: Switch = False
     """Replace --out if it already exists."""
     json: Switch = False
@@ -89,7 +89,7 @@ def sample(argv: Sequence[str]) -> None:
     method = _sampler(arguments.sampler, arguments.gamma, model.sampler)
     seeds = range(arguments.seed, arguments.seed + arguments.num_samples)
     cond = _prompted(model, arguments.prompt, len(seeds))
-    # In a single process, the model finds a batch size that fits into memory. Several processes use the size that the
+    # In a single process, the model finds a batch size that fits in memory. Several processes use the size that the
     # model would try first, because on a GPU the batch size affects the least significant bits of the samples.
     share = len(seeds) if processes.count == 1 else arguments.batch_size or samples_at_once(model.device)
 
@@ -165,7 +165,7 @@ def _prompted(model: Model, prompt: str | None, number: int) -> dict[str, torch.
 
 
 def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> None:
-    """Write samples of shape `[n, *shape]` in the format that the suffix of `out` indicates.
+    """Write samples of shape `[n, *shape]` in the format given by the suffix of `out`.
 
     Raises:
         UsageError: if the samples are not images and `out` is not a .npz file.

@@ -22,13 +22,13 @@ STYLES = {"running": "bold green", "finished": "green", "stopped": "yellow", "di
 
 @dataclass
 class StatusArguments:
-    """Show the progress of a run, from any shell or machine. The run's folder is read, but neither locked nor changed.
-    The state of a run is running, finished, stopped (run the same command again), diverged or failed."""
+    """Show the progress of a run, from any shell or machine. The run's folder is neither locked nor changed. The state
+    of a run is running, finished, stopped (run the same command again), diverged or failed."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     watch: Switch = False
-    """Refresh the output every two seconds, until the run ends or you press Ctrl-C."""
+    """Refresh the output every two seconds until the run ends or you press Ctrl-C."""
     json: Switch = False
     """Print the status as one JSON document."""
 
@@ -45,7 +45,7 @@ def status(argv: Sequence[str]) -> None:
     if not arguments.watch:
         screen.show(view(found))
         return
-    # Users normally press Ctrl-C to stop watching.
+    # Ctrl-C is the normal way to stop watching.
     with contextlib.suppress(KeyboardInterrupt), Live(view(found), console=screen, auto_refresh=False) as live:
         while found.state == "running":
             time.sleep(2.0)

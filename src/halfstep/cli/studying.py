@@ -1,4 +1,4 @@
-"""`halfstep study`: reproduces the paper's tables and figures, and compares methods."""
+"""`halfstep study`: reproduces the paper's tables and figures and compares methods."""
 
 import dataclasses
 import itertools
@@ -30,9 +30,7 @@ else:
 
 @dataclass
 class StudyArguments:
-    """Run a study, which is a set of runs whose results are summarised in a table and a figure. To resume, run the same
-    command again.
-    """
+    """Run a study: a set of runs, summarised in a table and a figure. To resume, run the same command again."""
 
     name: tyro.conf.Positional[StudyName]
     """Name of the study (see `halfstep ls studies`)."""
@@ -41,15 +39,15 @@ class StudyArguments:
     recipe: RecipeName | None = None
     """Recipe for the teacher and the chain, such as imagenet64_paper; by default, the scale's own recipe."""
     data: str | None = None
-    """Data source, such as a folder; by default, the data of the scale."""
+    """Data source, such as a folder; by default, the scale's data."""
     seeds: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """Number of seeds to train with; by default, the number set by the scale."""
+    """Number of training seeds; by default, the scale's number."""
     threads: Annotated[int, Field(ge=1, le=512)] | None = None
-    """Number of CPU threads for torch; by default, torch chooses the number."""
+    """Number of CPU threads for torch; by default, torch chooses."""
     out: Path | None = None
     """Folder shared by all studies of a scale; studies/SCALE by default."""
     dry_run: Switch = False
-    """List the cells and, if known, their cost, without writing anything."""
+    """List the cells and, if known, their cost; write nothing."""
     json: Switch = False
     """Print the table or, with --dry-run, the cells as one JSON document; progress goes to stderr."""
 
@@ -110,7 +108,7 @@ def study(argv: Sequence[str]) -> None:
 
 
 def scale_of(arguments: StudyArguments) -> Scale:
-    """Return the selected scale, with the overrides from the command line."""
+    """Return the selected scale, with command-line overrides applied."""
     scale = SCALES[arguments.scale]()
     if arguments.recipe is not None:
         # The evaluation settings always come from the scale, not from the recipe.
@@ -132,5 +130,5 @@ def scale_of(arguments: StudyArguments) -> Scale:
 
 
 def describe(trial: Trial) -> str:
-    """Return the axes of a trial and their values in one line."""
+    """Return the axes of a trial and their values on one line."""
     return ", ".join(f"{key} {value}" for key, value in trial.axes.items())

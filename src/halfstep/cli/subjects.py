@@ -32,26 +32,26 @@ from halfstep.samplers import Ancestral, Sampler, samplers
 
 @pydantic.dataclasses.dataclass
 class EvaluateArguments:
-    """Measure each student of a run with the number of steps that it was distilled for, and the teacher with each of
-    these numbers. SUBJECT is a run, a stage, a diffusers pipeline (a folder or a name on the Hub), a folder of images,
-    or a .npz file of samples. To resume, run the same command again: finished samples are reused. The results are
-    written to evaluation.json, .md, .csv and .svg, and the samples are kept.
+    """Measure each student of a run at its own number of steps, and the teacher at all of these numbers. SUBJECT is a
+    run, a stage, a diffusers pipeline (a folder or a name on the Hub), a folder of images, or a .npz file of samples.
+    To resume, run the same command again: finished samples are reused. The results are written to evaluation.json, .md,
+    .csv and .svg, and the samples are kept.
     """
 
     subject: tyro.conf.Positional[str]
     """Model, run or samples to evaluate."""
     num_steps: tuple[Steps, ...] = ()
-    """Numbers of steps for the --against series or for a stage; by default, the first number of steps in the chain,
-    halved repeatedly down to 1."""
+    """Numbers of steps for the --against series or for a stage; by default, those in the recipe or, if it has none, the
+    first number of steps in the chain, halved repeatedly."""
     against: tuple[str, ...] | None = None
     """Series to compare with the students: teacher-SAMPLER or student-SAMPLER (see `halfstep ls samplers`). The default
     is teacher-ddim and, without --num-steps, also teacher-heun."""
     extractors: tuple[str, ...] = ()
     """Feature extractors for the distances: NAME or NAME=WEIGHTS (see `halfstep ls extractors`); by default, the
-    extractor of the recipe.
+    recipe's extractor.
     """
     seeds: Annotated[int, Field(ge=1, le=1000)] = 1
-    """Number of sets of seeds; if there are several sets, the results include the spread."""
+    """Number of sets of seeds; with several sets, the results include the spread."""
     num_samples: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
     """Number of samples per set; by default, the number in the recipe or, for a folder, all of its samples."""
     gamma: Share | None = None
@@ -61,9 +61,9 @@ class EvaluateArguments:
     guidance_scale: Guidance | None = None
     """Guidance scale, for models that support guidance; by default, each model's own scale."""
     precision: Literal["float32", "bf16"] | None = None
-    """Precision for sampling, where bf16 stands for bfloat16; by default, the precision in the recipe."""
+    """Precision for sampling (bf16 is bfloat16); by default, the precision in the recipe."""
     batch_size: Count | None = None
-    """Number of samples drawn at once; by default, the number in the recipe, or as many as fit into memory."""
+    """Number of samples drawn at once; by default, the number in the recipe, or as many as fit in memory."""
     data: str | None = None
     """Real samples to compare with; by default, the data of the recipe."""
     image_size: Side | None = None
@@ -97,24 +97,24 @@ class Candidate(NamedTuple):
 @final
 @dataclass(frozen=True)
 class Subject:
-    """A subject to evaluate."""
+    """The subject of an evaluation."""
 
     kind: Literal["run", "stage", "pipeline", "images"]
     out: Path
-    """The folder to which the evaluation is written by default."""
+    """The default output folder."""
     recipe: Recipe | None = None
-    """The recipe of the run that contains the subject, or None if there is no such run."""
+    """The recipe of the run that contains the subject, or None outside a run."""
     teacher: Candidate | None = None
     students: tuple[Candidate, ...] = ()
     files: Path | None = None
     """The folder of images or the file of samples, if the subject is not a model."""
     notices: tuple[str, ...] = ()
     store: Path | None = None
-    """The folder in which samples and figures are stored by default. If it is None, `out` is used."""
+    """The default folder for samples and figures. None selects `out`."""
 
 
 def subject_of(text: str) -> Subject:
-    """Return the subject with this path or name on the Hub; raise ValueError if the subject cannot be measured."""
+    """Return the subject with this path or Hub name; raise ValueError if it cannot be measured."""
     path = model_path(text)
     if is_pipeline(path) or (not path.exists() and text.count("/") == 1 and not text.startswith((".", "/", "~"))):
         model = import_pipeline(text)
@@ -173,11 +173,10 @@ def _stage(path: Path, recipe: Recipe | None) -> Subject:
 
 @final
 class Rows:
-    """The rows of the curve: each student with its own number of steps, and each --against series with each of these
-    numbers.
+    """The rows of the curve: each student at its own step count, and each --against series at all of these counts.
 
     Raises:
-        ValueError: if a series is unknown, or if no model for it exists.
+        ValueError: if a series is unknown or has no model.
     """
 
     def __init__(
@@ -196,7 +195,7 @@ class Rows:
                 self.entries.append(self._entry(series, model, sampler_of(manifest), count))
         against = arguments.against
         if against is None:
-            # If the teacher is missing because it is damaged, a notice reports this.
+            # If the teacher is missing because it is damaged, a notice reports the damage.
             against = () if subject.teacher is None else (f"teacher-{subject.teacher.manifest.outcome.sampler_name}",)
             heun = recipe.evaluation.teacher_heun_steps
             # If the teacher is itself distilled, only its own sampler is used.
@@ -208,7 +207,7 @@ class Rows:
         self._check()
 
     def _own_series(self, manifest: Manifest) -> str:
-        """Return the name of the series for the model's role and sampler. If the series does not exist, create it."""
+        """Return the name of the series for the model's role and sampler, creating the series if needed."""
         role, sampler = manifest.outcome.role, sampler_of(manifest)
         kind = manifest.outcome.sampler_name
         by = sampler_label(kind) if sampler == samplers[kind]() else repr(sampler)
@@ -223,7 +222,7 @@ class Rows:
         return names[label]
 
     def _add(self, name: str, steps: Sequence[int]) -> None:
-        """Add the series `name` from --against. The numbers of steps apply only to teachers."""
+        """Add the series `name` from --against. `steps` applies only to teachers."""
         subject, arguments = self.subject, self.arguments
         who, _, sampler = name.partition("-")
         if who not in ("teacher", "student") or not sampler:
@@ -280,8 +279,8 @@ class Rows:
             )
 
     def teacher(self) -> Entry | None:
-        """Return the teacher with its own number of steps. If it takes any number of steps, use the one of the run's
-        teacher methods that makes the most network calls.
+        """Return the teacher at its own number of steps or, if it takes any number, with the run's teacher method that
+        makes the most network calls.
         """
         teacher = self.subject.teacher
         if teacher is None or self.subject.kind == "pipeline":

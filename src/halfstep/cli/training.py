@@ -1,4 +1,4 @@
-"""The verbs that carry out a training plan: run, train, demo, distill and finish."""
+"""The verbs that execute a training plan: run, train, demo, distill and finish."""
 
 import signal
 import time
@@ -89,11 +89,11 @@ class DistillArguments(PlanArguments):
     out: Path | None = None
     """Folder of the new run; runs/NAME-STAGE-to-STEPS by default."""
     prompts: Path | None = None
-    """File with one prompt per line, instead of --data. For each prompt, a sample of the text-conditioned teacher is
-    drawn and written to OUT-data. The teacher is then distilled on these samples.
+    """File with one prompt per line, instead of --data. For each prompt, the text-conditioned teacher generates a
+    sample, which is written to OUT-data. The teacher is then distilled on these samples.
     """
     call: tuple[str, ...] = ()
-    """Arguments of the pipeline call, such as height=512 width=512. They are the same for all samples."""
+    """Arguments of the pipeline call for all samples, such as height=512 width=512."""
     base_precision: BasePrecision = "float32"
     """Precision of a pipeline's frozen weights with --chain.lora-rank: bf16, int8 or nf4 (both from bitsandbytes), or
     int8wo (from torchao)."""
@@ -103,7 +103,7 @@ class DistillArguments(PlanArguments):
 class FinishArguments(PlanArguments):
     """Finish students of a trained run: train them to bring the distribution of their samples closer to the data, or to
     the samples of a guided teacher. RUN is the folder of a run, to which the new stages are added. The options are
-    those of the run's recipe. Options of stages that are already trained cannot be changed."""
+    those of the run's recipe. The settings of stages that are already trained cannot change."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -124,7 +124,7 @@ def _run(argv: Sequence[str], kind: type[RunArguments], verb: str, what: Literal
     name, *rest = argv
     prog = f"halfstep {verb}" if verb == "demo" else f"halfstep {verb} {name}"
     default = recipe_from(name)
-    # Check the recipe's own settings first: `fitted` later removes those that the options make superfluous.
+    # Check the recipe's own settings first: `fitted` later removes those that the options make redundant.
     default.finish.plan()
     arguments = parse(kind, rest, prog, kind(default), SHORT)
     recipe, suffix = arguments.recipe, "-teacher" if what == "teacher" else ""
@@ -175,7 +175,7 @@ def distill(argv: Sequence[str]) -> None:
         label = model.manifest.stage
     if arguments.recipe.data.source == NO_DATA and arguments.prompts is None and not is_published:
         raise UsageError(
-            f"{name} is not inside a run, so its data is unknown. Add --data SOURCE, or --prompts TEXT for a pipeline"
+            f"{name} is not part of a run, so its data is unknown. Add --data SOURCE, or --prompts TEXT for a pipeline"
         )
     if stage is None:
         arguments = parsed(model.manifest)
@@ -194,7 +194,7 @@ def distill(argv: Sequence[str]) -> None:
     if arguments.dry_run and (arguments.prompts is not None or is_published):
         stand_in = _not_sampled(arguments.prompts, model, data_folder)
     elif arguments.prompts is not None:
-        # Sampling can take hours, so a plan that cannot be carried out is reported first.
+        # Sampling can take hours, so an invalid plan is reported first.
         with as_typed(rest, SHORT):
             data, _ = _not_sampled(arguments.prompts, model, data_folder)
             check_recipe(build(recipe, what="chain", teacher=model, data=data), RunFolder(out))
@@ -227,13 +227,13 @@ def _stage_at(name: str) -> StageFolder | None:
 
 
 def _imported_recipe() -> Recipe:
-    """Return the default recipe for a model that is not part of a run and whose data is therefore unknown."""
+    """Return the default recipe for a model outside a run, whose data is unknown."""
     return Recipe(name="distilled", chain=SECOND_ORDER, data=DataConfig(source=NO_DATA))
 
 
 def _chain_of(recipe: Recipe, model: Manifest | None = None) -> Recipe:
-    """Return the recipe with a chain that starts from a model. None stands for a pipeline that has not been imported
-    yet.
+    """Return the recipe with a chain that starts from a model. A `model` of None stands for a pipeline that has not
+    been imported yet.
     """
     # The per-student settings of the old chain may not fit the new chain.
     chain: dict[str, object] = {
@@ -248,7 +248,7 @@ def _chain_of(recipe: Recipe, model: Manifest | None = None) -> Recipe:
             # As a teacher, a student uses the number of steps that it was distilled for.
             chain |= {"teacher_sampler": "ddim", "teacher_steps": None}
         if model.outcome.role != "teacher":
-            # Only a teacher needs matching. A student was distilled from a model that already has these settings.
+            # Only a teacher needs matching. A matched model or a student already has these settings.
             done = ("prediction", "process", "guidance_scale", "guidance_range", "null_class")
             defaults = {name: MatchingConfig.model_fields[name].default for name in done}
             changes["matching"] = recipe.matching.model_copy(update=defaults)
@@ -256,7 +256,7 @@ def _chain_of(recipe: Recipe, model: Manifest | None = None) -> Recipe:
 
 
 def _sample_prompts(prompts: Path, recipe: Recipe, model: Model, folder: Path, screen: Screen) -> None:
-    """Sample the training data from the teacher, and write it to a folder."""
+    """Sample the training data from the teacher and write it to a folder."""
     learned, processes = recipe.matching.guidance, processes_of(recipe.engine.cpu)
     sample_prompts(
         model, prompts, folder, None if learned is None else learned.default_scale, NUM_STEPS, recipe.seed, 8,
@@ -265,7 +265,7 @@ def _sample_prompts(prompts: Path, recipe: Recipe, model: Model, folder: Path, s
 
 
 def _not_sampled(prompts: Path | None, model: Model, folder: Path) -> tuple[Data, str]:
-    """Return data that replaces the teacher's samples in a dry run, and the reason why the samples are missing."""
+    """Return data that replaces the teacher's samples in a dry run, and the reason why they are missing."""
     number, why = NUM_SAMPLES, f"the weights of {model.manifest.source} are not on this machine"
     if prompts is not None:
         number = len(read_prompts(prompts))
@@ -305,7 +305,7 @@ def finish(argv: Sequence[str]) -> None:
         raise UsageError("there is no student to finish. Add --steps, such as --steps 2 1")
     with as_typed(rest, SHORT_OF_FINISH):
         arguments.recipe.fitted(_given(rest, SHORT_OF_FINISH)).finish.plan()
-    # Existing finishing stages keep their order, and new finishing stages follow them.
+    # New finishing stages follow the existing ones, whose order does not change.
     steps = tuple(dict.fromkeys((*recipe.finish.steps, *asked.steps)))
     finishes = asked.model_copy(update={"steps": steps})
     arguments = replace(arguments, recipe=arguments.recipe.model_copy(update={"finish": finishes}))
@@ -327,8 +327,8 @@ def _carry_out(
     """With --dry-run, show the plan. Otherwise, build the run, train it and show the results.
 
     Args:
-        stand_in: the data for a dry run, and the reason why the real data is missing. By default, the recipe's data is
-            used or, if it is missing, random pixels.
+        stand_in: the data for a dry run, and the reason why the real data is missing. None selects the recipe's data
+            or, if it is missing, random pixels.
     """
     recipe = arguments.recipe
     refuse_file(out)
@@ -349,7 +349,7 @@ def _execute(recipe: Recipe, make: Callable[[], RunSpec], out: Path, json: bool)
     started = time.monotonic()
     try:
         with StopSignal() as stop:
-            # Several processes stop together, as soon as all of them have agreed to stop.
+            # Several processes stop together, once all of them have agreed to stop.
             alone = stop if world_size() == 1 else None
             with at_once(alone):
                 spec = make()

@@ -1,4 +1,4 @@
-"""Parses a command line with tyro, and turns errors into one-line messages that suggest the nearest option or value."""
+"""Parses a command line with tyro and turns errors into one-line messages that suggest the nearest option or value."""
 
 import re
 import sys
@@ -26,7 +26,7 @@ Switch = tyro.conf.FlagCreatePairsOff[bool]
 CONFIG: Final = (tyro.conf.PositionalMetavarFromFieldName,)
 
 PLAIN: Final = ConstructorRegistry()
-"""Rules for error messages and for the placeholders of values in the help (INT instead of tyro's {None}|INT)."""
+"""Rules for error messages and for value placeholders in the help (INT instead of tyro's {None}|INT)."""
 
 METAVARS: Final = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 BOUNDS: Final = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
@@ -80,7 +80,7 @@ def refuse_idle(arguments: Any, where: str, names: Iterable[str], reasons: Mappi
     Args:
         arguments: an instance of a dataclass of arguments.
         where: the end of the message "--option has no effect ...", such as "with --format web".
-        reasons: for some of the options, the reason to show in the message.
+        reasons: the reasons to show in the message for some of the options.
     """
     defaults = {field.name: field.default for field in fields(arguments)}
     for name in names:
@@ -116,7 +116,7 @@ def first_line(error: ValidationError) -> str:
 
 def parser_of(kind: type[Arguments], default: Arguments | None = None) -> ArgumentParser:
     """Return an argparse parser for the options that `parse` accepts."""
-    # Type checkers do not see that tyro's parser class derives from the class in argparse.
+    # Type checkers do not see that tyro's parser is an argparse.ArgumentParser.
     parser: Any = tyro.extras.get_parser(
         kind, default=tyro.MISSING_NONPROP if default is None else default, config=CONFIG, registry=PLAIN
     )
@@ -143,7 +143,7 @@ def parse(
 
     Raises:
         UsageError: if an option is unknown, or if the value of an option is missing or invalid.
-        SystemExit: after the help has been printed.
+        SystemExit: after printing the help.
     """
     if asked := [token for token in argv if token in HELP]:
         print(help_text(parser_of(kind, default), prog, short, "--help-all" in asked))
@@ -167,7 +167,7 @@ def as_typed(argv: Sequence[str], short: Mapping[str, str]) -> Iterator[None]:
 
 
 def expand_short(argv: Sequence[str], short: Mapping[str, str]) -> list[str]:
-    """Replace the short names of options with the full names."""
+    """Replace short option names with full names."""
     return [short.get(name, name) + equals + value for name, equals, value in (token.partition("=") for token in argv)]
 
 
@@ -221,26 +221,26 @@ def _reason(event: tyro_errors.ParseErrorEvent, prog: str, argv: Sequence[str]) 
                 return f"{name}: {family.unknown(event.value)}"
             return f"{name}: {event.value!r} is not one of {', '.join(choices)}{nearest(event.value, choices)}"
         case tyro_errors.InstantiationFailure():
-            # If tyro has wrapped the original exception, the original is the context of tyro's exception.
+            # If tyro has wrapped the original exception, the original is the `__context__` of tyro's exception.
             error = sys.exception()
             cause = error if isinstance(error, ValueError) else getattr(error, "__context__", None)
             if isinstance(cause, ValidationError):
                 return with_flag(first_line(cause), argv)
             if event.argument is None:
                 return with_flag(" ".join(str(cause or event.message).split()), argv)
-            # The message for a single value comes from `_plain`. The message for several values comes from tyro, and
+            # The message for a single value comes from `_plain`. The message for several values comes from tyro and
             # contains Python types.
             reason = event.message if event.message.startswith("needs ") else f"needs {event.argument.lowered.metavar}"
             return f"{name_of(event.argument)}: {reason}"
-    return f"this command line is invalid{help}"
+    return f"the command line is invalid{help}"
 
 
 @contextmanager
 def in_own_words(*options: str) -> Iterator[None]:
-    """In the message of a ValueError about data, remove the options that this verb does not have.
+    """In a ValueError about data, shorten --data.NAME to --NAME, and remove options that this verb lacks.
 
     Args:
-        options: the options that this verb has, without the prefix: `image-size` instead of --data.image-size.
+        options: the verb's own options without the prefix, such as `image-size` for --data.image-size.
     """
     try:
         yield

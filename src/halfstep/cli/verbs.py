@@ -26,7 +26,7 @@ class Verb:
     codes: tuple[int, ...] = (0, 2)
     """The exit codes of the verb."""
     shown: tuple[str, ...] = ()
-    """The options that the short form of the help shows. If empty, the help shows all options."""
+    """The options that the short form of the help shows; if empty, it shows all options."""
     module: str = "training"
     """The module in `halfstep.cli` that contains the verb's function and arguments, such as `RunArguments` for run."""
     is_light: bool = False
@@ -94,11 +94,11 @@ _TRAIN: Final = (
     ),
     Verb(
         "finish RUN",
-        "train a run's students further, to improve their samples",
+        "train a run's students further to improve their samples",
         ("halfstep finish runs/photos --steps 2 --dry-run", "halfstep finish runs/photos --steps 2"),
         (
-            "The new stages are added to RUN. Each stage starts from the student with the same number of steps in RUN, "
-            "and keeps that student's map.",
+            "The new stages are added to RUN. Each stage starts from RUN's student with the same number of steps and "
+            "preserves that student's map.",
             "--steps S is short for --finish.steps S.",
             RECIPE_NOTES[2],
         ),
@@ -118,7 +118,7 @@ _TRAIN: Final = (
 _USE: Final = (
     Verb(
         "sample MODEL",
-        "draw samples from a model, and write them to an image grid, an array file or a folder",
+        "draw samples from a model and write them to an image grid, an array file or a folder",
         (
             "halfstep sample runs/digits --num-samples 64 --seed 0 --out grid.png",
             "halfstep sample runs/digits/stages/00-denoise --num-steps 16 --sampler heun --out samples.npz",
@@ -139,7 +139,7 @@ _USE: Final = (
     Verb("report RUN", "write RUN/report/index.html", ("halfstep report runs/digits",), module="reporting"),
     Verb(
         "explore RUN",
-        "open a local page that compares samples of the teacher and the students from the same noise",
+        "open a local page that compares teacher and student samples drawn from the same noise",
         ("halfstep explore runs/digits", "halfstep explore runs/digits --port 8000 --max-samples 16"),
         (
             "To stop serving the page, press Ctrl-C. The exit code is then 0.",
@@ -226,8 +226,8 @@ EXIT_CODES: Final[Mapping[int, str]] = {
     0: "done",
     1: "training diverged (a loss or gradient was not finite), ran out of memory, or lost another process of the "
     "run; the last checkpoint is kept",
-    2: "bad input (the error is one line that suggests a fix), or stdout cannot be written to",
-    3: "the disk or mount of a run is full or no longer available; the error shows the last good state",
+    2: "bad input (a one-line error suggests a fix), or stdout is not writable",
+    3: "the disk or mount of a run is full or unavailable; the error shows the last good state",
     75: "another halfstep process is writing to the folder; wait, then run the same command again",
     129: "stopped by SIGHUP (the terminal was closed); a run has saved its state, and the same command resumes it",
     130: "stopped by Ctrl-C; a run can be resumed as after SIGHUP",
@@ -266,8 +266,8 @@ def overview() -> str:
 
 
 def epilogue(name: str, width: int, short: bool) -> list[str]:
-    """Return the lines that follow the options in `halfstep NAME --help`. The short form already uses the short names
-    of options, and so does not explain them.
+    """Return the lines that follow the options in `halfstep NAME --help`. The short form already uses short option
+    names, so it does not explain them.
     """
     verb = VERBS[name]
     shown = [note for note in verb.notes if not (short and " is short for " in note)]

@@ -16,17 +16,17 @@ from halfstep.runtime.launch import rank
 from halfstep.runtime.terminal import printable
 
 PIPE_WIDTH: Final = 160
-"""The width of tables, in characters, if the output is not a terminal."""
+"""The width of tables, in characters, for output that is not a terminal."""
 
 
 @final
 class Screen(Console):
-    """A console that prints only on rank 0, and ignores markup and control sequences in text.
+    """A console that prints only on rank 0 and ignores markup and control sequences in text.
 
     Args:
         json: whether stdout is reserved for a JSON document, in which case text goes to stderr.
         file: the file to write to, instead of stdout or stderr.
-        is_terminal: whether the output is a terminal. If None, this is detected.
+        is_terminal: whether the output is a terminal, or None to detect it.
     """
 
     def __init__(self, json: bool = False, file: IO[str] | None = None, is_terminal: bool | None = None) -> None:
@@ -49,7 +49,7 @@ class Screen(Console):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
     def say(self, text: str, style: str | None = None) -> None:
-        """Print one line, and let the terminal wrap it."""
+        """Print one line and let the terminal wrap it."""
         self.print(text, style=style, soft_wrap=True)
 
     def note(self, text: str, indent: str = "") -> None:
@@ -66,7 +66,7 @@ class Screen(Console):
 
 
 def print_json(value: Any) -> None:
-    """Write a value to stdout as a JSON document; raise ValueError if it contains a number that is not finite."""
+    """Write a value to stdout as a JSON document; raise ValueError if it contains a non-finite number."""
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 

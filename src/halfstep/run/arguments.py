@@ -51,7 +51,7 @@ def check_trainable(denoiser: Denoiser, *, as_it_is: bool = False) -> None:
         raise ValueError(f"the network is wrapped in {name}. Pass its .module; use torchrun for several processes")
     if isinstance(network, torch.jit.ScriptModule):
         raise ValueError("the network is a ScriptModule, which cannot be copied. Pass the original module")
-    # Importing torch._dynamo takes seconds; if a network was compiled, it has already been imported.
+    # Importing torch._dynamo takes seconds, and compiling a network has already imported it.
     dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
     if dynamo is not None and isinstance(network, dynamo.OptimizedModule):
         raise ValueError(

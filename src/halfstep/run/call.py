@@ -91,7 +91,7 @@ class Call:
 
     @contextlib.contextmanager
     def placed(self) -> Iterator[Engine]:
-        """Make the requested device current, and yield the engine settings for this device.
+        """Make the requested device current and yield the engine settings for it.
 
         Raises:
             ValueError: if the device cannot be used.
@@ -135,7 +135,7 @@ class Call:
                     warnings.warn(event.text, HalfstepWarning, stacklevel=4)
 
     def into_folder(self, spec: RunSpec) -> Model:
-        """Run or resume the plan in `out`, and return its last model. Ctrl-C saves the state before the call ends."""
+        """Run or resume the plan in `out` and return its last model. Ctrl-C saves the state before the call ends."""
         out, folder = self.out, RunFolder(self.out or Path())
         assert out is not None
 
@@ -240,7 +240,7 @@ class Chain:
     def run(self, plan: Plan, lora_rank: int | None) -> Iterator[Event]:
         """Train the stages in order.
 
-        Each stage trains a student, or the given denoiser itself if the objective of the stage needs no teacher.
+        Each stage trains a student, or the given denoiser itself if the stage's objective needs no teacher.
         """
         needs_teacher = plan.stages[0].objective.needs_teacher
         for index, (name, stage) in enumerate(zip(plan.names(int(needs_teacher)), plan.stages, strict=True)):

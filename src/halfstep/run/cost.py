@@ -46,10 +46,7 @@ class Size(NamedTuple):
 
 @final
 class Forward(NamedTuple):
-    """The cost of a forward pass of the network on one sample.
-
-    It is counted in float32, or in bfloat16 if the weights have a lower precision.
-    """
+    """The cost of a forward pass on one sample in float32, or in bfloat16 if the weights have a lower precision."""
 
     parameters: int
     trainable: int
@@ -57,13 +54,13 @@ class Forward(NamedTuple):
     flops: int
     """The number of multiplications and additions."""
     saved_bytes: int
-    """The number of bytes that autograd keeps for the backward pass, in addition to the parameters."""
+    """The number of bytes that autograd saves for the backward pass, in addition to the parameters."""
     weight_bytes: int
     """The size of the parameters in bytes. Frozen parameters are counted in their stored precision."""
 
 
 def count_forward(spec: RunSpec) -> Forward:
-    """Count the cost of a forward pass on the meta device, without computing the pass or allocating memory.
+    """Count the cost of a forward pass on the meta device, without computing anything or allocating memory.
 
     Raises:
         ValueError: if the spec has neither a network nor a teacher.
@@ -191,7 +188,7 @@ class Memory(NamedTuple):
     helpers: int
     """The weights of the objective's auxiliary networks, excluding weights that are shared with the student."""
     activations: int
-    """The activations that are kept for the backward pass of one micro batch, in the turn that keeps the most."""
+    """The activations saved for the backward pass of one micro batch, in the turn that saves the most."""
 
 
 def memory_of_update(stage: Stage, forward: Forward, engine: Engine, helpers: Mapping[str, Size]) -> Memory:
@@ -214,7 +211,7 @@ def memory_of_update(stage: Stage, forward: Forward, engine: Engine, helpers: Ma
 
 
 def _calls_kept(stage: Stage, forward: Forward, helpers: Mapping[str, Size]) -> float:
-    """Return how many calls keep their activations at once in a turn, at most, in units of a call to the student."""
+    """Return the peak size of the activations saved in a turn, relative to one student call."""
     trained = [turn.trains for turn in stage.objective.turns(stage.training.num_updates - 1)]
     evals = stage.objective.evals
     return max(
@@ -224,14 +221,14 @@ def _calls_kept(stage: Stage, forward: Forward, helpers: Mapping[str, Size]) -> 
 
 
 def _relative_size(name: str, forward: Forward, helpers: Mapping[str, Size]) -> float:
-    """Return the number of parameters of a network relative to the student's, as an estimate of relative cost."""
+    """Return a network's parameter count relative to the student's, as an estimate of its relative cost."""
     return helpers[name].parameters / forward.parameters if name in helpers else 1
 
 
 def update_flops(stage: Stage, forward: Forward, helpers: Mapping[str, Size]) -> float:
     """Return the FLOPs of an update.
 
-    The cost of a call to a helper network is scaled by the helper's parameter count relative to the student's.
+    The cost of a helper call is scaled by the helper's parameter count relative to the student's.
     """
     each = sum(evals.cost * _relative_size(name, forward, helpers) for name, evals in stage.objective.evals.items())
     return each * stage.training.batch_size * forward.flops
@@ -245,7 +242,7 @@ class Rate(NamedTuple):
     batch_size: int
     """The size of the largest batch that was timed.
 
-    Times for other sizes are estimated from this batch and from a batch of half its size.
+    Times for other batch sizes are extrapolated from this batch and one of half its size.
     """
 
 
@@ -257,8 +254,8 @@ def time_updates(spec: RunSpec, forward: Forward) -> Rate:
     trial = max(1, min(batch_size, int(FLOPS_OF_A_TRIAL / per_sample)))
     if trial == batch_size:
         return Rate(_seconds(spec, stage), trial)
-    # An update has a fixed cost (optimiser, kernel launches) and a cost per sample. The cost per sample only becomes
-    # visible once doubling the batch makes the update markedly slower.
+    # An update has a fixed cost (optimiser, kernel launches) and a cost per sample. The cost per sample can only be
+    # measured once doubling the batch makes the update markedly slower.
     small = _seconds(spec, _of_batch(stage, trial))
     most = min(spec.engine.set_micro_batch or batch_size, batch_size)
     while True:
@@ -275,9 +272,9 @@ def _of_batch(stage: Stage, batch_size: int) -> Stage:
 
 
 def _seconds(spec: RunSpec, stage: Stage, num_updates: int = 3) -> float:
-    """Time a few updates after one warm-up update, and return the duration of the fastest in seconds."""
+    """Time a few updates after one warm-up update and return the duration of the fastest in seconds."""
     accelerator = make_accelerator(spec.engine.precision, spec.engine.cpu)
-    # The updates are timed in a single process, which stores all weights.
+    # A single process is timed, so weights are not sharded.
     alone = replace(spec, engine=replace(spec.engine, sharding="none"))
     trainer = trainer_for(alone, stage, "timing", spec.teacher, accelerator)
     times = []

@@ -1,8 +1,8 @@
-"""Builds the plan of a chain from a teacher, for recipes and for `halfstep.distill`.
+"""Builds the plan of a chain that starts from a teacher, for recipes and for `halfstep.distill`.
 
 A teacher that amplifies its errors at t = 1 is matched to v-prediction before halving. If a U-Net with a discrete
 noise schedule needs matching, it also moves to the cosine schedule. On this schedule, each step loses less accuracy,
-and chains whose numbers of steps are powers of two use whole timesteps.
+and power-of-two step counts use whole timesteps.
 """
 
 import warnings
@@ -30,7 +30,7 @@ IMAGE_RANGE: Final = (-1.0, 1.0)
 
 
 def cosine_within(process: NoiseProcess) -> VPCosine:
-    """Return a cosine process from the last noise level of `process`, which may be pure noise, down to its first."""
+    """Return a cosine process with the same range of noise levels as `process`, limited to log-SNRs in [-20, 20]."""
     first = 1 / len(process.betas) if isinstance(process, VPTable) else 0.0
     bounds = process.log_snr(torch.tensor([1.0, first], dtype=torch.float64)).clamp(-20, 20)
     return VPCosine(*bounds.tolist())
@@ -42,7 +42,7 @@ class Start:
     """The teacher that a chain starts from.
 
     Args:
-        given: whether the teacher already exists, rather than being trained by the same plan.
+        given: whether the teacher already exists, as opposed to being trained by the plan.
     """
 
     process: NoiseProcess
@@ -62,8 +62,8 @@ class Start:
     """The bounds to which sampling clips the teacher's x0, or None for no clipping. A matched student learns the
     clipped x0."""
     is_clipped: bool = False
-    """Whether the teacher is a `Clipped` denoiser. Halving does not support such teachers, so a student is first
-    matched to the teacher."""
+    """Whether the teacher is a `Clipped` denoiser. Halving does not support such a teacher, so a student is first
+    matched to it."""
     is_stock: bool = False
     """Whether the teacher is a diffusers network, so that its students can be exported to diffusers."""
 
@@ -167,7 +167,7 @@ def course(
     Args:
         halvings: a function that returns the halving stages, given the guidance that the chain's first teacher has
             learned.
-        after: stages that follow the halvings, such as finishes. They get the guidance of the chain's teacher.
+        after: stages that follow the halvings, such as finishes. They inherit the guidance of the chain's teacher.
 
     Raises:
         ValueError: as for `Match.objective`, or if the halvings are impossible, a stage needs a model that does not
@@ -215,7 +215,7 @@ def _warn_of_export(start: Start, process: NoiseProcess, num_steps: int | None, 
 
 
 def _check_guidance(objective: Objective, of_start: Guidance | None, of_teacher: Guidance | None) -> None:
-    """Raise ValueError if a teacher would be guided twice, or a student would be refined without learned guidance."""
+    """Raise ValueError if a teacher would be guided twice, or a student refined without its learned guidance."""
     if objective.guides_teacher and of_teacher is not None:
         raise ValueError(
             f"the stage {objective.label} guides a teacher that has already learned {of_teacher}. Remove guide_teacher"

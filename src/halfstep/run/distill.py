@@ -1,4 +1,4 @@
-"""Trains and distils models that are built in Python, in memory or in a run folder."""
+"""Trains and distils models built in Python, in memory or in a run folder."""
 
 import copy
 import dataclasses
@@ -54,11 +54,11 @@ def fit(
     on_stage: OnStage | None = None,
     progress: bool = True,
 ) -> Any:
-    """Train a denoiser in place on the data, and return it as a `Model` that can serve as a teacher.
+    """Train a denoiser in place on the data and return it as a `Model` that can serve as a teacher.
 
     Args:
-        denoiser: a `NetworkDenoiser`, or a custom denoiser, which is returned as it is. After training, the denoiser
-            has the averaged weights if `training` averages them.
+        denoiser: a `NetworkDenoiser`, or a custom denoiser, which is returned as it is. If `training` averages the
+            weights, the denoiser ends up with the averaged weights.
         data: as for `distill`.
         weighting: the weight of the squared error in x0. None selects truncated SNR.
         seed, engine, device, out, evaluation, on_window, on_stage, progress: as for `distill`.
@@ -137,12 +137,12 @@ def distill(
         data: the clean samples: a tensor or an array `[n, *dims]` (floats are used as they are, uint8 values as
             images), (samples, {name: condition}) with conditions `[n, ...]`, opened data, a path such as a folder of
             images, or an iterable of batches such as a DataLoader. Each batch is x0 `[batch, *dims]` or (x0, {name:
-            condition}), and the iterable is restarted at its end. If None, samples of the teacher are used (see
+            condition}), and the iterable is restarted at its end. None selects samples of the teacher (see
             `samples_of`).
         to: the number of DDIM steps of the student.
-        start: the number of DDIM steps of the teacher, which must be `to` times a power of two. If None, it is the
-            number of steps of a teacher that is itself a student, and otherwise 16 times `to`.
-        training: the settings of each halving stage. The stages with 2 steps and with 1 step have twice as many
+        start: the number of DDIM steps of the teacher, which must be `to` times a power of two. None selects the
+            teacher's own number of steps if it is itself a student, otherwise 16 times `to`.
+        training: the settings of each halving stage. The stages of the 2-step and 1-step students have twice as many
             updates.
         plan: the halving stages to use instead of `to`, `start` and `training`.
         prediction: what the student's network predicts. None selects the teacher's prediction.
@@ -150,7 +150,7 @@ def distill(
             U-Net.
         guidance: the guidance that the student learns: `FixedGuidance` or `GuidanceRange`. With a `GuidanceRange`, the
             scale becomes an input of the student's network, the condition `guidance_scale` `[batch]`.
-        null: the null conditions of one sample by name. They are required for guidance.
+        null: the null conditions of one sample, keyed by name. They are required for guidance.
         matching: the training settings of the matching stage. None selects `training`.
         finish: the step counts of the students to finish after the chain, or the stages from `Plan.finishes`. The last
             of these students is returned.
@@ -159,13 +159,13 @@ def distill(
         teacher_steps: the number of steps of `teacher_sampler` for each step of the first student; 2 if None.
         lora_rank: train LoRA weights of this rank instead of whole students (diffusers networks only). The LoRA weights
             are merged into the returned student, but the stages in `out` store them separately.
-        seed: the seed that determines every random number, together with the number of the update.
+        seed: the seed of all random numbers, which also depend on the update number.
         engine: precision, micro batch, compilation and logging interval (`log_every`).
         device: the device to train on. None selects an accelerator if one is available.
-        out: a run folder like those of the command line, with a log, checkpoints and the model of every stage. Repeat
-            the call to resume the run. Ctrl-C saves the state first.
-        evaluation: how to measure the stages in `out`. If None, nothing is measured.
-        on_window: called with a stage's name and its `Window` of statistics at every `engine.log_every`th update.
+        out: a run folder like those of the command line, with a log, checkpoints and the model of every stage. Ctrl-C
+            saves the state. To resume the run, repeat the call.
+        evaluation: how to measure the stages in `out`. None disables measuring.
+        on_window: called every `engine.log_every` updates with a stage's name and its `Window` of statistics.
         on_stage: called with a stage's name and its model when the stage is complete, for example to evaluate it.
         progress: whether to show progress bars if stderr is a terminal.
 
@@ -259,8 +259,8 @@ def distill(
             trained = Chain(call, used, samples, current, known.outcome, held_null, like)
             call.watch(trained.run(chain, lora_rank), trained.model_of)
     finally:
-        # Stages freeze the teacher, set it to evaluation mode and move it to their device. Undo all of this, even after
-        # an error.
+        # Stages freeze the teacher, switch it to evaluation mode and move it to their device. Undo all of this, even
+        # after an error.
         current.train(was_training)
         for parameter, needed in zip(current.parameters(), frozen, strict=True):
             parameter.requires_grad_(needed)

@@ -44,13 +44,13 @@ class StageEnd(Event):
 @final
 @dataclass(frozen=True)
 class Measuring(Event):
-    """The next measurement of a stage has begun."""
+    """The start of a stage's next measurement."""
 
     name: str
     what: str
-    """A description of the samples or the comparison in progress."""
+    """A description of the measurement, such as "8 steps of ddim"."""
     number: int
-    """The number of the measurement, counted from 1, or 0 for the real data, which is measured first."""
+    """The number of the measurement, starting at 1, or 0 for the features of the real data."""
     total: int
 
 
@@ -60,9 +60,9 @@ class Measured(Event):
     name: str
     result: Result
     num_left: int = 0
-    """The number of results of the stage that have not been measured yet."""
+    """The number of the stage's results that are still to be measured."""
     seconds: float = 0.0
-    """The wall time of sampling and measuring the results of the stage so far."""
+    """The wall time spent on sampling and measuring the stage so far."""
     too_few: bool = False
     """Whether there are too few samples for a reliable Frechet distance."""
 

@@ -30,7 +30,7 @@ from halfstep.runtime.files import (
 
 
 class DifferentRecipe(ValueError):
-    """The folder contains a run of a different recipe; the message shows the differences."""
+    """Raised if a folder contains a run of a different recipe; the message lists the differences."""
 
 
 def differences(
@@ -42,7 +42,7 @@ def differences(
     """Return the fields in which two recipes differ, as "name: new value (the folder has old value)".
 
     Args:
-        defaults: values of fields that the old recipe may not have.
+        defaults: values of fields that the old recipe may lack.
     """
     b = flatten(new)
     a = {name: value for name, value in flatten(defaults or {}).items() if name in b} | flatten(old)
@@ -54,7 +54,7 @@ def differences(
 
 
 def identity(spec: RunSpec) -> str:
-    """Return a digest of everything that determines the learned weights: the data, and the recipe's fixed fields."""
+    """Return a digest of everything that determines the learned weights: the data and the recipe's fixed fields."""
     fields = flatten(spec.defaults) | flatten(spec.recipe)
     ignored = set(spec.free)
     if not fields.get("finish.steps"):
@@ -66,7 +66,7 @@ def identity(spec: RunSpec) -> str:
 def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, str]:
     """Check that the folder belongs to the run, and lock it.
 
-    Return the `run` that is recorded in recipe.json, and the data's fingerprint.
+    Return the `run` recorded in recipe.json and the data's fingerprint.
     """
     path = folder.path
     _check_folder(spec, folder)
@@ -75,7 +75,7 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, 
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise InUse(f"{path} is being written by another halfstep process: wait, or choose another --out") from None
+        raise InUse(f"another halfstep process is writing to {path}: wait, or choose another --out") from None
     sweep(path, *path.glob("stages/*"), *path.glob("stages/*/samples"))
     if (evaluation := path / "evaluation").is_dir():
         # Files that `halfstep evaluate` is writing are not leftovers.
@@ -150,7 +150,7 @@ def _not_a_run(folder: RunFolder) -> ValueError:
 
 
 def _held_by(folder: RunFolder) -> str | None:
-    """Return the `run` that all stages and checkpoints in a folder without recipe.json share; None if they differ."""
+    """Return the `run` shared by all stages and checkpoints in a folder without recipe.json; None if they differ."""
     found = set()
     for file in (*folder.path.glob("stages/*/manifest.json"), *folder.path.glob("stages/*/checkpoint-*/manifest.json")):
         with contextlib.suppress(DamagedFile):

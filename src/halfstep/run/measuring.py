@@ -1,4 +1,4 @@
-"""Measures the stages of a run, and writes metrics.json and a few samples from the results in the store."""
+"""Measures the stages of a run and writes metrics.json and a few samples from the results in the store."""
 
 import functools
 import time
@@ -63,7 +63,7 @@ def calls_of_measuring(spec: RunSpec) -> int:
 
 @final
 class Measuring:
-    """Measures one stage after another, and compares each student with the first model, starting from the same noise.
+    """Measures one stage after another, and compares each model with the first one on samples from the same noise.
 
     For this comparison, the first model uses the measured sampler and step count that need the most network calls.
     """
@@ -82,7 +82,7 @@ class Measuring:
         place, size = folder.evaluation_path.parent, spec.evaluation.batch_size
         self.store = Store(place, batch_size=size, own_device=True, processes=processes, stop=stop)
         self._base: Cell | None = None
-        """The finest samples of the chain's first model, which the samples of all other models are compared with."""
+        """The finest samples of the chain's first model, which are the reference for all other models' samples."""
 
     def measured(self, folder: StageFolder, model: Model, updates_before: int) -> Iterator[Event]:
         """Measure a stage unless its metrics exist. Trackers log the metrics at update `updates_before` of the plan."""
@@ -167,7 +167,7 @@ class Measuring:
         self.store.fill([cell, base])
 
         def look() -> dict[str, object]:
-            """Compare the samples with those of the first model, and keep some of the samples."""
+            """Compare the samples with those of the first model, and save some of them."""
             samples, count = self.store.samples(cell), self.evaluation.num_compared
             apart = None if cell.name == base.name else rmse(samples[:count], self.store.samples(base)[:count])
             shown = samples[: self.evaluation.num_shown]

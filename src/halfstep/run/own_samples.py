@@ -1,4 +1,4 @@
-"""Generates samples of the teacher as training data, for distillation without a data set."""
+"""Generates training data with the teacher, for distillation without a data set."""
 
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -15,7 +15,7 @@ from halfstep.models.model import Model, samples_at_once
 from halfstep.samplers import DDIM, Heun, Sampler, sample
 
 NUM_SAMPLES: Final = 4096
-"""The number of samples that are generated from a teacher if it is distilled without data."""
+"""The number of samples generated from a teacher that is distilled without data."""
 NUM_STEPS: Final = 32
 """The number of Heun steps for an undistilled teacher. They take 63 network calls and match the quality of 256 DDIM
 steps."""
@@ -34,11 +34,11 @@ def samples_of(
 
     The cost is `num_samples` times the sampler's network calls: 4,096 samples with 32 Heun steps take 258,048 forward
     passes, as many as 288 finishing updates of 64 samples. No student can be better than these samples, which contain
-    the teacher's errors and gaps. A student memorises the samples if there are only a few of them.
+    the teacher's errors and gaps. With too few samples, a student memorises them.
 
     A class-conditional model generates samples of all its classes in turn. It is sampled without guidance unless it has
-    learned a guidance scale. The noise streams differ from the streams of sample seeds, so evaluations never use the
-    same noise.
+    learned a guidance scale. The noise streams are separate from those of sample seeds, so evaluations never use
+    the same noise.
 
     Args:
         shape: the shape of one sample. None selects the shape of a loaded model.
@@ -113,7 +113,7 @@ def prompted_by(
     guidance_scale: float | None = None,
     seed: int = 0,
 ) -> Callable[[range, Cond], Tensor]:
-    """Return a function that samples the teacher, given indices below `num_samples` and the conditions for them.
+    """Return a function that samples the teacher, given indices below `num_samples` and their conditions.
 
     The samples are returned on the CPU.
 

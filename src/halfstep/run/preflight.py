@@ -15,7 +15,7 @@ def preflight(spec: RunSpec) -> None:
 
     Raises:
         ValueError: if the teacher's precision is incompatible with the settings, if LoRA or a helper is incompatible
-            with the network, or if the models could not be measured.
+            with the network, or if the models cannot be measured.
     """
     check_measurable(spec.data, spec.evaluation)
     if spec.teacher is not None and (lowered := precision_of(spec.teacher.denoiser.network)) != "float32":

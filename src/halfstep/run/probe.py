@@ -1,4 +1,4 @@
-"""Checks a denoiser against its data in a single call, before training starts."""
+"""Checks a denoiser with a single call on its data, before training starts."""
 
 import inspect
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ def _extremes(labels: Any, length: int) -> Tensor:
 
 
 def _parameters_of(network: Any) -> Mapping[str, inspect.Parameter] | None:
-    """Return the parameters of a network's call that follow x_t and the time, or None if they are unknown."""
+    """Return the parameters that a network's call takes after x_t and the time, or None if they are unknown."""
     called = network.function if isinstance(network, CallableNetwork) else network
     try:
         found = inspect.signature(called.forward if isinstance(called, nn.Module) else called).parameters
@@ -92,8 +92,8 @@ def check_called(denoiser: Denoiser, data: Data | StreamedBatches, null: Cond | 
         null: the null conditions of one sample, which are used instead of the conditions of the data.
 
     Raises:
-        ValueError: if the denoiser does not take the conditions of the data, requires other conditions, fails, or does
-            not return finite estimates with the shape of the samples and a gradient with respect to its weights.
+        ValueError: if the denoiser fails, does not take the data's conditions or requires others, or if its estimates
+            are not finite, have the wrong shape or have no gradient with respect to its weights.
     """
     network = denoiser.network if isinstance(denoiser, NetworkDenoiser) else denoiser
     what = "network" if isinstance(denoiser, NetworkDenoiser) else "denoiser"

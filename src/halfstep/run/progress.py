@@ -1,4 +1,4 @@
-"""Progress bars for calls from Python, with one line per stage. They are only shown on a terminal."""
+"""Progress bars for the Python API, with one line per stage. They are only shown on a terminal."""
 
 import contextlib
 import math
@@ -11,7 +11,7 @@ from rich.console import Console
 
 @final
 class Bars:
-    """The progress bars of the stages, which are all drawn in one display."""
+    """The progress bars of all stages, drawn in one display."""
 
     def __init__(self, display: rich.Progress) -> None:
         self._display = display

@@ -1,7 +1,7 @@
 """Runs a plan in a run folder as a generator of events, so that the caller decides what to display.
 
-The same call on the same folder resumes the run: complete stages are loaded, an unfinished stage continues from its
-latest good checkpoint, and existing metrics are not measured again.
+Repeating the call on the same folder resumes the run: complete stages are loaded, an unfinished stage continues from
+its latest good checkpoint, and existing metrics are reused.
 """
 
 import contextlib
@@ -44,20 +44,20 @@ from halfstep.train.window import Window
 def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[Event]:
     """Run or resume a plan in the run folder `path`: train, halve and measure.
 
-    If there are several processes, each of them must call this function and have access to the folder. Only rank 0
-    writes to the folder.
+    With several processes, each of them must call this function and have access to the folder. Only rank 0 writes to
+    the folder.
 
     Raises:
-        DifferentRecipe: if the folder contains a run of a different recipe or of other data; nothing is changed.
+        DifferentRecipe: if the folder contains a run with a different recipe or different data; nothing is changed.
         DamagedFile: if a file is altered or belongs to another run or stage, and cannot be recreated.
         ValueError: if the folder is neither empty nor a run folder.
         InUse: if another process is writing to the folder.
         NonFinite: if training diverged; the last checkpoint is kept, and the stage's non-finite.json describes the
             batch.
-        OutOfMemory: if an update or the sampling of an evaluation does not fit into memory.
+        OutOfMemory: if an update, or sampling for an evaluation, does not fit in memory.
         Interrupted: if `stop` was set; the state is saved.
-        NoStorage: if the disk is full or gone; the message gives the last good checkpoint.
-        LostProcess: if another process of the run is gone; the message gives the last good checkpoint.
+        NoStorage: if the disk is full or gone; the message names the last good checkpoint.
+        LostProcess: if another process of the run is gone; the message names the last good checkpoint.
         FailedElsewhere: on the other ranks, if rank 0 raised one of these errors.
     """
     folder = RunFolder(path)
@@ -96,11 +96,11 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
 
 
 STARVED: Final = 0.2
-"""If updates spend more than this share of the time waiting for data, a warning is printed."""
+"""The share of time that updates may spend waiting for data before a warning is printed."""
 
 STARVED_WINDOWS: Final = 3
-"""The number of consecutive log lines that must exceed `STARVED` before the warning. A single line is not enough,
-because a stage's first updates wait for a new thread."""
+"""The number of consecutive log lines that must exceed `STARVED` before the warning is printed. A single line is not
+enough, because a stage's first updates wait for a new thread."""
 
 
 def _of_starving(progress: Progress, data: Data) -> Notice:
@@ -112,7 +112,7 @@ def _of_starving(progress: Progress, data: Data) -> Notice:
 
 
 def _is_before(row: Mapping[str, Any], resumed: int) -> bool:
-    """Return whether a log row is intact and belongs to update `resumed` or an earlier update."""
+    """Return whether a log row is intact and belongs to update `resumed` or an earlier one."""
     update = row.get("update")
     return isinstance(update, int) and update <= resumed
 
@@ -180,10 +180,10 @@ class _Runner:
         return [held[folder.path] for folder in folders]
 
     def _found(self, folder: StageFolder, stage: Stage | None, needed: list[StageFolder]) -> str:
-        """Return "complete" or "absent" for a stage, or "dropped" if the weights of the stage were removed."""
+        """Return "complete" or "absent" for a stage, or "dropped" if its weights were removed."""
         self._still_there()
         if folder.is_complete() and not folder.manifest().weights_kept:
-            # The weights were only removed once the stage had been measured and the next stage had been trained.
+            # The stage was measured before its weights were dropped. Complete the removal if it was interrupted.
             drop_weights(folder)
             return "dropped"
         if folder.is_complete():
@@ -229,12 +229,12 @@ class _Runner:
     def _trained(self, index: int, folder: StageFolder, stage: Stage, parents: list[Model]) -> Iterator[Event]:
         spec, notices = self.spec, list[str]()
         if spec.engine.sharding != "none":
-            # The parents were measured on the device, which may not have memory for two whole networks.
+            # Measuring left the parents on the device, which may not have memory for two whole networks.
             parents = [parent.to("cpu") for parent in parents]
         start, teacher = parents or (None, None)
         with self.processes.at_once(self.stop):
             trainer = trainer_for(spec, stage, folder.name, start, self.accelerator, teacher)
-            # Only the manifests of the parents are still needed: the networks in training are copies or share weights.
+            # Only the parents' manifests are needed now, because the networks in training are copies or share weights.
             if teacher is not None and spec.engine.teacher_precision != "float32":
                 # The teacher is now a bfloat16 copy, and the student is another copy, so free the original. A LoRA
                 # keeps the weights that it shares with the original.
@@ -243,7 +243,7 @@ class _Runner:
             try:
                 held = resume(trainer, folder, self.own, notices.append)
             except OSError:
-                # If no checkpoint can be read from the disk, the message shows the latest one.
+                # The disk failed while a checkpoint was read, so the message names the latest checkpoint.
                 self.last = next(iter(folder.checkpoints()), self.last)
                 raise
         yield from map(Notice, notices)
@@ -267,7 +267,7 @@ class _Runner:
             writer.close()
             self._keep_statistics(folder, error, writer.last or self.last)
         finally:
-            # However the stage ends, nothing is written into the folder after its lock is released.
+            # However the stage ends, nothing is written to the folder after its lock is released.
             writer.close()
             self.last = writer.last or self.last
         if trainer.update < stage.training.num_updates:
@@ -277,7 +277,7 @@ class _Runner:
             )
         denoiser = trainer.finish()
         assert isinstance(denoiser, NetworkDenoiser)
-        # accelerate would otherwise keep the networks and moments of all stages.
+        # accelerate would otherwise retain the networks and optimiser moments of all stages.
         self.accelerator._models.clear()
         self.accelerator._optimizers.clear()
 
@@ -290,7 +290,7 @@ class _Runner:
         self.processes.on_main(write)
 
     def _updates(self, trainer: StageTrainer, writer: CheckpointWriter) -> Iterator[Event]:
-        """Train a stage to its end, writing log lines and checkpoints.
+        """Train a stage to completion, writing log lines and checkpoints.
 
         Raises:
             Interrupted: if `stop` was set; the state is saved.
@@ -313,7 +313,7 @@ class _Runner:
                     if starved == STARVED_WINDOWS and not isinstance(spec.data, MemoryData):
                         yield _of_starving(progress, spec.data)
             elif update % KEPT == 0:
-                # Check while the batch that caused a non-finite value is still kept.
+                # Check while the batch that caused a non-finite value is still available.
                 trainer.check_finite()
             if due and not done:
                 trainer.pause(writer.save(trainer))
@@ -321,7 +321,7 @@ class _Runner:
                 saved = update
                 if stopping:
                     break
-        # A signal during an update also ends the iteration; a resumed run repeats that update.
+        # A signal during an update also ends the loop; a resumed run repeats that update.
         if trainer.update < trainer.last_update:
             if trainer.update > logged:
                 yield self._logged(trainer)
@@ -344,7 +344,7 @@ class _Runner:
             raise OSError(errno.ESTALE, "it is gone", str(self.folder.path))
 
     def _keep_statistics(self, folder: StageFolder, error: NonFinite, last: Path | None) -> NoReturn:
-        """Write the statistics of the batch to the stage's folder, and raise the error with the last good state."""
+        """Write the batch's statistics to the stage's folder, and raise the error with the last good state."""
         kept, file, statistics = "", _statistics_path(folder), error.statistics
         if statistics is not None:
             self.processes.on_main(lambda: write_json(file, dict(statistics)))
@@ -372,7 +372,7 @@ class _Runner:
         self.trackers.log(stage, figures, self._updates_before + window.update)
 
     def _class_names(self, origin: Manifest | None) -> tuple[str, ...]:
-        """Return the class names of a model: those of its parent or, if the parent has none, those of the data."""
+        """Return the class names of a model: its parent's or, if the parent has none, the data's."""
         spec = self.spec
         if not spec.num_classes:
             return ()

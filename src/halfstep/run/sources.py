@@ -29,10 +29,10 @@ MOST_CLASSES: Final = 10**6
 
 @final
 class StreamedBatches:
-    """Regroups batches of any size from an iterable to the training batch size, and restarts the iterable at its end.
+    """Batches from an iterable, regrouped to the training batch size. The iterable is restarted at its end.
 
-    Unlike with other data, samples arrive in order, regardless of the update number. Every process must get the same
-    batches, and uses only its share of each batch.
+    Unlike with other data, samples arrive in order, regardless of the update number. Every process must receive
+    the same batches and uses only its share of each.
 
     Raises:
         ValueError: if an item is neither x0 nor (x0, cond), the parts of an item differ in length, or the iterable is
@@ -59,7 +59,7 @@ class StreamedBatches:
 
     @property
     def conditions(self) -> dict[str, tuple[int, ...]]:
-        """The names of the conditions, and the shape of each condition for one sample."""
+        """The conditions, each with its per-sample shape."""
         return _forms(self.first.cond)
 
     def __call__(self, draw: Draw) -> Batch:
@@ -148,7 +148,7 @@ class StreamedBatches:
 
 
 def _condition(name: str, value: Any) -> Tensor:
-    """Return the values of a condition as a tensor. Floats have at most 32 bits, and whole numbers become int64."""
+    """Return the values of a condition as a tensor. float64 becomes float32, and integers become int64."""
     if not isinstance(value, Tensor | np.ndarray):
         raise ValueError(f"the condition {name} must be a tensor or an array, got {got(value)}. Pass torch.tensor(...)")
     if isinstance(value, np.ndarray):
@@ -258,7 +258,7 @@ def in_memory(x0: Array, cond: Mapping[str, Array] | None = None) -> MemoryData:
 
 
 def as_source(data: Source | StreamedBatches) -> Data | StreamedBatches:
-    """Open and check the user's data, and warn if the scale of the data is far from the scale of the noise.
+    """Open and check the user's data, and warn if its scale differs greatly from that of the noise.
 
     Raises:
         ValueError: if the data cannot be used.
@@ -299,7 +299,7 @@ def _opened(data: Source | StreamedBatches) -> Data | StreamedBatches:
 
 
 def conditions_of(data: Data | StreamedBatches) -> dict[str, tuple[int, ...]]:
-    """Return the data's conditions other than integer class labels, each with its shape for one sample."""
+    """Return the data's conditions other than integer class labels, each with its per-sample shape."""
     if isinstance(data, StreamedBatches):
         return data.conditions
     first = data.fetch(torch.zeros(1, dtype=torch.int64)).cond
@@ -310,9 +310,9 @@ def conditions_of(data: Data | StreamedBatches) -> dict[str, tuple[int, ...]]:
 def as_batches(
     data: Data | StreamedBatches, device: torch.device, flip: bool = False, shown: Container[str] | None = None
 ) -> tuple[Batches, int]:
-    """Return the training batches, and the number of updates for which to prepare batches ahead.
+    """Return the training batches, and for how many updates ahead to prepare them.
 
-    If the data is small, the batches come from a copy of the data on the device.
+    If the data is small, batches are drawn from a copy on the device.
 
     Args:
         flip, shown: as for `training_batch`. They are ignored for streamed batches.

@@ -21,16 +21,16 @@ FREE_SETTINGS: Final = (
     *(f"evaluation.{setting.name}" for setting in fields(Evaluation)),
     *(f"engine.{name}" for name in IDLE),
 )
-"""Evaluation and engine settings that may change when a run resumes, because they do not affect what is learned."""
+"""Evaluation and engine settings that may change when a run resumes, because they do not affect the learned weights."""
 
 
 @final
 @dataclass(frozen=True)
 class RunSpec:
-    """Everything that a run needs, as objects that are built from a recipe or a Python call."""
+    """Everything that a run needs, as objects built from a recipe or a Python call."""
 
     recipe: Mapping[str, Any]
-    """The recipe as plain data. It is stored in recipe.json, which shows whether a folder belongs to this run."""
+    """The recipe as plain data. It is stored in recipe.json, which identifies the run in a folder."""
     plan: Plan
     data: Data
     process: NoiseProcess
@@ -38,11 +38,11 @@ class RunSpec:
     network: Callable[[], nn.Module] | None = None
     """A function that builds an untrained network for the first stage. It is not called if `teacher` is given."""
     teacher: Model | None = None
-    """The model that the chain starts from, or None if a first stage trains the teacher."""
+    """The model that the chain starts from, or None if the first stage trains the teacher."""
     own_network: nn.Module | None = None
     """A network of the user's own class. Each model gets a copy, because no manifest can rebuild such a network."""
     own_conditions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """The conditions other than the class, each with its shape for one sample, if no teacher is given."""
+    """The conditions other than the class, each with its per-sample shape, if no teacher is given."""
     start_steps: int | None = None
     """The number of steps of the chain's first teacher."""
     conditional: bool = True
@@ -51,7 +51,7 @@ class RunSpec:
     clip: bool = False
     seed: int = 0
     lora_rank: int | None = None
-    """The LoRA rank of the students, or None to train all weights of the students."""
+    """The LoRA rank of the students, or None to train all their weights."""
     engine: Engine = Engine()
     """How the run uses the machine."""
     keep: tuple[int, ...] | None = None
@@ -63,7 +63,7 @@ class RunSpec:
     free: tuple[str, ...] = ()
     """The dotted names of the recipe fields that may change when a run resumes."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """The defaults of recipe fields. They also apply to recipes that were written before a field existed."""
+    """The defaults of recipe fields, which also apply to recipes written before a field existed."""
 
     @property
     def stages(self) -> list[tuple[str, Stage | None]]:
@@ -99,5 +99,5 @@ class RunSpec:
 
     @property
     def conditions(self) -> Mapping[str, tuple[int, ...]]:
-        """The conditions of the models other than the class, each with its shape for one sample."""
+        """The models' conditions other than the class, each with its per-sample shape."""
         return self.own_conditions if self.teacher is None else self.teacher.manifest.conditions

@@ -50,7 +50,7 @@ def trainer_for(
     accelerator: Accelerator,
     teacher: Model | None = None,
 ) -> StageTrainer:
-    """Return the trainer of a stage, which trains an untrained network or a student.
+    """Return the trainer of a stage's untrained network or student.
 
     Args:
         start: the model from which the student is initialised, or None to train an untrained network.

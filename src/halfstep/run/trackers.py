@@ -1,6 +1,6 @@
 """Logs a run and its images to TensorBoard, Weights & Biases or Trackio, through accelerate's trackers.
 
-Steps count the updates of the whole plan. Names start with the name of the stage, as in "01-halve-0512/loss".
+Steps count the updates of the whole plan. Names start with the stage's name, as in "01-halve-0512/loss".
 """
 
 import re
@@ -42,9 +42,10 @@ def chosen_trackers(names: Sequence[str] | None) -> tuple[str, ...]:
 
 @final
 class Trackers:
-    """The trackers of a run, which are selected by the names that `chosen_trackers` returns.
+    """The trackers of a run, selected by the names that `chosen_trackers` returns.
 
-    Each tracker writes into a subfolder of `folder` with the tracker's name, and stores `recipe` as the run's settings.
+    TensorBoard and Weights & Biases write to subfolders of `folder`. Weights & Biases and Trackio store `recipe` as the
+    run's settings.
     """
 
     def __init__(self, names: Sequence[str], folder: Path, name: str, recipe: Mapping[str, Any]) -> None:
@@ -54,7 +55,7 @@ class Trackers:
     def start(self, step: int) -> None:
         """Start the trackers, or resume the same run in them, at update `step` of the plan.
 
-        TensorBoard drops everything that was logged after the checkpoint. The other trackers log it again.
+        TensorBoard drops everything logged after the checkpoint. Other trackers keep it and log these updates again.
         """
         if self._started or not self._names:
             return
@@ -72,7 +73,7 @@ class Trackers:
                 # Trackio identifies a run by its name.
                 unique = f"{self._name}-{identity[:6]}"
                 tracker = TrackioTracker("halfstep", name=unique, resume="allow", config=settings)
-            # Trackio prints to stdout, where a run prints its own lines.
+            # Trackio prints to stdout, which the run uses for its own output.
             try:
                 with redirect_stdout(StringIO()):
                     tracker.start()
@@ -81,7 +82,7 @@ class Trackers:
             except Exception as error:  # each library has its own error types
                 remedy = "run `wandb login`, or set WANDB_MODE=offline" if name == "wandb" else "choose another --out"
                 raise ValueError(
-                    f"the tracker {name} cannot write into {self._folder} ({first_line(error)}). Remove it from "
+                    f"the tracker {name} cannot write to {self._folder} ({first_line(error)}). Remove it from "
                     f"--engine.trackers, or {remedy}"
                 ) from None
             if isinstance(tracker, WandBTracker):
@@ -108,7 +109,7 @@ class Trackers:
                 tracker.log(named, step=step)
 
     def picture(self, stage: str, name: str, file: Path, step: int) -> None:
-        """Log an image file of a stage, except to Trackio, which does not support images."""
+        """Log an image file of a stage. Trackio is skipped, because it does not support images."""
         for tracker in self._started:
             if isinstance(tracker, TrackioTracker):
                 continue

@@ -1,4 +1,4 @@
-"""The run folder as a schema: the contract between the engine, the report and the export.
+"""The schema of a run folder: the contract between the engine, the report and the export.
 
 This package does not import torch.
 
@@ -14,14 +14,14 @@ RUN/
       metrics.json            `Metrics`
       samples/steps-0008.npz  arr_0: the first samples with 8 steps, from the same seeds in every stage; also as .png;
                               steps-0032-heun.npz if the sampler is not the model's own
-      checkpoint-00000400/    state of an unfinished stage; manifest.json with a sha256 of each file
+      checkpoint-00000400/    state of an unfinished stage; manifest.json contains the sha256 of each file
       non-finite.json         statistics of the batch, if the stage diverged
   report/index.html           and nearest.npz, the training samples nearest to some samples
   evaluation/evaluation.json  `EvaluationResult`, and the cells that it was computed from (`evaluation.py`)
 
-recipe.json, manifests, metrics.json, evaluation.json, cell.json and figures are sealed (`files.write_sealed`), so that
-the content of these files is verified too. Manifests and metrics.json record their stage and run, which every reader
-compares with the folder that contains the file. heartbeat.json and log.jsonl only affect what is displayed.
+recipe.json, manifests, metrics.json, evaluation.json, cell.json and figures are sealed (`files.write_sealed`), so
+readers verify their content. Manifests and metrics.json record their stage and run, which readers compare with the
+containing folder. heartbeat.json and log.jsonl only affect the display of progress.
 """
 
 from halfstep.runs.best import Best, teacher_best, too_few

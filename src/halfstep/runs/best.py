@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 from halfstep.runs.schema import Result
 
 BEST_OF: Final = ("ddim", "heun")
-"""The samplers that count towards the teacher's best result, because students follow the same deterministic paths."""
+"""The samplers that count towards the teacher's best result. They follow the same deterministic paths as students."""
 
 
 class Best(NamedTuple):
@@ -25,11 +25,11 @@ class Best(NamedTuple):
 
     @classmethod
     def of(cls, result: Result) -> "Best":
-        """Return the fields of a metrics.json row that are compared."""
+        """Return the compared fields of a metrics.json row."""
         return cls(**{name: getattr(result, name) for name in cls._fields})
 
     def ratio(self, frechet: float) -> float | None:
-        """Return the ratio of a Frechet distance to the teacher's, or None if the ratio is undefined.
+        """Return the ratio of a Frechet distance to the teacher's, or None if it is undefined.
 
         Both distances must be measured with the same protocol.
         """
@@ -56,5 +56,5 @@ def teacher_best(cells: Iterable[Best], by_kid: bool = False) -> Best | None:
 
 
 def too_few(num_samples: int, num_reference: int, dimension: int) -> bool:
-    """Return whether a covariance is singular for lack of samples, which makes the Frechet distance unreliable."""
+    """Return whether a covariance is singular because of too few samples, making the Frechet distance unreliable."""
     return min(num_samples, num_reference) <= dimension

@@ -1,9 +1,9 @@
 """The results of `halfstep evaluate` in evaluation/evaluation.json, with one table per protocol.
 
-Results of different protocols (extractor, reference, counts, seeds) are not comparable, so they never share a table.
+Results from different protocols (extractor, reference, counts, seeds) are not comparable, so they never share a table.
 
 The file is rewritten after every cell, so an interrupted evaluation shows all results so far. evaluation.md, .csv and
-.svg present the same results to readers. The folders cells/ and figures/ next to it are the store (`measure/store.py`).
+.svg present the same results. The folders cells/ and figures/ next to it are the store (`measure/store.py`).
 """
 
 from typing import Any, Literal
@@ -53,9 +53,10 @@ class Protocol(Record):
     """`sets` compares the features of samples with those of real data. `same_noise` compares each sample with the
     teacher's sample from the same noise."""
     extractor: str
-    """`pixels`, `classifier-1-<data>`, `resnet20-cifar10-<weights>`, ... Features with the same name are comparable."""
+    """`pixels`, `classifier-1-<data>`, `resnet20-cifar10-<weights>`, ... Features from extractors with the same name
+    are comparable."""
     extractor_facts: dict[str, Any]
-    """The dimension of the features, and the sha256 and the accuracy of the extractor's weights if they are known."""
+    """The feature dimension and, if known, the sha256 of the extractor's weights and the extractor's accuracy."""
     resize: str
     """How samples are resized for the extractor."""
     reference: str
@@ -98,11 +99,11 @@ class Row(Record):
 
 
 class Halves(Record):
-    """The distances between two halves of the real data. Distances smaller than these are meaningless."""
+    """The distances between two disjoint halves of the real data. Smaller distances are meaningless."""
 
     num_each: int
-    """The number of samples in each of two disjoint halves. It is smaller than a row's number of samples, which biases
-    the Frechet distance of the halves further upwards."""
+    """The number of samples in each half. It is smaller than a row's number of samples, so the Frechet distance of the
+    halves is biased further upwards."""
     figures: dict[str, float]
 
 
@@ -122,7 +123,7 @@ class EvaluationResult(Record):
 
     format: int = EVALUATION_FORMAT
     run: str | None = None
-    """The `run` in recipe.json of the run that was measured, or None for any other subject."""
+    """The `run` in the measured run's recipe.json, or None for any other subject."""
     subject: str
     """The subject of the evaluation, as the user typed it."""
     kind: Literal["run", "stage", "pipeline", "images"]
@@ -134,8 +135,8 @@ class EvaluationResult(Record):
     tables: list[EvaluationTable]
     """The tables of `sets` in the order of the requested extractors, followed by the table of `same_noise`."""
     notices: list[str]
-    """Notices of one sentence each, for example about skipped damaged stages or small-sample bias."""
+    """One-sentence notices, for example about skipped damaged stages or small-sample bias."""
     environment: dict[str, Any]
     """The versions, commit, machine and command line."""
     seconds: float
-    """The total wall time of sampling and measuring, over all calls."""
+    """The total wall time spent on sampling and measuring, over all calls."""

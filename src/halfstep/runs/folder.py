@@ -1,4 +1,4 @@
-"""The layout of a run folder: the paths of its files, and readers that verify the files."""
+"""The layout of a run folder: the paths of its files, and readers that verify them."""
 
 import contextlib
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class StageFolder:
 
     @property
     def null(self) -> Path:
-        """The file with the null conditions, for a model that is called twice per step with guidance."""
+        """The file with the null conditions of a model that guidance calls twice per step."""
         return self.path / "null.safetensors"
 
     @property
@@ -52,12 +52,12 @@ class StageFolder:
 
     @property
     def remedy(self) -> str:
-        """How to recover from a damaged or foreign file of the stage."""
+        """How to recover from a damaged or foreign file in the stage."""
         if self.run is None:
             return "restore it from a copy, or import or train the model again"
         return (
-            f"restore it from a copy, or remove {self.path} and the stages after it, then rerun the command of the run "
-            "to train these stages again"
+            f"restore it from a copy, or remove {self.path} and the stages after it, then rerun the run's command to "
+            "train these stages again"
         )
 
     def is_complete(self) -> bool:
@@ -65,7 +65,7 @@ class StageFolder:
         return self.manifest_path.exists()
 
     def checkpoints(self) -> list[Path]:
-        """Return the checkpoint folders, with the latest first."""
+        """Return the checkpoint folders, latest first."""
         return sorted(self.path.glob("checkpoint-*"), reverse=True)
 
     def manifest(self, verify: bool = True) -> Manifest:
@@ -155,12 +155,12 @@ class RunFolder:
 
     @property
     def nearest_path(self) -> Path:
-        """The file with some samples and their nearest training samples, which `halfstep.report.nearest` writes."""
+        """The file with some samples and their nearest training samples, written by `halfstep.report.nearest`."""
         return self.path / "report" / "nearest.npz"
 
     @property
     def evaluation_path(self) -> Path:
-        """The evaluation.json that `halfstep evaluate` writes, next to the cells from which it is computed."""
+        """The evaluation.json that `halfstep evaluate` writes next to the cells from which it is computed."""
         return self.path / "evaluation" / "evaluation.json"
 
     def evaluation(self) -> EvaluationResult | None:
@@ -242,7 +242,7 @@ class RunFolder:
                 raise DamagedFile(f"{self.recipe_path} does not contain a recipe")
         except DamagedFile as error:
             raise DamagedFile(
-                f"{error}; restore it from a copy, or remove it and rerun the command of the run to write it again"
+                f"{error}; restore it from a copy, or remove it and rerun the run's command to write it again"
             ) from None
         return data
 

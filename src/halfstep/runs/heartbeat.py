@@ -1,4 +1,4 @@
-"""The heartbeat of the process that is writing a run, for readers in other shells and on other machines.
+"""The heartbeat of the process that is writing to a run, for readers in other shells and on other machines.
 
 A file lock would not work: a reader that tests the lock may take it from a run that is starting, and shared disks may
 not support locks. A small file that is rewritten every few seconds can be read by anyone.
@@ -17,7 +17,7 @@ from typing import Final, Self, final
 from halfstep.runtime.files import DamagedFile, write_json
 
 SECONDS: Final = 5.0
-"""The number of seconds between two heartbeats."""
+"""The number of seconds between heartbeats."""
 SILENT_SECONDS: Final = 60.0
 """The number of seconds without a heartbeat after which a process counts as dead, even if its process id exists."""
 
@@ -33,14 +33,14 @@ def this_machine() -> list[str]:
 
 @final
 class Heartbeat:
-    """A file that is rewritten every few seconds inside a `with` block, and finally records how the process ended.
+    """A file that is rewritten every few seconds within a `with` block and finally records how the process ended.
 
     {"state": "running", "finished", "stopped", "diverged" or "failed"; "message": the error message, or null; "pid";
     "machine": see `this_machine`; "started", "updated": seconds since 1970}. Failed writes are ignored, because a full
     disk is reported by the write that loses data. A folder that was removed is not recreated.
 
     Args:
-        ends: the state for each type of error. Any other error gives "failed", and no error gives "finished".
+        ends: the state for each type of error. Any other error means "failed", and no error means "finished".
     """
 
     def __init__(self, path: Path, ends: Mapping[type[BaseException], str]) -> None:
@@ -62,7 +62,7 @@ class Heartbeat:
         if error is None:
             self._write("finished", None)
             return
-        # A closed generator or a second Ctrl-C ended the run early.
+        # The caller closed the generator, or the user pressed Ctrl-C twice.
         ends: dict[type[BaseException], str] = {GeneratorExit: "stopped", KeyboardInterrupt: "stopped", **self.ends}
         state = next((state for kind, state in ends.items() if isinstance(error, kind)), "failed")
         self._write(state, " ".join(str(error).split()) or type(error).__name__)

@@ -1,4 +1,4 @@
-"""The log of a run, whose JSON lines stay readable if the run is killed. A resumed run continues the log."""
+"""The log of a run, whose JSON lines remain readable if the run is killed. A resumed run continues the log."""
 
 import json
 import os
@@ -17,7 +17,7 @@ def is_finite(value: object) -> TypeGuard[int | float]:
 
 
 def finite(value: object) -> float | None:
-    """Return the value if it is a number that can be plotted, otherwise None."""
+    """Return the value as a float if it can be plotted, otherwise None."""
     return float(value) if is_finite(value) else None
 
 
@@ -54,7 +54,7 @@ class RunLog:
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add one row with flat keys."""
+        """Append one row with flat keys."""
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ class RunLog:
             file.write(json.dumps(row) + "\n")
 
     def keep(self, wanted: Callable[[Row], bool]) -> None:
-        """Drop the rows that are not `wanted`, such as those written after the checkpoint that a run resumes from."""
+        """Drop the rows that are not `wanted`, such as rows after the checkpoint from which a run resumes."""
         if self.path is None or not self.path.exists():
             return
         kept = [row for row in read_log(self.path) if wanted(row)]

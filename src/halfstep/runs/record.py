@@ -1,4 +1,4 @@
-"""The base class of recipes, configurations and the types of JSON files."""
+"""The base class of recipes, configurations and JSON file types."""
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -10,7 +10,7 @@ class Record(BaseModel):
 
 
 def problem_of(error: ValidationError) -> str:
-    """Return the first invalid field and what is wrong with it, as "field: problem"."""
+    """Return the first problem in a validation error, as "field: problem"."""
     first = error.errors()[0]
     where, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
     return f"{where}: {reason}" if where else reason

@@ -24,37 +24,36 @@ class Pipeline(Record):
     component: str
     """The part that the model replaces: unet or transformer."""
     averaged: bool = False
-    """Whether the weights are the averaged weights that are stored next to the component (unet_ema)."""
+    """Whether the weights are the averaged ones stored next to the component (unet_ema)."""
     options: dict[str, Any] = Field(default={})
-    """The arguments of the pipeline's call that are the same for all samples."""
+    """The arguments of the pipeline call, which are the same for all samples."""
     guidance: str | None = None
-    """The name of the pipeline call's argument that sets the guidance scale."""
+    """The name of the call argument that sets the guidance scale."""
     off: float | None = None
-    """The value of this argument that disables guidance, or None if the network itself takes the scale."""
+    """The value of this argument that disables guidance, or None if the network takes the scale as an input."""
     scale: float | None = None
-    """The scale at which the network was trained, if the network itself takes the scale."""
+    """The scale at which the network was trained, if the network takes the scale as an input."""
     end: str | None = None
-    """The name of the pipeline call's argument that sets the end of a sound in seconds, if each sound can have its own
-    end."""
+    """The name of the call argument that sets the end of a sound in seconds, if each sound can have its own end."""
 
 
 class Outcome(Record):
-    """The role of a stage's model and how the model is sampled, as the stage's objective declares."""
+    """The role of a stage's model and how to sample it, as declared by the stage's objective."""
 
     role: RoleName
     num_steps: int | None = None
     """The number of sampler steps that the model was distilled for, or None for any number."""
     sampler: dict[str, Any] = Field(default={"type": "ddim"})
-    """The sampler as {"type": its name in the registry of samplers, and its fields}."""
+    """The sampler as {"type": its registered name, and its fields}."""
 
     @property
     def sampler_name(self) -> str:
-        """The name of the sampler in the registry of samplers."""
+        """The registered name of the sampler."""
         return str(self.sampler.get("type"))
 
 
 class PlannedStage(NamedTuple):
-    """A row of the plan in recipe.json: a stage before it is trained."""
+    """A planned stage: a row of the plan in recipe.json."""
 
     name: str
     role: RoleName | None = None
@@ -63,11 +62,11 @@ class PlannedStage(NamedTuple):
     num_updates: int = 0
     """The number of updates, or 0 for a given model."""
     update_cost: float = 1.0
-    """The cost of an update in forward passes of one sample."""
+    """The cost of an update, in forward passes of one sample."""
 
 
 class Manifest(Record):
-    """The manifest.json of a stage, which contains everything needed to rebuild the model, and the model's origin."""
+    """The manifest.json of a stage, which contains the model's origin and everything needed to rebuild the model."""
 
     format: int = FORMAT
     run: str | None = None
@@ -79,7 +78,7 @@ class Manifest(Record):
     teacher: str | None = None
     """The stage from which the model learned."""
     outcome: Outcome
-    """The role, number of steps and sampler of the model, which are recorded nowhere else."""
+    """The model's role, number of steps and sampler, which are recorded nowhere else."""
     start_steps: int | None = None
     """The number of steps of the first teacher in the stage's chain."""
     num_updates: int
@@ -95,10 +94,10 @@ class Manifest(Record):
     class_names: tuple[str, ...] = ()
     """The labels or folder names of the model's classes, in order; empty if unknown."""
     conditions: dict[str, tuple[int, ...]] = Field(default={})
-    """The model's other conditions, each with its shape for one sample."""
+    """The model's other conditions, each with its per-sample shape."""
     guidance: dict[str, Any] | None = None
-    """The guidance that the network has learned, as {"type": its name in the registry of guidances, and its fields}, or
-    None if the network has not learned guidance."""
+    """The guidance that the network has learned, as {"type": its registered name, and its fields}, or None if it has
+    learned none."""
     guidance_scale: float | None = None
     """The default guidance scale, or None without guidance."""
     is_image: bool
@@ -106,15 +105,15 @@ class Manifest(Record):
     clip: bool
     """Whether sampling clips x0 to [-1, 1]."""
     network: dict[str, Any]
-    """The network as {"type": its name in the registry of networks, and its arguments}."""
+    """The network as {"type": its registered name, and its arguments}."""
     process: dict[str, Any]
-    """The noise process as {"type": its name in the registry of processes, and its fields}."""
+    """The noise process as {"type": its registered name, and its fields}."""
     prediction: dict[str, Any]
-    """The prediction as {"type": its name in the registry of predictions, and its fields}."""
+    """The prediction as {"type": its registered name, and its fields}."""
     base: str | None = None
     """The stage of the same run that contains the base weights of this LoRA, or None if the model is not a LoRA."""
     pipeline: Pipeline | None = None
-    """The diffusers pipeline that the model came from. An export copies the other parts of the pipeline."""
+    """The diffusers pipeline that the model came from. An export copies the pipeline's other parts."""
     files: dict[str, str]
     """The sha256 of each file."""
     source: str | None = None
@@ -184,8 +183,8 @@ class Result(Record):
     recall: float | None = None
     coverage: float | None = None
     teacher_rmse: float | None = None
-    """The RMS difference on [-1, 1] from the finest samples of the chain's first model, drawn from the same noise, or
-    None for those samples themselves."""
+    """The RMS difference, on the scale [-1, 1], from the finest samples of the chain's first model, drawn from the same
+    noise; None for those samples themselves."""
     seconds_per_1000: float
     """The wall time for 1,000 samples."""
     samples: str | None = None
@@ -202,9 +201,9 @@ class Metrics(Record):
     """The extractor, counts, reference data, seed and device. Results of different protocols must not be compared."""
     results: list[Result]
     files: dict[str, str] = Field(default={})
-    """The sha256 of each sample file, keyed by the path of the file in the stage's folder."""
+    """The sha256 of each sample file, keyed by its path in the stage's folder."""
     seconds: float | None = None
-    """The wall time of sampling and measuring, excluding results that already existed."""
+    """The wall time spent on sampling and measuring, excluding results that already existed."""
     note: str | None = None
     """A warning, if there are too few samples for reliable distances."""
     too_few: bool = False

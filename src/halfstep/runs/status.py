@@ -1,8 +1,8 @@
 """The progress of a run, for the live display and for any other process that reads the run folder.
 
-The time left is counted in forward passes: the number of updates of a stage times the cost of an update, from
-recipe.json. The pace comes from the last updates of the current stage or, before its first update, of the previous
-stage. Updates of an earlier process do not count, because that process may have run on another machine.
+The remaining work is counted in forward passes: each stage's remaining updates times the cost of an update, from
+recipe.json. The pace is that of the latest updates of the current stage or, before its first update, of the previous
+stage. Updates by an earlier process do not count, because that process may have run on another machine.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ SHOWN: Final = (
 RESULT: Final = {"sampler", "num_steps", "num_evals", "frechet", "kid"}
 """The fields of a result in the JSON status."""
 LOG_BYTES: Final = 2**20
-"""The number of bytes to read from the end of the log, where the rows of the current stage are."""
+"""The number of bytes to read from the end of the log, which contains the rows of the current stage."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class StageStatus:
     num_updates: int
     """The planned number of updates, or the actual number once the stage is done."""
     update_cost: float = 1.0
-    """The cost of an update in forward passes of one sample."""
+    """The cost of an update, in forward passes of one sample."""
     state: StageState = "to come"
     update: int = 0
     """The number of finished updates."""
@@ -64,17 +64,17 @@ class StageStatus:
     protocol: Mapping[str, Any] | None = None
     """The protocol of the results."""
     measuring_seconds: float = 0.0
-    """The wall time of sampling and measuring the results."""
+    """The wall time spent on sampling and measuring."""
     too_few: bool = False
-    """Whether there are too few samples for a reliable Frechet distance, so that models are compared by their KID."""
+    """Whether there are too few samples for a reliable Frechet distance, so that models are compared by KID."""
     num_unmeasured: int = 1
-    """The number of results that are still to come, if it is known."""
+    """The number of results still to be measured, if known."""
     measuring: str = ""
     """A description of the measurement in progress."""
     role: str | None = None
     """The role of the stage's model: teacher, matched or student, or None if it is unknown."""
     rows: list[tuple[int, float]] = field(default_factory=list)
-    """The update and the training time in seconds of each of the last log rows."""
+    """The update and the training time, in seconds, in each of the last log rows."""
 
     @property
     def is_done(self) -> bool:
@@ -104,7 +104,7 @@ class StageStatus:
 
     def forget(self, lifetime: float) -> None:
         """Drop the rows of earlier processes, given that the current process has run for `lifetime` seconds."""
-        # Training started a little later than the process, so the first remaining row is about where training resumed.
+        # Training starts slightly later than the process, so the first remaining row is about where training resumed.
         self.rows = [row for row in self.rows if row[1] >= self.seconds - lifetime]
 
 
@@ -117,9 +117,9 @@ class RunStatus:
     stages: list[StageStatus]
     state: RunState = "running"
     message: str | None = None
-    """Why no process is working on the run, if the reason is known."""
+    """The reason why no process is working on the run, if known."""
     process: Mapping[str, Any] | None = None
-    """{"pid", "host", "started", "updated"} of the last process that wrote a heartbeat, in seconds since 1970."""
+    """{"pid", "host", "started", "updated"} of the last process with a heartbeat. Times are in seconds since 1970."""
 
     @property
     def current(self) -> StageStatus | None:
@@ -146,7 +146,7 @@ class RunStatus:
 
     @property
     def share(self) -> float:
-        """The fraction of the training that is done, counted in forward passes."""
+        """The completed fraction of the training, counted in forward passes."""
         done = sum(s.update * s.update_cost for s in self.stages)
         total = sum(s.num_updates * s.update_cost for s in self.stages)
         return done / total if total else 1.0
@@ -267,7 +267,7 @@ def _update_stage(stage: StageStatus, folder: StageFolder) -> None:
         stage.state = "damaged"
         return
     stage.state, stage.role, stage.num_steps = "done", manifest.outcome.role, manifest.num_steps
-    # The manifest of a given teacher contains the number of updates of its training outside this run.
+    # A given teacher's manifest counts the updates of its training outside this run.
     stage.update = min(manifest.num_updates, stage.num_updates)
     stage.num_updates = stage.update
     stage.seconds = manifest.seconds if stage.num_updates else 0.0
@@ -316,7 +316,7 @@ def _update_run(status: RunStatus, folder: RunFolder, now: float) -> None:
 
 
 def _gone(pid: object, machine: object, age: float) -> str | None:
-    """Return why the process counts as dead, or None if it does not."""
+    """Return the reason why the process counts as dead, or None if it does not."""
     if isinstance(pid, int) and pid > 0 and machine == this_machine():
         try:
             os.kill(pid, 0)
