@@ -93,7 +93,7 @@ def test_stages_of_another_place_seed_or_plan_are_refused(path: Path, made: Path
     shutil.copytree(stage(path, SECOND).path, stage(path, THIRD).path)
     file = stage(path, THIRD).manifest_path
     write_sealed(file, read_sealed(file) | {"stage": THIRD})
-    assert all("belongs to no stage in the plan" in text for text in refusals(path))
+    assert all("does not match any stage in the plan" in text for text in refusals(path))
 
 
 def test_a_folder_next_to_the_plans_stages_is_no_model_of_the_run(path: Path) -> None:

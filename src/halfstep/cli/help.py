@@ -11,7 +11,7 @@ from halfstep.cli.verbs import VERBS, epilogue
 from halfstep.runtime.terminal import printable
 
 HELP: Final = ("-h", "--help", "--help-all")
-"""The options that print a help text."""
+"""The options that print the help."""
 WIDEST: Final = 100
 HEAD: Final = 28
 """The width, in characters, of the column with option names and values."""

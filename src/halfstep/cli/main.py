@@ -138,7 +138,7 @@ def _main(arguments: list[str]) -> None:
 
 
 def _dispatch_together(verb: Verb, rest: Sequence[str]) -> None:
-    """Run the verb in this process, which is one of several."""
+    """Run the verb in one of several processes."""
     if verb.name not in ("run", "train", "distill", "finish", "encode", "sample", "evaluate", "demo"):
         fail(f"halfstep {verb.name} runs in a single process. Start it without torchrun or accelerate launch")
     from halfstep.runtime.processes import leave

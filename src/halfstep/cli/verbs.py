@@ -229,7 +229,7 @@ EXIT_CODES: Final[Mapping[int, str]] = {
     2: "bad input (a one-line error suggests a fix), or stdout is not writable",
     3: "the disk or mount of a run is full or unavailable; the error shows the last good state",
     75: "another halfstep process is writing to the folder; wait, then run the same command again",
-    129: "stopped by SIGHUP (the terminal was closed); a run has saved its state, and the same command resumes it",
+    129: "stopped by SIGHUP (the terminal was closed); a run saves its state, and the same command resumes it",
     130: "stopped by Ctrl-C; a run can be resumed as after SIGHUP",
     138: "stopped by SIGUSR1; a run can be resumed as after SIGHUP (--engine.requeue-code replaces this exit code)",
     143: "stopped by SIGTERM; a run can be resumed as after SIGHUP",

@@ -1,7 +1,7 @@
 """Builds the plan of a chain that starts from a teacher, for recipes and for `halfstep.distill`.
 
 A teacher that amplifies its errors at t = 1 is matched to v-prediction before halving. If a U-Net with a discrete
-noise schedule needs matching, it also moves to the cosine schedule. On this schedule, each step loses less accuracy,
+noise schedule needs matching, it is also moved to the cosine schedule. On this schedule, each step loses less accuracy,
 and power-of-two step counts use whole timesteps.
 """
 
@@ -90,7 +90,7 @@ class Start:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the teacher can only be halved without matching, because it is a student or has learned guidance."""
+        """Whether the teacher can only be halved, not matched, because it is a student or has learned guidance."""
         return self.role is Role.STUDENT or self.guidance is not None
 
 

@@ -100,7 +100,7 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, 
         )
         finishes = {name: value for name, value in held["recipe"].items() if name == "finish"}
         described |= {"recipe": described["recipe"] | finishes, "plan": held["plan"]}
-    # `evaluate` and the report later read the current evaluation settings and the current data path from recipe.json.
+    # Keep recipe.json up to date: `evaluate` and the report read the evaluation settings and the data path from it.
     now, old = flatten(dict(spec.recipe)), flatten(held["recipe"])
     moved = any(now[name] != old.get(name) for name in now if name.startswith(("evaluation.", "data.")))
     if moved or len(held["plan"]) < len(spec.stages) or held.get("data_fingerprint") != spec.data.fingerprint:

@@ -36,14 +36,14 @@ def samples_of(
     passes, as many as 288 finishing updates of 64 samples. No student can be better than these samples, which contain
     the teacher's errors and gaps. With too few samples, a student memorises them.
 
-    A class-conditional model generates samples of all its classes in turn. It is sampled without guidance unless it has
-    learned a guidance scale. The noise streams are separate from those of sample seeds, so evaluations never use
+    A class-conditional model generates samples of each of its classes in turn. It is sampled without guidance unless it
+    has learned a guidance scale. The noise streams are separate from those of sample seeds, so evaluations never use
     the same noise.
 
     Args:
         shape: the shape of one sample. None selects the shape of a loaded model.
-        num_steps: the number of sampler steps. None selects the number that a student was distilled for, or 32.
-        sampler: a deterministic sampler. None selects the sampler that a student was distilled for, or Heun.
+        num_steps: the number of sampler steps. None selects a student's own number of steps, otherwise 32.
+        sampler: a deterministic sampler. None selects a student's own sampler, otherwise Heun.
         seed: the seed of the noise.
 
     Raises:
@@ -118,7 +118,7 @@ def prompted_by(
     The samples are returned on the CPU.
 
     Args:
-        num_steps: the number of Heun steps. None selects the number that a student was distilled for, or 32.
+        num_steps: the number of Heun steps. None selects a student's own number of steps, otherwise 32.
         guidance_scale: the guidance scale. None disables guidance.
         seed: the seed of the noise.
     """

@@ -24,7 +24,7 @@ Source = Array | tuple[Array, Mapping[str, Array]] | Data | str | Path | Iterabl
 
 CLASSES: Final = "class_labels"
 MOST_CLASSES: Final = 10**6
-"""The largest number of classes that is accepted."""
+"""The largest accepted number of classes."""
 
 
 @final

@@ -53,7 +53,7 @@ class RunSpec:
     lora_rank: int | None = None
     """The LoRA rank of the students, or None to train all their weights."""
     engine: Engine = Engine()
-    """How the run uses the machine."""
+    """Settings for how the run uses the machine."""
     keep: tuple[int, ...] | None = None
     """The step counts of the students to keep on disk, or None for all students. The first and the last model of the
     chain are always kept."""

@@ -16,7 +16,7 @@ RUN/
                               steps-0032-heun.npz if the sampler is not the model's own
       checkpoint-00000400/    state of an unfinished stage; manifest.json contains the sha256 of each file
       non-finite.json         statistics of the batch, if the stage diverged
-  report/index.html           and nearest.npz, the training samples nearest to some samples
+  report/index.html           and nearest.npz, the training samples nearest to some generated samples
   evaluation/evaluation.json  `EvaluationResult`, and the cells that it was computed from (`evaluation.py`)
 
 recipe.json, manifests, metrics.json, evaluation.json, cell.json and figures are sealed (`files.write_sealed`), so

@@ -39,7 +39,7 @@ class Series(Record):
     """`student`, `teacher-ddim`, `teacher-ancestral`, `teacher-heun`, ...; `samples` for a folder of images."""
     label: str
     role: Literal["student", "teacher", "other"]
-    """`teacher`: the undistilled model with the given sampler; `other`: a single model from elsewhere, or a folder."""
+    """`teacher`: the undistilled model with the given sampler; `other`: any other model, or a folder."""
     sampler: str | None = None
     """The name of the sampler, or None for a folder of images."""
     gamma: float | None = None
@@ -74,13 +74,13 @@ class Protocol(Record):
     images: str
     """Whether images are `rounded to uint8` or compared `as they are`."""
     guidance_scale: float | None = None
-    """The guidance scale. If it is None, each model is sampled with its own scale."""
+    """The guidance scale, or None if each model is sampled with its own."""
     precision: str = "float32"
     """The precision of the networks during sampling."""
 
 
 class Row(Record):
-    """The results of one series with a given number of steps, in one protocol."""
+    """The results of one series at one number of steps, under one protocol."""
 
     series: str
     """The name of the series (`Series.name`)."""
@@ -95,7 +95,7 @@ class Row(Record):
     seconds_per_1000: float | None
     """The wall time for 1,000 samples, averaged over the sets of seeds."""
     figures: dict[str, Figure]
-    """The results by metric name. A metric that could not be measured is missing, and a notice gives the reason."""
+    """The results, keyed by metric name. A metric that could not be measured is missing; a notice gives the reason."""
 
 
 class Halves(Record):

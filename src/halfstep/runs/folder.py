@@ -75,8 +75,8 @@ class StageFolder:
             verify: whether to also check the listed files and the recipe.json of the run.
 
         Raises:
-            DamagedFile: if the manifest or a file that it lists is missing or altered, or belongs to another stage,
-                run, plan or format.
+            DamagedFile: if the manifest or a file that it lists is missing or altered, if the manifest belongs to
+                another stage, run or plan, or if its format is different.
         """
         if verify and self.run is not None and self.run.recipe_path.exists():
             self.run.recipe()
@@ -86,7 +86,7 @@ class StageFolder:
             made = (manifest.stage, manifest.outcome.role, manifest.num_steps)
             plan = [] if self.run is None else self.run.plan
             if plan and made not in [(row.name, row.role, row.num_steps) for row in plan]:
-                raise DamagedFile(f"{self.manifest_path} belongs to no stage in the plan of recipe.json")
+                raise DamagedFile(f"{self.manifest_path} does not match any stage in the plan of recipe.json")
             if verify:
                 check_files(self.path, manifest.files)
         except DamagedFile as error:
@@ -167,7 +167,7 @@ class RunFolder:
         """Return the results of `halfstep evaluate`, or None if the run was not evaluated.
 
         Raises:
-            DamagedFile: if the file is altered, or belongs to another run or format.
+            DamagedFile: if the file is altered, belongs to another run or has another format.
         """
         path = self.evaluation_path
         if not path.exists():

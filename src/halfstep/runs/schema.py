@@ -8,7 +8,7 @@ from pydantic import Field
 from halfstep.runs.record import Record
 
 FORMAT = 4
-"""The version of the layout. Readers reject any other version."""
+"""The version of the run folder's layout. Readers reject any other version."""
 
 RoleName = Literal["teacher", "matched", "student"]
 """A teacher is not distilled, a matched model was converted to another prediction, process or guidance, and a student

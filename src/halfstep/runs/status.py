@@ -123,7 +123,7 @@ class RunStatus:
 
     @property
     def current(self) -> StageStatus | None:
-        """The current or the next stage, or None once all stages are done."""
+        """The current or next stage, or None once all stages are done."""
         return next((stage for stage in self.stages if not stage.is_done), None)
 
     @property
