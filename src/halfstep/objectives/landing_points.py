@@ -1,4 +1,4 @@
-"""The landing point of the student's DDIM step with added noise, which several objectives use.
+"""The noised landing point of the student's DDIM step, which several objectives use.
 
 The student's x0 at (x_t, t) takes x_t to x_s, the landing point. With noise added up to the level tau >= s, the landing
 point becomes
@@ -10,8 +10,8 @@ x0 itself, because at s > 0 the student's x0 is a mean over samples rather than 
 
 If tau is inside the step, with s < tau < t, the noise levels of different steps never overlap, so a network without an
 input for the step can distinguish their landing points. A larger tau also compares coarse properties, such as how often
-each mode occurs. There, the network sees a mixture of the landing points of several steps. If all of these are
-distributed like data, so is the mixture, but errors of different steps can cancel in it.
+each mode occurs. There, the network sees a mixture of the landing points of several steps. If all of them are
+distributed like data, so is the mixture, but errors of different steps can cancel out.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""The networks of recipes, as validated data."""
+"""The networks of recipes as validated data."""
 
 from typing import Annotated, Literal
 
@@ -58,8 +58,8 @@ class UNetConfig(Record):
         x_t.
 
         Raises:
-            ValueError: if the samples are not images, or the sides, levels, channels, groups or attention heads do not
-                fit together.
+            ValueError: if the samples are not images, or the sides, levels, channels, groups or attention heads are
+                incompatible.
         """
         widths, levels = self.block_out_channels, len(self.block_out_channels)
         if len(shape) != 3:

@@ -54,8 +54,8 @@ def ancestral_step(
 @samplers.register("ancestral")
 @dataclass(frozen=True)
 class Ancestral(Sampler):
-    """A stochastic sampler with one network call per step, in which gamma moves the variance from its lower bound (0)
-    to its upper bound (1, the default).
+    """A stochastic sampler with one network call per step. gamma sets the variance between its lower bound (0) and its
+    upper bound (1, the default).
 
     All of the authors' configurations use a gamma of 1. With few steps, search for a better gamma with `search_gamma`.
 

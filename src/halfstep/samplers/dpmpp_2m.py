@@ -36,7 +36,7 @@ class Last(NamedTuple):
 @samplers.register("dpmpp_2m")
 @dataclass(frozen=True)
 class DPMSolverPP2M(DataPredictionSampler):
-    """A second-order, deterministic sampler with one network call per step, which reuses the last prediction.
+    """A second-order, deterministic sampler that reuses the last prediction, with one network call per step.
 
     Source: Lu et al. 2022 (arXiv:2211.01095), algorithm 2.
     """

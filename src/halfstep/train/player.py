@@ -117,7 +117,7 @@ class EMA:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the averages from a result of `state_dict` with unsharded tensors."""
+        """Load the averages from an unsharded result of `state_dict`."""
         for name, weight, average in zip(self._names, self._weights, self._averages, strict=True):
             average.copy_(local(spread_as(state[name], weight)))
 
@@ -201,7 +201,7 @@ class Player:
 
     @contextlib.contextmanager
     def alone(self, players: "Iterable[Player]") -> Iterator[None]:
-        """Return a context manager under which the gradients of other players' weights are not kept."""
+        """Return a context manager that discards the gradients of other players' weights."""
         others = [player for player in players if player is not self]
         frozen = [p for other in others if not is_sharded(other.network) for p in other._parameters]
         for parameter in frozen:
@@ -223,7 +223,8 @@ class Player:
         self.recent.parts.append(Part(update, places, losses.loss.detach(), losses.log_snr.detach(), largest))
         while self.recent.parts[0].update <= update - KEPT:
             self.recent.parts.popleft()
-        # Gradients are averaged over the processes, so each process scales its part of the mean loss by their number.
+        # Gradients are averaged over the processes, so each process multiplies its part of the mean loss by the world
+        # size.
         loss: Tensor = losses.loss.sum() * (accelerator.num_processes / self.training.batch_size)
         accelerator.backward(loss)
         return loss.detach()
@@ -299,7 +300,7 @@ class Player:
         return {"network": own_state(network), "optimizer": moments, **averages}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
-        """Restore a result of `state`, with unsharded tensors, that was saved after `steps` steps."""
+        """Restore an unsharded result of `state` that was saved after `steps` steps."""
         network = self.network
         (load_whole if is_sharded(network) else load_own_state)(network, state["network"])
         parameters = trainable(network)
