@@ -1,7 +1,7 @@
 """Denoisers map (x_t, t, cond) to (x0, eps) for samples `[batch, *dims]` of any modality.
 
-A denoiser is a network combined with its noise process and its prediction, or a wrapper around another denoiser.
-Samplers and objectives call denoisers and never call networks directly.
+A denoiser is a network combined with a noise process and a prediction, or a wrapper around another denoiser. Samplers
+and objectives call denoisers and never call networks directly.
 
 Call a denoiser with clock times `[batch]`, or with a single time for all samples. `forward` receives a clock tensor in
 both cases. Some of the library's classes also accept a plain number as the time, which saves a few small operations per
@@ -75,11 +75,11 @@ class Denoiser(nn.Module, ABC):
 class NetworkDenoiser(Denoiser):
     """A network together with its noise process and its prediction.
 
-    The network is any callable `(x_t, time, **cond) -> output`. Modules that a function or object calls are found and
-    trained (see `CallableNetwork`). `time` is t itself: a tensor `[batch]` with values in [0, 1], in the dtype of x_t
-    or in float32 if that is more precise. A network that expects a different clock, such as diffusers' timesteps or the
-    log-SNR, must convert `time`. The output has `prediction.channels` channels for each channel of x_t. The output is
-    cast to the dtype of x_t, so half precision can only be used inside the network. If the network's attribute
+    The network is any callable `(x_t, time, **cond) -> output`. Modules called by a function or object are found and
+    trained too (see `CallableNetwork`). `time` is t itself: a tensor `[batch]` with values in [0, 1], in the dtype of
+    x_t or in float32 if that is more precise. A network that expects a different clock, such as diffusers' timesteps or
+    the log-SNR, must convert `time`. The output has `prediction.channels` channels for each channel of x_t. The output
+    is cast to the dtype of x_t, so half precision can only be used inside the network. If the network's attribute
     `restores_norm` is true, guidance rescales the guided output so that its norm over the last axis equals that of the
     conditional output.
 
@@ -164,10 +164,10 @@ class Clipped(Denoiser):
 
 @final
 class Reprocessed(Denoiser):
-    """A denoiser converted exactly to a different noise process.
+    """An exact conversion of a denoiser to a different noise process.
 
-    The original denoiser is called at the time at which its own process has the same log-SNR, with the sample rescaled
-    to match that process. Both denoisers have the same probability flow, but on different clocks.
+    The original denoiser is called at the time when its own process has the same log-SNR, on a sample rescaled to match
+    that process. Both denoisers have the same probability flow, but on different clocks.
 
     Raises:
         ValueError: if the process reaches noise levels outside the range of the denoiser's process.
@@ -307,13 +307,13 @@ def warn_of_gain(process: NoiseProcess, prediction: Prediction, *, given: bool =
 
 
 def warn_of_signal(process: NoiseProcess) -> None:
-    """Warn if the process keeps some signal at t = 1, because the network has then never been trained on pure noise."""
+    """Warn if the process retains some signal at t = 1, in which case the network was never trained on pure noise."""
     end = torch.ones(1, dtype=torch.float64)
     log_snr = float(process.log_snr(end))
     # Ten times the signal power that remains at the end of Stable Diffusion's table.
     if (power := float(process.alpha_sigma(end)[0].square())) > 0.05:
         warnings.warn(
-            f"the teacher's last noise level keeps {power:.2f} of the signal's power (log-SNR {log_snr:.2g}), so "
+            f"the teacher's last noise level retains {power:.2f} of the signal's power (log-SNR {log_snr:.2g}), so "
             "sampling from pure noise starts at a level on which the network was never trained. Check the scheduler's "
             "betas and num_train_timesteps, or train the teacher on noise levels that end in pure noise",
             HalfstepWarning,

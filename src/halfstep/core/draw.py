@@ -88,7 +88,7 @@ class Draw:
     def made_ahead(self, asked: Sequence[Asked], place: Callable[[Tensor], Tensor]) -> "Draw":
         """Return a copy of this draw that already contains the results of the calls in `asked`, moved with `place`.
 
-        The copy returns each of these results once. All other numbers are drawn on the CPU on request.
+        The copy returns each of these results once. All other numbers are drawn on the CPU on demand.
         """
         return replace(self, _ahead={call: place(getattr(self, call.method)(*call.arguments)) for call in asked})
 

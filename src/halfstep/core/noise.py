@@ -6,9 +6,9 @@ decreasing. The rest of the library uses a process only through alpha, sigma, lo
 
 Times and amplitudes are *clock* tensors, which are float64 and contain one number per sample. Data may have any
 floating-point dtype and any shape `[batch, *dims]`. With 8192 steps, amplitudes at neighbouring times near 0 and 1 can
-differ by only a few parts in 10^8, so the clock is never computed in the precision of the data. Clock tensors are cast
-only once, in `per_sample`, when they multiply data. During sampling, all samples share one time. This time remains a
-plain number, because a hundred small tensor operations take as long as one step of a small network.
+differ by only a few parts in 10^8, so the clock is never computed in the data's precision. Clock tensors are cast only
+once, in `per_sample`, when they multiply data. During sampling, all samples share one time. This time remains a plain
+number, because a hundred small tensor operations take as long as one step of a small network.
 """
 
 import math

@@ -90,7 +90,8 @@ class LinearPrediction(Prediction):
 
 @lru_cache(maxsize=4096)
 def _solved_once(prediction: LinearPrediction, alpha: float, sigma: float) -> tuple[float, ...]:
-    """Return the solution for two numbers. Results are cached, because sampling uses only a few pairs."""
+    """Return the four factors of the solution for one pair of amplitudes. Sampling uses only a few pairs, so they are
+    cached."""
     alphas, sigmas = (torch.tensor([number], dtype=torch.float64) for number in (alpha, sigma))
     return tuple(float(number) for number in prediction._solved(alphas, sigmas))
 

@@ -64,7 +64,7 @@ class Critic(nn.Module):
 
     Args:
         encoder: the network that computes the features.
-        takes_guidance: whether the encoder has an input for the guidance scale. If not, that condition is dropped.
+        takes_guidance: whether the encoder has an input for the guidance scale. If false, that condition is dropped.
     """
 
     def __init__(self, encoder: EncoderHalf, takes_guidance: bool = False) -> None:

@@ -25,10 +25,10 @@ AUXILIARY: Final = "auxiliary"
 def auxiliary_denoiser(models: Models) -> Denoiser:
     """Return a trainable denoiser that starts as an unguided copy of the teacher.
 
-    The copy is float32, whatever the teacher's precision. If the student has an input for the guidance scale, so does
-    the copy, where this input has no effect at first. For a LoRA student, the denoiser is a second adapter on the
-    student's base, so only one base is in memory. This adapter starts as a copy of the teacher's adapter, or at 0 if
-    the teacher has no adapter. A custom denoiser is copied as is.
+    The copy is float32, whatever the teacher's precision. If the student has an input for the guidance scale, the copy
+    gets one too, which has no effect at first. For a LoRA student, the denoiser is a second adapter on the student's
+    base, so only one base is in memory. This adapter starts as a copy of the teacher's adapter, or at 0 if the teacher
+    has no adapter. A custom denoiser is copied as is.
 
     Raises:
         ValueError: if no teacher is given, or the teacher's network has no input for the student's guidance scale.

@@ -104,7 +104,7 @@ class Training:
 
 
 STUDENT: Final = "student"
-"""Name of the player that a stage passes on. All other players are helpers of the objective."""
+"""Name of the player that a stage passes on. All other players are the objective's helpers."""
 
 
 class Batch(NamedTuple):
@@ -321,7 +321,7 @@ class StepObjective(Objective):
     """
 
     num_steps: int
-    """The number of steps of the student."""
+    """The student's number of steps."""
     needs_teacher: ClassVar[bool] = True
 
     @property

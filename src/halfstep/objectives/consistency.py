@@ -161,7 +161,7 @@ class Consistency(Objective):
     Source: Heek et al. 2024 (arXiv:2403.06807), algorithm 1.
 
     Raises:
-        ValueError: if a number is not a whole number in its range, `grid_start` or `grid_end` is not a multiple of
+        ValueError: if a count is not a whole number in its range, `grid_start` or `grid_end` is not a multiple of
             num_steps and at least twice as large, `self_teacher` is not in [0, 1), the teacher's sampler is stochastic,
             or a setting has no effect.
     """

@@ -77,7 +77,7 @@ class Finishing(StepObjective):
     Source: Yin et al. 2023 (arXiv:2311.18828) for one step.
 
     Raises:
-        ValueError: if a count is not a whole number in its range, or a weight or rate is not finite and in its range.
+        ValueError: if a count is not a whole number in its range, or a weight or rate is out of range.
     """
 
     num_steps: int
@@ -96,8 +96,8 @@ class Finishing(StepObjective):
     lead_updates: int = 60
     """Number of initial updates that train only the auxiliary denoiser."""
     inside_step: bool | None = None
-    """Whether to draw tau inside the step, from s to t, rather than from s to 1. None means only if `data_weight` is
-    0."""
+    """Whether to draw tau inside the step, from s to t, rather than from s to 1. With None, tau is drawn inside the
+    step only if `data_weight` is 0."""
     whitened: bool = True
     """Whether to divide each sample's gradient by the mean distance between the student's x0 and the teacher's x0."""
     guidance: Guidance | None = None
@@ -134,7 +134,7 @@ class Finishing(StepObjective):
 
     @property
     def _turns(self) -> int:
-        """The number of turns of the auxiliary denoiser."""
+        """The auxiliary denoiser's number of turns per student turn."""
         return self.auxiliary_turns or (1 if self._share else 2)
 
     @property

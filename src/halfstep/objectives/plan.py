@@ -91,7 +91,7 @@ def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | Non
             made = sorted({model.num_steps for model in students if model.num_steps}, reverse=True)
             known = f"no student before it samples with {type(sampler).__name__}"
             if made:
-                known = f"the students before it take {', '.join(map(str, made))}"
+                known = f"the students before it take {', '.join(map(str, made))} steps"
             raise ValueError(
                 f"the stage {name} refines a {steps}-step student, but {known}. Choose an earlier student's number of "
                 "steps"
@@ -196,9 +196,9 @@ class Plan:
             training: hyperparameters of each stage. The paper uses no warm-up, but the first update of a new Adam
                 optimiser moves every weight by the full learning rate, and a short stage does not recover from that.
             factor: number of teacher steps that one student step replaces, in every stage.
-            students: the numbers of steps of all students, such as 256, 64, 16, 8, 4; overrides `end` and `factor`.
-            updates_at: maps a student's number of steps to a different number of updates. By default, the students with
-                2 steps and 1 step get twice `training.num_updates`, as in the paper.
+            students: step counts of all students, such as 256, 64, 16, 8, 4; overrides `end` and `factor`.
+            updates_at: maps a student's number of steps to a different number of updates. By default, the 2-step and
+                1-step students get twice `training.num_updates`, as in the paper.
             learning_rate_at: maps a student's number of steps to a different learning rate.
             guidance: the guidance that the first teacher has learned.
             teacher_sampler: deterministic sampler of the first teacher; DDIM if None.

@@ -28,7 +28,7 @@ samples. Models are re-evaluated if the evaluation protocol changes.
 
 
 def data_or_stand_in(recipe: Recipe) -> tuple[Data, str | None]:
-    """Return the recipe's data or, if the data is not on this machine, random pixels of the same shape and the reason.
+    """Return the recipe's data or, if it is not available here, random pixels of the same shape and the reason.
 
     Raises:
         ValueError: if the data cannot be opened and the recipe has no `facts`.

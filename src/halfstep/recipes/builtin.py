@@ -133,7 +133,7 @@ def cifar10() -> Recipe:
 
 @recipes.register("cifar10_small")
 def cifar10_small() -> Recipe:
-    """CIFAR-10 with a network of 3 million parameters: rough images, about an hour and a half on two CPU cores."""
+    """CIFAR-10 with a 3-million-parameter network: rough images in about an hour and a half on two CPU cores."""
     smaller = fashion_mnist()
     training = smaller.chain.training
     return smaller.model_copy(

@@ -65,7 +65,7 @@ class DataFacts(Record):
 
 
 class ModelConfig(Record):
-    """The prediction of the network, and the noise process."""
+    """The network's prediction and noise process."""
 
     prediction: Annotated[str, _member_of(predictions)] = "v"
     """The network's prediction: eps, x0, v or both (see `halfstep ls`)."""
@@ -95,7 +95,7 @@ class ChainConfig(Record):
     teacher_sampler: Annotated[str, _member_of(samplers)] = "ddim"
     """Deterministic sampler of the first teacher; later teachers use DDIM."""
     teacher_steps: Steps | None = None
-    """Number of steps of the first teacher per step of the first student; the factor by default."""
+    """Number of first-teacher steps per step of the first student; the factor by default."""
     students: tuple[Steps, ...] | None = None
     """Step counts of all students, such as 256 64 16 8 4; overrides end_steps and factor."""
     training: Flat = HALVING
@@ -104,9 +104,9 @@ class ChainConfig(Record):
     """Number of updates for individual students, keyed by number of steps. By default, the 2-step and 1-step students
     get twice num_updates."""
     learning_rate_at: dict[int, Rate] | None = None
-    """Learning rates of individual students, keyed by number of steps."""
+    """Learning rates for individual students, keyed by number of steps."""
     critic_weight: Rate | None = None
-    """Weight of an adversarial term on the students' outputs; by default, no such term is added."""
+    """Weight of an adversarial term on the students' outputs; none by default."""
     lora_rank: Width | None = None
     """Train LoRA weights of this rank instead of whole students, also in the matching stage. Only diffusers networks
     are supported. The teacher and the students share the base weights."""
@@ -205,7 +205,7 @@ class FinishConfig(Record):
     updates_at: dict[int, Positive] | None = None
     """Number of updates for individual students, keyed by number of steps."""
     learning_rate_at: dict[int, Rate] | None = None
-    """Learning rates of individual students, keyed by number of steps."""
+    """Learning rates for individual students, keyed by number of steps."""
     map_weight: float | None = Finishing.map_weight
     """Weight of the loss that preserves the map from noise to samples; by default, half the number of steps."""
     data_weight: float | None = Finishing.data_weight
@@ -217,7 +217,7 @@ class FinishConfig(Record):
     lead_updates: int = Field(default=Finishing.lead_updates, ge=0, le=MOST_UPDATES)
     """Number of initial updates that train only the auxiliary denoiser."""
     critic_weight: Rate | None = None
-    """Weight of an adversarial term on the students' outputs; by default, no such term is added."""
+    """Weight of an adversarial term on the students' outputs; none by default."""
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> "FinishConfig":
@@ -291,7 +291,7 @@ class Recipe(Record):
     network: UNetConfig | MLPConfig = Field(default=UNetConfig(), discriminator="type")
     """The network of the teacher and the students."""
     model: ModelConfig = ModelConfig()
-    """The prediction of the network, and the noise process."""
+    """The network's prediction and noise process."""
     teacher: Training = TEACHER
     """Training hyperparameters of the teacher."""
     matching: MatchingConfig = MatchingConfig()

@@ -83,7 +83,7 @@ def remove(path: Path) -> None:
 def scratch(path: Path) -> Iterator[Path]:
     """Yield an unused path in the folder of `path`, and remove whatever was written there on exit.
 
-    The name is random, because threads can share a process id, as can processes in different containers.
+    The name is random, because a process id can be shared by threads, or by processes in different containers.
     """
     # If a scratch folder is missing, its disk was lost. Recreating it would write to the disk under the mount point.
     if not fnmatch(path.parent.name, ".*.tmp"):
@@ -114,9 +114,9 @@ def sweep(*folders: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path for a file or folder that becomes `path` when the block ends.
 
-    The temporary path is synced and then renamed, so `path` is always complete. The old file or folder stays until the
-    rename, or permanently if the block raises an exception. Replacing a folder takes two renames, and `path` does not
-    exist between them.
+    The temporary path is synced and then renamed, so `path` is always complete. The old file or folder remains until
+    the rename, or permanently if the block raises an exception. Replacing a folder takes two renames, and `path` does
+    not exist between them.
     """
     with scratch(path) as temporary:
         yield temporary
@@ -135,7 +135,7 @@ def _rename(temporary: Path, path: Path) -> None:
             raise DamagedFile(f"{path} cannot be written as a {wanted}: a {held} has that name. Remove it") from None
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        # A rename can only replace an empty folder.
+        # A rename can replace a folder only if it is empty.
         with scratch(path) as aside:
             try:
                 with contextlib.suppress(FileNotFoundError):

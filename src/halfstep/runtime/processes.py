@@ -49,7 +49,7 @@ class FailedElsewhere(Exception):
 
 
 class LostProcess(RuntimeError):
-    """Another process of the run has died or does not respond. The message contains a remedy."""
+    """Another process of the run has died or does not respond. The message suggests a remedy."""
 
 
 def exit_code(error: BaseException) -> int:
@@ -112,7 +112,7 @@ def make_accelerator(
     if world_size() > 1 and not torch.accelerator.is_available():
         # accelerate would otherwise treat each process as the only one.
         cpu = True
-    # accelerate keeps its settings for the whole process, but two runs in one process may have different settings.
+    # accelerate's settings are global to the process, but two runs in one process may have different settings.
     if AcceleratorState._shared_state:
         AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
     accelerator = Accelerator(
@@ -134,7 +134,7 @@ def make_accelerator(
 
 @functools.lru_cache(maxsize=1)
 def _words() -> dist.ProcessGroup:
-    """Return the process group for messages on the CPU. All processes must create it together, only once."""
+    """Return the process group for messages on the CPU. All processes must make the first call together."""
     group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=WAIT_FOR_MAIN)
     return group
 
@@ -232,7 +232,8 @@ class Processes:
     def spread(
         self, items: Sequence[Item], work: Callable[[Item], Parts], stop: StopSignal | None = None
     ) -> list[Parts] | None:
-        """Distribute the items over the processes. Return the results in order on rank 0, and None on the other ranks.
+        """Distribute the items across the processes. Return the results in order on rank 0, and None on the other
+        ranks.
 
         Item k goes to rank k modulo the world size. The result of an item must not depend on the rank.
 

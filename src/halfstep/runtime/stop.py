@@ -74,7 +74,8 @@ class StopSignal:
         imports may swallow exceptions.
         """
         try:
-            # This order misses no signal: a signal that arrives between the two lines raises Interrupted itself.
+            # With this order, no signal is missed: a signal that arrives between the two lines raises Interrupted
+            # itself.
             self._at_once = True
             self.check()
             yield

@@ -19,7 +19,7 @@ from halfstep.runtime.files import DamagedFile, replacing, sync
 DIGEST: Final = "sha256"
 """The name of the tensor that contains the digest of all other tensors in a cached file."""
 CHUNK: Final = 1 << 20
-"""The number of bytes that are compared at once."""
+"""The number of bytes to compare at a time."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:

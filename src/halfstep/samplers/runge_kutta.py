@@ -7,9 +7,9 @@ at zero SNR.
 The network cannot be called on clean data. A method that calls the network at the end of each step therefore uses a
 rule one order lower for its last step: Euler for Heun, and Heun's third-order rule for RK4. The method keeps its order,
 because only one of its N steps uses the lower-order rule. In the log-SNR coordinate, the last step would be infinitely
-long, so it uses the angle instead, which has the same y. If a process keeps some noise at t = 0, a stage of the last
-step can have less noise than the process ever reaches. The network is then called at the time that corresponds to the
-stage's share of the step, and the sample moves only to that time.
+long, so that step uses the angle instead, which has the same y. If a process keeps some noise at t = 0, a stage of the
+last step can have less noise than the process ever reaches. The network is then called at the time that corresponds to
+the stage's share of the step, and the sample moves only to that time.
 
 With clock times `[batch]`, the rule for each sample is chosen on the device. Every step then makes the same number of
 network calls as a step that lands at s > 0.

@@ -1,9 +1,8 @@
 """Checkpoints of an unfinished stage, which are written atomically, verified before use, and stored as safetensors.
 
 A checkpoint is written to a temporary folder, synced to disk, read back, compared with the state in memory, and then
-renamed. Older checkpoints are removed only after that, so a good checkpoint always exists. All this happens in a thread
-while training continues. Training waits only while the state is copied, and until the previous checkpoint has been
-written.
+renamed. Older checkpoints are removed only after that, so a good checkpoint always exists. All this happens in a
+background thread. Training waits only while the state is copied, and until the previous checkpoint has been written.
 """
 
 import contextlib

@@ -82,8 +82,8 @@ class EMA:
 
     Args:
         decay: final decay, in [0, 1).
-        into: a float32 copy of the module, sharded like the module. The parameters of this copy become the averages.
-            None stores the averages separately.
+        into: a float32 copy of the module, sharded like the module. The parameters of this copy become the averages. If
+            None, the averages are stored separately.
     """
 
     def __init__(self, module: nn.Module, decay: float, into: nn.Module | None = None) -> None:
@@ -213,7 +213,7 @@ class Player:
                 parameter.requires_grad_(True)
             for other in others:
                 if is_sharded(other.network):
-                    # FSDP2 ignores later changes of requires_grad, so the gradients are discarded instead.
+                    # FSDP2 ignores later changes to requires_grad, so the gradients are discarded instead.
                     other.clear()
 
     def backward(self, update: int, places: range, losses: Losses, x0: Tensor) -> Tensor:
