@@ -189,9 +189,9 @@ class VPCosine(NoiseProcess):
 class VPTable(NoiseProcess):
     """The discrete process of DDPM, whose log-SNR is interpolated linearly between its T noise levels.
 
-    Level k, which is timestep k in diffusers, is at t = (k + 1) / T, where alpha^2 is the product of 1 - beta_i over
-    all i <= k. Below the first level, the log-SNR has the same slope as in the first interval. If the last level has no
-    signal, the ratio alpha / sigma itself, rather than its logarithm, is interpolated linearly in the last interval.
+    Level k (timestep k in diffusers) is at t = (k + 1) / T. There, alpha^2 is the product of 1 - beta_i over all i <=
+    k. Below the first level, the log-SNR has the same slope as in the first interval. If the last level has no signal,
+    the ratio alpha / sigma itself, rather than its logarithm, is interpolated linearly in the last interval.
 
     Args:
         betas: T numbers in (0, 1); if there are at least 3, the last may be 1.

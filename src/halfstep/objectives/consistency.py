@@ -81,8 +81,8 @@ def consistency_target(
     cond: Cond | None = None,
     sampler: Sampler | None = None,
 ) -> Tensor:
-    """Return the x0 for which one DDIM step from t to the boundary lands at the same point as two steps: the teacher's
-    step from t to s, followed by the reference's DDIM step from s to the boundary.
+    """Return the x0 for which one DDIM step from t to the boundary lands where two steps land: the teacher's step from
+    t to s, followed by the reference's DDIM step to the boundary.
 
     Args:
         teacher: an unclipped denoiser.

@@ -1,9 +1,9 @@
 """Finishing: match a student's landing points to the distribution of data and preserve the map from noise to samples.
 
 A halved student lands where its teacher lands, up to an error that the squared loss spreads over neighbouring samples.
-Finishing corrects the distribution of the landing points x_s. For x_t at the student's times t, finishing adds noise up
-to a level tau to both x_s and data at noise level s, and reduces the Kullback-Leibler divergence between the two. The
-module `landing_points` explains why the landing point is used.
+Finishing corrects the distribution of the landing points x_s. For x_t at the student's times t, noise up to a level tau
+is added to both x_s and data at noise level s. Finishing reduces the Kullback-Leibler divergence between the results.
+The module `landing_points` explains why the landing point is used.
 
 The gradient of the divergence is the difference between two scores at y, the landing point with added noise. In terms
 of x0, it is auxiliary(y) - teacher(y). The teacher's x0 represents the data, and the auxiliary denoiser's x0 represents
@@ -13,8 +13,8 @@ in the same direction. The map term keeps x0 near its value before finishing. Wi
 between different maps that produce the same distribution.
 
 At s > 0, the score-matching gradient is mostly noise. The batch's data, with the same noise at t and the same added
-noise, gives almost the same gradient, and the teacher's error there is known, so it serves as a control variate. This
-also removes the teacher's own bias: the student is then compared with the data instead of with the teacher.
+noise, has almost the same gradient. The teacher's error on this data is known, so the data serves as a control variate.
+This also removes the teacher's own bias: the student is then compared with the data instead of with the teacher.
 
 With one step, this is distribution matching distillation, except that the regression targets come from the student
 before finishing instead of from stored pairs. The student remains deterministic and still uses DDIM as its sampler.

@@ -8,8 +8,8 @@ point becomes
 which is distributed like data at tau if x_s is distributed like data at s. Objectives use the landing point instead of
 x0 itself, because at s > 0 the student's x0 is a mean over samples rather than a sample.
 
-If tau is inside the step, with s < tau < t, the noise levels of different steps never overlap, so a network that does
-not receive the step as an input can still distinguish their landing points. A larger tau also compares coarse
+If tau is inside the step, with s < tau < t, the noise levels of different steps never overlap. A network that does not
+take the step as an input can therefore still distinguish their landing points. A larger tau also compares coarse
 properties, such as how often each mode occurs. There, the network sees a mixture of the landing points of several
 steps. If all of them are distributed like data, so is the mixture, but errors of different steps can cancel out.
 """

@@ -193,8 +193,9 @@ class Plan:
         Args:
             start: number of steps of the first teacher; the first student takes half as many.
             end: number of steps of the last student.
-            training: hyperparameters of each stage. The paper uses no warm-up, but the first update of a new Adam
-                optimiser moves every weight by the full learning rate, and a short stage does not recover from that.
+            training: hyperparameters of each stage. The paper uses no warm-up. Without one, the first update of a new
+                Adam optimiser moves every weight by the full learning rate, and a short stage does not recover from
+                that.
             factor: number of teacher steps that one student step replaces, in every stage.
             students: step counts of all students, such as 256, 64, 16, 8, 4; overrides `end` and `factor`.
             updates_at: maps a student's number of steps to a different number of updates. By default, the 2-step and

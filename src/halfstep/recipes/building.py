@@ -158,7 +158,7 @@ def _check_classes(model: Manifest, data: Data) -> None:
 
 
 def encode_first(model: Manifest, source: str, pipeline: str) -> str:
-    """Return the error message for a latent model whose data is images, with the command that encodes the images."""
+    """Return the error message for a latent model whose data is images, including the command that encodes them."""
     return (
         f"the model generates latents {list(model.shape)}, but {source} contains images. Encode them with "
         f"halfstep encode {pipeline} --data {source} --out latents, and use --data latents"

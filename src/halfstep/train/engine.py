@@ -285,7 +285,7 @@ class StageTrainer:
         first = -max(late)
         if first == 2**62:
             return
-        # A diverging player breaks the other players in later turns, so report the first player.
+        # A diverging player breaks the other players in later turns, so report the player that diverged first.
         broken = {name for name, number in zip(self.players, late, strict=True) if -number == first}
         name = next(turn.trains for turn in self.stage.objective.turns(first) if turn.trains in broken)
         player = self.players[name]

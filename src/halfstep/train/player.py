@@ -77,8 +77,8 @@ def compile_networks(model: torch.nn.Module) -> None:
 class EMA:
     """An exponential moving average of the trainable parameters of `module`. The buffers of `module` are copied.
 
-    After n steps, the decay is min(decay, (1 + n) / (10 + n)), so the average soon forgets the random initial weights
-    and does not lag behind in a short run. The averages are float32, and all tensors are updated at once.
+    After n steps, the decay is min(decay, (1 + n) / (10 + n)). The average therefore soon forgets the random initial
+    weights and does not lag behind in short runs. The averages are float32, and all tensors are updated at once.
 
     Args:
         decay: final decay, in [0, 1).
@@ -171,8 +171,8 @@ class Player:
                 # DDP warns that broadcast_buffers is deprecated, but accelerate does not support its replacement.
                 warnings.simplefilter("ignore", FutureWarning)
                 self.wrapped, self._optimizer = accelerator.prepare(network, made)
-            # The engine enters autocast itself. With accelerate's wrapper, the compiler would get a new network in each
-            # stage, and another new network when the wrapper is removed.
+            # The engine enters autocast itself. With accelerate's wrapper, the compiler would see a new network in each
+            # stage, and another one when the wrapper is removed.
             accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         self._ema = EMA(self.network, training.ema_decay) if training.ema_decay else None
         self.followed_by: list[EMA] = []
