@@ -18,7 +18,7 @@ _families: "dict[str, Registry[Any]]" = {}
 
 
 def family_of(names: Set[str]) -> "Registry[Any] | None":
-    """Return the family whose members have exactly these names, or None."""
+    """Return the registry whose member names are exactly `names`, or None."""
     return next((family for family in _families.values() if family.keys() == names), None)
 
 
@@ -57,10 +57,10 @@ class Registry(dict[str, Member]):
         )
 
     def describe(self, member: object) -> dict[str, Any]:
-        """Describe an instance of a registered dataclass as data from which `rebuild` restores the instance.
+        """Describe an instance of a registered dataclass as a dict from which `rebuild` recreates the instance.
 
-        The data is {"type": name, **fields}. If a field contains an instance of a registered dataclass, the instance
-        is described in the same way, as {"family": family, **description}.
+        The dict is {"type": name, **fields}. If a field contains an instance of another registered dataclass, its value
+        is {"family": family, **description}.
 
         Raises:
             ValueError: if `member` is not a dataclass, or its class is not registered.
@@ -71,10 +71,10 @@ class Registry(dict[str, Member]):
         return {"type": self.name_of(member), **fields}
 
     def rebuild(self, data: Mapping[str, Any]) -> Any:
-        """Recreate an instance from the data that `describe` returned for it.
+        """Recreate an instance from its description, as returned by `describe`.
 
         Raises:
-            ValueError: if the type is unknown, or if its fields do not match the data.
+            ValueError: if the type is unknown, or if the description does not match its fields.
         """
         fields = {name: _rebuilt(value) for name, value in data.items()}
         kind: Any = self[str(fields.pop("type", "(none)"))]

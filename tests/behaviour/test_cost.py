@@ -160,7 +160,7 @@ def test_settings_of_a_chain_without_effect_are_rejected() -> None:
         with pytest.raises(ValueError, match=said):
             recipes["arrays"]().chain.model_validate(settings)
     chain = recipes["arrays"]().chain.model_copy(update={"keep": (8, 3)})
-    with pytest.raises(ValueError, match=r"keep contains a student of 3 steps, .* Choose from 8, 4"):
+    with pytest.raises(ValueError, match=r"keep contains a 3-step student, .* Choose from 8, 4"):
         Recipe(name="x", chain=chain).chain_plan()
     assert UNetConfig().num_train_timesteps == 1024
 

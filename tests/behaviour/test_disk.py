@@ -439,7 +439,7 @@ def test_samples_that_are_not_finite_are_not_written(tmp_path: Path, capsys: pyt
 def test_a_last_level_with_signal_warns_and_gives_the_amount() -> None:
     betas = linear_betas(50, 1e-4, 0.02)
     power = torch.tensor(betas, dtype=torch.float64).neg().add(1).prod()
-    with pytest.warns(HalfstepWarning, match=f"keeps {power:.2f} of the signal's power"):
+    with pytest.warns(HalfstepWarning, match=f"retains {power:.2f} of the signal's power"):
         warn_of_signal(VPTable(betas))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

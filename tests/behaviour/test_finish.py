@@ -257,14 +257,14 @@ def test_the_command_of_a_run_accepts_the_folder_that_has_grown(trained: Path, c
 
 
 def test_unsupported_finishes_are_rejected_in_one_line(trained: Path, tmp_path: Path, capsys: Capture) -> None:
-    assert "refines a student of 3 steps" in refused(["finish", str(trained), "--steps", "3"], capsys)
+    assert "refines a 3-step student" in refused(["finish", str(trained), "--steps", "3"], capsys)
     assert "finished only once, got 1, 1" in refused(["finish", str(trained), "--steps", "1", "1"], capsys)
     assert "is not a run (it has no recipe.json)" in refused(["finish", str(tmp_path), "--steps", "1"], capsys)
     assert "the run is missing" in refused(["finish", "--steps", "1"], capsys)
     other = ["finish", str(trained), "--steps", "1", *BRIEF, "--chain.learning-rate", "0.5"]
     assert "Differences: chain.training.learning_rate" in refused(other, capsys)
     ahead = ["finish", str(trained), "--steps", "1", "--finish.updates-at", "2", "5"]
-    assert "finish.updates_at contains a student of 2 steps, which is not finished" in refused(ahead, capsys)
+    assert "finish.updates_at contains a 2-step student, which is not finished" in refused(ahead, capsys)
 
 
 def test_a_run_without_students_cannot_be_finished(trained: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -305,7 +305,7 @@ def test_a_recipe_finishes_the_students_that_its_chain_has(tmp_path: Path, capsy
     assert planned("--to", "4")[-3:] == ["02-halve-0004", "03-finish-0008", "04-finish-0004"]
     assert planned("--to", "2", "--finish.steps", "4", "2")[-2:] == ["04-finish-0004", "05-finish-0002"]
     asked = ["run", "digits", "--dry-run", "--to", "2", "--finish.steps", "1", "--out", str(tmp_path / "x")]
-    assert "refines a student of 1 steps, but the students before it take 8, 4, 2" in refused(asked, capsys)
+    assert "refines a 1-step student, but the students before it take 8, 4, 2" in refused(asked, capsys)
     # The recipe's number of updates for the student with 1 step does not prevent finishing only the one with 2 steps.
     assert planned("--finish.steps", "2")[-2:] == ["04-halve-0001", "05-finish-0002"]
     # In a recipe file, the same setting is a mistake.
@@ -313,7 +313,7 @@ def test_a_recipe_finishes_the_students_that_its_chain_has(tmp_path: Path, capsy
     recipe = recipes["digits"]().model_dump(mode="json")
     recipe["finish"]["updates_at"] = {"3": 100}
     mistaken.write_text(json.dumps(recipe))
-    assert "finish.updates_at contains a student of 3 steps" in refused(["run", str(mistaken), "--dry-run"], capsys)
+    assert "finish.updates_at contains a 3-step student" in refused(["run", str(mistaken), "--dry-run"], capsys)
 
 
 @pytest.mark.parametrize("setting", [("data-weight", "0.5"), ("map-weight", "2.0"), ("auxiliary-turns", "3")])
@@ -344,7 +344,7 @@ def test_distill_finishes_in_memory_and_runs_its_teacher_with_another_sampler() 
     )
     assert list(dict.fromkeys(names)) == ["01-halve-0004", "02-halve-0002", "03-finish-0004", "04-finish-0002"]
     assert sample(finished, torch.randn(4, 2), 2).isfinite().all()
-    with pytest.raises(ValueError, match="refines a student of 1 steps, but the students before it take 4, 2"):
+    with pytest.raises(ValueError, match="refines a 1-step student, but the students before it take 4, 2"):
         distill(teacher, points(), start=8, to=2, training=training, finish=[1])
     with pytest.raises(ValueError, match="teacher_sampler and teacher_steps have no effect"):
         distill(teacher, points(), plan=Plan.halvings(4, 2, training, updates_at={}), teacher_steps=3)

@@ -74,7 +74,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             ["run", "arrays", "--data", "digits", "--chain.students", "48", "1"],
-            "a student of 48 steps cannot follow a teacher of 16",
+            "a 48-step student cannot follow a 16-step teacher",
         ),
         (
             ["run", "digits", "--chain.early-end.window", "50"],
@@ -88,7 +88,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
             ["run", "digits", "--engine.requeue-code", "300"],
             "--engine.requeue-code must be between 1 and 255, got 300",
         ),
-        (["run", "digits", "--chain.keep", "3"], "chain.keep contains a student of 3 steps"),
+        (["run", "digits", "--chain.keep", "3"], "chain.keep contains a 3-step student"),
         (["study"], "is missing"),
         (["study", "tabel1"], "did you mean 'table1'?"),
         (["study", "table1", "--scale", "smal"], "'smal' is not one of smoke, small, paper; did you mean 'small'?"),

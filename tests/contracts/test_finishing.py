@@ -402,7 +402,7 @@ def test_a_finish_starts_from_the_student_of_its_steps_and_learns_from_the_last_
     assert parents_of(Finishing(4), models) == Parents(start=5, teacher=1)
     assert parents_of(Halving(2), models) == Parents(start=5, teacher=5)
     assert parents_of(Denoising(), []) is None
-    with pytest.raises(ValueError, match="refines a student of 3 steps, but the students before it take 8, 4, 2"):
+    with pytest.raises(ValueError, match="refines a 3-step student, but the students before it take 8, 4, 2"):
         parents_of(Finishing(3), models)
     with pytest.raises(ValueError, match="no student before it samples"):
         parents_of(Finishing(3), [teacher])

@@ -1,1 +1,1 @@
-"""The mathematical core. It needs only torch, and uses no files or third-party networks."""
+"""The mathematical core, which depends only on torch and uses no files or third-party networks."""

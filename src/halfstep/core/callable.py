@@ -12,7 +12,7 @@ from halfstep.core.door import got
 
 
 def _used(value: Any) -> Iterator[nn.Module]:
-    """Yield the modules that a callable uses: those that it closes over, is bound to, or holds as attributes."""
+    """Yield the modules that a callable closes over, is bound to, or stores as attributes."""
     if isinstance(value, nn.Module):
         yield value
     elif isinstance(value, FunctionType):
@@ -28,7 +28,7 @@ def _used(value: Any) -> Iterator[nn.Module]:
 
 
 def _closed_over(function: FunctionType) -> dict[str, Any]:
-    """Return the callables and modules that a function closes over, and the modules among the globals that it uses."""
+    """Return the callables and modules that a function closes over, and the global modules that it uses."""
     found = ((name, function.__globals__.get(name)) for name in function.__code__.co_names)
     held: dict[str, Any] = {name: value for name, value in found if isinstance(value, nn.Module)}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):

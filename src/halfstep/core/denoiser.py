@@ -1,7 +1,7 @@
 """Denoisers map (x_t, t, cond) to (x0, eps) for samples `[batch, *dims]` of any modality.
 
-A denoiser is a network combined with its noise process and its prediction, or a wrapper around another denoiser.
-Samplers and objectives call denoisers and never call networks directly.
+A denoiser is a network combined with a noise process and a prediction, or a wrapper around another denoiser. Samplers
+and objectives call denoisers and never call networks directly.
 
 Call a denoiser with clock times `[batch]`, or with a single time for all samples. `forward` receives a clock tensor in
 both cases. Some of the library's classes also accept a plain number as the time, which saves a few small operations per
@@ -41,7 +41,7 @@ class Denoiser(nn.Module, ABC):
     """The shape of one sample, or None if it is unknown."""
 
     _takes_number: ClassVar[bool] = False
-    """Whether `forward` also accepts a float as the time for all samples. This attribute is internal to the library."""
+    """Whether `forward` also accepts a float as the time for all samples. For internal use."""
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
@@ -75,17 +75,16 @@ class Denoiser(nn.Module, ABC):
 class NetworkDenoiser(Denoiser):
     """A network together with its noise process and its prediction.
 
-    The network is any callable `(x_t, time, **cond) -> output`. The modules that a function or an object calls are
-    found and trained (see `CallableNetwork`). `time` is t itself: a tensor `[batch]` with values in [0, 1], in the
-    dtype of x_t or in float32 if that is more precise. A network that expects a different clock, such as diffusers'
-    timesteps or the log-SNR, must convert `time`. The output has `prediction.channels` channels for each channel of
-    x_t. The output is cast to the dtype of x_t, so half precision can only be used inside the network. If the network's
-    attribute `restores_norm` is true, guidance rescales the guided output so that its norm over the last axis equals
-    that of the conditional output.
+    The network is any callable `(x_t, time, **cond) -> output`. Modules called by a function or object are found and
+    trained too (see `CallableNetwork`). `time` is t itself: a tensor `[batch]` with values in [0, 1], in the dtype of
+    x_t or in float32 if that is more precise. A network that expects a different clock, such as diffusers' timesteps or
+    the log-SNR, must convert `time`. The output has `prediction.channels` channels for each channel of x_t. The output
+    is cast to the dtype of x_t, so half precision can only be used inside the network. If the network's attribute
+    `restores_norm` is true, guidance rescales the guided output so that its norm over the last axis equals that of the
+    conditional output.
 
     Raises:
-        ValueError: if an argument has the wrong type, or, when the denoiser is called, if the shape of the network's
-            output does not match the prediction.
+        ValueError: if an argument has the wrong type or, during a call, if the network's output has the wrong shape.
     """
 
     _takes_number: ClassVar[bool] = True
@@ -136,7 +135,7 @@ class NetworkDenoiser(Denoiser):
 
 @final
 class Clipped(Denoiser):
-    """A denoiser for sampling images that clips x0 to [low, high] and recomputes eps from the clipped x0.
+    """A denoiser that clips x0 to [low, high] and recomputes eps from the clipped x0, for sampling images.
 
     During training, only the targets of the matching stage are clipped. Source: the authors' dpm.py (arXiv:2202.00512).
 
@@ -165,10 +164,10 @@ class Clipped(Denoiser):
 
 @final
 class Reprocessed(Denoiser):
-    """A denoiser converted exactly to a different noise process.
+    """An exact conversion of a denoiser to a different noise process.
 
-    The original denoiser is called at the time at which its process has the same log-SNR, with the sample scaled to the
-    amplitudes of that process. Both denoisers have the same probability flow, but on different clocks.
+    The original denoiser is called at the time when its own process has the same log-SNR, on a sample rescaled to match
+    that process. Both denoisers have the same probability flow, but on different clocks.
 
     Raises:
         ValueError: if the process reaches noise levels outside the range of the denoiser's process.
@@ -210,7 +209,7 @@ class Guided(Denoiser):
     doubled batch.
 
     Args:
-        null: for each condition to drop, the value for one sample that represents "no condition". Other conditions are
+        null: for each condition to drop, the value that represents "no condition" for one sample. Other conditions are
             kept.
         scale: one scale for all samples. If None, each sample's scale is read from the condition `guidance_scale`,
             which is not passed to the denoiser.
@@ -218,8 +217,7 @@ class Guided(Denoiser):
     Source: Ho & Salimans 2022 (arXiv:2207.12598), where w = scale - 1.
 
     Raises:
-        ValueError: if `null` is empty, or, when the denoiser is called, if the scale or a condition in `null` is
-            missing.
+        ValueError: if `null` is empty or, during a call, if the scale or a condition in `null` is missing.
     """
 
     _takes_number: ClassVar[bool] = True
@@ -265,7 +263,7 @@ class Guided(Denoiser):
 
 
 def output_gain(process: NoiseProcess, prediction: Prediction, t: float = 1.0) -> float:
-    """Return how much an error in the network's output at t is amplified in x0: sigma / alpha for eps, 1 for x0.
+    """Return the gain from output error to x0 error at t: sigma / alpha for eps, 1 for x0.
 
     For "both", the two heads are assumed to have the same error, whose effects on x0 partly cancel out.
     """
@@ -309,13 +307,13 @@ def warn_of_gain(process: NoiseProcess, prediction: Prediction, *, given: bool =
 
 
 def warn_of_signal(process: NoiseProcess) -> None:
-    """Warn if the process keeps some signal at t = 1, because the network has then never been trained on pure noise."""
+    """Warn if the process retains some signal at t = 1, in which case the network was never trained on pure noise."""
     end = torch.ones(1, dtype=torch.float64)
     log_snr = float(process.log_snr(end))
     # Ten times the signal power that remains at the end of Stable Diffusion's table.
     if (power := float(process.alpha_sigma(end)[0].square())) > 0.05:
         warnings.warn(
-            f"the teacher's last noise level keeps {power:.2f} of the signal's power (log-SNR {log_snr:.2g}), so "
+            f"the teacher's last noise level retains {power:.2f} of the signal's power (log-SNR {log_snr:.2g}), so "
             "sampling from pure noise starts at a level on which the network was never trained. Check the scheduler's "
             "betas and num_train_timesteps, or train the teacher on noise levels that end in pure noise",
             HalfstepWarning,

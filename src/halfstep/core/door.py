@@ -16,14 +16,14 @@ ARGUMENTS: Final = ("out", "to", "start", "lora_rank", "prediction", "process")
 """The arguments of `fit` and `distill` that are also command-line options."""
 
 FORBID_EXTRA: Final = {"extra": "forbid"}
-"""The pydantic setting that rejects unknown names in a dataclass that is used as a field of a recipe."""
+"""The pydantic setting that rejects unknown fields in the dataclasses nested in a recipe."""
 
 
 @contextmanager
 def in_python() -> Iterator[None]:
-    """Add notes to a ValueError with the Python name of each command-line option that its message mentions.
+    """Add a note to a ValueError for each command-line option in its message, with the option's Python equivalent.
 
-    Tracebacks show these notes, but the one-line errors of the command line do not.
+    Tracebacks show these notes, but the command line's one-line errors do not.
     """
     try:
         yield
@@ -145,7 +145,7 @@ def check_shape(shape: Any) -> tuple[int, ...]:
     """Return the shape of a sample as a tuple of ints.
 
     Raises:
-        ValueError: if a side is not a whole number of at least 1.
+        ValueError: if a dimension is not a whole number of at least 1.
     """
     sides = tuple(shape) if isinstance(shape, Iterable) and not isinstance(shape, str) else None
     sides = None if sides is None else tuple(side.item() if hasattr(side, "item") else side for side in sides)
@@ -158,7 +158,7 @@ def check_shape(shape: Any) -> tuple[int, ...]:
 
 
 def check_noise(x_t: Any, shape: tuple[int, ...] | None, module: nn.Module) -> None:
-    """Raise ValueError unless `x_t` is a batch of floats on the module's device, with samples of this shape.
+    """Raise ValueError unless `x_t` is a batch of float samples of this shape on the module's device.
 
     If `shape` is None, the samples may have any shape.
     """

@@ -1,9 +1,9 @@
 """Stateless random numbers for training and sampling.
 
-The random numbers of training are a function of (seed, stream, update, purpose, place in the global batch). The noise
-of a generated sample is a function of that sample's seed. No number depends on earlier draws, so the numbers stay the
-same when a run is resumed and when the micro batch size or the world size changes. Each *shard* of 32 places has one
-generator, so seeding takes only microseconds per update.
+In training, each random number is a function of (seed, stream, update, purpose, position in the global batch). The
+noise for a generated sample is a function of that sample's seed. No number depends on earlier draws, so the numbers
+stay the same when a run is resumed or when the micro batch size or the world size changes. Each *shard* of 32 positions
+has one generator, so seeding takes only microseconds per update.
 
 All numbers are drawn on the CPU, so they do not depend on the device. Numbers can be drawn in advance and then moved to
 the device.
@@ -22,7 +22,7 @@ from torch import Tensor
 from halfstep.core.door import check_shape, check_whole
 
 SHARD: Final = 32
-"""The number of places in the global batch that share a generator."""
+"""The number of positions in the global batch that share a generator."""
 
 
 def _number(key: tuple[object, ...]) -> int:
@@ -31,7 +31,7 @@ def _number(key: tuple[object, ...]) -> int:
 
 
 def generator_for(*key: object) -> torch.Generator:
-    """Return a CPU generator seeded with a hash of `key`. Different keys give unrelated numbers."""
+    """Return a CPU generator seeded with a hash of `key`. Different keys yield independent numbers."""
     return torch.Generator().manual_seed(_number(key))
 
 
@@ -61,15 +61,15 @@ class Asked(NamedTuple):
 @final
 @dataclass(frozen=True)
 class Draw:
-    """The random numbers of one update, for some of the places in the global batch.
+    """The random numbers for one update, for some positions in the global batch.
 
-    `stream` distinguishes the stages, and `places` is a contiguous subset of `range(batch_size)`.
+    `stream` distinguishes the stages, and `places` is a contiguous part of `range(batch_size)`.
 
     An objective makes the same calls at every update. `asked` records these calls, so that a thread can draw the
     numbers in advance with `made_ahead` and move them to a device.
 
     Raises:
-        ValueError: if `places` is empty or does not lie within the batch.
+        ValueError: if `places` is empty or not within the batch.
     """
 
     seed: int
@@ -88,7 +88,7 @@ class Draw:
     def made_ahead(self, asked: Sequence[Asked], place: Callable[[Tensor], Tensor]) -> "Draw":
         """Return a copy of this draw that already contains the results of the calls in `asked`, moved with `place`.
 
-        The copy returns each of these results once. All other numbers are drawn on the CPU on request.
+        The copy returns each of these results once. All other numbers are drawn on the CPU on demand.
         """
         return replace(self, _ahead={call: place(getattr(self, call.method)(*call.arguments)) for call in asked})
 
@@ -122,7 +122,7 @@ class Draw:
         return self._answer(Asked("integers", (purpose, high)), lambda: self._shards(purpose, draw))
 
     def order(self, length: int) -> Tensor:
-        """Return int64 indices `[len(places)]` into a data set of `length` samples, in a new order in each epoch."""
+        """Return int64 indices `[len(places)]` into a data set of `length` samples, reshuffled in each epoch."""
         return self._answer(Asked("order", (length,)), lambda: self._order(length))
 
     def _order(self, length: int) -> Tensor:
@@ -218,7 +218,7 @@ def between(first: Tensor, second: Tensor, shares: Sequence[float]) -> Tensor:
     share = torch.tensor(list(shares), dtype=torch.float64)[:, None]
     if float(angle) > math.pi - 1e-6:
         raise ValueError(
-            "the two noise tensors point in opposite directions, so no single path between them is the shortest. "
+            "the two noise tensors point in opposite directions, so the shortest path between them is not unique. "
             "Change one of them"
         )
     if float(angle) < 1e-6:

@@ -6,9 +6,9 @@ decreasing. The rest of the library uses a process only through alpha, sigma, lo
 
 Times and amplitudes are *clock* tensors, which are float64 and contain one number per sample. Data may have any
 floating-point dtype and any shape `[batch, *dims]`. With 8192 steps, amplitudes at neighbouring times near 0 and 1 can
-differ by only a few parts in 10^8, so the clock is never computed in the precision of the data. Clock tensors are cast
-only once, in `per_sample`, when they multiply data. During sampling, all samples share one time. This time remains a
-plain number, because a hundred small tensor operations take as long as one step of a small network.
+differ by only a few parts in 10^8, so the clock is never computed in the data's precision. Clock tensors are cast only
+once, in `per_sample`, when they multiply data. During sampling, all samples share one time. This time remains a plain
+number, because a hundred small tensor operations take as long as one step of a small network.
 """
 
 import math
@@ -26,7 +26,7 @@ from halfstep.registry import Registry
 
 
 def clock_device(device: torch.device) -> torch.device:
-    """Return the device for clock tensors if the data is on `device`: the CPU if `device` does not support float64."""
+    """Return the device for the clock tensors of data on `device`: the CPU if `device` does not support float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -82,7 +82,7 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def time_at(self, log_snr: Tensor) -> Tensor:
-        """Return the time at which `log_snr` is reached. This method inverts `log_snr()`."""
+        """Return the time at which the log-SNR equals `log_snr`. This method inverts `log_snr()`."""
 
     @final
     def amplitudes(self, t: Tensor | float) -> tuple[Tensor, Tensor] | tuple[float, float]:
@@ -140,9 +140,9 @@ processes: Registry[type[NoiseProcess]] = Registry("noise process")
 class VPCosine(NoiseProcess):
     """The variance-preserving cosine process, alpha = cos(phi) and sigma = sin(phi), with a bounded log-SNR.
 
-    The angle phi grows linearly in t between the angles that correspond to the two log-SNR bounds. As a result,
-    alpha^2 + sigma^2 = 1 and log_snr = -2 log tan(phi). The default bounds, -20 and 20, are those of the authors and
-    give sigma(0) = alpha(1) = 4.5e-5.
+    The angle phi grows linearly in t between the angles that correspond to the two log-SNR bounds. As a result, alpha^2
+    + sigma^2 = 1 and log_snr = -2 log tan(phi). The default bounds, -20 and 20, match the authors' and give sigma(0) =
+    alpha(1) = 4.5e-5.
 
     Source: Salimans & Ho 2022 (arXiv:2202.00512), section 4, and the authors' schedules.py.
 
@@ -189,9 +189,9 @@ class VPCosine(NoiseProcess):
 class VPTable(NoiseProcess):
     """The discrete process of DDPM, whose log-SNR is interpolated linearly between its T noise levels.
 
-    Level k, which is timestep k in diffusers, is at t = (k + 1) / T, where alpha^2 is the product of 1 - beta_i over
-    all i <= k. Below the first level, the log-SNR has the same slope as in the first interval. If the last level has no
-    signal, the ratio alpha / sigma itself, rather than its logarithm, is interpolated linearly in the last interval.
+    Level k (timestep k in diffusers) is at t = (k + 1) / T. There, alpha^2 is the product of 1 - beta_i over all i <=
+    k. Below the first level, the log-SNR has the same slope as in the first interval. If the last level has no signal,
+    the ratio alpha / sigma itself, rather than its logarithm, is interpolated linearly in the last interval.
 
     Args:
         betas: T numbers in (0, 1); if there are at least 3, the last may be 1.
@@ -233,7 +233,7 @@ class VPTable(NoiseProcess):
         return {levels.device: torch.cat([2 * levels[:1] - levels[1:2], levels])}
 
     def _nodes_on(self, device: torch.device) -> Tensor:
-        """Return the tensor of `_nodes` for a device. It is copied there once, because each copy blocks the host."""
+        """Return the tensor of `_nodes` for a device. It is copied only once, because each copy blocks the host."""
         if device not in self._nodes:
             self._nodes[device] = self._nodes[torch.device("cpu")].to(device)
         return self._nodes[device]

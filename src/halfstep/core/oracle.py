@@ -65,7 +65,7 @@ class MixtureDenoiser(Denoiser):
     Args:
         means: `[K, *dims]`.
         std: the standard deviation of each component, a number or `[K]`; 0 makes the mixture a finite data set.
-        weights: positive numbers `[K]`, which are normalised here; by default, all weights are equal.
+        weights: positive numbers `[K]`, which are normalised; by default, all weights are equal.
 
     Raises:
         ValueError: if a standard deviation is negative or a weight is not positive.

@@ -6,10 +6,10 @@ Together with x_t = alpha x0 + sigma eps, this is a 2x2 system with determinant 
     x0  = ( b x_t - sigma p) / d
     eps = (-a x_t + alpha p) / d
 
-This solution applies to all parameterisations, so pairs of parameterisations do not need dedicated converters. The four
-quotients in the solution are computed in float64 and cast only when they multiply data. For x0 prediction, the factors
-of x_t and p in x0 are exactly 0 and 1, so x0 is the network's output itself. The only nonlinear prediction is "both",
-which blends separate outputs for the two unknowns.
+This solution applies to all parameterisations, so no converters between pairs of them are needed. The four quotients in
+the solution are computed in float64 and cast only when they multiply data. For x0 prediction, the factors of x_t and p
+in x0 are exactly 0 and 1, so x0 is the network's output itself. The only nonlinear prediction is "both", which blends
+separate outputs for the two unknowns.
 
 A weighting maps the log-SNR to the weight of the squared error in x0. The same loss has a different weight when it is
 measured in eps or v: |eps error|^2 = SNR |x0 error|^2 and, for a variance-preserving process,
@@ -90,7 +90,8 @@ class LinearPrediction(Prediction):
 
 @lru_cache(maxsize=4096)
 def _solved_once(prediction: LinearPrediction, alpha: float, sigma: float) -> tuple[float, ...]:
-    """Return the solution for two numbers. Results are cached, because sampling uses only a few pairs."""
+    """Return the four factors of the solution for one pair of amplitudes. Sampling uses only a few pairs, so they are
+    cached."""
     alphas, sigmas = (torch.tensor([number], dtype=torch.float64) for number in (alpha, sigma))
     return tuple(float(number) for number in prediction._solved(alphas, sigmas))
 
@@ -144,7 +145,7 @@ class EDM(LinearPrediction):
 
     With the noise-to-signal ratio s = sigma / alpha and rho = sqrt(s^2 + sigma_data^2), c_skip is sigma_data^2 / rho^2
     and c_out is s sigma_data / rho, so F = (s x0 - sigma_data^2 eps) / (sigma_data rho). The network's adapter computes
-    the inputs of the network, y / rho and log(s) / 4.
+    the network's inputs, y / rho and log(s) / 4.
 
     Source: Karras et al. 2022, EDM (arXiv:2206.00364), table 1.
 

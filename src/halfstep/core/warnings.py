@@ -2,4 +2,4 @@
 
 
 class HalfstepWarning(UserWarning):
-    """A warning about a choice that works but lies outside the intended use of the model or the method."""
+    """A warning about a choice that works but is outside the intended use of the model or the method."""

@@ -1,4 +1,4 @@
-"""Objectives (one file per method), their training hyperparameters, and the plan: the chain of stages as data."""
+"""Objectives (one file per method), their training hyperparameters, and the plan, which describes a chain of stages."""
 
 from halfstep.objectives.adversarial import Adversarial
 from halfstep.objectives.auxiliary import AUXILIARY, auxiliary_denoiser

@@ -6,9 +6,9 @@ level, and let D be the critic. In each update, the critic and the student take 
     critic:    softplus(-D(y+)) + softplus(D(y)) + gamma / 2 (D(y+ + delta n) - D(y+))^2 / delta^2
     student:   its own loss + weight softplus(-D(y))
 
-Averaged over n, which is standard normal noise, the critic's last term is gamma / 2 |grad D(y+)|^2 up to terms of order
+Averaged over the standard normal noise n, the critic's last term is gamma / 2 |grad D(y+)|^2 up to terms of order
 delta^2. This is the R1 penalty, computed without a second derivative. Only the distributions of y and y+ matter, so
-both may come from the same sample of the batch. Both then share that sample's conditions, which are also inputs to the
+both are computed from the same sample of the batch. They share that sample's conditions, which are also inputs to the
 critic.
 
 The critic consists of the encoder half of a copy of the teacher and a small head on the encoder's deepest features. The
@@ -60,11 +60,11 @@ CRITIC: Final = "critic"
 
 @final
 class Critic(nn.Module):
-    """A discriminator of noisy samples: it maps (y, tau, cond) to one number per sample, which is large for data.
+    """A discriminator for noisy samples, which maps (y, tau, cond) to one number per sample that is larger for data.
 
     Args:
         encoder: the network that computes the features.
-        takes_guidance: whether the encoder has an input for the guidance scale. If not, that condition is dropped.
+        takes_guidance: whether the encoder has an input for the guidance scale. If false, that condition is dropped.
     """
 
     def __init__(self, encoder: EncoderHalf, takes_guidance: bool = False) -> None:
@@ -107,7 +107,7 @@ def critic_of(models: Models) -> Critic:
 class Adversarial(Objective):
     """An objective with an added adversarial term on the landing points of the student's steps.
 
-    The wrapped objective still determines its own turns, the random numbers of those turns, and the outcome.
+    The wrapped objective still determines its own turns, their random numbers and the outcome.
 
     Source: Goodfellow et al. 2014 (arXiv:1406.2661) for the loss; Lin et al. 2024 (arXiv:2402.13929) for the critic.
 

@@ -1,9 +1,8 @@
 """The interface of an objective, and the loss that teacher training and distillation share.
 
 An objective defines which networks are trained, the turns and losses that train them, and the result. It does not
-depend on devices or files. `Training` is the only place where the hyperparameters of an optimiser are declared. Stages,
-helpers, recipes, the Python API and the command line all use this class, and the docstrings of its fields are the help
-texts of the flags.
+depend on devices or files. An optimiser's hyperparameters are declared only in `Training`. Stages, helpers, recipes,
+the Python API and the command line all use this class, and its field docstrings are the help texts of the flags.
 
 The shared loss of a sample is weight(log_snr) * mean((x0 - x0_target)^2), where the mean is over the sample's entries.
 The weighting can turn this loss into the squared error in eps or v, or into the larger of two such errors, regardless
@@ -29,7 +28,7 @@ from halfstep.registry import Registry
 from halfstep.samplers import DDIM, Sampler
 
 MOST_AT_ONCE: Final = 2**20
-"""Largest batch size."""
+"""Maximum batch size."""
 
 
 @final
@@ -85,7 +84,7 @@ class Training:
     def of_helper(self, rate: float, **changes: Any) -> "Training":
         """Return the hyperparameters of a helper, with the learning rate multiplied by `rate` and `changes` applied.
 
-        A helper has no EMA, because it is not passed on, and no early stopping, because its loss does not have to fall.
+        A helper has no EMA, because it is not passed on, and no early stopping, because its loss need not fall.
         """
         own: dict[str, Any] = {"learning_rate": rate * self.learning_rate, "ema_decay": 0.0, "early_end": EarlyEnd()}
         return replace(self, **own | changes)
@@ -105,7 +104,7 @@ class Training:
 
 
 STUDENT: Final = "student"
-"""Name of the player that a stage passes on. All other players are helpers of the objective."""
+"""Name of the player that a stage passes on. All other players are the objective's helpers."""
 
 
 class Batch(NamedTuple):
@@ -147,13 +146,13 @@ class Role(StrEnum):
 
 
 class Outcome(NamedTuple):
-    """The role of a stage's model, and how to sample from the model. Both are stored in the manifest."""
+    """The role of a stage's model and how to sample from it, as stored in the manifest."""
 
     role: Role
     num_steps: int | None = None
     """The number of sampler steps that the model is trained for, or None if it can sample with any number of steps."""
     sampler: Sampler = DDIM()
-    """The sampler that is used for sampling and evaluation, in the explorer, and for export."""
+    """The sampler used for sampling, evaluation, the explorer and export."""
 
 
 class Evals(NamedTuple):
@@ -174,11 +173,11 @@ class Auxiliary:
     """An additional network with its own optimiser: an auxiliary denoiser or a critic."""
 
     start: Callable[[Models, tuple[int, ...]], nn.Module]
-    """Creates the network before the first update, from the models and the shape of one sample. The network must be new
+    """Creates the network from the models and the shape of one sample, before the first update. The network must be new
     or a copy, never the student or the teacher itself. A copy of the student has the teacher's weights in float32. If
-    the student is a LoRA model, the copy shares the base and has a separate adapter. Random initial weights come from
-    torch's generator, which is seeded for the call. Dry runs and the checks before a run make the call on the meta
-    device, so the function must not read tensor values."""
+    the student is a LoRA model, the copy shares the base and has a separate adapter. Random initial weights are drawn
+    from torch's generator, which is seeded for the call. Dry runs and checks before a run call the function on the meta
+    device, so it must not read tensor values."""
     training: Callable[[Training], Training]
     """Maps the student's hyperparameters to those of this network. The number of updates and the batch size must match
     those of the stage."""
@@ -187,7 +186,7 @@ class Auxiliary:
 @final
 @dataclass(frozen=True)
 class Average:
-    """A copy of a player with the moving average of the player's weights, which the objective can call.
+    """A copy of a player, with the moving average of the player's weights, for the objective to call.
 
     Args:
         decay: final decay, in [0, 1). After n updates, the decay is min(decay, (1 + n) / (10 + n)).
@@ -207,7 +206,7 @@ class Average:
 @final
 @dataclass(frozen=True)
 class Frozen:
-    """A frozen copy of a player's network, made before the first update, which the objective can call."""
+    """A frozen copy of a player's network, made before the first update, for the objective to call."""
 
     of: str = STUDENT
 
@@ -322,7 +321,7 @@ class StepObjective(Objective):
     """
 
     num_steps: int
-    """The number of steps of the student."""
+    """The student's number of steps."""
     needs_teacher: ClassVar[bool] = True
 
     @property

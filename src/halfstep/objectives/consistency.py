@@ -81,8 +81,8 @@ def consistency_target(
     cond: Cond | None = None,
     sampler: Sampler | None = None,
 ) -> Tensor:
-    """Return the x0 for which one DDIM step from t to the boundary lands at the same point as two steps: the teacher's
-    step from t to s, followed by the reference's DDIM step from s to the boundary.
+    """Return the x0 for which one DDIM step from t to the boundary lands where two steps land: the teacher's step from
+    t to s, followed by the reference's DDIM step to the boundary.
 
     Args:
         teacher: an unclipped denoiser.
@@ -120,7 +120,7 @@ def _target(
 
 
 def _rest(reference: Denoiser, cond: Cond | None) -> Step:
-    """Return the DDIM step of the reference as a function.
+    """Return a function that takes the reference's DDIM step.
 
     If a step is empty, the reference is called at t = 1, because its output may be undefined at t = 0.
     """
@@ -133,7 +133,7 @@ def _rest(reference: Denoiser, cond: Cond | None) -> Step:
 
 @contextmanager
 def _rewound(device: torch.device) -> Iterator[None]:
-    """Restore the state of the random generator on exit, so that the code that follows draws the same dropout masks.
+    """Restore the state of the random generator on exit, so that the next pass draws the same dropout masks.
 
     The generator's state is stored on the host, even for a GPU, so the host does not wait for the device.
     """
@@ -154,14 +154,14 @@ def _rewound(device: torch.device) -> Iterator[None]:
 class Consistency(Objective):
     """The student's error with respect to `consistency_target` at times drawn uniformly from the teacher's grid.
 
-    The default grid is that of the paper, whose stages have 200,000 updates. For a shorter stage, set `anneal_updates`
-    to half the number of updates in the stage. The loss is small from the first update on and does not have to fall, so
-    `EarlyEnd` ignores it.
+    The default grid is the paper's, where each stage has 200,000 updates. For a shorter stage, set `anneal_updates` to
+    half the number of updates in the stage. The loss is small from the first update on and need not fall, so `EarlyEnd`
+    ignores it.
 
     Source: Heek et al. 2024 (arXiv:2403.06807), algorithm 1.
 
     Raises:
-        ValueError: if a number is not a whole number in its range, `grid_start` or `grid_end` is not a multiple of
+        ValueError: if a count is not a whole number in its range, `grid_start` or `grid_end` is not a multiple of
             num_steps and at least twice as large, `self_teacher` is not in [0, 1), the teacher's sampler is stochastic,
             or a setting has no effect.
     """

@@ -13,10 +13,10 @@ from halfstep.core.door import FORBID_EXTRA, check_number, check_whole
 class EarlyEnd:
     """Early stopping of a stage after its loss has stopped falling.
 
-    The mean loss of each window is compared with the lowest mean loss of all earlier windows. If it is not lower by at
-    least the fraction `min_drop` in `patience` consecutive windows, the learning rate decays linearly to 0 over one
-    more window, and the stage ends. The decay acts like averaging the student's weights; without it, the stage would
-    pass on a worse student.
+    The mean loss of each window is compared with the lowest mean loss of all earlier windows. If `patience` consecutive
+    windows fail to lower this minimum by at least the fraction `min_drop`, the learning rate decays linearly to 0 over
+    one more window, and the stage ends. The decay acts like averaging the student's weights; without it, the stage
+    would pass on a worse student.
 
     Raises:
         ValueError: if a count is not a whole number in its range, `min_drop` is not in [0, 1), or another setting is

@@ -1,9 +1,9 @@
 """Finishing: match a student's landing points to the distribution of data and preserve the map from noise to samples.
 
 A halved student lands where its teacher lands, up to an error that the squared loss spreads over neighbouring samples.
-Finishing corrects the distribution of the landing points x_s. For x_t at the student's times t, it reduces the
-Kullback-Leibler divergence between x_s and data at noise level s, after noise up to a level tau is added to both. The
-module `landing_points` explains why the landing point is used.
+Finishing corrects the distribution of the landing points x_s. For x_t at the student's times t, noise up to a level tau
+is added to both x_s and data at noise level s. Finishing reduces the Kullback-Leibler divergence between the results.
+The module `landing_points` explains why the landing point is used.
 
 The gradient of the divergence is the difference between two scores at y, the landing point with added noise. In terms
 of x0, it is auxiliary(y) - teacher(y). The teacher's x0 represents the data, and the auxiliary denoiser's x0 represents
@@ -12,9 +12,9 @@ student's error, the gradient becomes a step for x0 = student(x_t, t), because a
 in the same direction. The map term keeps x0 near its value before finishing. Without this term, training would drift
 between different maps that produce the same distribution.
 
-At s > 0, the gradient of score matching is mostly noise. The batch's data, with the same noise at t and the same added
-noise, gives almost the same gradient, and the teacher's error there is known, so it serves as a control variate. This
-also removes the teacher's own bias: the student is then compared with the data instead of with the teacher.
+At s > 0, the score-matching gradient is mostly noise. The batch's data, with the same noise at t and the same added
+noise, has almost the same gradient. The teacher's error on this data is known, so the data serves as a control variate.
+This also removes the teacher's own bias: the student is then compared with the data instead of with the teacher.
 
 With one step, this is distribution matching distillation, except that the regression targets come from the student
 before finishing instead of from stored pairs. The student remains deterministic and still uses DDIM as its sampler.
@@ -60,8 +60,8 @@ from halfstep.objectives.landing_points import Landing, noised_landing
 START: Final = "start"
 
 SMALLEST_ERROR: Final = 1e-3
-"""The constant that is added to the mean error, by which the gradient is then divided. The mean error is about 0.1 for
-unit-scale data."""
+"""The constant added to the mean error before the gradient is divided by it. The mean error is about 0.1 for unit-scale
+data."""
 LARGEST_RATIO: Final = 5.0
 """The upper limit for sigma / alpha in the weight of the auxiliary denoiser's error."""
 
@@ -77,7 +77,7 @@ class Finishing(StepObjective):
     Source: Yin et al. 2023 (arXiv:2311.18828) for one step.
 
     Raises:
-        ValueError: if a count is not a whole number in its range, or a weight or rate is not finite and in its range.
+        ValueError: if a count is not a whole number in its range, or a weight or rate is out of range.
     """
 
     num_steps: int
@@ -85,19 +85,19 @@ class Finishing(StepObjective):
     """Weight of the squared distance between x0 and its value before finishing; None means num_steps / 2. A student
     with more steps has less to gain, and errors of the auxiliary denoiser affect it more."""
     data_weight: float | None = None
-    """Weight of the data's score, from 0 to 1, in the score that the student should reach. The teacher's score has the
-    remaining weight. None means 1, or 0 if the teacher has learned guidance, because guided samples are not distributed
-    like data."""
+    """Weight of the data's score in the student's target score, from 0 to 1. The teacher's score has the remaining
+    weight. None means 1, or 0 if the teacher has learned guidance, because guided samples are not distributed like
+    data."""
     auxiliary_turns: int | None = None
-    """Number of turns that the auxiliary denoiser takes per turn of the student; None means 1, or 2 if `data_weight` is
-    0. Both cost the same, because a turn with data needs twice as many network calls."""
+    """Number of turns of the auxiliary denoiser per student turn; None means 1, or 2 if `data_weight` is 0. Both cost
+    the same, because a turn with data needs twice as many network calls."""
     auxiliary_rate: float = 6.0
     """Constant learning rate of the auxiliary denoiser, relative to the student's peak rate."""
     lead_updates: int = 60
     """Number of initial updates that train only the auxiliary denoiser."""
     inside_step: bool | None = None
-    """Whether to draw tau inside the step, from s to t, rather than from s to 1. None means only if `data_weight` is
-    0."""
+    """Whether to draw tau inside the step, from s to t, rather than from s to 1. With None, tau is drawn inside the
+    step only if `data_weight` is 0."""
     whitened: bool = True
     """Whether to divide each sample's gradient by the mean distance between the student's x0 and the teacher's x0."""
     guidance: Guidance | None = None
@@ -134,7 +134,7 @@ class Finishing(StepObjective):
 
     @property
     def _turns(self) -> int:
-        """The number of turns of the auxiliary denoiser."""
+        """The auxiliary denoiser's number of turns per student turn."""
         return self.auxiliary_turns or (1 if self._share else 2)
 
     @property
@@ -181,9 +181,9 @@ class Finishing(StepObjective):
         """Return the denoising score matching losses of the auxiliary denoiser on the student's landing points.
 
         The score of y given x_s is -eps' / b. The loss is the squared error in eps', with larger weights at low signal.
-        With data, it also contains the product of two differences in eps' on data with the same eps': the one between
-        the auxiliary denoiser and the teacher, and the teacher's error. If the teacher is exact, its error has mean 0
-        at each point, and the expected loss does not change.
+        If `data_weight` is above 0, the loss also contains a product of two differences in eps' on data with the same
+        noise: the auxiliary denoiser minus the teacher, and the teacher's error. If the teacher is exact, its error has
+        mean 0 at each point, and the expected loss does not change.
         """
         step, process = self.step(models, batch, draw), models.student.process
         with torch.no_grad():

@@ -27,12 +27,12 @@ class Guidance(ABC):
     """The guidance scales that a network learns."""
 
     is_shown: ClassVar[bool]
-    """Whether the scale is an input of the network, given as the condition `guidance_scale`."""
+    """Whether the scale is an input of the network, passed as the condition `guidance_scale`."""
 
     @property
     @abstractmethod
     def default_scale(self) -> float:
-        """The scale that is used for sampling by default."""
+        """The default scale for sampling."""
 
     @abstractmethod
     def scale_for(self, scale: float | None) -> float | None:
@@ -59,8 +59,8 @@ class Guidance(ABC):
 
     @abstractmethod
     def shown(self, cond: Cond, draw: Draw, like: Tensor) -> Cond:
-        """Return the conditions of the samples `like` `[batch, *dims]`, with a scale for each if the network takes
-        one."""
+        """Return the conditions of the samples `like` `[batch, *dims]`, with a scale for each sample if the network
+        takes one."""
 
 
 def _takes_scale(teacher: Denoiser) -> bool:

@@ -78,7 +78,7 @@ def _target(
     num_teacher_steps: int,
     sampler: Sampler,
 ) -> Tensor:
-    """Return `halving_target` without the checks, which would make the host wait for the device in every update."""
+    """Return `halving_target` without the checks, which would block the host in every update."""
     times = [start + (end - start) * (k / num_teacher_steps) for k in range(num_teacher_steps)] + [end]
     return landing_x0(teacher.process, [steps_of(teacher, sampler, cond)] * num_teacher_steps, x_t, times)
 

@@ -1,4 +1,4 @@
-"""The landing point of the student's DDIM step with added noise, which several objectives use.
+"""The noised landing point of the student's DDIM step, which several objectives use.
 
 The student's x0 at (x_t, t) takes x_t to x_s, the landing point. With noise added up to the level tau >= s, the landing
 point becomes
@@ -8,10 +8,10 @@ point becomes
 which is distributed like data at tau if x_s is distributed like data at s. Objectives use the landing point instead of
 x0 itself, because at s > 0 the student's x0 is a mean over samples rather than a sample.
 
-If tau is inside the step, with s < tau < t, the noise levels of different steps never overlap, so a network without an
-input for the step can distinguish their landing points. A larger tau also compares coarse properties, such as how often
-each mode occurs. There, the network sees a mixture of the landing points of several steps. If all of these are
-distributed like data, so is the mixture, but errors of different steps can cancel in it.
+If tau is inside the step, with s < tau < t, the noise levels of different steps never overlap. A network that does not
+take the step as an input can therefore still distinguish their landing points. A larger tau also compares coarse
+properties, such as how often each mode occurs. There, the network sees a mixture of the landing points of several
+steps. If all of them are distributed like data, so is the mixture, but errors of different steps can cancel out.
 """
 
 from typing import NamedTuple
@@ -44,7 +44,7 @@ def noised_landing(
 
     Args:
         denoised: the student's output at (x_t, t); gradients flow through it.
-        purpose: prefix of the names under which the random tau and noise are drawn.
+        purpose: prefix of the purposes for which tau and the noise are drawn (see `Draw`).
     """
     x_s = ddim_step(denoised, process, step.s)
     share = as_clock(draw.uniform(f"{purpose}tau"), x_s)

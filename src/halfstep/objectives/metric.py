@@ -1,4 +1,4 @@
-"""Loss metrics, which map the weighted mean squared error of a sample to the loss of that sample."""
+"""Loss metrics, which map a sample's weighted mean squared error to its loss."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

@@ -8,11 +8,11 @@ has two turns, with a separate batch for each turn. Let D = auxiliary - teacher 
 the log-SNR of s. The losses are
 
     auxiliary:  w (|auxiliary - x0|^2 + |auxiliary - teacher|^2),  minimal at the mean of E[x0 | x_s] and the teacher
-    student:    w |x0 - sg(x0 - D)|^2 / 2,                         with the gradient w D in x0
+    student:    w |x0 - sg(x0 - D)|^2 / 2,                         whose gradient in x0 is w D
 
-The second term of the auxiliary denoiser's loss keeps this denoiser near the teacher, and halves D at the minimum. The
-value of the student's loss is w |D|^2 / 2, the moment gap. This loss does not have to fall, because the auxiliary
-denoiser widens the gap while the student closes it.
+The second term of the auxiliary denoiser's loss keeps that denoiser near the teacher and halves D at the minimum. The
+value of the student's loss is w |D|^2 / 2, the moment gap. This loss need not fall, because the auxiliary denoiser
+widens the gap while the student closes it.
 
 The times are s ~ U(0, 1) and t = min(s + d, 1) with d ~ U(0, 1 / num_steps). No step is longer than the steps that the
 student takes when sampling, and some steps start from pure noise.

@@ -1,4 +1,4 @@
-"""The plan: a chain of stages as data.
+"""The plan, which describes a chain of stages.
 
 A stage consists of an objective and the hyperparameters of the student's optimiser. A chain of halvings is a list of
 stages.
@@ -60,7 +60,7 @@ class Stage:
 
     @property
     def update_cost(self) -> float:
-        """The cost of one update of the whole batch, in forward passes of one sample."""
+        """The cost of one update of the whole batch, in single-sample forward passes."""
         return sum(evals.cost for evals in self.objective.evals.values()) * self.training.batch_size
 
 
@@ -91,10 +91,10 @@ def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | Non
             made = sorted({model.num_steps for model in students if model.num_steps}, reverse=True)
             known = f"no student before it samples with {type(sampler).__name__}"
             if made:
-                known = f"the students before it take {', '.join(map(str, made))}"
+                known = f"the students before it take {', '.join(map(str, made))} steps"
             raise ValueError(
-                f"the stage {name} refines a student of {steps} steps, but {known}. Choose the steps of an earlier "
-                "student"
+                f"the stage {name} refines a {steps}-step student, but {known}. Choose an earlier student's number of "
+                "steps"
             )
         start = same[-1]
     if objective.learns_from_undistilled:
@@ -113,7 +113,7 @@ def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | Non
             raise ValueError(
                 f"the stage {name} needs a teacher with {asked_steps} steps of {type(asked_sampler).__name__}, but the "
                 f"student before it was distilled for {known_steps} steps of {type(known_sampler).__name__} and can "
-                "take no others. Choose a chain that starts with the steps of that student"
+                "take no others. Choose a chain that starts with that number of steps"
             )
     return Parents(start, teacher)
 
@@ -121,7 +121,7 @@ def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | Non
 @final
 @dataclass(frozen=True)
 class Plan:
-    """The stages in the order in which they run, each with a folder name."""
+    """The stages of a run in execution order, each with a folder name."""
 
     stages: tuple[Stage, ...] = field(default=())
 
@@ -142,7 +142,7 @@ class Plan:
 
     @property
     def num_updates(self) -> int:
-        """Total number of updates of all stages."""
+        """The total number of updates in all stages."""
         return sum(stage.training.num_updates for stage in self.stages)
 
     def __add__(self, other: "Plan") -> "Plan":
@@ -193,12 +193,13 @@ class Plan:
         Args:
             start: number of steps of the first teacher; the first student takes half as many.
             end: number of steps of the last student.
-            training: hyperparameters of each stage. The paper uses no warm-up, but the first update of a new Adam
-                optimiser moves every weight by the full learning rate, and a short stage does not recover from that.
+            training: hyperparameters of each stage. The paper uses no warm-up. Without one, the first update of a new
+                Adam optimiser moves every weight by the full learning rate, and a short stage does not recover from
+                that.
             factor: number of teacher steps that one student step replaces, in every stage.
-            students: the numbers of steps of all students, such as 256, 64, 16, 8, 4; overrides `end` and `factor`.
-            updates_at: maps a student's number of steps to a different number of updates. By default, the students with
-                2 steps and 1 step get twice `training.num_updates`, as in the paper.
+            students: step counts of all students, such as 256, 64, 16, 8, 4; overrides `end` and `factor`.
+            updates_at: maps a student's number of steps to a different number of updates. By default, the 2-step and
+                1-step students get twice `training.num_updates`, as in the paper.
             learning_rate_at: maps a student's number of steps to a different learning rate.
             guidance: the guidance that the first teacher has learned.
             teacher_sampler: deterministic sampler of the first teacher; DDIM if None.
@@ -218,7 +219,7 @@ class Plan:
             if foreign := sorted(set(given) - set(steps[1:])):
                 raise ValueError(
                     f"{name} has an entry for {foreign[0]} steps, but the chain's students take {steps[1:]} steps. "
-                    f"Give entries only for these numbers, or set {name} to None"
+                    f"Use only these numbers as keys, or set {name} to None"
                 )
         factors[0] = factors[0] if teacher_steps is None else teacher_steps
         stages: list[Stage] = []
@@ -236,7 +237,7 @@ class Plan:
         training: Training = FINISHING,
         finishing: Callable[[int], Finishing] = Finishing,
     ) -> "Plan":
-        """Return one finishing stage for each number of steps in `steps`, in the same order.
+        """Return a plan with one finishing stage per number of steps, in the order of `steps`.
 
         Args:
             finishing: a function that maps a number of steps to the objective.
@@ -248,7 +249,7 @@ class Plan:
             check_num_steps(number)
         if len(set(steps)) < len(steps):
             raise ValueError(
-                f"a student can be finished only once, got {', '.join(map(str, steps))}. Give each number once"
+                f"a student can be finished only once, got {', '.join(map(str, steps))}. List each number once"
             )
         return cls(tuple(Stage(finishing(number), training) for number in steps))
 
@@ -303,14 +304,14 @@ def _factors(steps: Sequence[int]) -> list[int]:
         ValueError: if a number does not divide the previous number, or there are no students.
     """
     if len(steps) < 2:
-        raise ValueError("the list of students is empty. Give the steps of each student, such as 256, 64, 16, 8, 4")
+        raise ValueError("the list of students is empty. List the steps of each student, such as 256, 64, 16, 8, 4")
     for number in steps:
         check_num_steps(number)
     for teacher, student in pairwise(steps):
         if student >= teacher or teacher % student:
             raise ValueError(
-                f"a student of {student} steps cannot follow a teacher of {teacher} steps. The student's number of "
-                "steps must divide the teacher's, with a factor of at least 2; the chain is "
+                f"a {student}-step student cannot follow a {teacher}-step teacher. The student's number of steps must "
+                "divide the teacher's, with a factor of at least 2; the chain is "
                 f"{', '.join(map(str, steps))}"
             )
     return [teacher // student for teacher, student in pairwise(steps)]

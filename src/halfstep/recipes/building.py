@@ -23,13 +23,12 @@ FREE_FIELDS: Final = (
     *FREE_SETTINGS,
 )
 """Fields that may change when a run resumes, because they do not change the trained models. Data is identified by its
-samples. Models are measured again if the evaluation protocol changes.
+samples. Models are re-evaluated if the evaluation protocol changes.
 """
 
 
 def data_or_stand_in(recipe: Recipe) -> tuple[Data, str | None]:
-    """Return the recipe's data or, if it is not on this machine, random pixels of its shape and the reason it is
-    missing.
+    """Return the recipe's data or, if it is not available here, random pixels of the same shape and the reason.
 
     Raises:
         ValueError: if the data cannot be opened and the recipe has no `facts`.
@@ -65,7 +64,7 @@ def build(
 
     Raises:
         ValueError: if the data cannot be opened, the recipe's parts do not fit the data or each other, or the models
-            cannot be measured.
+            cannot be evaluated.
     """
     process: NoiseProcess = VPCosine(recipe.model.log_snr_min, recipe.model.log_snr_max)
     prediction: Prediction = predictions[recipe.model.prediction]()
@@ -82,7 +81,7 @@ def build(
         start, process, prediction = Start.of(teacher), teacher.process, teacher.denoiser.prediction
         check_fit(teacher.manifest, opened)
         teacher = _with_null(teacher, recipe.matching, opened)
-        # Runs from different teachers must differ, even with the same settings.
+        # Runs from different teachers are different runs, even with the same settings.
         imported = {} if teacher.manifest.source is None else {"source": teacher.manifest.source}
         own = {"stage": teacher.manifest.stage, **imported, **teacher.manifest.files}
         origin["parent"] = own if parent is None else dict(parent)
@@ -120,7 +119,7 @@ def build(
 
 
 def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
-    """Return the teacher with null conditions, which come from the teacher itself, the recipe or the data."""
+    """Return the teacher with null conditions, taken from the teacher itself, the recipe or the data."""
     null = dict(teacher.null)
     if config.null_class is not None:
         if not teacher.num_classes:
@@ -159,7 +158,7 @@ def _check_classes(model: Manifest, data: Data) -> None:
 
 
 def encode_first(model: Manifest, source: str, pipeline: str) -> str:
-    """Return the error message for a latent model whose data is images, with the command that encodes the images."""
+    """Return the error message for a latent model whose data is images, including the command that encodes them."""
     return (
         f"the model generates latents {list(model.shape)}, but {source} contains images. Encode them with "
         f"halfstep encode {pipeline} --data {source} --out latents, and use --data latents"

@@ -59,8 +59,7 @@ def digits() -> Recipe:
 
 @recipes.register("digits_long")
 def digits_long() -> Recipe:
-    """The demo with two to three times as many updates, for better students in a quarter of an hour on two CPU
-    cores."""
+    """The demo with twice as many updates, for better students in a quarter of an hour on two CPU cores."""
     demo = digits()
     return demo.model_copy(
         update={
@@ -134,7 +133,7 @@ def cifar10() -> Recipe:
 
 @recipes.register("cifar10_small")
 def cifar10_small() -> Recipe:
-    """CIFAR-10 with a network of 3 million parameters: rough images, about an hour and a half on two CPU cores."""
+    """CIFAR-10 with a 3-million-parameter network: rough images in about an hour and a half on two CPU cores."""
     smaller = fashion_mnist()
     training = smaller.chain.training
     return smaller.model_copy(
@@ -194,7 +193,8 @@ def images_small() -> Recipe:
 
 @recipes.register("images_tiny")
 def images_tiny() -> Recipe:
-    """A few hundred of your own images, 16x16 in colour, to four steps: ten minutes on one CPU core."""
+    """Train on a few hundred of your own images, in colour at 16x16, and distil to four steps in ten minutes on one CPU
+    core."""
     demo = digits()
     return Recipe(
         name="images_tiny",
@@ -211,7 +211,7 @@ def images_tiny() -> Recipe:
 
 @recipes.register("arrays")
 def arrays() -> Recipe:
-    """Train on data other than images, in a .npy of shape [n, *dims] near unit scale: `halfstep run arrays --data
+    """Train on data other than images, in a .npy file of shape [n, *dims] near unit scale: `halfstep run arrays --data
     x.npy`."""
     return Recipe(
         name="arrays",

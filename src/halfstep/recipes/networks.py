@@ -1,4 +1,4 @@
-"""The networks of recipes, as validated data."""
+"""The networks of recipes as validated data."""
 
 from typing import Annotated, Literal
 
@@ -20,7 +20,7 @@ class UNetConfig(Record):
     type: Literal["unet2d"] = "unet2d"
     """Kind of network."""
     block_out_channels: Annotated[tuple[Width, ...], Field(min_length=1, max_length=12)] = (64, 128)
-    """Number of channels at each resolution, finest first; each level halves the sides of the image."""
+    """Number of channels at each resolution, finest first; each level halves the height and width."""
     layers_per_block: Depth = 2
     """Number of residual blocks at each resolution."""
     attention: tuple[bool, ...] = (False, True)
@@ -58,8 +58,8 @@ class UNetConfig(Record):
         x_t.
 
         Raises:
-            ValueError: if the samples are not images, or the sides, levels, channels, groups or attention heads do not
-                fit together.
+            ValueError: if the samples are not images, or the sides, levels, channels, groups or attention heads are
+                incompatible.
         """
         widths, levels = self.block_out_channels, len(self.block_out_channels)
         if len(shape) != 3:

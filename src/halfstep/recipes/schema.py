@@ -1,7 +1,7 @@
 """The recipe as validated data.
 
-Each field is a flag on the command line, such as `--chain.start-steps 256`, and the field's docstring is the help text
-of the flag. Choices are given as names, which `build` converts to objects.
+Each field is a flag on the command line, such as `--chain.start-steps 256`, and the field's docstring is the flag's
+help text. Choices are names, which `build` converts to objects.
 """
 
 import re
@@ -65,7 +65,7 @@ class DataFacts(Record):
 
 
 class ModelConfig(Record):
-    """The prediction of the network, and the noise process."""
+    """The network's prediction and noise process."""
 
     prediction: Annotated[str, _member_of(predictions)] = "v"
     """The network's prediction: eps, x0, v or both (see `halfstep ls`)."""
@@ -95,23 +95,23 @@ class ChainConfig(Record):
     teacher_sampler: Annotated[str, _member_of(samplers)] = "ddim"
     """Deterministic sampler of the first teacher; later teachers use DDIM."""
     teacher_steps: Steps | None = None
-    """Number of steps of the first teacher per step of the first student; the factor by default."""
+    """Number of first-teacher steps per step of the first student; the factor by default."""
     students: tuple[Steps, ...] | None = None
-    """Numbers of steps of all students, such as 256 64 16 8 4; overrides end_steps and factor."""
+    """Step counts of all students, such as 256 64 16 8 4; overrides end_steps and factor."""
     training: Flat = HALVING
     """Training hyperparameters of each student."""
     updates_at: dict[int, Positive] | None = None
-    """Number of updates of individual students, keyed by number of steps. By default, the students with 2 steps and 1
-    step get twice num_updates."""
+    """Number of updates for individual students, keyed by number of steps. By default, the 2-step and 1-step students
+    get twice num_updates."""
     learning_rate_at: dict[int, Rate] | None = None
-    """Learning rates of individual students, keyed by number of steps."""
+    """Learning rates for individual students, keyed by number of steps."""
     critic_weight: Rate | None = None
-    """Weight of an adversarial term on the students' outputs; by default, no such term is added."""
+    """Weight of an adversarial term on the students' outputs; none by default."""
     lora_rank: Width | None = None
     """Train LoRA weights of this rank instead of whole students, also in the matching stage. Only diffusers networks
     are supported. The teacher and the students share the base weights."""
     keep: tuple[Steps, ...] | None = None
-    """Numbers of steps of the students to keep on disk, besides the teacher and the last student; all by default."""
+    """Step counts of the students to keep on disk, besides the teacher and the last student; all by default."""
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> "ChainConfig":
@@ -154,8 +154,8 @@ class MatchingConfig(Record):
     zero SNR."""
     process: Literal["own", "cosine"] | None = None
     """The student's noise process: own keeps the teacher's process; cosine covers the teacher's noise levels with a
-    power of two timesteps. For a U-Net with a discrete noise schedule that needs matching and has no LoRA, the default
-    is cosine, because each step then loses less accuracy, and chains whose numbers of steps are powers of two use whole
+    power of two timesteps. For a U-Net that needs matching, has a discrete noise schedule and is trained without LoRA,
+    the default is cosine. Each step then loses less accuracy, and chains with power-of-two step counts use whole
     timesteps."""
     guidance_scale: Scale | None = None
     """Guidance scale for the student to learn, which halves the number of network calls; 1 disables guidance."""
@@ -199,13 +199,13 @@ class FinishConfig(Record):
     """How to finish students: bring their samples closer to the data."""
 
     steps: tuple[Steps, ...] = ()
-    """Numbers of steps of the students to finish, such as 2 1."""
+    """Step counts of the students to finish, such as 2 1."""
     training: Flat = FINISHING
     """Training hyperparameters of each finished student."""
     updates_at: dict[int, Positive] | None = None
-    """Number of updates of individual students, keyed by number of steps."""
+    """Number of updates for individual students, keyed by number of steps."""
     learning_rate_at: dict[int, Rate] | None = None
-    """Learning rates of individual students, keyed by number of steps."""
+    """Learning rates for individual students, keyed by number of steps."""
     map_weight: float | None = Finishing.map_weight
     """Weight of the loss that preserves the map from noise to samples; by default, half the number of steps."""
     data_weight: float | None = Finishing.data_weight
@@ -217,14 +217,14 @@ class FinishConfig(Record):
     lead_updates: int = Field(default=Finishing.lead_updates, ge=0, le=MOST_UPDATES)
     """Number of initial updates that train only the auxiliary denoiser."""
     critic_weight: Rate | None = None
-    """Weight of an adversarial term on the students' outputs; by default, no such term is added."""
+    """Weight of an adversarial term on the students' outputs; none by default."""
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> "FinishConfig":
         for name in ("map_weight", "data_weight", "auxiliary_turns", "critic_weight"):
             if getattr(self, name) is not None and not self.steps:
                 raise ValueError(f"{name} {getattr(self, name)} has no effect without finish.steps. Add finish.steps")
-        # `Recipe.fitted` can still remove settings for students that are not finished, so only `plan` refuses them.
+        # `Recipe.fitted` can still remove settings for students that are not finished, so only `plan` rejects them.
         self._stages()
         return self
 
@@ -234,8 +234,7 @@ class FinishConfig(Record):
             foreign = sorted(set(getattr(self, name) or {}) - set(self.steps))
             if foreign:
                 raise ValueError(
-                    f"finish.{name} contains a student of {foreign[0]} steps, which is not finished. Add it to "
-                    "finish.steps"
+                    f"finish.{name} contains a {foreign[0]}-step student, which is not finished. Add it to finish.steps"
                 )
         return self._stages()
 
@@ -284,7 +283,7 @@ class Recipe(Record):
     name: str
     """The recipe's name."""
     seed: Annotated[int, Field(ge=0, le=2**62)] = 0
-    """Seed of all random numbers."""
+    """Seed for all random numbers."""
     data: DataConfig = DataConfig()
     """Training data."""
     facts: DataFacts | None = None
@@ -292,7 +291,7 @@ class Recipe(Record):
     network: UNetConfig | MLPConfig = Field(default=UNetConfig(), discriminator="type")
     """The network of the teacher and the students."""
     model: ModelConfig = ModelConfig()
-    """The prediction of the network, and the noise process."""
+    """The network's prediction and noise process."""
     teacher: Training = TEACHER
     """Training hyperparameters of the teacher."""
     matching: MatchingConfig = MatchingConfig()
@@ -356,7 +355,7 @@ class Recipe(Record):
         foreign = [number for number in chain.keep or () if number not in steps]
         if foreign:
             raise ValueError(
-                f"chain.keep contains a student of {foreign[0]} steps, which is not in the chain. Choose from "
+                f"chain.keep contains a {foreign[0]}-step student, which is not in the chain. Choose from "
                 f"{', '.join(map(str, steps))}"
             )
         return _with_critic(plan, chain.critic_weight)

@@ -15,8 +15,8 @@ def keep_freed_memory() -> bool:
     """Let the process keep the memory of freed large tensors, and return whether the C library supports this.
 
     Every update on the CPU allocates large blocks of the same sizes. By default, glibc returns these blocks to the
-    system after each update, and the system clears every page again. This takes 8% of the time of an update on the
-    digits and on Fashion-MNIST.
+    system after each update, and the system clears every page again. This takes 8% of the update time on digits and
+    Fashion-MNIST.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""Checks the devices that the user chooses."""
+"""Checks the device that the user selects."""
 
 import torch
 

@@ -13,12 +13,12 @@ import torch
 
 
 def device_name() -> str:
-    """Return the name of the GPU, or of the processor."""
+    """Return the name of the GPU, or of the processor if no GPU is available."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else (platform.processor() or platform.machine())
 
 
 def environment() -> dict[str, Any]:
-    """Return the information that a reader needs to reproduce a run, as JSON-ready data."""
+    """Return the information needed to reproduce a run, as JSON-ready data."""
     versions = {}
     for package in ("halfstep", "torch", "diffusers", "accelerate", "numpy"):
         try:

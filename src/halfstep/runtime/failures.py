@@ -9,7 +9,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 
 class NonFinite(RuntimeError):
-    """The loss or the gradient was not finite. The message says where this happened and what to do.
+    """The loss or the gradient was not finite. The message states where this happened and suggests a remedy.
 
     Args:
         statistics: JSON-ready statistics of the batch, or None if there was no batch.
@@ -21,7 +21,7 @@ class NonFinite(RuntimeError):
 
 
 class OutOfMemory(RuntimeError):
-    """An update or a batch of samples did not fit into memory. The message says what was tried and what to do."""
+    """An update or a batch of samples did not fit in memory. The message suggests a remedy."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Writes files that are either complete or absent: each is written under a temporary name, synced, and then renamed."""
+"""Writes files that are either complete or absent: each file gets a temporary name, is synced, and is then renamed."""
 
 import contextlib
 import errno
@@ -49,7 +49,7 @@ def sha256_of(path: Path) -> str:
     """Return the sha256 of a file in hex.
 
     Raises:
-        DamagedFile: as for `check_regular`.
+        DamagedFile: see `check_regular`.
     """
     check_regular(path)
     with open(path, "rb") as file:
@@ -81,9 +81,9 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def scratch(path: Path) -> Iterator[Path]:
-    """Yield an unused path in the folder of `path`, and remove whatever was written there.
+    """Yield an unused path in the folder of `path`, and remove whatever was written there on exit.
 
-    The name is random, because threads can share a process id, as can processes in different containers.
+    The name is random, because a process id can be shared by threads, or by processes in different containers.
     """
     # If a scratch folder is missing, its disk was lost. Recreating it would write to the disk under the mount point.
     if not fnmatch(path.parent.name, ".*.tmp"):
@@ -114,9 +114,9 @@ def sweep(*folders: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path for a file or folder that becomes `path` when the block ends.
 
-    The temporary path is synced and then renamed, so `path` is always complete. The old file or folder stays until the
-    rename, or permanently if the block raises an exception. Replacing a folder takes two renames, and `path` does not
-    exist between them.
+    The temporary path is synced and then renamed, so `path` is always complete. The old file or folder remains until
+    the rename, or permanently if the block raises an exception. Replacing a folder takes two renames, and `path` does
+    not exist between them.
     """
     with scratch(path) as temporary:
         yield temporary
@@ -135,7 +135,7 @@ def _rename(temporary: Path, path: Path) -> None:
             raise DamagedFile(f"{path} cannot be written as a {wanted}: a {held} has that name. Remove it") from None
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        # A rename can only replace an empty folder.
+        # A rename can replace a folder only if it is empty.
         with scratch(path) as aside:
             try:
                 with contextlib.suppress(FileNotFoundError):
@@ -156,7 +156,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, atomically. "?" replaces bytes of file names that are not UTF-8."""
+    """Write `text` as UTF-8, atomically. File name bytes that are not UTF-8 become "?"."""
     with replacing(path) as temporary:
         temporary.write_bytes(text.encode(errors="replace"))
 
@@ -208,7 +208,8 @@ def read_arrays(path: Path, *names: str) -> "dict[str, np.ndarray]":
 
 
 def check_regular(path: Path) -> None:
-    """Raise DamagedFile if `path` exists but is not a file: opening a FIFO would wait for a writer forever."""
+    """Raise DamagedFile if `path` exists but is not a file, because opening a FIFO would block until a writer opens
+    it."""
     if path.exists() and not path.is_file():
         raise DamagedFile(f"{path} is a folder, FIFO, socket or device, not a file: remove it")
 
@@ -263,7 +264,7 @@ def unsealed(data: Any, path: Path) -> dict[str, Any]:
         DamagedFile: if the seal is missing or does not match the entries.
     """
     if not isinstance(data, dict) or SEAL not in data:
-        raise DamagedFile(f"{path} has no sha256 of its content: it was altered, or written by an earlier halfstep")
+        raise DamagedFile(f"{path} has no sha256 of its content: it was altered, or an earlier halfstep wrote it")
     held = {name: value for name, value in data.items() if name != SEAL}
     if data[SEAL] != json_digest(held):
         raise DamagedFile(f"{path} was altered: its content does not match its sha256")
@@ -282,7 +283,7 @@ def check_files(folder: Path, digests: Mapping[str, str], said_by: Path | None =
         if not path.is_file():
             raise DamagedFile(f"{path} is missing")
         if sha256_of(path) != digest:
-            raise DamagedFile(f"{path} is truncated or altered: its sha256 is not the one in {holder}")
+            raise DamagedFile(f"{path} is truncated or altered: its sha256 differs from the one in {holder}")
 
 
 def cache_folder() -> Path:

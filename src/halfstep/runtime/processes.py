@@ -1,8 +1,8 @@
 """Coordinates the processes of a run.
 
 Rank 0 writes the run folder and broadcasts its results and errors to the other ranks. Decisions that depend on a clock,
-a signal or a disk are made once, so that no process waits for a process that decided differently. Messages use a
-separate process group on the CPU and never wait for a device. A single process calls functions directly.
+a signal or a disk are made once, so that no process waits for another that decided differently. Messages use a separate
+process group on the CPU and never wait for a device. A single process calls functions directly.
 """
 
 import functools
@@ -33,11 +33,11 @@ Made = TypeVar("Made")
 Parts = tuple[Tensor, ...]
 
 TIMEOUT_MINUTES: Final = 10.0
-"""The number of minutes without a response during training after which a process counts as lost."""
+"""The number of minutes after which a process that does not respond during training is considered lost."""
 
 WAIT_FOR_MAIN: Final = timedelta(hours=6)
-"""How long the other ranks wait while rank 0 writes, measures or trains a classifier. If rank 0 dies, the other ranks
-notice this at once, so this limit only matters if a disk does not respond."""
+"""How long the other ranks wait while rank 0 writes, evaluates or trains a classifier. If rank 0 dies, the other ranks
+notice immediately, so this limit matters only if a disk does not respond."""
 
 
 class FailedElsewhere(Exception):
@@ -49,11 +49,11 @@ class FailedElsewhere(Exception):
 
 
 class LostProcess(RuntimeError):
-    """Another process of the run has died or does not respond. The message says what to do."""
+    """Another process of the run has died or does not respond. The message suggests a remedy."""
 
 
 def exit_code(error: BaseException) -> int:
-    """Return the exit code after an error.
+    """Return the exit code for an error.
 
     This is the exit code of another process that failed, 128 + n for signal n, or the result of `storage.exit_code`.
     """
@@ -112,7 +112,7 @@ def make_accelerator(
     if world_size() > 1 and not torch.accelerator.is_available():
         # accelerate would otherwise treat each process as the only one.
         cpu = True
-    # accelerate keeps its settings for the whole process, but two runs in one process may have different settings.
+    # accelerate's settings are global to the process, but two runs in one process may have different settings.
     if AcceleratorState._shared_state:
         AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
     accelerator = Accelerator(
@@ -134,7 +134,7 @@ def make_accelerator(
 
 @functools.lru_cache(maxsize=1)
 def _words() -> dist.ProcessGroup:
-    """Return the process group for messages on the CPU. All processes create it together and only once."""
+    """Return the process group for messages on the CPU. All processes must make the first call together."""
     group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=WAIT_FOR_MAIN)
     return group
 
@@ -207,7 +207,7 @@ class Processes:
         """Return the maximum of each number over all processes.
 
         Args:
-            patience: how long to wait for the other processes. None selects the timeout of training.
+            patience: how long to wait for the other processes. None selects the training timeout.
         """
         return tuple(self._reduced(numbers, torch.int64, dist.ReduceOp.MAX, patience))
 
@@ -232,7 +232,8 @@ class Processes:
     def spread(
         self, items: Sequence[Item], work: Callable[[Item], Parts], stop: StopSignal | None = None
     ) -> list[Parts] | None:
-        """Distribute the items over the processes. Return the results in order on rank 0, and None on the other ranks.
+        """Distribute the items across the processes. Return the results in order on rank 0, and None on the other
+        ranks.
 
         Item k goes to rank k modulo the world size. The result of an item must not depend on the rank.
 
@@ -257,7 +258,7 @@ class Processes:
 
     def _end_if(self, failure: Exception | None, asked: int) -> None:
         """Raise an error on all ranks if a rank has failed or was asked to stop."""
-        # Items may differ a lot in cost, such as samples with 256 steps and samples with one step.
+        # Items may differ greatly in cost, such as samples with 256 steps and samples with one step.
         number, failed = self.agree(asked, 0 if failure is None else self.index + 1, patience=WAIT_FOR_MAIN)
         if failure is not None and failed == self.index + 1:
             self.told_by(self.index, {"code": exit_code(failure), "message": str(failure)})
@@ -269,7 +270,7 @@ class Processes:
             raise Interrupted(number)
 
     def _collected(self, own: list[Parts], number: int) -> list[Parts] | None:
-        """Return on rank 0 the parts of all processes, in the order of their items."""
+        """Return the parts of all processes on rank 0, in the order of their items."""
         if self.count == 1:
             return own
         if not self.is_main:
@@ -299,7 +300,7 @@ def _from(source: int, value: Any = None) -> Any:
 
 @final
 class Lookout:
-    """Decides for all processes together whether to stop, and whether enough time has passed for a checkpoint.
+    """A joint decision of all processes on whether to stop and whether a checkpoint is due.
 
     A single process checks at each update. Several processes check together about once a second.
     """

@@ -41,7 +41,7 @@ class StopSignal:
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                # The process was started by nohup, so SIGHUP must stay ignored.
+                # The process was started with nohup, so SIGHUP must remain ignored.
                 continue
             self._before[number] = signal.signal(number, self._receive)
         return self
@@ -74,7 +74,8 @@ class StopSignal:
         imports may swallow exceptions.
         """
         try:
-            # This order misses no signal: a signal that arrives between the two lines raises Interrupted itself.
+            # With this order, no signal is missed: a signal that arrives between the two lines raises Interrupted
+            # itself.
             self._at_once = True
             self.check()
             yield

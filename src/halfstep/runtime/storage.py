@@ -8,21 +8,22 @@ from typing import Final
 from halfstep.runtime.files import DamagedFile, InUse
 
 FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""The error numbers of full disks."""
+"""The error numbers for full disks."""
 GONE: Final = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT)
-"""The error numbers of lost disks and network mounts."""
+"""The error numbers for lost disks and network mounts."""
 LOST: Final = (errno.EROFS, errno.ENXIO, errno.ENOENT, errno.EACCES)
-"""Further error numbers of a disk that is lost during a run. At the start of a run, they mean bad input."""
+"""Additional error numbers for a disk that is lost during a run. At the start of a run, they indicate bad input."""
 TAKEN: Final = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 """The error numbers for a folder where a file is expected, or vice versa."""
 
 
 class NoStorage(OSError):
-    """The disk of the run folder is full or gone, so the run cannot continue. The message gives the last good state."""
+    """The disk of the run folder is full or gone, so the run cannot continue. The message contains the last good
+    state."""
 
 
 def exit_code(error: BaseException) -> int:
-    """Return the exit code after an error.
+    """Return the exit code for an error.
 
     This is 2 for bad input, 3 for a disk that is full or gone, 75 for a folder that another process is writing to, and
     1 for any other error.

@@ -19,15 +19,15 @@ from halfstep.runtime.files import DamagedFile, replacing, sync
 DIGEST: Final = "sha256"
 """The name of the tensor that contains the digest of all other tensors in a cached file."""
 CHUNK: Final = 1 << 20
-"""The number of bytes that are compared at once."""
+"""The number of bytes to compare at a time."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write tensors atomically as safetensors, read the file back to compare it, and return the sha256 of the file.
 
     Raises:
-        OSError: if the disk is full or gone. safetensors gives this reason only in the text of its own error.
-        DamagedFile: if the file reads back differently. In that case, `path` is not changed.
+        OSError: if the disk is full or gone. safetensors reports this only in the text of its own error.
+        DamagedFile: if the file reads back differently. In that case, `path` is left unchanged.
     """
     held: dict[str, Tensor] = {}
     places: set[int] = set()
@@ -102,7 +102,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: Path | str) -> None:
-    """Raise DamagedFile for the first tensor that is not finite; the message quotes `where`."""
+    """Raise DamagedFile for the first tensor that is not finite; the message includes `where`."""
     for name, value in tensors.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise DamagedFile(
@@ -112,7 +112,7 @@ def check_finite(tensors: Mapping[str, Tensor], where: Path | str) -> None:
 
 
 def read_cached(file: Path | None) -> dict[str, Tensor]:
-    """Load the tensors that `write_cached` wrote to this file, or none if the file is missing or damaged."""
+    """Load the tensors that `write_cached` wrote to this file, or an empty dict if the file is missing or damaged."""
     if file is None:
         return {}
     try:

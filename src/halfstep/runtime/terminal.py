@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from typing import Any, Final, TextIO, final
 
 CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-"""The characters that control a terminal or cannot be shown. They are control characters except tab and newline, lone
-surrogates (bytes of a file name that are not UTF-8), line separators and changes of the writing direction.
+"""The characters that control a terminal or cannot be shown: control characters except tab and newline, lone surrogates
+(bytes of a file name that are not UTF-8), line separators and changes of writing direction.
 """
 
 
 def printable(text: str) -> str:
-    """Escape the control characters of the text, and replace its lone surrogates."""
+    """Escape control characters in the text, and replace lone surrogates."""
     return CONTROL.sub(lambda found: _shown(found[0]), text)
 
 

@@ -1,7 +1,7 @@
 """Ancestral sampling: steps of the reversed noising chain, with a variance between a lower and an upper bound.
 
-Given x0, the reverse step q(x_s | x_t, x0) has a normal distribution. With q = exp((log_snr_t - log_snr_s) / 2) < 1 and
-the predicted x0, its mean is
+Given x0, the reverse step q(x_s | x_t, x0) is Gaussian. With q = exp((log_snr_t - log_snr_s) / 2) < 1 and the predicted
+x0, its mean is
 
     alpha_s x0 + sigma_s q eps
 
@@ -54,8 +54,8 @@ def ancestral_step(
 @samplers.register("ancestral")
 @dataclass(frozen=True)
 class Ancestral(Sampler):
-    """A stochastic sampler with one network call per step, in which gamma moves the variance from its lower bound (0)
-    to its upper bound (1, the default).
+    """A stochastic sampler with one network call per step. The setting `gamma` moves the variance from its lower bound
+    (0) to its upper bound (1, the default).
 
     All of the authors' configurations use a gamma of 1. With few steps, search for a better gamma with `search_gamma`.
 

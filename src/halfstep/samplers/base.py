@@ -1,4 +1,4 @@
-"""The interfaces of samplers, which take one step from t to s at a time."""
+"""The sampler interfaces. A sampler defines a single step from t to s."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, final
@@ -20,7 +20,8 @@ Memory = Any
 
 
 class Sampler(ABC):
-    """One step of sampling. Subclasses are frozen and stateless, so each step takes and returns the memory."""
+    """A sampling method, defined by one step. Subclasses are frozen and stateless; each step takes and returns the
+    memory."""
 
     order: ClassVar[int]
     """The global order of convergence (in distribution for stochastic samplers), which the contract tests measure."""
@@ -37,23 +38,23 @@ class Sampler(ABC):
     ) -> tuple[Tensor, Memory]:
         """Step from t to s < t, and return x_s, shaped like `x_t` `[batch, *dims]`, and the memory for the next step.
 
-        At s = 0, the result is clean data. Implementations should not read values from tensors, because this makes the
-        host wait for the device.
+        At s = 0, the result is clean data. Implementations should not read values from tensors, because this blocks the
+        host.
         """
 
     def effective(
         self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond | None, memory: Memory
     ) -> tuple[Denoised, Memory]:
-        """Return the (x0, eps) that make a DDIM step from t to s land where a step of this deterministic sampler lands,
-        together with the memory for the next step.
+        """Return the (x0, eps) for which a DDIM step from t to s lands where this deterministic sampler's step lands,
+        and the memory for the next step.
 
         This solves x_s = alpha_s x0 + sigma_s eps for
 
             x0 = (x_s - q x_t) / (alpha_s - q alpha_t),   q = sigma_s / sigma_t
 
         At s = 0, this x0 is x_s itself. The step and the quotient are computed in float64, although the denoiser
-        computes x0 in its own dtype. An error in the denoiser's x0 moves x_s in proportion to the width of the step.
-        The quotient divides by the width, so the returned x0 is as precise as the denoiser's x0.
+        computes x0 in its own dtype. An error in the denoiser's x0 shifts x_s in proportion to the step width. The
+        quotient divides by the width, so the returned x0 is as precise as the denoiser's x0.
         """
         start = x_t.to(t)
         x_s, memory = self.step(_InFloat64(denoiser, x_t), start, t, s, cond, memory)

@@ -4,7 +4,7 @@ The ODE is dy / dtau = slope(x0, eps), where y = x_t / scale is a scaled sample 
 level. All three coordinates are functions of (alpha, sigma) alone, so they work with every process:
 
     Angle          tau = phi = arctan(sigma / alpha)  y = x_t / hypot(alpha, sigma)  slope = cos(phi) eps - sin(phi) x0
-    LogSNR         tau = log_snr                      the same y                     slope = -sin(2 phi) / 4 times that
+    LogSNR         tau = log_snr                      y as above                     slope = -sin(2 phi) / 4 * the above
     NoiseToSignal  tau = sigma / alpha                y = x_t / alpha                slope = eps
 
 For a variance-preserving process, the slope of `Angle` is v. Only `Angle`, which is the default coordinate, and its
@@ -26,7 +26,7 @@ from halfstep.registry import Registry
 
 
 class Coordinate(ABC):
-    """A variable in which the probability-flow ODE is written. Clock tensors are `[batch]`."""
+    """A variable in which the probability-flow ODE is integrated. Clock tensors are `[batch]`."""
 
     reaches_clean: ClassVar[bool]
     """Whether tau is finite on clean data."""

@@ -1,23 +1,23 @@
 """DDIM, and the target of halving and consistency: the x0 for which one DDIM step lands where a chain of steps lands.
 
-A DDIM step keeps the predicted x0 and eps, and lowers the noise level: x_s = alpha_s x0 + sigma_s eps. For the cosine
+A DDIM step keeps the predicted x0 and eps but lowers the noise level: x_s = alpha_s x0 + sigma_s eps. For the cosine
 process, the step is a rotation of the pair (x, v). DDIM is deterministic, so progressive distillation can replace two
 DDIM steps with one.
 
-For the sample divided by its noise amplitude, x / sigma, a DDIM step is linear in x0. With r = alpha / sigma, it reads
+In terms of x / sigma, the sample divided by its noise amplitude, a DDIM step is linear in x0. With r = alpha / sigma,
 
     x_s / sigma_s = x_t / sigma_t + (r_s - r_t) x0
 
 Therefore, the steps through the times t = t_0 > t_1 > ... > t_K = s add up, even if they use different denoisers. The
-x0 for which a single step lands on the same point is the mean of the x0 of these steps, with the weights
+x0 for which a single step lands on the same point is the weighted mean of the steps' x0, with the weights
 
     w_k = (r_{k+1} - r_k) / (r_s - r_t),   sum w_k = 1, every w_k >= 0
 
 At s = 0, the step lands on clean data, r_s is infinite, and the last x0 receives all the weight without a special case.
-Because the target is a mean, it is as precise as the denoisers. Solving x_s for x0 would instead subtract nearly equal
-numbers: with 8192 steps in float32, the error would be 2e-3 instead of less than 1e-6.
+Because the target is a mean, it is as precise as the denoisers. Computing x0 from x_s would instead subtract nearly
+equal numbers: with 8192 steps in float32, the error would be 2e-3 instead of less than 1e-6.
 
-The steps may be those of any deterministic sampler, because `Sampler.effective` turns each of them into a DDIM step.
+Any deterministic sampler can take the steps, because `Sampler.effective` turns each step into a DDIM step.
 
 Source: Song et al. 2020 (arXiv:2010.02502) with eta = 0; Salimans & Ho 2022 (arXiv:2202.00512), section 2 and
 algorithm 2; the authors' dpm.py for s = 0.
@@ -61,7 +61,7 @@ Step = Callable[[Tensor, Tensor, Tensor], Denoised]
 
 
 def steps_of(denoiser: Denoiser, sampler: Sampler, cond: Cond | None) -> Step:
-    """Return a function that, at each call, takes one step of a deterministic sampler with the denoiser.
+    """Return a function that takes one step of a deterministic sampler each time it is called.
 
     Each step passes the sampler's memory to the next step.
     """
@@ -81,8 +81,8 @@ def landing_x0(process: NoiseProcess, steps: Sequence[Step], x_t: Tensor, times:
 
     Args:
         x_t: noisy samples `[batch, *dims]`.
-        times: `len(steps) + 1` decreasing clock tensors. For some samples, a step may be empty and go from the last
-            time to itself. The result of an empty step is ignored, even if it is not finite.
+        times: `len(steps) + 1` decreasing clock tensors. For some samples, a step may be empty: it starts and ends at
+            the last time. The result of an empty step is ignored, even if it is not finite.
 
     Returns:
         A tensor shaped like `x_t`, without gradients, which is a weighted mean with nonnegative weights.
@@ -90,7 +90,7 @@ def landing_x0(process: NoiseProcess, steps: Sequence[Step], x_t: Tensor, times:
     end = times[-1]
     alpha_t, sigma_t = process.alpha_sigma(times[0])
     alpha_s, sigma_s = process.landing(end)
-    # This is 1 / (r_s - r_t), expanded by sigma_s to avoid 1 / infinity at s = 0.
+    # This is 1 / (r_s - r_t), with numerator and denominator multiplied by sigma_s because r_s is infinite at s = 0.
     scale = sigma_s / (alpha_s - sigma_s * alpha_t / sigma_t)
 
     target = torch.zeros_like(x_t)

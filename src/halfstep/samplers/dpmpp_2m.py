@@ -7,8 +7,8 @@ linear in lambda, a step of DPM-Solver++(2M) is exact to second order. It is a D
 
 The first step has no previous prediction, and the step onto clean data has h = infinity, so both are plain DDIM steps.
 These two steps do not lower the order, because each is only one of N steps. If the grid is uniform in t, the steps
-close to pure noise and clean data remain large in lambda for any N (ln 2, ln 3/2, ...), so the error from t = 1 to 0
-falls as log(N) / N^2.
+close to pure noise and clean data remain large in lambda for any N (ln 2, ln 3/2, ...). The error from t = 1 to 0
+therefore falls as log(N) / N^2.
 
 Source: Lu et al. 2022 (arXiv:2211.01095), algorithm 2.
 """
@@ -36,7 +36,7 @@ class Last(NamedTuple):
 @samplers.register("dpmpp_2m")
 @dataclass(frozen=True)
 class DPMSolverPP2M(DataPredictionSampler):
-    """A second-order, deterministic sampler with one network call per step, which reuses the last prediction.
+    """A second-order, deterministic sampler that reuses the last prediction, with one network call per step.
 
     Source: Lu et al. 2022 (arXiv:2211.01095), algorithm 2.
     """

@@ -1,4 +1,4 @@
-"""The sampling loop, a generator that the caller can watch, stop or record."""
+"""The sampling loop, implemented as a generator so that callers can observe, stop or record it."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +14,7 @@ from halfstep.samplers.base import Memory, Sampler
 from halfstep.samplers.ddim import DDIM
 
 StepNoise = Callable[[int], Tensor]
-"""A function such as `step_noise(...)` that maps a step's number, from 0, to standard normal noise `[batch, *dims]`."""
+"""A function that maps a step number, starting at 0, to standard normal noise `[batch, *dims]`; see `step_noise`."""
 
 
 class SamplerStep(NamedTuple):
@@ -30,7 +30,7 @@ class SamplerStep(NamedTuple):
 
 
 ROUNDING: Final = 1e-6
-"""The maximum distance by which the times of a grid may lie outside [0, 1]."""
+"""The maximum distance by which a grid's times may fall outside [0, 1]."""
 
 
 def _times(times: Tensor, num_steps: int) -> list[float]:

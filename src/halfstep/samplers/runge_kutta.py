@@ -4,12 +4,12 @@ A rule integrates the ODE in one of the coordinates that `coordinates.py` define
 Euler is DDIM, and Heun is the sampler of Karras et al. and of diffusers. That sampler needs a grid that does not start
 at zero SNR.
 
-The network cannot be called on clean data. If a method calls the network at the end of each step, its last step
-therefore uses a rule that is one order lower: Euler for Heun, and Heun's third-order rule for RK4. The method keeps its
-order, because only one of its N steps uses the lower-order rule. In the log-SNR coordinate, the last step would be
-infinitely long, so it uses the angle instead, which has the same y. If a process keeps some noise at t = 0, a stage of
-the last step can have less noise than the process ever reaches. The network is then called at the time that corresponds
-to the stage's share of the step, and the sample moves only to that time.
+The network cannot be called on clean data. A method that calls the network at the end of each step therefore uses a
+rule one order lower for its last step: Euler for Heun, and Heun's third-order rule for RK4. The method keeps its order,
+because only one of its N steps uses the lower-order rule. In the log-SNR coordinate, the last step would be infinitely
+long, so that step uses the angle instead, which has the same y. If a process keeps some noise at t = 0, a stage of the
+last step can have less noise than the process ever reaches. The network is then called at the time that corresponds to
+the stage's share of the step, and the sample moves only to that time.
 
 With clock times `[batch]`, the rule for each sample is chosen on the device. Every step then makes the same number of
 network calls as a step that lands at s > 0.
@@ -103,7 +103,7 @@ def _rule_for_each(clean: Tensor, last: Rule, rule: Rule) -> Rule:
 @final
 @dataclass(frozen=True)
 class _AngleOntoClean(Coordinate):
-    """A coordinate that is the angle for the samples that land on clean data, and `coordinate` for all others.
+    """The angle for samples that land on clean data, and `coordinate` for all others.
 
     `clean` `[batch]` marks the samples that land on clean data.
     """
@@ -127,7 +127,7 @@ class _AngleOntoClean(Coordinate):
 
 @dataclass(frozen=True)
 class RungeKutta(Sampler):
-    """A Runge-Kutta rule in a coordinate. Subclasses set the rule and the rule for the last step."""
+    """A Runge-Kutta method in a coordinate. Subclasses set the rule and the rule for the last step."""
 
     coordinate: Coordinate = field(default_factory=Angle)
 
@@ -171,7 +171,7 @@ class Euler(RungeKutta):
 @samplers.register("midpoint")
 @dataclass(frozen=True)
 class Midpoint(RungeKutta):
-    """A second-order, deterministic sampler with two network calls per step, which uses the slope at the midpoint."""
+    """A second-order, deterministic sampler that uses the slope at the midpoint, with two network calls per step."""
 
     rule: ClassVar[Rule] = MIDPOINT
     last: ClassVar[Rule] = MIDPOINT
@@ -197,7 +197,7 @@ class Heun(RungeKutta):
 @samplers.register("rk4")
 @dataclass(frozen=True)
 class RK4(RungeKutta):
-    """The classical fourth-order Runge-Kutta rule, which is deterministic, with four network calls per step and three
+    """The classical fourth-order Runge-Kutta method, a deterministic sampler with four network calls per step and three
     in the last step."""
 
     rule: ClassVar[Rule] = CLASSICAL_4

@@ -1,9 +1,8 @@
 """Checkpoints of an unfinished stage, which are written atomically, verified before use, and stored as safetensors.
 
 A checkpoint is written to a temporary folder, synced to disk, read back, compared with the state in memory, and then
-renamed. Older checkpoints are removed only after that, so a good checkpoint always exists. All this happens in a thread
-while training continues. An update waits only until the state has been copied, and until the previous checkpoint has
-been written.
+renamed. Older checkpoints are removed only after that, so a good checkpoint always exists. All this happens in a
+background thread. Training waits only while the state is copied, and until the previous checkpoint has been written.
 """
 
 import contextlib
@@ -29,14 +28,15 @@ from halfstep.runtime.tensors import read_tensors, write_tensors
 from halfstep.train.engine import StageTrainer, State
 
 KEPT: Final = 2
-"""The number of checkpoints that are kept per stage: the latest checkpoint and the one before it."""
+"""The number of checkpoints to keep per stage: the latest one and the one before it."""
 
 
 @final
 class CheckpointWriter:
-    """Writes a stage's checkpoints in the background, one at a time, on rank 0. All ranks must call `save` and `wait`.
+    """A background writer for a stage's checkpoints on rank 0. All ranks must call `save` and `wait`.
 
-    `last` is the latest good checkpoint, which was either written and verified or used to resume.
+    Checkpoints are written one at a time. `last` is the latest good checkpoint, which was either written and verified
+    or used to resume.
     """
 
     def __init__(self, folder: StageFolder, run: str, processes: Processes) -> None:
@@ -70,7 +70,8 @@ class CheckpointWriter:
         return time.perf_counter() - begun
 
     def check(self) -> None:
-        """Raise the error of a finished write, without waiting. With several processes, `save` or `wait` raises it."""
+        """Raise the error of a finished write, without waiting. With several processes, `save` or `wait` raises it
+        instead."""
         if self._processes.count == 1 and self._begun is not None and self._begun.done():
             self.wait()
 
@@ -124,7 +125,7 @@ def _name(update: int) -> str:
 
 
 def resume(trainer: StageTrainer, folder: StageFolder, run: str, notice: Callable[[str], None]) -> Path | None:
-    """Restore the trainer from the latest good checkpoint and return the checkpoint, or None if there is no good one.
+    """Restore the trainer from the latest good checkpoint and return its path, or None if no good checkpoint exists.
 
     If a checkpoint is corrupt or unreadable, or belongs to another run, stage or update, this function reports it
     through `notice`, renames it to `damaged-...`, and falls back to the previous checkpoint.

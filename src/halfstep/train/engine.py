@@ -1,11 +1,11 @@
 """The engine, which trains the players of one stage, one update at a time.
 
 The engine does not depend on the objective. An update consists of the objective's turns, in order. Each turn trains one
-player. The turn splits the global batch across processes and micro batches by place, computes the losses, and runs one
-backward pass per micro batch. It then clips the gradient to a global norm, takes one AdamW step and updates the moving
-averages. The engine never waits for the device: statistics are fetched when `window` is called, and a thread can
-prepare batches and random numbers (see `Feed`). Networks are compiled once for the whole chain, because the networks of
-all stages have the same architecture.
+player. The turn splits the global batch into contiguous parts for processes and micro batches, computes the losses, and
+runs one backward pass per micro batch. It then clips the gradient to a global norm, takes one AdamW step and updates
+the moving averages. The engine never waits for the device: statistics are fetched when `window` is called, and a thread
+can prepare batches and random numbers (see `Feed`). Networks are compiled once for the whole chain, because the
+networks of all stages have the same architecture.
 """
 
 import contextlib
@@ -189,7 +189,8 @@ class StageTrainer:
             yield self.update
 
     def places_of(self, update: int) -> Iterator[list[Place]]:
-        """Yield the places of this rank's micro batches in an update, turn by turn, with the random numbers."""
+        """Yield this rank's micro batches in an update, turn by turn, as positions in the batch with their random
+        numbers."""
         for number, turn in enumerate(self.stage.objective.turns(update)):
             if turn.trains not in self.players:
                 raise ValueError(
@@ -227,7 +228,7 @@ class StageTrainer:
         self._end_early()
 
     def _seed_layers(self, draw: Draw) -> None:
-        """Seed the device's global generator, from which random layers (dropout) draw.
+        """Seed the device's global generator, which random layers (dropout) use.
 
         torch.manual_seed would seed all devices, which takes a millisecond.
         """
@@ -276,7 +277,7 @@ class StageTrainer:
         """Raise NonFinite if any loss or gradient norm so far was not finite.
 
         Raises:
-            NonFinite: the error gives the stage, the first bad update, and the statistics of that update's batch.
+            NonFinite: the error contains the stage, the first bad update, and the statistics of that update's batch.
         """
         firsts = [int(player.first_bad) for player in self.players.values()]
         # Each rank has only its own losses, so all ranks agree on the earliest bad update that any rank has found.
@@ -284,7 +285,7 @@ class StageTrainer:
         first = -max(late)
         if first == 2**62:
             return
-        # A diverging player breaks the other players in later turns, so report the first player.
+        # A diverging player breaks the other players in later turns, so report the player that diverged first.
         broken = {name for name, number in zip(self.players, late, strict=True) if -number == first}
         name = next(turn.trains for turn in self.stage.objective.turns(first) if turn.trains in broken)
         player = self.players[name]
@@ -339,7 +340,7 @@ class StageTrainer:
         return window
 
     def pause(self, seconds: float) -> None:
-        """Exclude time that was not spent on training, such as the time to save a checkpoint, from the statistics."""
+        """Exclude time that was not spent on training, such as saving a checkpoint, from the statistics."""
         self._clock += seconds
 
     def state(self) -> State:
@@ -375,7 +376,7 @@ class StageTrainer:
         return held if self.processes.is_main else {}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], update: int, seconds: float) -> None:
-        """Restore a result of `state` that was saved after `update` updates and `seconds` seconds of training."""
+        """Restore a state that `state` returned after `update` updates and `seconds` seconds of training."""
         turns = [turn.trains for number in range(update) for turn in self.stage.objective.turns(number)]
         for name, player in self.players.items():
             own = {part: state[_file_of(name, part)] for part in player.parts}

@@ -21,7 +21,7 @@ def make_helpers(
     Args:
         models: the student and the teacher.
         shape: the shape of one sample.
-        seed, stream: the key of the random initial weights.
+        seed, stream: the key for the random initial weights.
 
     Raises:
         ValueError: if a helper's name is invalid, or a helper's hyperparameters contradict those of the stage.

@@ -17,7 +17,8 @@ def fit_micro_batch(trainer: "StageTrainer", largest: int | None = None) -> list
     """Split a rank's share into the largest micro batches that fit in memory, and return the sizes that did not fit.
 
     The search tries the whole share first, and then smaller powers of two. Each try runs the forward and backward
-    passes of an update, with the optimisers' moments in memory. No weights, buffers, moments or random numbers change.
+    passes of an update, with the optimisers' moments in memory. The search changes no weights, buffers, moments or
+    random numbers.
 
     Args:
         largest: the first size to try, or None to start with the whole share.
@@ -61,7 +62,7 @@ def _passes_fit(trainer: "StageTrainer") -> bool:
         feed = Feed(trainer.batches, trainer.places_of, trainer.accelerator.device)
         ahead = list(feed.updates(first, lambda: min(first + 1 + trainer.ahead, trainer.stage.training.num_updates)))
         # The networks run uncompiled, because torch would recompile them for each size and give up after a few sizes. A
-        # resumed run, which skips this search, would then run differently.
+        # resumed run, which skips this search, would then behave differently.
         with torch.compiler.set_stance("force_eager"):
             for parts in ahead[0]:
                 player = trainer.players[parts[0].place.turn.trains]
@@ -78,7 +79,7 @@ def _passes_fit(trainer: "StageTrainer") -> bool:
 
 
 def does_not_fit(trainer: "StageTrainer") -> str:
-    """Return the message for an update that ran out of memory."""
+    """Return the error message for an update that ran out of memory."""
     size, processes = trainer.micro_batch, trainer.accelerator.num_processes
     if size == 1:
         remedy = (

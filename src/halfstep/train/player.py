@@ -77,13 +77,13 @@ def compile_networks(model: torch.nn.Module) -> None:
 class EMA:
     """An exponential moving average of the trainable parameters of `module`. The buffers of `module` are copied.
 
-    After n steps, the decay is min(decay, (1 + n) / (10 + n)), so the average soon forgets the random initial weights
-    and does not lag behind in a short run. The averages are float32, and all tensors are updated at once.
+    After n steps, the decay is min(decay, (1 + n) / (10 + n)). The average therefore soon forgets the random initial
+    weights and does not lag behind in short runs. The averages are float32, and all tensors are updated at once.
 
     Args:
         decay: final decay, in [0, 1).
-        into: a float32 copy of the module, sharded like the module. The parameters of this copy become the averages.
-            None stores the averages separately.
+        into: a float32 copy of the module, sharded like the module. The parameters of this copy become the averages. If
+            None, the averages are stored separately.
     """
 
     def __init__(self, module: nn.Module, decay: float, into: nn.Module | None = None) -> None:
@@ -117,7 +117,7 @@ class EMA:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the averages from a result of `state_dict` with unsharded tensors."""
+        """Load the averages from an unsharded result of `state_dict`."""
         for name, weight, average in zip(self._names, self._weights, self._averages, strict=True):
             average.copy_(local(spread_as(state[name], weight)))
 
@@ -171,8 +171,8 @@ class Player:
                 # DDP warns that broadcast_buffers is deprecated, but accelerate does not support its replacement.
                 warnings.simplefilter("ignore", FutureWarning)
                 self.wrapped, self._optimizer = accelerator.prepare(network, made)
-            # The engine enters autocast itself. With accelerate's wrapper, the compiler would get a new network in each
-            # stage, and another new network when the wrapper is removed.
+            # The engine enters autocast itself. With accelerate's wrapper, the compiler would see a new network in each
+            # stage, and another one when the wrapper is removed.
             accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         self._ema = EMA(self.network, training.ema_decay) if training.ema_decay else None
         self.followed_by: list[EMA] = []
@@ -201,7 +201,7 @@ class Player:
 
     @contextlib.contextmanager
     def alone(self, players: "Iterable[Player]") -> Iterator[None]:
-        """Return a context manager under which the gradients of other players' weights are not kept."""
+        """Return a context manager that discards the gradients of other players' weights."""
         others = [player for player in players if player is not self]
         frozen = [p for other in others if not is_sharded(other.network) for p in other._parameters]
         for parameter in frozen:
@@ -213,7 +213,7 @@ class Player:
                 parameter.requires_grad_(True)
             for other in others:
                 if is_sharded(other.network):
-                    # FSDP2 ignores later changes of requires_grad, so the gradients are discarded instead.
+                    # FSDP2 ignores later changes to requires_grad, so the gradients are discarded instead.
                     other.clear()
 
     def backward(self, update: int, places: range, losses: Losses, x0: Tensor) -> Tensor:
@@ -223,7 +223,8 @@ class Player:
         self.recent.parts.append(Part(update, places, losses.loss.detach(), losses.log_snr.detach(), largest))
         while self.recent.parts[0].update <= update - KEPT:
             self.recent.parts.popleft()
-        # Gradients are averaged over the processes, so each process scales its part of the mean loss by their number.
+        # Gradients are averaged over the processes, so each process multiplies its part of the mean loss by the world
+        # size.
         loss: Tensor = losses.loss.sum() * (accelerator.num_processes / self.training.batch_size)
         accelerator.backward(loss)
         return loss.detach()
@@ -299,7 +300,7 @@ class Player:
         return {"network": own_state(network), "optimizer": moments, **averages}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
-        """Restore a result of `state`, with unsharded tensors, that was saved after `steps` steps."""
+        """Restore an unsharded result of `state` that was saved after `steps` steps."""
         network = self.network
         (load_whole if is_sharded(network) else load_own_state)(network, state["network"])
         parameters = trainable(network)

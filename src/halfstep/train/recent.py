@@ -1,4 +1,4 @@
-"""The losses of recent updates, which are used to report an update that was not finite."""
+"""The losses of recent updates, for the error report on a non-finite update."""
 
 import math
 from collections import deque
@@ -25,7 +25,7 @@ class Part(NamedTuple):
 
 @final
 class Recent:
-    """The losses and gradient norms of a player's last updates, kept on the device. The player appends to both."""
+    """The losses and gradient norms of a player's latest updates, kept on the device. The player appends to both."""
 
     def __init__(self) -> None:
         self.parts: deque[Part] = deque()
@@ -38,7 +38,7 @@ class Recent:
             self.norms.popleft()
 
     def statistics(self, update: int) -> dict[str, Any]:
-        """Return JSON-ready statistics of an update that was not finite. This waits for the device."""
+        """Return JSON-ready statistics of a non-finite update. This waits for the device."""
         norms = {held: float(norm) for held, norm in self.norms if held in (update, update - 1)}
         parts = [part for part in self.parts if part.update == update]
         statistics: dict[str, Any] = {"update": update}

@@ -88,7 +88,7 @@ class Engine:
 
     @property
     def set_micro_batch(self) -> int | None:
-        """The micro batch size as a number, or None for the whole share and while "auto" is unresolved."""
+        """The micro batch size as a number, or None if it is the whole share or "auto" is unresolved."""
         return None if self.micro_batch == "auto" else self.micro_batch
 
 

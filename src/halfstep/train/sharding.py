@@ -1,4 +1,4 @@
-"""Sharding of networks across the processes: FSDP2, torch's `fully_shard`.
+"""Network sharding across processes with FSDP2, which is torch's `fully_shard`.
 
 Each process stores a slice of every weight, gradient, moment and average. The weights of a unit (a block) are gathered
 while the unit runs. accelerate's FSDP2 supports neither CPU processes nor networks without an optimiser, such as
@@ -87,7 +87,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def spread_as(full: Tensor, like: Tensor) -> Tensor:
-    """Shard `full`, which every process has, like `like`. Return `full` unchanged if `like` is not sharded."""
+    """Shard `full`, which every process must have, as `like` is sharded. Return `full` unchanged if `like` is not
+    sharded."""
     if not isinstance(like, DTensor):
         return full
     return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
