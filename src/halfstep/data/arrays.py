@@ -40,7 +40,7 @@ def array_file(source: str, prepare: Preparation, labels: bool, limit: int | Non
 def from_arrays(
     source: str, x: NDArray[Any], labels: NDArray[Any] | None, prepare: Preparation, limit: int | None
 ) -> MemoryData:
-    """Return the samples in `x` as data in memory.
+    """Return `MemoryData` with the samples in `x`.
 
     `x` contains uint8 images `[n, height, width]` or `[n, height, width, 1 | 3 | 4]`, or floats `[n, *dims]`. The
     classes are the distinct labels in sorted order (see `classes_of`). `limit` keeps only the first samples, but

@@ -134,7 +134,7 @@ class MemoryData(Data):
 
 
 def sent(value: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device. Pinned memory avoids waiting for work queued on the GPU."""
+    """Return a tensor on a device, without waiting for work queued on the GPU."""
     if value.device.type == "cpu" and device.type == "cuda":
         value = value.pin_memory()
     return value.to(device, non_blocking=True)

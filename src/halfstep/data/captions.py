@@ -178,7 +178,7 @@ def _stem(path: PurePath) -> PurePath:
 
 
 def read_classes(folder: Path, preparation: Preparation = RGB) -> tuple[CaptionedImages, tuple[str, ...]]:
-    """Return the images in a folder with one sub-folder per class, captioned with their classes, and the class names.
+    """Read a folder with one sub-folder per class; return its images, captioned with their classes, and the classes.
 
     Raises:
         ValueError: if the folder is missing, has no images or has fewer than two classes.

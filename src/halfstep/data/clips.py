@@ -170,7 +170,7 @@ class CaptionedClips:
         return self._each(self.preparation.end, indices) if isinstance(self.preparation, SoundPreparation) else None
 
     def check(self) -> None:
-        """Check all clips before encoding them, which can take hours; raise the same errors as `x0`."""
+        """Check all clips, because encoding them can take hours; raise the same errors as `x0`."""
         self._each(self.preparation.check, range(len(self)))
 
     def _each(self, read: Callable[[Path], Any], indices: Sequence[int]) -> list[Any]:

@@ -354,5 +354,5 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> Stored:
 
 
 def _record(root: Path, index: Index) -> None:
-    """Write the index. If files are lost in a power cut, the index allows this to be detected."""
+    """Write the index, from which files that were lost in a power cut can be detected."""
     write_json(root / INDEX, index.model_dump(mode="json"))

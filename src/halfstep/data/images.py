@@ -64,7 +64,7 @@ class EncodedImages(ABC):
 
     @abstractmethod
     def sizes(self) -> Iterator[tuple[str, int]]:
-        """Yield, for each image, a name that is the same on every machine and the encoded size in bytes."""
+        """Yield each image's machine-independent name and encoded size in bytes."""
 
 
 class Labelled(NamedTuple):

@@ -31,7 +31,7 @@ from halfstep.runs.record import Record, problem_of
 from halfstep.runtime.files import DamagedFile, read_json, sha256_of, user_path
 
 FORMAT: Final = 1
-"""The version of the format. Folders with any other version are rejected."""
+"""The format version. Folders with any other version are rejected."""
 INDEX: Final = "index.json"
 NULL: Final = "null.safetensors"
 LATENTS: Final = "latents"
@@ -59,7 +59,7 @@ class Origin(Record):
 
     count: int
     names: str
-    """The sha256 of the relative paths of the images, in order."""
+    """The sha256 of the images' relative paths, in order."""
     contents: str
     """The sha256 of the sizes and sha256 digests of the files, in order."""
     captions: str
@@ -73,7 +73,7 @@ class Index(Record):
 
     format: int = FORMAT
     encoder: str
-    """The key of the encoder."""
+    """The encoder's key."""
     images: Origin
     shard_size: int
     class_names: tuple[str, ...] = ()

@@ -161,7 +161,7 @@ tags: [diffusion, progressive-distillation, halfstep, lora]
 
 LoRA weights for sampling a `{pipeline.kind}` in {manifest.num_steps or 4} steps, trained with halfstep by
 progressive distillation (Salimans & Ho 2022, arXiv:2202.00512). Use them with the weights of `{base}`, the distilled
-pipeline (its folder, or its name on the Hub), and with the scheduler in this folder: the student predicts
+pipeline (its folder, or its name on the Hub), and with the scheduler in this folder. The student predicts
 {manifest.prediction["type"]}, which may differ from the original model's prediction.
 {over}
 ```python

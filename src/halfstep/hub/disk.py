@@ -137,9 +137,8 @@ def check_files(folder: Path, kind: str) -> None:
         kind: library and class of the part, such as "diffusers.UNet2DModel".
 
     Raises:
-        ValueError: if the part has no weights, only pickled weights, or only a variant other than fp16 and bf16; if an
-            index or a config refers to other files; or if a shard's tensors differ from those in the index. For pickled
-            weights and variants, the message explains how to convert them.
+        ValueError: if the part has no weights, or only weights that must be converted first (the message explains how);
+            if an index or a config refers to other files; or if a shard's tensors differ from those in the index.
     """
     _check_indirection(folder)
     found = sorted(file.name for file in folder.glob("*.safetensors"))

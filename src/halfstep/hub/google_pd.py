@@ -70,9 +70,7 @@ class GooglePDConfig(Record):
     def _same_length(self) -> "GooglePDConfig":
         one, other = len(self.multipliers), len(self.attention)
         if one == 0 or one != other:
-            raise ValueError(
-                f"multipliers and attention need one entry per level, but have {one} and {other} entries"
-            )
+            raise ValueError(f"multipliers and attention need one entry per level, but have {one} and {other} entries")
         return self
 
 

@@ -204,7 +204,7 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, precision: B
 
 
 def _origin(source: str | Path, weights: Path) -> str:
-    # Path drops a trailing slash, which shells add, so that the teacher still counts as the same one.
+    # Path drops a trailing slash, which shells add, so that the same teacher always has the same name.
     return f"{Path(source)} (weights sha256 {disk.digest_of(weights)})"
 
 

@@ -1,7 +1,7 @@
 """Record how a diffusers pipeline calls its denoiser, and verify the recording against runs of the pipeline.
 
 The user's pipeline is run for a few steps with one prompt, with two prompts, and with guidance (hub/trace.py). Inputs
-that change with the batch size have a batch axis, inputs that differ between prompts are conditions, and the inputs
+that change with the batch size have a batch axis, and inputs that differ between prompts are conditions. The inputs
 that change from step to step are the sample and the time. The result is a network that replays the call
 (`nets.Replay`).
 """
@@ -298,7 +298,7 @@ def verify(network: Replay, schedule: Schedule, made: Trace) -> None:
     """Replay each step of an unguided trace and compare it with the recording.
 
     Raises:
-        ValueError: if the replay differs from the recording. The message contains the first such step.
+        ValueError: at the first step whose replay differs from the recording.
     """
 
     def check(found: Tensor, wanted: Tensor, problem: str) -> None:

@@ -160,9 +160,7 @@ def save(model: Model, path: str | Path) -> None:
         raise ValueError(f"{path} is a stage of a run, and other stages depend on it. Choose another path")
     ours = {folder.manifest_path, folder.model, folder.null}
     if folder.path.is_dir() and (foreign := sorted(set(folder.path.iterdir()) - ours)):
-        raise ValueError(
-            f"{path} contains {foreign[0].name}, which is not part of a saved model. Choose another path"
-        )
+        raise ValueError(f"{path} contains {foreign[0].name}, which is not part of a saved model. Choose another path")
     folder.path.mkdir(parents=True, exist_ok=True)
     # Without a manifest, the folder is not a model until all files are written.
     folder.manifest_path.unlink(missing_ok=True)

@@ -297,7 +297,7 @@ class Model(Denoiser):
         cond: Cond | None = None,
         precision: str = "float32",
     ) -> Tensor:
-        """Return samples x0 `[len(seeds), *shape]` on the CPU, each of which depends only on its own seed.
+        """Return samples x0 `[len(seeds), *shape]` on the CPU. Each sample depends only on its own seed.
 
         Args:
             seeds: one seed per sample; a single number draws one sample.

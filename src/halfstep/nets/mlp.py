@@ -74,7 +74,7 @@ class MLP(Network):
             observation: `[batch, cond_width]`.
 
         Raises:
-            ValueError: if a condition is missing or is not one that the network takes.
+            ValueError: if a condition is missing or is not supported by the network.
         """
         hidden = self.hidden(
             x_t, time, class_labels=class_labels, guidance_scale=guidance_scale, observation=observation

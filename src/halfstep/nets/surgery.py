@@ -70,9 +70,9 @@ def has_movable_clock(network: nn.Module) -> bool:
 def on_clock(network: nn.Module, times: Callable[[Tensor], Tensor], num_train_timesteps: int) -> Network:
     """Return a network in which timestep k of T corresponds to the old network's time `times((k + 1) / T)`.
 
-    The first linear layer of the time embedding is fitted by least squares, so that its output at each of the T new
-    timesteps matches its output at the corresponding old timestep. Directions in which the sinusoids hardly vary are
-    ignored (see `SMALLEST_DIRECTION`), which keeps the weights as small as in a trained layer.
+    The first linear layer of the time embedding is fitted by least squares to match, at each new timestep, the old
+    layer's output at the corresponding old timestep. Directions in which the sinusoids hardly vary are ignored (see
+    `SMALLEST_DIRECTION`), which keeps the weights as small as in a trained layer.
 
     Raises:
         ValueError: if the network does not embed a table's timesteps.

@@ -25,7 +25,7 @@ from halfstep.runtime.files import refuse_taken, replacing, replacing_folder
 MOST_BYTES: Final = 256 * 2**20
 """Maximum size in bytes of a model's weights. Browsers fail to load larger pages."""
 NEAR: Final = 5e-4
-"""Maximum accepted difference of samples with 16-bit weights from torch's samples."""
+"""Maximum accepted difference from torch's samples if weights are stored with 16 bits."""
 SMALLEST: Final = 256
 """Minimum number of values for a tensor to be stored with 16 bits per value."""
 LICENCES: Final = "onnxruntime-licences.txt"
