@@ -219,7 +219,7 @@ def test_what_cannot_be_encoded_is_refused(tmp_path: Path, capsys: Capture) -> N
         assert not out.exists()
         return line
 
-    assert "0.gif has only 7 of the 9 frames that the pipeline takes: remove it, or lower --call num_frames" in said()
+    assert "0.gif has only 7 of the 9 frames that the pipeline needs: remove it, or lower --call num_frames" in said()
     assert "--image-size has no effect on this pipeline" in said("--image-size", "8", size="num_frames=5")
     assert "--frame-rate has no effect on this pipeline" in said("--frame-rate", "8", size="num_frames=1")
     for frame in range(3):

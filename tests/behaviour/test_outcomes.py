@@ -445,7 +445,7 @@ def test_a_sampler_without_a_stock_scheduler_is_refused(tmp_path: Path, sampler:
         (
             VPTable(zero_terminal_betas(linear_betas())),
             V(),
-            "on a table with zero signal. Use --format onnx",
+            "with zero terminal SNR. Use --format onnx",
         ),
     ],
     ids=["flow", "zero terminal"],

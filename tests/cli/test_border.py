@@ -491,12 +491,12 @@ SOLVED_FLOW: Final = {
         (edit(SCHEDULER, beta_start=None), "the config of the DDPMScheduler is not valid (linspace()"),
         (edit(SCHEDULER, num_train_timesteps="many"), "the config of the DDPMScheduler is not valid (linspace()"),
         (edit(SCHEDULER, trained_betas=[0.1, 0.2]), "has 2 trained_betas, but num_train_timesteps is 1000"),
-        (edit(SCHEDULER, prediction_type="flow_prediction"), "its use_flow_sigmas must be true"),
+        (edit(SCHEDULER, prediction_type="flow_prediction"), "on a table of betas. Set use_flow_sigmas to true"),
         (edit(SCHEDULER, **CONTINUOUS), "has timestep_type 'continuous', but only 'discrete' is supported"),
-        (edit(SCHEDULER, **FLOWING), "contains a UNet2DModel, but the timesteps of this network are unknown"),
+        (edit(SCHEDULER, **FLOWING), "contains a UNet2DModel, but this network's timesteps are unknown"),
         (
             edit(SCHEDULER, **SOLVED_FLOW),
-            "but the timesteps of this network are unknown for its scheduler's process",
+            "but this network's timesteps are unknown for its scheduler's process",
         ),
         (edit("unet/config.json", class_embed_type="timestep"), "with class_embed_type 'timestep', an input that"),
         (edit("unet/config.json", sample_size=[8]), "has sample_size [8]: set it to the height and width"),
@@ -595,22 +595,22 @@ def test_a_wrong_file_of_prompts_is_rejected_before_the_import(
     monkeypatch.setattr("halfstep.cli.training.imported", imported)
     file = tmp_path / "prompts.txt"
     argv = [verb, str(here / "sd"), "--prompts", str(file), "--out", str(tmp_path / "out")]
-    assert f"{file} does not exist: give a text file with one prompt per line" in refused(argv, capsys)
+    assert f"{file} does not exist: pass a text file with one prompt per line" in refused(argv, capsys)
     file.write_text(" \n\n")
     assert f"{file} contains no prompts" in refused(argv, capsys)
     file.write_bytes(b"\xff\xfe\x00")
     assert f"{file} cannot be read as text" in refused(argv, capsys)
     argv[3] = str(tmp_path)
-    assert f"{tmp_path} is not a file: give a text file with one prompt per line" in refused(argv, capsys)
+    assert f"{tmp_path} is not a file: pass a text file with one prompt per line" in refused(argv, capsys)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["prompt=a"], "halfstep sets the argument prompt of the pipeline's call itself. Remove --call prompt"),
-        (["num_inference_steps=4"], "halfstep sets the argument num_inference_steps of"),
-        (["num_images_per_prompt=2"], "halfstep sets the argument num_images_per_prompt of"),
+        (["prompt=a"], "halfstep sets the pipeline argument prompt itself. Remove --call prompt"),
+        (["num_inference_steps=4"], "halfstep sets the pipeline argument num_inference_steps"),
+        (["num_images_per_prompt=2"], "halfstep sets the pipeline argument num_images_per_prompt"),
         # This pipeline's call takes **kwargs, so it would ignore the typing mistake.
         (["hieght=16"], "does not take the argument 'hieght'; did you mean 'height'?"),
         (["num_steps=4"], "does not take the argument 'num_steps'"),
@@ -812,7 +812,7 @@ def test_the_sampler_of_a_latent_student_is_one_graph(dit_run: Path, tmp_path: P
 def test_a_text_encoder_of_another_width_is_refused(here: Path, tmp_path: Path, capsys: Capture) -> None:
     folder = save_sd(tmp_path / "sd", tmp_path / "tokens", width=24)
     said = refused(["import", "diffusers", str(folder), "--out", str(tmp_path / "out")], capsys)
-    assert "the call of StableDiffusionPipeline failed (mat1 and mat2 shapes cannot be multiplied" in said
+    assert "calling StableDiffusionPipeline failed (mat1 and mat2 shapes cannot be multiplied" in said
 
 
 def test_a_network_without_a_pipeline_needs_its_scheduler(tmp_path: Path, capsys: Capture) -> None:
@@ -910,7 +910,7 @@ def test_impossible_exports_are_rejected(
     np.save(tmp_path / "toy.npy", points().numpy())
     toy = tmp_path / "toy"
     main(["run", "arrays", "--data", str(tmp_path / "toy.npy"), "--out", str(toy), *TINY_ARRAYS])
-    assert "diffusers has no pipeline for a network of the type mlp. Use --format onnx" in said(toy)
+    assert "diffusers has no pipeline for a network of type mlp. Use --format onnx" in said(toy)
     sixteen = distil(here / "dit", here / "latents-dit", tmp_path / "sixteen", "--chain.start-steps", "32", to=16)
     message = said(sixteen)
     assert "with 1000 timesteps, the exported grid" in message

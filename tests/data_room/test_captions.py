@@ -149,7 +149,7 @@ def test_images_are_prepared(tmp_path):
 
 
 def test_a_missing_folder(tmp_path):
-    refused(tmp_path / "no", "no is missing", "give a folder")
+    refused(tmp_path / "no", "no is missing", "pass a folder")
     refused(image(tmp_path / "a.png"), "a.png is not a folder")
 
 

@@ -412,12 +412,12 @@ def test_other_images(images, tmp_path):
     resized = read_captions(tmp_path / "images", Preparation(8, channels=3))
     refused(lambda: encode(resized, ENCODER, folder), "image_size was None and is now 8")
     (tmp_path / "images/03.txt").write_text("a dog")
-    again("other captions;")
+    again("different captions;")
     Image.new("RGB", (24, 16)).save(tmp_path / "images/05.png")
-    again("other file contents and captions;")
+    again("different file contents and captions;")
     (tmp_path / "images/10.png").rename(tmp_path / "images/11.png")
     (tmp_path / "images/10.txt").rename(tmp_path / "images/11.txt")
-    again("other file names and ")
+    again("different file names and ")
     (tmp_path / "images/11.png").unlink()
     (tmp_path / "images/11.txt").unlink()
     again("their number was 11 and is now 10")
@@ -545,5 +545,5 @@ def test_prompt_samples_resume_where_they_were_interrupted(tmp_path: Path) -> No
     assert cut.fingerprint == whole.fingerprint
     batch = cut.fetch(torch.arange(7))
     assert batch.x0[:, 0].tolist() == [index + index % 3 for index in range(7)]
-    with pytest.raises(ValueError, match=r"contains latents of images other than those in q\.txt: other captions"):
+    with pytest.raises(ValueError, match=r"contains latents of images other than those in q\.txt: different captions"):
         encode(Prompts("q.txt", captions[::-1], sampled), ENCODER, tmp_path / "cut", 2, 2)

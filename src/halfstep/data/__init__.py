@@ -1,4 +1,4 @@
-"""The sources and batches of training data. Only this package imports `datasets`."""
+"""Training data sources and batches. Only this package imports `datasets`."""
 
 from halfstep.data.base import Data, MemoryData, held_on, sent, training_batch, warn_of_scale
 from halfstep.data.captions import CaptionedImages, Prompts, read_captions, read_classes, read_prompts

@@ -27,7 +27,7 @@ def digits(prepare: Preparation, labels: bool, limit: int | None) -> MemoryData:
 
 
 def array_file(source: str, prepare: Preparation, labels: bool, limit: int | None) -> MemoryData:
-    """Load the samples of a .npy file, or the samples and labels of a .npz file.
+    """Load the samples from a .npy file, or the samples and labels from a .npz file.
 
     Raises:
         ValueError: if the file is missing, is damaged or contains Python objects; if a .npz file has no array with a
@@ -40,11 +40,11 @@ def array_file(source: str, prepare: Preparation, labels: bool, limit: int | Non
 def from_arrays(
     source: str, x: NDArray[Any], labels: NDArray[Any] | None, prepare: Preparation, limit: int | None
 ) -> MemoryData:
-    """Return the samples in `x` as data in memory.
+    """Return `MemoryData` with the samples in `x`.
 
-    These are uint8 images `[n, height, width]` or `[n, height, width, 1 | 3 | 4]`, or floats `[n, *dims]`. The classes
-    are the distinct labels in sorted order (see `classes_of`). `limit` keeps only the first samples but does not remove
-    any classes.
+    `x` contains uint8 images `[n, height, width]` or `[n, height, width, 1 | 3 | 4]`, or floats `[n, *dims]`. The
+    classes are the distinct labels in sorted order (see `classes_of`). `limit` keeps only the first samples, but
+    removes no classes.
 
     Raises:
         ValueError: if `x` has an unsupported type or shape, is empty or contains non-finite values; if `prepare` has
@@ -61,7 +61,7 @@ def from_arrays(
 
 def _load(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
     if not path.is_file():
-        raise ValueError(f"{path} is not a file: give the path of an existing {path.suffix} file")
+        raise ValueError(f"{path} is not a file: pass the path of an existing {path.suffix} file")
     try:
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)

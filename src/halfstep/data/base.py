@@ -124,7 +124,7 @@ class MemoryData(Data):
         return Batch(x0, {**cond, **further})
 
     def to(self, device: torch.device | str) -> "MemoryData":
-        """Return the same samples in the memory of `device`, so that `fetch` returns tensors on this device."""
+        """Return the data in the memory of `device`, so that `fetch` returns tensors on this device."""
         labels = None if self.labels is None else self.labels.to(device)
         conditions = {name: value.to(device) for name, value in self.conditions.items()}
         moved = replace(self, x=self.x.to(device), labels=labels, conditions=conditions)
@@ -134,14 +134,14 @@ class MemoryData(Data):
 
 
 def sent(value: Tensor, device: torch.device) -> Tensor:
-    """Return the tensor on the device. With pinned memory, the host does not wait for work queued on the GPU."""
+    """Return a tensor on a device, without waiting for work queued on the GPU."""
     if value.device.type == "cpu" and device.type == "cuda":
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
 
 
 def held_on(device: torch.device, data: Data) -> Data:
-    """Return the data, moved to the device if that is a GPU with at least eight times as much memory as the data."""
+    """Return the data, moved to the device if it is a GPU with at least eight times the memory that the data needs."""
     if device.type != "cuda" or not isinstance(data, MemoryData):
         return data
     largest = torch.cuda.get_device_properties(device).total_memory / 8
@@ -153,7 +153,7 @@ def training_batch(data: Data, draw: Draw, flip: bool, shown: Container[str] | N
 
     Args:
         flip: whether to mirror a random half of the samples.
-        shown: the names of the conditions to keep; None keeps all conditions.
+        shown: the names of the conditions to return; None returns all conditions.
 
     Raises:
         ValueError: if `flip` is set, but the samples are not images.
@@ -197,11 +197,11 @@ UNIT: Final = (0.1, 5.0)
 
 
 def warn_of_scale(data: Data) -> None:
-    """Warn if the scale of arrays (not images) is far from the noise's, as networks learn little from such data."""
+    """Warn if the scale of arrays (not images) is far from that of the noise, because networks then learn little."""
     if data.is_image:
         return
     some = generator_for("scale of the data")
-    # The number is limited, because a sample of a video model has millions of values.
+    # The number of samples is limited, because a video sample has millions of values.
     number = max(1, min(1000, 2**26 // math.prod(data.shape)))
     x0 = data.fetch(torch.randperm(len(data), generator=some)[:number].sort().values).x0.double()
     size, top = float(x0.square().mean().sqrt()), float(x0.abs().max())
@@ -266,10 +266,10 @@ def updates_ahead(device: torch.device, reads_files: bool) -> int:
 
 @final
 class Place(NamedTuple):
-    """The position of a micro batch in the global batch, and the random numbers of this micro batch."""
+    """A micro batch's position in the global batch, and its random numbers."""
 
     number: int
-    """The number of the turn within the update."""
+    """The index of the turn within the update."""
     turn: Turn
     draw: Draw
 
@@ -287,7 +287,7 @@ class Feed:
     """The micro batches of consecutive updates, grouped by turn and moved to `device`.
 
     Args:
-        places: maps the number of an update to the micro batches of its turns.
+        places: maps an update number to the places of its micro batches, grouped by turn.
         ahead: the number of updates that a thread prepares in advance.
     """
 
@@ -337,5 +337,5 @@ class Feed:
         return Fed(place, Batch(self._send(batch.x0), {name: self._send(value) for name, value in batch.cond.items()}))
 
     def _send(self, value: Tensor) -> Tensor:
-        # Clock values are sent to the device that holds clock tensors, because not every device supports float64.
+        # Clock values, which are float64, go to the clock device, because not every device supports float64.
         return sent(value, clock_device(self._device) if value.dtype == torch.float64 else self._device)

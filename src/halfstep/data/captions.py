@@ -1,9 +1,9 @@
-"""Folders of captioned images, and of captioned clips (see data/clips.py).
+"""Folders of captioned images or captioned clips (for clips, see data/clips.py).
 
 The captions are either in a table (metadata.jsonl, metadata.csv or metadata.parquet) or in a .txt file next to each
 file: a.txt for a.png, or for a folder of frames called a. Tables have the `imagefolder` format of the `datasets`
-library: the column file_name contains paths relative to the folder of the table, and the column text contains the
-captions. Other columns are ignored.
+library: the column file_name contains paths relative to the table's folder, and the column text contains the captions.
+Other columns are ignored.
 """
 
 import sys
@@ -55,7 +55,7 @@ class CaptionedImages:
         if not self.files or len(self.files) != len(self.captions):
             raise ValueError(
                 f"{self.source} does not have one caption per image (images: {len(self.files)}, captions: "
-                f"{len(self.captions)}): pass at least 1 image, and a caption for each image"
+                f"{len(self.captions)}): pass at least 1 image, and one caption per image"
             )
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ class CaptionedImages:
 
     @property
     def contents(self) -> list[Path]:
-        """The full paths of all files, in order."""
+        """The full paths of all images, in order."""
         return [self.root / path for path in self.files]
 
     def x0(self, indices: Sequence[int]) -> Tensor:
@@ -116,8 +116,8 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     file = path.expanduser()
     if not file.is_file():
         problem = "is not a file" if file.exists() else "does not exist"
-        raise ValueError(f"{path} {problem}: give a text file with one prompt per line")
-    # In a prompt, separators such as U+2028 do not end a line.
+        raise ValueError(f"{path} {problem}: pass a text file with one prompt per line")
+    # Unlike splitlines, this does not split prompts at separators such as U+2028.
     prompts = tuple(line.strip() for line in _read_text(file).split("\n") if line.strip())
     if not prompts:
         raise ValueError(f"{path} contains no prompts: write one prompt per line")
@@ -125,10 +125,10 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImages:
-    """Read all images in the folder and its sub-folders, along with their captions, sorted by relative path.
+    """Find all images in the folder and its sub-folders, along with their captions, sorted by relative path.
 
-    Leading and trailing whitespace is removed from .txt files. A null in a table means an empty caption. Hidden files
-    are ignored.
+    Leading and trailing whitespace in .txt files is removed. A null in a table means an empty caption. Hidden files are
+    ignored.
 
     Raises:
         ValueError: if the folder is missing or has no images; if an image has no caption, two captions, or both a row
@@ -138,7 +138,7 @@ def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImag
     below = files_below(root)
     if (root / "train").is_dir() and (other := {path.parts[0] for path in below} & {"test", "validation", "val"}):
         raise ValueError(
-            f"{folder} contains the splits train and {min(other)}: give one of them, such as {folder / 'train'}"
+            f"{folder} contains the splits train and {min(other)}: pass one of them, such as {folder / 'train'}"
         )
     files = [path for path in below if path.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
@@ -148,7 +148,7 @@ def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImag
 
 
 def captions_of(folder: Path, files: Sequence[PurePath], below: Sequence[PurePath], kind: str) -> tuple[str, ...]:
-    """Return the captions of `files`, which are all of the same kind. `below` contains all files in the folder.
+    """Return the captions of `files`, which are all of the same kind. `below` lists all files in the folder.
 
     Raises:
         ValueError: as described in `read_captions`.
@@ -173,12 +173,12 @@ def _one(kind: str) -> str:
 
 
 def _stem(path: PurePath) -> PurePath:
-    """Return the path without its file suffix. A dot in the name of a folder does not start a suffix."""
+    """Return the path without its file suffix. A dot in a folder's name does not start a suffix."""
     return path.with_suffix("") if path.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, *SOUND_SUFFIXES) else path
 
 
 def read_classes(folder: Path, preparation: Preparation = RGB) -> tuple[CaptionedImages, tuple[str, ...]]:
-    """Read a folder with one sub-folder per class; return the images, with their classes as captions, and the classes.
+    """Read a folder with one sub-folder per class; return its images, captioned with their classes, and the classes.
 
     Raises:
         ValueError: if the folder is missing, has no images or has fewer than two classes.
@@ -194,10 +194,10 @@ def read_classes(folder: Path, preparation: Preparation = RGB) -> tuple[Captione
 
 
 def existing(folder: Path, content: str) -> Path:
-    """Return the path of a folder; raise ValueError with a description of its `content` if it does not exist."""
+    """Return the path of a folder, or raise ValueError with its expected `content` if it does not exist."""
     root = user_path(folder)
     if not root.is_dir():
-        raise ValueError(f"{folder} is {'not a folder' if root.exists() else 'missing'}: give a folder {content}")
+        raise ValueError(f"{folder} is {'not a folder' if root.exists() else 'missing'}: pass a folder {content}")
     return root
 
 
@@ -230,13 +230,13 @@ def _from_tables(
     beside: dict[PurePath, PurePath],
     kind: str,
 ) -> dict[PurePath, str]:
-    """Return the captions in the tables; raise ValueError unless each row belongs to a different file."""
+    """Return the captions in the tables; raise ValueError unless each row refers to a different file."""
     if both := [path for path in files if _stem(path) in beside]:
         raise ValueError(
             f"{root} has captions both in {tables[0]} and in {beside[_stem(both[0])]}: keep either the tables or the "
             f".txt files"
         )
-    # A name can have two encodings: \u00e9 is one character on most systems and two on a Mac.
+    # A file name can have two Unicode forms: \u00e9 is one code point on most systems and two on macOS.
     known = {_composed(path): path for path in files}
     captions: dict[PurePath, str] = {}
     places: dict[PurePath, str] = {}
@@ -248,7 +248,7 @@ def _from_tables(
             if path is None:
                 raise ValueError(
                     f"{where} has a caption for {name}, but {root / named} is not {_one(kind)} in the folder: write "
-                    f"names relative to the folder of the table, add the {kind}, or remove the row"
+                    f"names relative to the table's folder, add the {kind}, or remove the row"
                 )
             if path in captions:
                 raise ValueError(
@@ -267,8 +267,8 @@ def _rows(path: Path) -> list[tuple[str, str]]:
     import pyarrow as pa  # type: ignore[import-untyped]
     from pyarrow import csv, json, parquet
 
-    # In a .csv file, `imagefolder` itself would read the captions "NA" and "None" as missing, and would shift the
-    # columns of a row with an extra field.
+    # For .csv files, `imagefolder` itself would treat the captions "NA" and "None" as missing, and would shift the
+    # columns of rows with an extra field.
     text = {name: pa.string() for name in ("file_name", "text")}
     size = min(max(path.stat().st_size, 1 << 16), 2**31 - 1)
     readers: dict[str, Callable[[], Any]] = {

@@ -31,11 +31,11 @@ _RGB: Final = Preparation(channels=3)
 _GIF_SECONDS: Final = 0.1
 """The frame duration, in seconds, of .gif files that specify none. Browsers use the same value."""
 _ROUNDING: Final = 1e-6
-"""A bound on the rounding error in a sum of durations, in seconds."""
+"""An upper bound, in seconds, on the rounding error of a sum of durations."""
 
 
 class _Unfit(ValueError):
-    """A clip cannot be used. The message starts with a verb, because it follows the path of the clip."""
+    """Raised if a clip cannot be used. The message starts with a verb, because it follows the clip's path."""
 
 
 @final
@@ -47,7 +47,7 @@ class VideoPreparation:
     height: int
     width: int
     frame_rate: float | None = None
-    """The number of frames per second to take from a file; None takes all frames. All frames of a folder are taken."""
+    """Frames per second to take from a file; None takes all frames. All frames of a folder are taken."""
     suffixes: ClassVar[tuple[str, ...]] = VIDEO_SUFFIXES
 
     def __call__(self, path: Path) -> Tensor:
@@ -69,12 +69,12 @@ class VideoPreparation:
                 next(container.decode(stream))
                 length = float((stream.duration or 0) * stream.time_base)
                 number = stream.frames if self.frame_rate is None else math.ceil((length - _ROUNDING) * self.frame_rate)
-            number = number or self.num_frames  # unknown until the whole file is decoded
+            number = number or self.num_frames  # the number may be unknown until the whole file is decoded
         if number < self.num_frames:
             raise self._too_short(number)
 
     def _sampled(self, path: Path) -> Iterator[Callable[[], Image.Image]]:
-        """Yield the image shown at each multiple of 1 / frame_rate, starting with the first image at 0."""
+        """Yield the image shown at each multiple of 1 / frame_rate, starting at 0, or all images of a folder."""
         rate, place = None if path.is_dir() else self.frame_rate, 0
         for end, image in _frames(path):
             if rate is None:
@@ -86,7 +86,7 @@ class VideoPreparation:
     def _too_short(self, number: int) -> _Unfit:
         at = "" if self.frame_rate is None else f" at {self.frame_rate:g} frames per second"
         return _Unfit(
-            f"has only {number} of the {self.num_frames} frames that the pipeline takes{at}: remove it, or lower "
+            f"has only {number} of the {self.num_frames} frames that the pipeline needs{at}: remove it, or lower "
             "--call num_frames"
         )
 
@@ -153,7 +153,7 @@ class CaptionedClips:
 
     @property
     def contents(self) -> list[Path]:
-        """The full paths of all files that belong to the clips, in order."""
+        """The full paths of all files in the clips, in order."""
         paths = [user_path(self.source) / file for file in self.files]
         return [file for path in paths for file in (_frame_files(path) if path.is_dir() else [path])]
 
@@ -170,7 +170,7 @@ class CaptionedClips:
         return self._each(self.preparation.end, indices) if isinstance(self.preparation, SoundPreparation) else None
 
     def check(self) -> None:
-        """Check all clips before encoding them, which can take hours; raise the same errors as `x0`."""
+        """Check all clips, because encoding them can take hours; raise the same errors as `x0`."""
         self._each(self.preparation.check, range(len(self)))
 
     def _each(self, read: Callable[[Path], Any], indices: Sequence[int]) -> list[Any]:
@@ -187,7 +187,7 @@ def _read(read: Callable[[Path], Any], path: Path) -> Any:
         return read(path)
     except (_Unfit, TooDeep) as error:
         raise ValueError(f"{path} {error}") from None
-    except Exception as error:  # decoders raise errors of many types for damaged files
+    except Exception as error:  # decoders raise many exception types for damaged files
         if isinstance(error, OSError) and error.errno in GONE:
             raise OSError(error.errno, f"{error.strerror}: the data is gone. Restore it", str(path)) from None
         raise ValueError(f"{path} cannot be read ({first_line(error)}): repair or remove it") from None
@@ -243,13 +243,13 @@ def _frames(path: Path) -> Iterator[tuple[float, Callable[[], Image.Image]]]:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether reading a file requires PyAV."""
+    """Return whether reading a file requires PyAV."""
     return path.suffix.lower() not in (".gif", ".wav") and not path.is_dir()
 
 
 @contextlib.contextmanager
 def _opened(path: Path, kind: str) -> Iterator[tuple[Any, Any]]:
-    """Open a file with PyAV, and yield its container and the first track of the given kind."""
+    """Open a file with PyAV, and yield its container and first track of the given kind."""
     if find_spec("av") is None:
         raise _Unfit(
             "needs the package av: run pip install 'halfstep[clips]', or convert the clip to .gif, .wav or a folder of "
@@ -280,7 +280,7 @@ def _streamed(path: Path, seconds: float) -> tuple[NDArray[np.float32], int]:
 
 
 def _wave(path: Path) -> tuple[NDArray[np.float32], int]:
-    """Return the waveform `[channels, n]` and the sampling rate of a .wav file."""
+    """Return a .wav file's waveform `[channels, n]` and sampling rate."""
     from scipy.io import wavfile
 
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""The configuration of the data, and the function that opens the data."""
+"""The data configuration, and the function that opens the data."""
 
 import os
 import re
@@ -25,7 +25,7 @@ _TABLES: Final = (".parquet", ".arrow")
 
 
 class DataConfig(Record):
-    """The source of the data and how it is prepared."""
+    """The source and preparation of the data."""
 
     source: str = "digits"
     """`digits`, a .npy or .npz file, a folder of images, tables or latents, or a name on the Hub (owner/name)."""
@@ -79,7 +79,7 @@ def open_data(config: DataConfig) -> Data:
 
 
 def holds_images(config: DataConfig) -> bool:
-    """Whether the images may have any size, which is the case for a folder and for a name on the Hub."""
+    """Return whether the images may have any size, as in a folder or in a data set on the Hub."""
     path = user_path(config.source)
     return config.source != "digits" and not path.is_file() and not is_latents(path)
 
@@ -113,13 +113,13 @@ def _folder(config: DataConfig, root: Path) -> Labelled:
     if is_saved(root):
         return _table(config)
     if (root / "recipe.json").is_file() and (root / "stages").is_dir():
-        raise ValueError(f"{config.source} is a run folder, not data: give the data that the run was trained on")
+        raise ValueError(f"{config.source} is a run folder, not data: pass the data that the run was trained on")
     files = files_below(root)
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     tables = [path for path in files if path.suffix.lower() in _TABLES]
     if images and tables:
         raise ValueError(
-            f"{config.source} contains both images ({images[0]}) and tables ({tables[0]}): give a folder that contains "
+            f"{config.source} contains both images ({images[0]}) and tables ({tables[0]}): pass a folder that contains "
             f"only one of the two"
         )
     if tables or (not images and any(path.suffix.lower() == ".jsonl" for path in files)):

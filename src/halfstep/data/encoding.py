@@ -1,7 +1,7 @@
 """Encode captioned images, captioned clips or prompts into a folder of latents and text conditions (see `latents.py`).
 
-In this module, the word "images" also stands for clips, which are videos or sounds. The encoders are callables,
-independent of the libraries that provide them.
+In this module, "images" includes clips (videos or sounds). The encoders are callables, independent of the libraries
+that provide them.
 """
 
 import os
@@ -51,11 +51,11 @@ class Encoder:
     key: str
     """Identifies the weights and settings of the encoder. Equal encoders have equal keys."""
     null: Mapping[str, Tensor] | None = None
-    """The conditions, by name, of one sample without a caption; the sample keeps its other conditions. If None, the
-    conditions of the empty caption are used."""
+    """One sample's conditions without a caption, by name; all other conditions stay the same. If None, the conditions
+    of the empty caption are used."""
     timed: Callable[[list[str], list[float]], dict[str, Tensor]] | None = None
-    """Maps n captions and the ends of n sounds, in seconds, to conditions as `texts` does, or None if the conditions do
-    not depend on the ends."""
+    """Maps n captions and the end times of n sounds, in seconds, to conditions (see `texts`); None if the conditions do
+    not depend on the end times."""
 
 
 def encode(
@@ -96,7 +96,7 @@ def encode(
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise InUse(f"another process is writing to {folder}: wait until it ends, or give another folder") from None
+            raise InUse(f"another process is writing to {folder}: wait until it ends, or use another folder") from None
         sweep(root)
         return _begin(images, encoder, root, shard_size, tuple(class_names))
 
@@ -110,12 +110,12 @@ def encode(
 
 def refuse_foreign_files(root: Path) -> None:
     """Raise ValueError if the folder contains files that `encode` did not write."""
-    refuse_file(root, "Give another folder for the latents")
+    refuse_file(root, "Choose another folder for the latents")
     if root.is_dir() and not (root / INDEX).exists():
         found = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
         if found:
             raise ValueError(
-                f"{root} contains other files, such as {found[0]}: give a new or empty folder for the latents"
+                f"{root} contains other files, such as {found[0]}: choose a new or empty folder for the latents"
             )
 
 
@@ -156,7 +156,7 @@ def planned_index(
         not any(index.shards) and index.model_dump(include=settings) != now.model_dump(include=settings)
     ):
         return now, True
-    remedy = "give another folder, or delete this one to encode again"
+    remedy = "use another folder, or delete this one to encode again"
     if index.encoder != encoder.key:
         raise ValueError(
             f"{root} contains latents from the encoder {index.encoder!r}, not from {encoder.key!r}: {remedy}"
@@ -182,11 +182,12 @@ def _differs(then: Origin, now: Origin) -> str:
         old = then.preparation
         return ", ".join(f"{name} was {old.get(name)} and is now {now.preparation[name]}" for name in names)
     kinds = {"names": "file names", "contents": "file contents", "captions": "captions"}
-    return "other " + " and ".join(word for name, word in kinds.items() if getattr(then, name) != getattr(now, name))
+    changed = (word for name, word in kinds.items() if getattr(then, name) != getattr(now, name))
+    return "different " + " and ".join(changed)
 
 
 def _origin(images: CaptionedImages | CaptionedClips | Prompts) -> Origin:
-    """Return hashes that identify the images. All files are read to compute the hashes."""
+    """Return hashes that identify the images, which requires reading all files."""
     if isinstance(images, Prompts):
         return Origin(
             count=len(images), names="", contents="", captions=digest_of(images.captions), preparation={"sampled": True}
@@ -208,7 +209,7 @@ def _origin(images: CaptionedImages | CaptionedClips | Prompts) -> Origin:
 @final
 @dataclass
 class Encoding:
-    """Fills a folder, and records each file once it is complete."""
+    """Encodes images into a folder, and records each file in the index once it is complete."""
 
     images: CaptionedImages | CaptionedClips | Prompts
     encoder: Encoder
@@ -227,7 +228,7 @@ class Encoding:
                 done = self._write_shard(number, done)
 
     def _begun(self) -> tuple[Index, list[bool]]:
-        """Add the conditions of the empty caption if necessary; return the index, and whether each shard is intact."""
+        """Write the empty caption's conditions if necessary; return the index, and whether each shard is intact."""
         if not is_intact(self.root / NULL, self.index.null):
             self._record(null=_write(self.root / NULL, self.null()))
         shards = enumerate(self.index.shards)
@@ -244,7 +245,7 @@ class Encoding:
         return {name: value[0] for name, value in checked.items()}
 
     def time(self, part: range, repeats: float) -> float:
-        """Return the time to encode a batch in seconds, with the measured sampling time multiplied by `repeats`."""
+        """Return the time to encode a batch, in seconds, with the measured sampling time multiplied by `repeats`."""
         start = time.perf_counter()
         self._encode(part)
         whole = time.perf_counter() - start
@@ -256,7 +257,7 @@ class Encoding:
         return texts + (whole - texts) * repeats
 
     def _write_shard(self, number: int, done: int) -> int:
-        """Encode a shard after `done` images have been encoded; return the new number of encoded images."""
+        """Encode a shard. `done` is the number of images encoded so far; return the new number."""
         places = self.index.places(number)
         size = self.batch_size
         batches = [range(first, min(first + size, places.stop)) for first in range(places.start, places.stop, size)]
@@ -300,7 +301,7 @@ class Encoding:
         return self._known({LATENTS: latents, **conditions}, names)
 
     def _known(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """Check the conditions, including that their names match those of the empty caption, if there is one."""
+        """Check the tensors, and that their condition names match those of the empty caption, if these are known."""
         conditions, known = tensors.keys() - {LATENTS}, self.index.tensors.keys() - {LATENTS}
         keeps_some = self.encoder.null is not None and LATENTS not in self.index.tensors
         if known and not (known <= conditions if keeps_some else known == conditions):
@@ -311,7 +312,7 @@ class Encoding:
         return self._checked(tensors, names)
 
     def _checked(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """Check that each tensor has a finite sample of the known shape and dtype for each name; return CPU tensors."""
+        """Check that each tensor has one finite sample of the known shape and dtype per name; return CPU tensors."""
         found = {}
         for name, value in tensors.items():
             if value.ndim == 0 or len(value) != len(names):
@@ -353,5 +354,5 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> Stored:
 
 
 def _record(root: Path, index: Index) -> None:
-    """Write the index, which makes it possible to detect files that were lost in a power cut."""
+    """Write the index, from which files that were lost in a power cut can be detected."""
     write_json(root / INDEX, index.model_dump(mode="json"))

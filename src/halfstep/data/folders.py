@@ -30,8 +30,8 @@ _BESIDE: Final = (
 _SPLITS: Final = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"})
 """Names of sub-folders that contain a split, not a class."""
 _LABELS: Final = "dataset.json"
-"""The label file in the format of EDM and StyleGAN, {"labels": [[path, class], ...]}. If this file exists, the
-sub-folders are shards."""
+"""The label file of the EDM and StyleGAN format, {"labels": [[path, class], ...]}. If this file exists, the sub-folders
+are shards."""
 
 
 @final
@@ -88,7 +88,7 @@ def no_images(root: Path, others: str = "") -> ValueError:
 
 
 def image_folder(root: Path, paths: Sequence[PurePath], split: str, labels: bool, limit: int | None) -> Labelled:
-    """Return the image files at the sorted `paths` below `root`; if a sub-folder `split` exists, only those in it.
+    """Return the image files at the sorted `paths` below `root`, or only those in the sub-folder `split` if it exists.
 
     The classes are taken from dataset.json if it exists. Otherwise, if all images are in two or more sub-folders, each
     sub-folder is a class, and `limit` is balanced across the classes. Without classes, `limit` keeps the first files.
@@ -129,7 +129,7 @@ def image_folder(root: Path, paths: Sequence[PurePath], split: str, labels: bool
             stacklevel=2,
         )
     classes = [list(group) for _, group in itertools.groupby(paths, key=lambda path: path.parts[0])]
-    # This is the first image of each class, then the second image of each class, and so on.
+    # The first image of each class, then the second image of each class, and so on.
     in_turn = [path for row in itertools.zip_longest(*classes) for path in row if path is not None]
     paths = sorted(in_turn[:limit], key=lambda path: path.parts)
     numbers = {name: number for number, name in enumerate(names)}
@@ -169,9 +169,9 @@ def changed_since(source: str, moment: float) -> list[Path]:
 
 
 def files_below(root: Path) -> list[PurePath]:
-    """Return the sorted files below `root`, except hidden files and the files of runs, which may be samples.
+    """Return the sorted files below `root`, except hidden files and files in run folders, such as generated samples.
 
-    Links to folders are followed, but each folder is visited only once.
+    Symbolic links to folders are followed, but each folder is visited only once.
     """
     found: list[PurePath] = []
     seen: set[str] = set()

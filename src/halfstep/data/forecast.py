@@ -1,4 +1,4 @@
-"""The cost of encoding images or prompts, which is measured on the first batch without writing anything."""
+"""The cost of encoding images or prompts, measured on the first batch without writing anything."""
 
 import json
 import math
@@ -57,8 +57,7 @@ def forecast(
 
     Args:
         folder: the folder that would be written, or None for a new folder.
-        repeats: the time that the call would take to sample the latents of prompts, as a multiple of the time that
-            `images.sampled` takes.
+        repeats: for prompts, the sampling time of the real call divided by that of `images.sampled`.
 
     Raises:
         ValueError: as described in `encode`, except that images after the first batch and other processes are not
@@ -85,7 +84,7 @@ def forecast(
 
 
 def _size(index: Index, null: Mapping[str, Tensor]) -> int:
-    """Return the size of a complete folder in bytes, including the headers, whose size is that of empty shards."""
+    """Return the size of a complete folder in bytes. A shard's header is as large as an empty shard."""
     empty = {name: torch.empty(0, *entry.shape, dtype=_dtype(entry)) for name, entry in index.tensors.items()}
     row = sum(math.prod(entry.shape) * _dtype(entry).itemsize for entry in index.tensors.values())
     files = len(save(empty)) * len(index.shards) + len(save(dict(null)))

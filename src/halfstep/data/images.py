@@ -29,8 +29,7 @@ from halfstep.runtime.storage import GONE
 
 _FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _ENDS: Final = ((b"\xff\xd8\xff", b"\xff\xd9"), (b"\x89PNG\r\n", b"IEND\xaeB`\x82"))
-"""The first bytes of each format, and the last bytes of its complete files. A file that does not match is decoded to
-check it."""
+"""The first and last bytes of complete files in each format. A file that does not match is decoded to check it."""
 _SHOWN: Final = 50
 """The maximum number of images listed in an error; any further images are only counted."""
 
@@ -65,7 +64,7 @@ class EncodedImages(ABC):
 
     @abstractmethod
     def sizes(self) -> Iterator[tuple[str, int]]:
-        """Yield, for each image, a name that is the same on every machine and the encoded size in bytes."""
+        """Yield each image's machine-independent name and encoded size in bytes."""
 
 
 class Labelled(NamedTuple):
@@ -177,7 +176,7 @@ def decoded(source: str, found: Labelled, prepare: Preparation, max_bytes: int, 
 
 
 def _whole(source: str, found: Labelled, broken: dict[int, ValueError], skip: bool) -> Labelled:
-    """Return the images without the broken ones, and without classes whose images are all broken.
+    """Return the images without broken ones, and without classes in which all images are broken.
 
     Raises:
         ValueError: if there are broken images and `skip` is not set, or if no image remains.
@@ -201,7 +200,7 @@ def _whole(source: str, found: Labelled, broken: dict[int, ValueError], skip: bo
 
 
 def numbered(found: Labelled) -> Labelled:
-    """Return the images without the empty classes. The other classes are renumbered from 0, in the same order."""
+    """Return the images without empty classes. The other classes are renumbered from 0 in the same order."""
     if found.labels is None:
         return found
     held, places = found.labels.unique(return_inverse=True)
@@ -211,7 +210,7 @@ def numbered(found: Labelled) -> Labelled:
 
 
 def _cut(images: EncodedImages, prepare: Preparation) -> dict[int, ValueError]:
-    """Decode the files with suspicious first or last bytes, and return those that fail, with their errors.
+    """Decode the files with suspicious first or last bytes, and return the errors of broken files by index.
 
     Decoding all files would take as long as an epoch. Images in tables are not checked.
     """
@@ -272,7 +271,7 @@ def _open(file: Path | bytes, name: str, prepare: Preparation) -> NDArray[np.uin
             return ValueError(f"{name} is not a file but {_kind_of(file.stat().st_mode)}: remove it")
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
             return prepare(image)
-    except Exception as error:  # Pillow's decoders raise errors of many types for damaged files
+    except Exception as error:  # Pillow's decoders raise many exception types for damaged files
         if isinstance(error, OSError) and error.errno in GONE:
             raise OSError(error.errno, f"{error.strerror}: the data is gone. Restore it", name) from None
         if isinstance(error, TooDeep):

@@ -1,4 +1,4 @@
-"""Convert the user's labels to the classes 0, 1, 2, ... of a network."""
+"""Convert the user's labels to a network's classes 0, 1, 2, ..."""
 
 import warnings
 from typing import Any, Final
@@ -14,9 +14,9 @@ _REMEDY: Final = "use --data.no-labels to ignore the labels"
 
 
 def classes_of(source: str, labels: NDArray[Any], length: int) -> tuple[Tensor, tuple[str, ...]]:
-    """Return the class of each sample, int64 `[length]`, and the labels of the classes, in sorted order.
+    """Return the class of each sample, int64 `[length]`, and the labels of the classes in sorted order.
 
-    Classes are numbered from 0 without gaps. If this changes integer labels, a warning is issued.
+    Classes are numbered from 0 without gaps. Warns if this changes integer labels.
 
     Raises:
         ValueError: if `labels` does not contain one non-negative integer or one string per sample, or as described in
@@ -33,8 +33,8 @@ def classes_of(source: str, labels: NDArray[Any], length: int) -> tuple[Tensor, 
     is_number = labels.dtype.kind in "iu"
     if is_number and held[0] < 0:
         raise ValueError(
-            f"{source} has negative labels, the lowest of which is {held[0]}, for {int((labels < 0).sum()):,} samples: "
-            f"number the classes from 0, or {_REMEDY}"
+            f"{source} has negative labels for {int((labels < 0).sum()):,} samples (the lowest is {held[0]}): number "
+            f"the classes from 0, or {_REMEDY}"
         )
     check_not_identifiers(source, len(held), length, f", from {held[0]} to {held[-1]}")
     names = tuple(map(str, held.tolist()))
@@ -53,5 +53,5 @@ def check_not_identifiers(source: str, classes: int, length: int, shown: str = "
     if classes > 10 and 2 * classes > length:
         raise ValueError(
             f"{source} has {classes:,} classes for {length:,} samples{shown}, so its labels are presumably "
-            f"identifiers: give each class at least 2 samples, or {_REMEDY}"
+            f"identifiers: provide at least 2 samples per class, or {_REMEDY}"
         )

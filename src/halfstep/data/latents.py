@@ -1,6 +1,6 @@
 """Folders of latents and text conditions, which `encoding.py` writes for captioned images and clips.
 
-In this module, the word "images" also stands for clips, which are videos or sounds.
+In this module, "images" includes clips (videos or sounds).
 
 FOLDER/
   index.json                  `Index`: the encoder, the images, and the sha256 of each file below
@@ -8,7 +8,7 @@ FOLDER/
   shard-00000.safetensors     latents [n, *dims] and conditions [n, ...] of the first images
   shard-00001.safetensors     the same for the next images, and so on
 
-Tensors are stored in the dtype of the encoder. When they are read, floats are converted to float32.
+Tensors are stored in the encoder's dtype. When they are read, floats are converted to float32.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from halfstep.runs.record import Record, problem_of
 from halfstep.runtime.files import DamagedFile, read_json, sha256_of, user_path
 
 FORMAT: Final = 1
-"""The version of the format. Folders with any other version are rejected."""
+"""The format version. Folders with any other version are rejected."""
 INDEX: Final = "index.json"
 NULL: Final = "null.safetensors"
 LATENTS: Final = "latents"
@@ -59,13 +59,13 @@ class Origin(Record):
 
     count: int
     names: str
-    """The sha256 of the relative paths of the images, in order."""
+    """The sha256 of the images' relative paths, in order."""
     contents: str
-    """The sha256 of a list with the size and the sha256 of each file, in order."""
+    """The sha256 of the sizes and sha256 digests of the files, in order."""
     captions: str
     """The sha256 of the captions, in order."""
     preparation: dict[str, Any]
-    """The fields of the `Preparation` of the images."""
+    """The fields of the images' `Preparation`."""
 
 
 class Index(Record):
@@ -73,7 +73,7 @@ class Index(Record):
 
     format: int = FORMAT
     encoder: str
-    """The key of the encoder."""
+    """The encoder's key."""
     images: Origin
     shard_size: int
     class_names: tuple[str, ...] = ()
@@ -127,7 +127,7 @@ class LatentData(Data):
             rows = indices[places] % self.index.shard_size
             path = user_path(self.source) / shard_name(number)
             try:
-                # Opening a shard takes microseconds, and keeping them all open could exceed the limit on open files.
+                # Opening a shard takes microseconds, and keeping all shards open could exceed the open-file limit.
                 with safe_open(path, "pt") as file:
                     for name, value in found.items():
                         value[places] = file.get_tensor(name)[rows].to(value.dtype)
@@ -137,12 +137,12 @@ class LatentData(Data):
 
 
 def is_latents(path: Path) -> bool:
-    """Whether a folder was written by `encode`."""
+    """Return whether a folder was written by `encode`."""
     return (path / INDEX).is_file() and ((path / NULL).is_file() or (path / shard_name(0)).is_file())
 
 
 def open_latents(folder: Path) -> LatentData:
-    """Open a folder that `encode` has completed. The sizes of the shards are checked, but not their contents.
+    """Open a folder that `encode` has completed. The shards' sizes are checked, but not their contents.
 
     Raises:
         ValueError: if the folder is missing or incomplete, or has a different format.
@@ -150,7 +150,7 @@ def open_latents(folder: Path) -> LatentData:
     """
     root = user_path(folder)
     if not (root / INDEX).is_file():
-        raise ValueError(f"{folder} contains no latents (it has no {INDEX}): give a folder written by halfstep encode")
+        raise ValueError(f"{folder} contains no latents (it has no {INDEX}): pass a folder written by halfstep encode")
     index = read_index(root)
     if index.null is None or None in index.shards:
         written = sum(shard is not None for shard in index.shards)
@@ -181,7 +181,7 @@ def digest_of(values: Iterable[Any]) -> str:
 
 
 def _read_as(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype to which a stored tensor is converted when it is read."""
+    """Return the dtype to which a stored tensor is converted on reading."""
     return torch.float32 if dtype.is_floating_point else dtype
 
 
@@ -190,7 +190,7 @@ def _has_size(path: Path, stored: Stored | None) -> bool:
 
 
 def is_intact(path: Path, stored: Stored | None) -> bool:
-    """Whether a file was recorded and has not changed since then."""
+    """Return whether a file was recorded and has not changed since then."""
     return stored is not None and _has_size(path, stored) and sha256_of(path) == stored.sha256
 
 

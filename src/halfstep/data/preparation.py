@@ -1,8 +1,8 @@
 """Convert an image to pixels.
 
-The steps are, in this order: apply the EXIF orientation if it can be read, fill transparent areas with white, convert
-the channels, crop, and resample. Only the first frame of an image is read. An image that needs none of these
-steps is unchanged.
+The steps, in order, are: apply the EXIF orientation if it can be read, fill transparent areas with white, convert the
+channels, crop, and resample. Only the first frame of an image is read. An image that needs none of these steps is
+unchanged.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ _TURNS: Final = {
 
 
 class TooDeep(ValueError):
-    """An image has more than 8 bits per channel. Its white level is unknown, so it cannot be rescaled."""
+    """Raised if an image has more than 8 bits per channel: its white level is unknown, so it cannot be rescaled."""
 
 
 @final
@@ -52,13 +52,13 @@ class Preparation:
     def __call__(self, image: Image.Image) -> NDArray[np.uint8]:
         """Return pixels `[channels, height, width]`, resized to `image_size` if it is set.
 
-        With "crop", the aspect ratio is kept.
+        "crop" preserves the aspect ratio.
 
         Raises:
             TooDeep: if the image has more than 8 bits per channel. Pillow would keep only the upper 8 bits.
         """
         is_deep = image.mode in ("I", "F") or image.mode.startswith("I;")
-        # Pillow converts 16-bit colour to 8 bits; only the raw mode of its decoder shows the original depth.
+        # Pillow converts 16-bit colour to 8 bits; only its decoder's raw mode shows the original depth.
         if is_deep or (image.format in ("PNG", "TIFF") and any(";16" in str(tile.args) for tile in image.tile)):
             mode = image.mode if is_deep else "16-bit colour"
             raise TooDeep(f"has more than 8 bits per channel (mode {mode}): scale it to 8 bits, or remove it")

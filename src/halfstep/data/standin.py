@@ -15,9 +15,9 @@ from halfstep.objectives.base import Batch
 @final
 @dataclass(frozen=True, eq=False)
 class StandIn(Data):
-    """Random images `[*image_shape]` with random labels, or random arrays whose conditions are all zero.
+    """Random images `[*image_shape]` with random labels, or random arrays with all-zero conditions.
 
-    They are not intended for training.
+    Not intended for training.
     """
 
     source: str

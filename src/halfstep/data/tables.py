@@ -1,4 +1,4 @@
-"""Data opened with the `datasets` library: folders of tables, folders saved by the library, and names on the Hub."""
+"""Data opened with the `datasets` library: folders of tables, folders saved by the library, and Hub data sets."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Column(EncodedImages):
         return len(self.rows)
 
     def name(self, index: int) -> str:
-        return f"the {self.column} of row {index} of {self.source}"
+        return f"the {self.column} in row {index} of {self.source}"
 
     def read(self, indices: Sequence[int]) -> Sequence[Path | bytes]:
         cells = self.rows[indices if isinstance(indices, range) else list(indices)][self.column].to_pylist()
@@ -92,7 +92,7 @@ def table(source: str, split: str, labels: bool, label_column: str | None, limit
 
 
 def is_saved(root: Path) -> bool:
-    """Whether the folder was written by the `save_to_disk` method of the `datasets` library."""
+    """Return whether the folder was written by the `save_to_disk` method of the `datasets` library."""
     return any((root / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
@@ -105,7 +105,7 @@ def _open(source: str, split: str) -> Any:
         if not is_saved(root):
             return datasets.load_dataset(str(root.resolve()) if root.is_dir() else source, split=split)
         opened = datasets.load_from_disk(str(root))
-    except Exception as error:  # the network, the Hub, builders and parsers raise errors of many types
+    except Exception as error:  # the network, the Hub, builders and parsers raise many exception types
         where = "as a folder of tables" if root.is_dir() else "as a name on the Hub, and is not a local file or folder"
         reason = first_line(error.__cause__ or error)
         raise ValueError(f"{source} (--data.split {split}) cannot be opened {where}: {reason}") from error

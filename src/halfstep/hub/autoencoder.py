@@ -1,8 +1,8 @@
-"""A pipeline's VAE, and the map that the pipeline applies between the denoiser's samples and the VAE's latents.
+"""A pipeline's VAE, and the mapping between the denoiser's samples and the VAE's latents.
 
-To find this map, the last part of the pipeline's call is run on known samples, without the denoiser or the VAE.
-Each value that the VAE receives must be an affine function of one value of the sample. The results determine the
-order of the values (for example, packed or frames first), the shift and the scale.
+To find the mapping, the end of the pipeline's call is run on known samples, without the denoiser or the VAE. Each
+VAE input value must be an affine function of one sample value. The results determine the order of the values (for
+example, packed or frames first), the shift and the scale.
 """
 
 from collections.abc import Mapping
@@ -22,25 +22,26 @@ from halfstep.hub.stock import in_one_line, quiet
 from halfstep.hub.trace import STEPS, component_of, prompted
 
 _DIGITS: Final = (1, 1024, 1024**2)
-"""Indices are passed through the pipeline as separate digits, each of which is exact in float32."""
+"""Place values of an index's base-1024 digits. Indices pass through the pipeline as digits, which float32 represents
+exactly."""
 _REMEDY: Final = "Use --prompts instead of --data"
 
 
 @final
 @dataclass(frozen=True)
 class Autoencoder:
-    """Encodes images `[n, 3, height, width]`, videos `[n, 3, frames, height, width]` or sounds `[n, channels, m]`."""
+    """A VAE that encodes images `[n, 3, h, w]`, videos `[n, 3, frames, h, w]` or sounds `[n, channels, m]`."""
 
     vae: Any
     decoded: tuple[int, ...]
     """Shape of the image, video or sound that one latent decodes to."""
     latent_shape: tuple[int, ...]
-    """Shape of one sample of the denoiser."""
+    """Shape of one denoiser sample."""
     order: Tensor
-    """For each value of a sample, the index of the corresponding value in the flattened latent."""
+    """For each sample value, the index of the corresponding value in the flattened latent."""
     shift: Tensor
     scale: Tensor
-    """Each value of a latent is shift + scale * the corresponding value of the sample."""
+    """Each latent value is shift + scale * the corresponding sample value."""
 
     @property
     def image_size(self) -> tuple[int, ...] | None:
@@ -48,7 +49,7 @@ class Autoencoder:
         return None if len(self.decoded) == 2 or (len(self.decoded) == 4 and self.decoded[1] > 1) else self.decoded[-2:]
 
     def preparation(self, frame_rate: float | None, options: Mapping[str, Any]) -> VideoPreparation | SoundPreparation:
-        """Return the preparation of videos or sounds for a pipeline that is called with the arguments `options`."""
+        """Return the video or sound preparation for a pipeline called with the arguments `options`."""
         if len(self.decoded) == 4:
             return VideoPreparation(*self.decoded[1:], frame_rate)
         (channels, number), rate = self.decoded, int(self.vae.config.sampling_rate)
@@ -58,10 +59,10 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """Encode `x` as samples of the denoiser, `[n, *latent_shape]`, using the means of the VAE's distributions.
+        """Encode `x` as denoiser samples `[n, *latent_shape]`, using the means of the VAE's distributions.
 
         Raises:
-            ValueError: if the VAE's encoder returns latents of a different shape from those that its decoder takes.
+            ValueError: if the VAE's encoder and decoder use latents of different sizes.
         """
         # Clips are encoded one at a time, because a clip can be as large as a batch of images.
         parts = x.reshape(len(x), *self.decoded).split(1 if self.image_size is None else len(x))
@@ -82,12 +83,12 @@ class Autoencoder:
 def autoencoder_in(
     pipe: Any, folder: Path, shape: tuple[int, ...], device: torch.device, call: Mapping[str, Any]
 ) -> Autoencoder:
-    """Load the VAE in a pipeline's folder onto a device.
+    """Load the VAE from a pipeline's folder onto a device.
 
     Args:
-        pipe: the pipeline, whose denoiser and VAE need no weights.
-        shape: shape of one sample of its denoiser.
-        call: arguments of the pipeline call other than the prompts.
+        pipe: the pipeline; its denoiser and VAE need no weights.
+        shape: shape of one denoiser sample.
+        call: pipeline call arguments other than the prompts.
 
     Raises:
         ValueError: if the folder has no VAE, or if its VAE does not encode to samples of this shape.
@@ -126,7 +127,7 @@ class _Shown(BaseException):
 
 
 def _shown(pipe: Any, samples: Tensor, call: Mapping[str, Any]) -> Tensor:
-    """Return the latents that a pipeline passes to its VAE at the end of a call that generates `samples`.
+    """Return the latents that a pipeline passes to its VAE if its last scheduler step returns `samples`.
 
     Raises:
         ValueError: if the call fails, or if it does not decode all samples in one batch.
@@ -157,8 +158,8 @@ def _shown(pipe: Any, samples: Tensor, call: Mapping[str, Any]) -> Tensor:
             pipe(num_inference_steps=STEPS, **{argument: prompts}, **call)
     except _Shown:
         pass
-    except Exception as error:  # as in `trace`
-        raise ValueError(f"the call of {type(pipe).__name__} failed ({in_one_line(error)})") from None
+    except Exception as error:  # pipelines raise many exception types for wrong arguments or parts
+        raise ValueError(f"calling {type(pipe).__name__} failed ({in_one_line(error)})") from None
     finally:
         del pipe.scheduler.step, module.forward, pipe.vae.decode
         pipe.scheduler = scheduler

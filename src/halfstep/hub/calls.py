@@ -1,4 +1,4 @@
-"""Represent denoiser calls as trees of nodes (see nets/replay.py), and find the conditions among the arguments."""
+"""Represent denoiser calls as trees of nodes (see nets/replay.py), and find the conditions among their arguments."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, final
@@ -10,17 +10,17 @@ from halfstep.nets import LENGTH
 from halfstep.runs import Manifest
 
 SAME: Final = 1e-6
-"""Largest relative difference that is attributed to rounding."""
+"""Largest relative difference attributed to rounding."""
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
-    """Return the largest difference divided by the largest absolute value of `wanted`, or by 1 if that is larger."""
+    """Return the largest absolute difference, divided by the largest absolute value in `wanted` (but at least 1)."""
     return float((found.float() - wanted.float()).abs().max()) / max(1.0, float(wanted.abs().max()))
 
 
 @final
 class Reading:
-    """Classifies the arguments of a denoiser's call.
+    """Converts the arguments of a denoiser call to nodes.
 
     Args:
         latents: the samples for two prompts.
@@ -33,7 +33,7 @@ class Reading:
         self._names: set[str] = set()
 
     def node(self, path: str, one: Any, two: Any, later: Any) -> dict[str, Any]:
-        """Return an argument's node from its values for one prompt, two prompts, and two prompts in the next step."""
+        """Return an argument's node, given its values for one prompt, for two, and for two in the next step."""
         if isinstance(two, Mapping):
             items = {name: self.node(f"{path}.{name}", one.get(name), two[name], later[name]) for name in two}
             return {"is": "dict", "items": items}
@@ -64,7 +64,7 @@ class Reading:
             return self._condition(path, two[0], list=True)
         if len(one) != len(two):
             raise ValueError(
-                f"the argument {path[1:]} has the length {len(one)} for one prompt and {len(two)} for two prompts"
+                f"the argument {path[1:]} has length {len(one)} for one prompt, but {len(two)} for two prompts"
             )
         items = [self.node(f"{path}.{i}", *parts) for i, parts in enumerate(zip(one, two, later, strict=True))]
         return {"is": "tuple" if isinstance(two, tuple) else "list", "items": items}
@@ -81,7 +81,7 @@ class Reading:
         if two.ndim == 0 or len(two) != 2 or (one is not None and len(one) != 1):
             if one is None or one.shape != two.shape or not torch.equal(one, two):
                 raise ValueError(
-                    f"the argument {path[1:]} has no batch axis, but its value for one prompt differs from that for two"
+                    f"the argument {path[1:]} has no batch axis, but its values for one and two prompts differ"
                 )
             return self._constant(path, two)
         if one is None or one.shape[1:] != two.shape[1:]:
@@ -118,7 +118,7 @@ class Reading:
 
 
 def reached(node: Mapping[str, Any], value: Any) -> Iterator[tuple[Mapping[str, Any], Any]]:
-    """Yield each leaf of a recorded call together with the leaf's value in another call."""
+    """Yield each leaf of a recorded call, along with its value in another call."""
     items = node.get("items")
     if items is None:
         yield node, value
@@ -138,10 +138,10 @@ def call_in(manifest: Manifest) -> dict[str, Any]:
 def conditions_in(
     call: Mapping[str, Any], arguments: Mapping[str, Any], batch: int, first: int = 0
 ) -> dict[str, Tensor]:
-    """Return the conditions among a call's arguments by name, each `[batch, ...]` and padded with zeros.
+    """Return a call's conditions by name, each `[batch, ...]` and padded with zeros.
 
     Args:
-        first: the index of the batch's first row, because a guided call contains two batches.
+        first: the index of the batch's first row. A guided call contains two batches.
     """
     found: dict[str, Tensor] = {}
     leaves = [(node, value) for node, value in reached(call, arguments) if node["is"] == "condition"]

@@ -15,11 +15,11 @@ _PIXELS: Final = {
     "DDPMPipeline": "batch_size=4, num_inference_steps={steps}",
     "ConsistencyModelPipeline": "{number}, class_labels={labels}, num_inference_steps={steps}",
 }
-"""Call arguments of the pixel pipelines, by the pipeline's class."""
+"""Call arguments of the pixel pipelines, by pipeline class."""
 
 
 def call_of(manifest: Manifest, num_steps: int) -> dict[str, Any]:
-    """Return the call arguments, except prompts, that make a model's stock pipeline take the same steps as ours."""
+    """Return the call arguments, except prompts, with which the stock pipeline takes the same steps as our sampler."""
     pipeline = manifest.pipeline
     assert pipeline is not None
     taken = inspect.signature(stock(pipeline.kind).__call__).parameters
@@ -50,7 +50,7 @@ def _call(manifest: Manifest, kind: str, steps: int = 4) -> str:
 
 
 def _usage(manifest: Manifest, kind: str, schedule: StockSchedule, steps: int) -> tuple[str, str, str]:
-    """Return imports, Python code that samples with `steps` steps, and a note about the spacing of these steps."""
+    """Return imports, Python sampling code (see `_call`), and a note about the step spacing."""
     line = _call(manifest, kind, steps)
     if schedule.kind != FLOW:
         return "", line, ""
@@ -60,8 +60,8 @@ def _usage(manifest: Manifest, kind: str, schedule: StockSchedule, steps: int) -
         sigmas, imports = _python(sigmas_of(manifest.num_steps or steps)), "from functools import partial\n\n"
         line = f"pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas={sigmas})\n{line}"
     note = (
-        f"\nThe scheduler's default spacing is different. {remedy}, as shown above. They are k / N, decreasing "
-        "from 1, before the shift, which the scheduler applies itself.\n"
+        f"\nThe scheduler's default spacing is different. {remedy}, as shown above. For N steps, these are 1, "
+        "(N - 1) / N, ..., 1 / N, to which the scheduler applies its shift.\n"
     )
     return imports, line, note
 
@@ -89,13 +89,13 @@ def model_card(
     """Return the README.md of an exported folder.
 
     Args:
-        absent: parts that are missing from the folder and for which users must pass None.
+        absent: parts that are missing from the folder, for which users must pass None.
     """
     own, exact = manifest.num_steps, exact_steps(schedule)
     made = "A diffusion model" if own is None else f"A diffusion model that samples in {own} step{'s' * (own > 1)}"
     classes = f"{manifest.num_classes} classes" if manifest.num_classes else "no classes"
     conditions = f"; conditions {', '.join(manifest.conditions)}" if manifest.conditions else ""
-    steps = f"Distilled for **{own}**." if own else f"A {manifest.outcome.role} model: more steps give better samples."
+    steps = f"Distilled for **{own}**." if own else f"A {manifest.outcome.role} model: more steps improve the samples."
     exactly = ", ".join(map(str, exact[:12])) + ", ..." * (len(exact) > 12)
     refines = manifest.parent not in (None, manifest.teacher)
     started = f" and started from `{manifest.parent}`" if refines else ""
@@ -130,10 +130,10 @@ pipe = {kind}.from_pretrained("{name}"{"".join(f", {part}=None" for part in abse
 steps; this stage learned from `{manifest.teacher or "data"}`{started}, in {manifest.num_updates:,} updates.
 - Data: {public(manifest.data or "not recorded")}.
 - Samples: {"images" if manifest.is_image else "latents"} of shape {list(manifest.shape)}; {classes}{conditions}.
-- Predicts {manifest.prediction["type"]} for the process {manifest.process["type"]}; x0 is \
-{"clipped to [-1, 1]" if manifest.clip else "not clipped"}; the sampler is {manifest.outcome.sampler_name}.
+- Prediction: {manifest.prediction["type"]}; process: {manifest.process["type"]}; x0: \
+{"clipped to [-1, 1]" if manifest.clip else "not clipped"}; sampler: {manifest.outcome.sampler_name}.
 
-## Numbers of steps
+## Number of steps
 
 {steps} With {exactly} steps, the exported scheduler uses the exact times at which the model was distilled; with \
 other numbers of steps, its timesteps are rounded.
@@ -147,7 +147,7 @@ other numbers of steps, its timesteps are rounded.
 def lora_card(
     name: str, manifest: Manifest, pipeline: Pipeline, schedule: StockSchedule, precision: BasePrecision = "float32"
 ) -> str:
-    """Return the README.md of a folder of LoRA weights that were trained on base weights of this `precision`."""
+    """Return the README.md of a folder of LoRA weights. `precision` is the base weights' precision in training."""
     lowered, base = CONFIGS.get(precision, "torch.bfloat16"), public(pipeline.folder)
     over = "" if precision == "float32" else f"\nThe weights were trained on {precision} base weights ({lowered}).\n"
     imports, line, note = _usage(manifest, pipeline.kind, schedule, manifest.num_steps or 4)
@@ -161,8 +161,8 @@ tags: [diffusion, progressive-distillation, halfstep, lora]
 
 LoRA weights for sampling a `{pipeline.kind}` in {manifest.num_steps or 4} steps, trained with halfstep by
 progressive distillation (Salimans & Ho 2022, arXiv:2202.00512). Use them with the weights of `{base}`, the distilled
-pipeline (its folder, or its name on the Hub), and with the scheduler in this folder: the student predicts
-{manifest.prediction["type"]}, which the original model may not do.
+pipeline (its folder, or its name on the Hub), and with the scheduler in this folder. The student predicts
+{manifest.prediction["type"]}, which may differ from the original model's prediction.
 {over}
 ```python
 {imports}import torch

@@ -1,4 +1,4 @@
-"""The clock of a recorded pipeline: how its noise levels map to the times that its denoiser receives."""
+"""The clock of a recorded pipeline, which maps noise levels to the times passed to its denoiser."""
 
 import math
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ from halfstep.hub.trace import Step, Trace
 
 
 def fit_clock(schedule: Schedule, call: Mapping[str, Any], two: Trace) -> dict[str, Any]:
-    """Return the clock, which maps noise levels to the times passed to the denoiser.
+    """Return a pipeline's clock, fitted to a trace for two prompts.
 
     Raises:
-        ValueError: if no clock matches to within 1e-6.
+        ValueError: if no clock matches to within a relative error of 1e-6.
     """
     shown = [shown_time(call, step) for step in two.steps]
     times, seen = grid_of(schedule, two)[:-1], torch.tensor(shown, dtype=torch.float64)
@@ -37,20 +37,20 @@ def fit_clock(schedule: Schedule, call: Mapping[str, Any], two: Trace) -> dict[s
 
 
 def _snapped(number: float, allowed: float) -> float:
-    """Return the nearest round number if it differs by at most `allowed`, to remove float32 rounding errors."""
+    """Round to three decimals, to remove float32 errors, unless this changes the number by more than `allowed`."""
     near = round(number, 3)
     return near + 0.0 if abs(near - number) <= allowed else number
 
 
 def shown_time(call: Mapping[str, Any], step: Step) -> float:
-    """Return the time that was passed to the denoiser in a step."""
+    """Return the time passed to the denoiser in a step."""
     for node, value in reached(call, step.calls[0].arguments):
         if node["is"] == "time":
             return float(value.flatten()[0])
-    raise ValueError("no argument of its denoiser changes from step to step as a time does")
+    raise ValueError("its denoiser has no time argument (a number that changes from step to step)")
 
 
 def grid_of(schedule: Schedule, made: Trace) -> Tensor:
-    """Return, in float64, the times at which the steps of a trace start and end."""
+    """Return the start and end times of a trace's steps, in float64."""
     starts = [schedule.time_of(step.timestep, step.sigma) for step in made.steps]
     return torch.tensor([*starts, schedule.last_time], dtype=torch.float64)

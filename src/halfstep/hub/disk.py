@@ -1,8 +1,8 @@
-"""Load and check the parts of a pipeline on disk. No other module opens the folders of these parts.
+"""Load and check the parts of a pipeline on disk. No other module opens their folders.
 
 Only safetensors files are read: nothing is unpickled, no code in a folder is run, and no file outside the folder is
-opened. A part's tensors must be exactly those of its class, because diffusers and transformers fill missing tensors
-with random values.
+opened. A part's tensors must exactly match its class, because diffusers and transformers initialise missing tensors
+randomly.
 """
 
 import hashlib
@@ -32,18 +32,18 @@ WRAPPERS: Final = {
     "model.": "a training module",
     "net.": "a training module",
 }
-"""Prefixes of tensor names, each with the wrapper that adds it to all names."""
+"""Prefixes of tensor names, with the wrapper that adds each prefix to all names."""
 ADAPTER: Final = ".base_layer."
-"""The string that peft inserts into the names of layers."""
+"""The string that peft inserts into layer names."""
 AVERAGED: Final = {
     "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
     "quantization_config",
 }  # fmt: skip
-"""Config fields that are added by diffusers' `EMAModel` and by quantisation."""
+"""Config fields added by diffusers' `EMAModel` and by quantisation."""
 OLD_NAMES: Final = {"Transformer2DModel": ("DiTTransformer2DModel", "PixArtTransformer2DModel")}
-"""Class names in older files, mapped to the current classes that replace them."""
+"""Class names in older files, mapped to the current classes."""
 HALVES: Final = ("fp16", "bf16")
-"""Variants to read if no weights without a variant exist."""
+"""Variants to read if all weights have a variant."""
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def refuse_single_file(source: str) -> None:
-    """Raise ValueError if `source` is a single-file checkpoint; the message shows the diffusers call to convert it."""
+    """Raise ValueError if `source` is a single-file checkpoint. The message contains a command that converts it."""
     path = user_path(source)
     convert = f'diffusers\' StableDiffusionPipeline.from_single_file("{path}").save_pretrained("FOLDER")'
     if path.suffix in PICKLED:
@@ -84,7 +84,7 @@ def check_config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def known_fields(config: Mapping[str, Any], folder: Path, name: str) -> dict[str, Any]:
-    """Return, as JSON data, the config fields that the diffusers class `name` accepts, and warn about the others.
+    """Return the config fields that the diffusers class `name` accepts, as JSON data, and warn about other fields.
 
     Fields of `EMAModel` and disabled fields of an older class have no effect and are silently ignored.
     """
@@ -101,7 +101,7 @@ def known_fields(config: Mapping[str, Any], folder: Path, name: str) -> dict[str
 
 
 def weights_of(folder: Path) -> list[Path]:
-    """Return a part's safetensors files sorted by name, in half precision only if all files have a variant."""
+    """Return a part's safetensors files, sorted by name: half-precision files only if no others exist."""
     variant = variant_of(folder) or ""
     return [file for file in sorted(folder.glob("*.safetensors")) if _variant(file.name) == variant]
 
@@ -119,7 +119,7 @@ def without_variant(text: str, folder: Path) -> str:
 
 
 def digest_of(folder: Path) -> str:
-    """Return a digest of a part's weights, which changes if the weights are replaced."""
+    """Return a digest that identifies a part's weights."""
     digests = [sha256_of(file) for file in weights_of(folder)]
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
@@ -131,15 +131,14 @@ def _variant(name: str) -> str:
 
 
 def check_files(folder: Path, kind: str) -> None:
-    """Check that a part has readable safetensors weights and refers to no other files.
+    """Check that a part has readable safetensors weights and does not refer to other files.
 
     Args:
         kind: library and class of the part, such as "diffusers.UNet2DModel".
 
     Raises:
-        ValueError: if the part has no weights, only pickled weights, or only a variant other than fp16 and bf16 (the
-            message explains how to convert the weights); if an index or a config refers to other files; or if a shard's
-            tensors differ from those in the index.
+        ValueError: if the part has no weights, or only weights that must be converted first (the message explains how);
+            if an index or a config refers to other files; or if a shard's tensors differ from those in the index.
     """
     _check_indirection(folder)
     found = sorted(file.name for file in folder.glob("*.safetensors"))
@@ -186,7 +185,7 @@ def _check_indirection(folder: Path) -> None:
         shards: dict[str, set[str]] = {}
         for tensor, name in listed.items():
             shards.setdefault(str(name), set()).add(tensor)
-        # All names are checked first, because a name outside the folder is a clearer error than mismatched tensors.
+        # All file names are checked first, because a file outside the folder is the more serious problem.
         for name in sorted(shards):
             if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
                 raise ValueError(
@@ -212,15 +211,15 @@ def _names_in(file: Path) -> set[str]:
 
 
 def open_part(folder: Path, kind: str) -> Any:
-    """Load the network, VAE or text encoder of the class `kind` from `folder`, in float32 and on the CPU.
+    """Load a network, VAE or text encoder of the class `kind` from `folder` onto the CPU in float32.
 
     Args:
         kind: library and class, such as "transformers.CLIPTextModel".
 
     Raises:
         ValueError: if `check_files` rejects the files.
-        DamagedFile: if the weights cannot be read, are not exactly those of the class, or are not finite; the message
-            names the first such tensor.
+        DamagedFile: if the weights cannot be read, do not exactly match the class, or are not finite. The message names
+            the first such tensor.
     """
     check_files(folder, kind)
     library, _, name = kind.rpartition(".")
@@ -255,7 +254,7 @@ def open_part(folder: Path, kind: str) -> Any:
 def _opened_quantised(
     folder: Path, made: Any, method: str | None, options: Mapping[str, Any]
 ) -> tuple[Any, Mapping[str, Any]]:
-    """Return a quantised part after dequantising it to float32, along with its missing and unexpected tensors.
+    """Load a quantised part, dequantise it to float32, and return it with its missing and unexpected tensors.
 
     Raises:
         ValueError: if the part was not quantised with bitsandbytes, or if bitsandbytes is not installed.
@@ -281,7 +280,7 @@ def _opened_quantised(
 
 
 def _dequantised(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert 8-bit and 4-bit tensors that were saved by bitsandbytes to float32."""
+    """Convert bitsandbytes' 8-bit and 4-bit tensors to float32."""
     from bitsandbytes import functional
 
     found: dict[str, Tensor] = {}
@@ -313,7 +312,7 @@ def _check_names(folder: Path, name: str, held: set[str], missing: Iterable[str]
     if wrapper is not None:
         remedy = f"All tensor names start with {wrapper!r}, which {WRAPPERS[wrapper]} adds. Save the wrapped module"
         if not any(folder.glob("*.index.json")):
-            # The command reads all bytes first, because load_file would map the file that it overwrites.
+            # The command reads all bytes first, because load_file would memory-map the file that save_file overwrites.
             remedy += (
                 ', or rename the tensors by running in that folder: python -c "import glob, safetensors.torch as s; '
                 f"[s.save_file({{k.removeprefix('{wrapper}'): v for k, v in s.load(open(f, 'rb').read()).items()}}, f, "
@@ -321,17 +320,17 @@ def _check_names(folder: Path, name: str, held: set[str], missing: Iterable[str]
             )
     elif any(ADAPTER in one for one in held):
         remedy = (
-            f"The weights contain an adapter (names that contain {ADAPTER[1:-1]}): merge it before saving "
+            f"The weights contain an adapter (names with {ADAPTER[1:-1]}): merge it before saving "
             "(pipe.fuse_lora(), then pipe.unload_lora_weights(); or model.merge_and_unload())"
         )
     raise DamagedFile(f"{folder}, read as a {name}, {' and '.join(facts)}. {remedy}")
 
 
 def open_pipeline(folder: Path, kind: str, parts: Mapping[str, Any]) -> Any:
-    """Load the pipeline `kind` in `folder`.
+    """Load a pipeline of the class `kind` from `folder`.
 
     Args:
-        parts: the parts with weights as loaded by `open_part`, with None for each missing part.
+        parts: the parts with weights, as loaded by `open_part`, or None for missing parts.
 
     Raises:
         DamagedFile: if the pipeline cannot be read.
@@ -346,13 +345,13 @@ def open_pipeline(folder: Path, kind: str, parts: Mapping[str, Any]) -> Any:
 
 
 def plain_network(folder: Path) -> Path | None:
-    """Return the folder of a network saved without a pipeline (`folder`, or its subfolder unet or transformer)."""
+    """Return the folder of a network saved without a pipeline (`folder`, or a subfolder such as unet), or None."""
     places = [place for name in ("unet", "transformer") for place in (folder / name, folder / f"{name}_ema")]
     return next((place for place in (folder, *places) if (place / "config.json").is_file()), None)
 
 
 def networks_below(folder: Path) -> list[Path]:
-    """Return the direct subfolders that contain a pipeline or a network, such as checkpoint-500, oldest first."""
+    """Return the direct subfolders with a pipeline or a network, such as checkpoint-500, oldest first."""
     below = [place for place in folder.iterdir() if place.is_dir()] if folder.is_dir() else []
     found = [p for p in below if (p / "model_index.json").is_file() or plain_network(p) is not None]
     return sorted(found, key=lambda place: (place.stat().st_mtime, place.name))

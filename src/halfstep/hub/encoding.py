@@ -1,4 +1,4 @@
-"""A pipeline's own encoders and decoder as callables that map images to latents and back, and texts to conditions."""
+"""A pipeline's encoders and decoder as callables: images to latents and back, and texts to conditions."""
 
 import inspect
 import json
@@ -24,7 +24,7 @@ from halfstep.runtime.files import sha256_of
 
 
 def autoencoder_of(model: Model, device: str | torch.device = "cpu") -> Autoencoder:
-    """Return the VAE of an imported model's pipeline, along with the map from its latents to the network's samples.
+    """Return the VAE of an imported model's pipeline, along with the mapping between latents and the network's samples.
 
     Raises:
         ValueError: if the pipeline has no VAE, or if its VAE does not encode to the network's samples.
@@ -45,7 +45,7 @@ def encoder_of(
 
     Args:
         class_names: the captions of a class-conditional model, which are encoded as `class_labels`. The empty caption
-            is encoded as the null class, which follows the network's last class.
+            is encoded as the null class, whose index is one past the network's last class.
 
     Raises:
         ValueError: if a part is missing, or if the network has fewer classes than `class_names`.
@@ -99,7 +99,7 @@ def _pipeline_of(manifest: Manifest) -> Pipeline:
 
 
 def _vae(folder: Path, device: str | torch.device) -> tuple[Any, float, float]:
-    """Return a pipeline's VAE, along with the shift and the scale of the VAE's latents."""
+    """Return a pipeline's VAE, along with the shift and scale of its latents."""
     place, kind = folder / "vae", "AutoencoderKL"
     if not place.is_dir():
         raise ValueError(
@@ -116,15 +116,14 @@ def text_conditions(
     ends: Sequence[float] | None = None,
     device: str | torch.device = "cpu",
 ) -> dict[str, Tensor]:
-    """Return the conditions for captions by name, each `[len(captions), ...]`, as the model's pipeline computes them.
+    """Compute the captions' conditions with the model's pipeline, and return them by name, each `[len(captions), ...]`.
 
     Args:
-        ends: the end of each sound in seconds. By default, all sounds have the same end, which is that of the
-            pipeline's call.
+        ends: the end time of each sound in seconds. By default, all sounds end at the time set in the pipeline's call.
 
     Raises:
-        ValueError: if the package transformers or a text encoder is missing, or if `ends` is given for a pipeline whose
-            samples must all have the same end.
+        ValueError: if the package transformers or a text encoder is missing, or if `ends` is passed for a pipeline
+            whose samples must all end at the same time.
     """
     pipeline = _pipeline_of(manifest)
     pipe = _text_pipeline(fetch(pipeline.folder), pipeline.kind, torch.device(device))
@@ -135,7 +134,7 @@ def text_conditions(
         raise ValueError(f"{pipeline.kind} does not accept an end time for each sample. Remove ends")
     rows: dict[int, dict[str, Tensor]] = {}
     for end in dict.fromkeys(ends):
-        # The pipeline takes one end per call.
+        # The pipeline takes one end time per call.
         places = [place for place, other in enumerate(ends) if other == end]
         given = prompted(pipe, [captions[place] for place in places]) | unguided | {pipeline.end: end}
         found = conditions_in(call, first_arguments(pipe, **given), len(places))
@@ -144,20 +143,20 @@ def text_conditions(
 
 
 def _unguided(pipe: Any, pipeline: Pipeline) -> dict[str, Any]:
-    """Return the arguments, other than the prompts, of a pipeline call without guidance."""
+    """Return the arguments of a pipeline call without guidance, except the prompts."""
     taken = inspect.signature(type(pipe).__call__).parameters
     call = {name: 1.0 for name in GUIDANCES if name in taken} | pipeline.options
     return call | ({} if pipeline.guidance is None or pipeline.off is None else {pipeline.guidance: pipeline.off})
 
 
 def release_texts() -> None:
-    """Free the text encoders that `text_conditions` keeps between calls."""
+    """Free the text encoders that `text_conditions` caches between calls."""
     _text_pipeline.cache_clear()
 
 
 @lru_cache(maxsize=1)
 def _text_pipeline(folder: Path, kind: str, device: torch.device) -> Any:
-    """Return the pipeline without the weights of its denoiser."""
+    """Load and cache a pipeline without the weights of its denoiser and VAE."""
     check_transformers("a text-conditioned model")
     return load_pipeline(folder, kind, device, is_whole=False)
 
@@ -166,7 +165,7 @@ def decoder_of(manifest: Manifest, device: str | torch.device = "cpu") -> Callab
     """Return a function that decodes latents `[n, c, h, w]` to images `[n, 3, H, W]` in [-1, 1] with the model's VAE.
 
     Raises:
-        ValueError: if the pipeline has no VAE, or if the latents do not have the shape of images.
+        ValueError: if the pipeline has no VAE, or if the VAE is not an `AutoencoderKL`.
     """
     vae, shift, scale = _vae(fetch(_pipeline_of(manifest).folder), device)
 

@@ -2,8 +2,7 @@
 
 An image model without classes becomes a `DDIMPipeline`, or a `DDPMPipeline` if its sampler draws noise. An image model
 with classes becomes a `ConsistencyModelPipeline`, which diffusers uses for a `UNet2DModel` with class labels. Other
-models keep their pipeline's class, and the other parts of the pipeline are copied. The exported folder contains no
-code.
+models keep their pipeline's class, and the pipeline's other parts are copied. The exported folder contains no code.
 """
 
 import copy
@@ -47,7 +46,7 @@ from halfstep.samplers import DDIM
 
 
 def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, name: str | None = None) -> Path:
-    """Write the model as a stock pipeline to the folder `out`, and return `out`.
+    """Export the model as a stock pipeline to the folder `out`, and return `out`.
 
     Args:
         metrics: quality measurements for the card.
@@ -62,10 +61,10 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
     network = whole.network
     if not isinstance(network, StockNetwork):
         kind = model.manifest.network.get("type")
-        raise ValueError(f"diffusers has no pipeline for a network of the type {kind}. {USE_ONNX}")
+        raise ValueError(f"diffusers has no pipeline for a network of type {kind}. {USE_ONNX}")
     is_flow = model.manifest.process["type"] == "flow"
     if isinstance(network, Replay) and not is_flow and not network.is_on_table and has_fourier_clock(network):
-        # Stable Audio's own scheduler draws noise in each step. DDIMScheduler does not, but passes integer timesteps.
+        # Stable Audio's own scheduler draws noise in each step. DDIMScheduler does not, but its timesteps are integers.
         network = on_integers(network)
     schedule, kind, component = _layout(model, network)
     index: dict[str, Any] = {}
@@ -109,7 +108,7 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
     """Write a LoRA student's weights (for `pipe.load_lora_weights`) and scheduler to `out`, and return `out`.
 
     Args:
-        base: manifest of the stage that the weights were trained on, or None for the imported model.
+        base: manifest of the stage whose weights the LoRA adapts, or None for the imported model.
         name: the name that the card uses to load the weights, or None to use the folder's name.
 
     Raises:
@@ -137,8 +136,8 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
             f"the LoRA was trained on the weights of {base.stage}, not on those of {pipeline.folder}. Use --format "
             "diffusers, which merges the LoRA weights"
         )
-    # These are peft's names without the adapter's name ("...to_q.lora_A.weight"), which diffusers reads unchanged.
-    # With its own older names, diffusers would lose the attention layers.
+    # These are peft's names without the adapter name ("...to_q.lora_A.weight"), which diffusers reads unchanged. With
+    # its own older names, diffusers would drop the attention layers.
     state = {
         name.removeprefix("base.model.").replace(".default.", "."): value.detach().cpu().float().contiguous()
         for name, value in network.own()
@@ -154,7 +153,7 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
             if precision != "float32":
                 base_network: Any = merged(bare(network))
                 getattr(pipe, component).load_state_dict(base_network.model.state_dict())
-                # The reference is also in float32, so that rounding is not reported as an export error.
+                # The reference is also float32, so that rounding is not reported as an export error.
                 model = model.merged()
             pipe.scheduler = stock(schedule.kind)(**schedule.config)
             with quiet():
@@ -192,8 +191,8 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
     schedule = write_schedule(process, model.denoiser.prediction, network.num_train_timesteps, manifest.clip)
     if isinstance(network, Replay) and schedule.kind != FLOW and not network.is_on_table:
         raise ValueError(
-            f"the time input of a {network.stock} is not the timestep of a table, and every diffusers scheduler that "
-            "passes such a time draws noise in each step. Use --format onnx"
+            f"a {network.stock} does not use the timesteps of a table, and every diffusers scheduler that supports its "
+            "times draws noise in each step. Use --format onnx"
         )
     is_plain_image, sampler = manifest.is_image and not manifest.num_classes, model.sampler
     solver = SOLVERS.get(sampler)
@@ -230,7 +229,7 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
 
 
 def _other_parts(origin: Path, index: dict[str, Any], component: str) -> dict[str, Path]:
-    """Return the folders of the original pipeline's parts by name, except for the network and the scheduler."""
+    """Return the folders of the original pipeline's parts by name, except the network and the scheduler."""
     parts = {}
     for name, value in index.items():
         if name in (component, "scheduler") or not isinstance(value, list) or value[0] is None:

@@ -1,12 +1,12 @@
 """Import the checkpoints released by the authors of progressive distillation as stock diffusers networks.
 
-The files are in flax's msgpack format: a tree of arrays, each with a shape, a dtype name and bytes, under `ema_params`,
-and the number `num_sample_steps`. The authors' U-Net differs from `UNet2DModel` in two ways, and both differences are
-folded into the weights exactly:
+The files are in flax's msgpack format. They contain the number `num_sample_steps` and, under `ema_params`, a tree of
+arrays, each with a shape, a dtype name and bytes. The authors' U-Net differs from `UNet2DModel` in two ways, both of
+which are folded exactly into the weights:
 
 * The authors' clock is 1000 u with u = 2 / pi arctan(exp(-log_snr / 2)), whereas our network is called at timestep
-  1000 u - 1. For a frequency f of the sinusoids, (sin((k + 1) f), cos((k + 1) f)) is (sin(k f), cos(k f)) rotated by
-  f. The first linear layer of our time embedding therefore includes this rotation.
+  1000 u - 1. For a sinusoid of frequency f, (sin((k + 1) f), cos((k + 1) f)) is (sin(k f), cos(k f)) rotated by f.
+  The first linear layer of our time embedding therefore includes this rotation.
 * The authors' class embedding has a bias, which is added to every row of our class embedding.
 
 Sources: Salimans & Ho 2022 (arXiv:2202.00512); the authors' unet.py, model.py and checkpoints.py; flax's
@@ -38,19 +38,19 @@ from halfstep.runs.record import Record, problem_of
 from halfstep.runtime.files import DamagedFile, read_json, refuse_taken, sha256_of
 
 PROCESS: Final = VPCosine()
-"""The noise process of all released models, which is the clipped cosine process."""
+"""The noise process of all released models: the clipped cosine process."""
 
 
 @final
 class GooglePDConfig(Record):
-    """The configuration of a network in the authors' unet.py, and the information that its checkpoint lacks."""
+    """A network's configuration in the authors' unet.py, and facts that its checkpoint does not contain."""
 
     image_size: PositiveInt
     """Height and width."""
     ch: PositiveInt
     """Number of channels at the finest level."""
     multipliers: tuple[int, ...]
-    """Number of channels at each level as a multiple of `ch`, starting with the finest level."""
+    """Number of channels at each level as a multiple of `ch`, from the finest level."""
     layers_per_block: PositiveInt
     """Number of residual blocks per level of the encoder. The decoder has one more block per level."""
     attention: tuple[bool, ...]
@@ -70,9 +70,7 @@ class GooglePDConfig(Record):
     def _same_length(self) -> "GooglePDConfig":
         one, other = len(self.multipliers), len(self.attention)
         if one == 0 or one != other:
-            raise ValueError(
-                f"multipliers and attention need one entry for each level, but have {one} and {other} entries"
-            )
+            raise ValueError(f"multipliers and attention need one entry per level, but have {one} and {other} entries")
         return self
 
 
@@ -96,7 +94,7 @@ CONFIGS: Final[dict[str, GooglePDConfig]] = {
 
 
 def config_of(text: str) -> GooglePDConfig:
-    """Return the configuration with this name in `CONFIGS`, or read the fields of `GooglePDConfig` from a .json file.
+    """Return the configuration called `text` in `CONFIGS`, or read a `GooglePDConfig` from the .json file `text`.
 
     Raises:
         ValueError: if the name is unknown or if the file is not valid.
@@ -118,7 +116,7 @@ class Checkpoint(NamedTuple):
     params: Mapping[str, np.ndarray]
     """Arrays by path, such as "down_0.block_0/conv1/kernel"."""
     num_steps: int
-    """The model's number of sampler steps, or 0 if it is unknown."""
+    """The model's number of sampler steps, or 0 if unknown."""
 
 
 def _array(code: int, data: bytes) -> np.ndarray:
@@ -177,13 +175,13 @@ def read_checkpoint(file: Path) -> Checkpoint:
 
 
 class _Place(NamedTuple):
-    """The location of a network's tensor in the authors' tree."""
+    """The location of one of our tensors in the authors' tree."""
 
     path: str
     shape: tuple[int, ...]
-    """Expected shape of the array, which may differ in joined axes and in axes of length 1."""
+    """Expected shape of the array, up to joined axes and axes of length 1."""
     axes: tuple[int, ...]
-    """Permutation of axes that turns the array into the tensor."""
+    """Axis permutation that turns the array into the tensor."""
 
 
 _NAMES: Final = {
@@ -210,7 +208,7 @@ _BLOCKS: Final = {
 
 
 def _place(name: str, shape: tuple[int, ...], levels: int) -> _Place:
-    """Return the location in the authors' tree of the tensor `name` of a UNet2DModel."""
+    """Return the location of a UNet2DModel's tensor `name` in the authors' tree."""
     module, _, kind = name.rpartition(".")
     for ours, theirs in _NAMES.items():
         if module == ours or module.startswith(f"{ours}."):
@@ -232,7 +230,7 @@ def _place(name: str, shape: tuple[int, ...], levels: int) -> _Place:
 
 
 def _regroups(got: tuple[int, ...], needed: tuple[int, ...]) -> bool:
-    """Return whether two shapes differ only in joined adjacent axes and axes of length 1, as between flax versions."""
+    """Return whether two shapes differ only in joined axes and axes of length 1, as they do between flax versions."""
 
     def marks(shape: tuple[int, ...]) -> set[int]:
         return {math.prod(shape[: index + 1]) for index, length in enumerate(shape) if length != 1}
@@ -256,7 +254,7 @@ def convert(params: Mapping[str, np.ndarray], config: GooglePDConfig) -> UNet2D:
             raise ValueError(f"it has no tensor {place.path} of shape {list(place.shape)}")
         if not _regroups(array.shape, place.shape):
             got, needed = list(array.shape), list(place.shape)
-            raise ValueError(f"the tensor {place.path} has the shape {got}, but {needed} is needed")
+            raise ValueError(f"the tensor {place.path} has shape {got}, but {needed} is needed")
         used.add(place.path)
         value = torch.from_numpy(np.array(array, np.float64)).reshape(place.shape)
         state[name] = value.permute(place.axes).reshape(tensor.shape)
@@ -266,7 +264,7 @@ def convert(params: Mapping[str, np.ndarray], config: GooglePDConfig) -> UNet2D:
             raise ValueError("it has no tensor class_emb/bias")
         state["class_embedding.weight"] += torch.from_numpy(np.array(params["class_emb/bias"], np.float64))
     if left := sorted(set(params) - used):
-        raise ValueError(f"the tensor {left[0]} of shape {list(params[left[0]].shape)} has no place in the network")
+        raise ValueError(f"the tensor {left[0]} of shape {list(params[left[0]].shape)} is not part of the network")
     weight = "time_embedding.linear_1.weight"
     state[weight] = _earlier_by_one(state[weight])
     network.to_empty(device="cpu")
@@ -275,7 +273,7 @@ def convert(params: Mapping[str, np.ndarray], config: GooglePDConfig) -> UNet2D:
 
 
 def _earlier_by_one(weight: Tensor) -> Tensor:
-    """Return the weight `[embedding, channels]` that, at k, gives the same results as `weight` at k + 1."""
+    """Return the weight `[embedding, channels]` that has the same effect at k as `weight` at k + 1."""
     sine, cosine = weight.chunk(2, dim=1)
     half = sine.shape[1]
     frequency = torch.exp(torch.arange(half, dtype=torch.float64) * (-math.log(10_000) / (half - 1)))
@@ -312,14 +310,14 @@ def import_google_pd(file: Path, config: GooglePDConfig, out: Path) -> Manifest:
     """Convert the checkpoint in `file` to a stage, and write the stage to the folder `out`.
 
     Raises:
-        ValueError: if the file is damaged, contains values that are not finite or does not match the configuration, or
-            if `out` is not empty. In each case, nothing is written.
+        ValueError: if the file is damaged, contains non-finite values or does not match the configuration, or if `out`
+            is not empty. In each case, nothing is written.
     """
     refuse_taken(out)
     checkpoint = read_checkpoint(file)
     for name, array in checkpoint.params.items():
         if not np.isfinite(np.asarray(array, np.float64)).all():
-            raise ValueError(f"{file} has values in {name} that are not finite. Use another checkpoint")
+            raise ValueError(f"{file} has non-finite values in {name}. Use another checkpoint")
     try:
         network = convert(checkpoint.params, config)
     except ValueError as error:
@@ -330,7 +328,7 @@ def import_google_pd(file: Path, config: GooglePDConfig, out: Path) -> Manifest:
         stage=out.name, source=f"{file.name} sha256 {sha256_of(file)}",
     )  # fmt: skip
     told: dict[str, Any] = {"start_steps": config.start_steps}
-    # A chain's first teacher can be sampled with any number of steps.
+    # The first teacher of a chain can be sampled with any number of steps.
     if 0 < checkpoint.num_steps < config.start_steps:
         told["outcome"] = Outcome(role="student", num_steps=checkpoint.num_steps)
     return save_stage(StageFolder(out), model.denoiser, model.manifest.model_copy(update=told))

@@ -1,7 +1,7 @@
 """Export a whole sampler, with its steps unrolled, as a single ONNX graph that maps noise to x0.
 
-A sampler is linear in the network's outputs and in the noise that is drawn at each step, so the graph contains only the
-network calls and a few sums. The times of all steps are computed in float64 and stored as constants.
+A sampler is linear in the network's outputs and in the noise drawn at each step, so the graph contains only the network
+calls and a few sums. The times of all steps are computed in float64 and stored as constants.
 """
 
 import functools
@@ -31,11 +31,10 @@ from halfstep.runtime.files import replacing, scratch
 from halfstep.samplers import sample
 
 LARGEST: Final = int(1.4 * 2**30)
-"""Maximum size in bytes of weights that are stored in the graph's own file. A protobuf is limited to 2 GiB, and torch
-splits the file at 1.5 GiB."""
+"""Maximum size in bytes of weights stored in the graph file itself. A protobuf is limited to 2 GiB, and torch splits
+the file at 1.5 GiB."""
 STEP_NOISE: Final = "step_noise"
-"""Name of the input that contains a stochastic sampler's noise for each step except the last, which does not draw
-noise."""
+"""Name of the input with a stochastic sampler's noise for each step except the last, which draws none."""
 
 
 @final
@@ -54,8 +53,8 @@ class _Recorder(Denoiser):
         super().__init__()
         self.process, self.size = process, size
         self.program: list[tuple[list[tuple[int, float]], tuple[Any, ...] | None]] = []
-        """Sums of (value, coefficient) pairs, each with the (t, alpha, sigma) of a call, or None for a step's
-        result."""
+        """Sums of (value, coefficient) pairs. Each sum is the input of a call, stored with its (t, alpha, sigma), or a
+        step's result, stored with None."""
         self.known = 1
 
     def value(self) -> Tensor:
@@ -64,7 +63,7 @@ class _Recorder(Denoiser):
         return torch.eye(self.size, dtype=torch.float64)[None, self.known - 1]
 
     def record(self, x: Tensor, call: tuple[Any, ...] | None = None) -> None:
-        """Append a sum with the coefficients `x` to the program."""
+        """Append the sum with the coefficients `x` to the program."""
         self.program.append(([(int(j), float(x[0, j])) for j in x[0].nonzero().flatten()], call))
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
@@ -75,13 +74,13 @@ class _Recorder(Denoiser):
 
 @final
 class UnrolledSampler(nn.Module):
-    """A sampler with a fixed number of steps, which maps unit noise, step noise (if any) and conditions to x0.
+    """A sampler with a fixed number of steps that maps unit noise, step noise (if any) and conditions to x0.
 
     Args:
         model: the model, whose sampler and clipping become part of the graph.
         num_steps: number of sampler steps.
-        names: names of the inputs after the first, in order: `STEP_NOISE`, if the sampler draws noise before its last
-            step, and then the conditions.
+        names: names of the inputs after the first, in order: `STEP_NOISE` (if the sampler draws noise before its last
+            step), then the conditions.
     """
 
     def __init__(self, model: Model, num_steps: int, names: tuple[str, ...]) -> None:
@@ -142,7 +141,7 @@ def _silent() -> Iterator[None]:
 def export_onnx(
     model: Model, out: Path, num_steps: int | None = None, example: Mapping[str, Tensor] | None = None
 ) -> Path:
-    """Write the model's own sampler as a graph to the file `out`, after comparing the graph with torch; return `out`.
+    """Write the model's sampler as a graph to the file `out`, after comparing the graph with torch, and return `out`.
 
     The inputs are float32 `noise` `[batch, *shape]`, of unit variance, and the model's conditions, each `[batch, ...]`.
     The output is `x0` `[batch, *shape]`. The batch size is dynamic. A stochastic sampler with several steps also takes
@@ -158,7 +157,7 @@ def export_onnx(
     """
     for name in ("onnx", "onnxruntime", "onnxscript"):
         if find_spec(name) is None:
-            raise ValueError(f"export to ONNX needs the package {name}: pip install 'halfstep[onnx]'")
+            raise ValueError(f"ONNX export needs the package {name}: pip install 'halfstep[onnx]'")
     steps = model.check_steps(num_steps)
     model = model.cpu().eval()
     cond = example_conditions(model, 2) if example is None else dict(example)
@@ -199,7 +198,7 @@ def export_onnx(
             raise ValueError(
                 f"the graph's samples differ from torch's by up to {apart:.2g}, so the graph was not written"
             )
-        # The weights are written first, because the graph's file marks the export as complete.
+        # The weights are written first, because the graph file marks the export as complete.
         for file in sorted(place.iterdir(), reverse=True):
             with replacing(out.parent / file.name) as temporary:
                 file.rename(temporary)
@@ -211,21 +210,21 @@ def _normal(seed: int, *shape: int) -> Tensor:
 
 
 def step_noise(model: Model, num_steps: int, length: int) -> dict[str, Tensor]:
-    """Return the input `STEP_NOISE`, `[length, num_steps - 1, *shape]`, or nothing if no noise is drawn."""
+    """Return the input `STEP_NOISE`, `[length, num_steps - 1, *shape]`, by name; empty if no noise is drawn."""
     if not model.sampler.stochastic or num_steps == 1:
         return {}
     return {STEP_NOISE: _normal(100 + length, length, num_steps - 1, *model.shape)}
 
 
 def example_conditions(model: Model, number: int) -> dict[str, Tensor]:
-    """Return example conditions for a model, each `[number, ...]`: classes in turn, and random numbers otherwise."""
+    """Return example conditions for a model, each `[number, ...]`: consecutive classes and random other values."""
     generator = torch.Generator().manual_seed(1)
     others = {
         name: torch.randn(number, *shape, generator=generator) for name, shape in model.manifest.conditions.items()
     }
     cond = model.cond(range(number), others=others)
     if model.manifest.guidance is None:
-        # Guidance for a teacher needs two network calls where the graph makes one.
+        # Guiding a teacher takes two network calls per evaluation, but the graph makes only one.
         cond.pop(GUIDANCE, None)
     return cond
 
@@ -236,8 +235,8 @@ def distance_from_torch(
     """Return the largest difference between a graph's samples and torch's, scaled as in `difference`.
 
     Args:
-        cond: conditions for two samples, each `[2, ...]`, which are repeated to fill a batch.
-        lengths: batch sizes to compare.
+        cond: conditions for two samples, each `[2, ...]`, repeated to fill a batch.
+        lengths: batch sizes to test.
     """
     import onnxruntime
 
@@ -255,5 +254,5 @@ def distance_from_torch(
         expected = sample(model, noise * model.process.start_scale, num_steps, model.sampler, cond=shown, noise=steps)
         found = session.run(["x0"], {name: value.numpy() for name, value in inputs.items()})[0]
         distances.append(difference(torch.from_numpy(found), expected))
-    # np.max returns NaN if any distance is NaN.
+    # Unlike max, np.max returns NaN if any distance is NaN.
     return float(np.max(distances))

@@ -26,16 +26,16 @@ from halfstep.runs import Pipeline
 from halfstep.runtime.files import first_line, user_path
 
 START_STEPS: Final = 128
-"""Default number of DDIM steps of an imported teacher at the start of its chain. More steps are more accurate, but
+"""Default number of DDIM steps for an imported teacher at the start of a chain. More steps are more accurate, but
 require more stages. With a table of 1000 levels, times between levels are interpolated."""
 PIXELS: Final = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
-"""Image pipelines without a VAE, whose only network is fully described by its config."""
+"""Image pipelines without a VAE. Their only network is fully described by its config."""
 UNET: Final = "UNet2DModel"
 FETCHED: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*/*.safetensors", "diffusion_pytorch_model*.safetensors")
 """Files to download, excluding pickles, code and single-file weights."""
 NON_EMA: Final = ("*.non_ema.*", "*.non_ema-*")
 HALF_PRECISION: Final = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*")
-"""Weight variants, which are downloaded only if no weights without a variant exist."""
+"""Weight variants, downloaded only if all weights have a variant."""
 OPTIONAL: Final = ("vae", "safety_checker", "feature_extractor", "image_encoder")
 """Parts that do not affect a denoiser's inputs."""
 DENOISERS: Final = ("transformer", "unet")
@@ -49,14 +49,14 @@ SIZES: Final = frozenset({"height", "width", "num_frames"})
 
 
 def is_pipeline(path: str | Path) -> bool:
-    """Return whether a path is a folder written by diffusers that contains a pipeline or a network with its config."""
+    """Return whether a path is a diffusers folder that contains a pipeline, or a network and its config."""
     folder = Path(path)
     is_network = disk.plain_network(folder) is not None and not (folder / "manifest.json").is_file()
     return is_network or (folder / "model_index.json").is_file()
 
 
 def fetch(source: str) -> Path:
-    """Return the folder `source`, or the folder of the Hub repository `source`, downloaded without pickles and code.
+    """Return the local folder of `source`, downloading a Hub repository without its pickles and code.
 
     Raises:
         ValueError: if `source` is a file, such as pickled weights, or is neither a folder nor a reachable repository.
@@ -106,7 +106,7 @@ def import_pipeline(
         ValueError: if the pipeline is pickled or requires custom code, or if a part is missing or not supported.
     """
     folder = fetch(str(source))
-    # The manifest stores the full path of a folder.
+    # The manifest stores a folder's absolute path.
     origin = str(folder.resolve()) if folder == user_path(source) else str(source)
     kind = read_kind(folder) if (folder / "model_index.json").is_file() else None
     if kind is not None and kind not in PIXELS:
@@ -135,29 +135,29 @@ def import_pipeline(
 def _check_options(kind: str, options: Mapping[str, Any]) -> None:
     """Raise ValueError for call arguments that a pipeline would ignore, or that halfstep sets itself."""
     taken = inspect.signature(stock(kind).__call__).parameters.values()
-    # Some pipelines ignore arguments with unknown names, because they take **kwargs.
+    # Some pipelines take **kwargs and ignore unknown arguments.
     names = [made.name for made in taken if made.kind is not made.VAR_KEYWORD and made.name != "self"]
     for name in options:
         if name in OWN_ARGUMENTS:
-            raise ValueError(f"halfstep sets the argument {name} of the pipeline's call itself. Remove --call {name}")
+            raise ValueError(f"halfstep sets the pipeline argument {name} itself. Remove --call {name}")
         if name not in names:
             hint = nearest(name, names)
-            # An argument that halfstep sets itself would be rejected next.
+            # Do not suggest an argument that halfstep sets itself, because it would be rejected too.
             is_own = any(repr(each) in hint for each in OWN_ARGUMENTS)
             remedy = hint if hint and not is_own else f". Remove --call {name}"
-            raise ValueError(f"the call of a {kind} does not take the argument {name!r}{remedy}")
+            raise ValueError(f"a {kind} call does not take the argument {name!r}{remedy}")
     for name in SIZES & options.keys():
         if type(options[name]) is not int or options[name] < 1:
             raise ValueError(f"--call {name} must be a positive whole number, got {options[name]}")
-    # Some pipelines, such as those of Stable Diffusion, use their default size if only one of the two is given.
+    # Some pipelines, such as Stable Diffusion's, use their default size if only one of the two is passed.
     defaults = {made.name: made.default for made in taken}
     for name, other in (("height", "width"), ("width", "height")):
         if name in options and other not in options and defaults.get(other, 0) is None:
-            raise ValueError(f"--call {name}={options[name]} also needs the {other}. Pass both to --call")
+            raise ValueError(f"--call {name}={options[name]} also needs the {other}. Pass both with --call")
 
 
 def _weights(source: str | Path, network: Path, ema: bool) -> Path:
-    """Return the folder of a network's weights, or of its averaged weights if `ema` is true."""
+    """Return the folder of a network's weights or, if `ema` is true, of its averaged weights."""
     averaged = network.with_name(f"{network.name}_ema")
     exists = (averaged / "config.json").is_file()
     if ema and not exists:
@@ -204,7 +204,7 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, precision: B
 
 
 def _origin(source: str | Path, weights: Path) -> str:
-    # A trailing slash, which shells add, does not make it a different teacher.
+    # Path drops a trailing slash, which shells add, so that the same teacher always has the same name.
     return f"{Path(source)} (weights sha256 {disk.digest_of(weights)})"
 
 
@@ -223,7 +223,7 @@ def _parts(folder: Path) -> tuple[Path, Path]:
 
 
 def read_kind(folder: Path) -> str:
-    """Return the class of the pipeline in a folder, after checking that the pipeline requires no custom code.
+    """Return the class of a folder's pipeline, after checking that the pipeline requires no custom code.
 
     Raises:
         ValueError: if the folder contains no pipeline, or if the pipeline requires custom code, is not a diffusers
@@ -240,7 +240,7 @@ def read_kind(folder: Path) -> str:
         for name, value in index.items()
         if isinstance(value, list)
         and not (name.isidentifier() and value[:1] in ([None], ["diffusers"], ["transformers"]))
-        # Parts that are specific to one pipeline are in that pipeline's module.
+        # Parts that are specific to one pipeline are defined in that pipeline's module.
         and not (value and isinstance(value[0], str) and hasattr(stock("pipelines"), value[0]))
     ]
     code = foreign or sorted(file.name for file in folder.rglob("*.py"))
@@ -273,7 +273,7 @@ def load_pipeline(
     Args:
         is_whole: whether to load the weights of the denoiser and the VAE. Without these weights, the pipeline can only
             compute conditions.
-        places: folders, by part name, of the parts that are not in `folder`.
+        places: folders of the parts that are not in `folder`, by part name.
 
     Raises:
         ValueError: if a part cannot be read.
@@ -297,7 +297,7 @@ def load_pipeline(
 def _part(
     pipeline: str, part: str, declared: Sequence[str], folder: Path, is_whole: bool, device: str | torch.device
 ) -> Any:
-    """Load a part with weights; `declared` contains its library and class from the pipeline's index."""
+    """Load a part with weights. `declared` contains its library and class from the pipeline's index."""
     library, name = declared
     if library == "diffusers":
         if name in disk.OLD_NAMES:
@@ -314,7 +314,7 @@ def _part(
 
 
 def is_light(folder: Path) -> bool:
-    """Return whether a part has no weights, like a tokenizer, a processor or a scheduler."""
+    """Return whether a part has no weights, as is the case for tokenizers, processors and schedulers."""
     return not (folder / "config.json").is_file()
 
 
@@ -328,7 +328,7 @@ def on_meta(kind: str, config: Mapping[str, Any], device: str | torch.device) ->
 
 
 def _plain_parts(folder: Path) -> tuple[Path, Path]:
-    """Return the folder and the scheduler config of a U-Net that was saved without a pipeline."""
+    """Return the folder and scheduler config of a U-Net that was saved without a pipeline."""
     network = disk.plain_network(folder)
     if network is None:
         below = disk.networks_below(folder)
@@ -351,7 +351,7 @@ def _network(folder: Path, schedule: Schedule) -> UNet2D:
     config = disk.check_config(folder, UNET)
     if schedule.is_flow:
         raise ValueError(
-            f"{folder} contains a {UNET}, but the timesteps of this network are unknown for its scheduler's process "
+            f"{folder} contains a {UNET}, but this network's timesteps are unknown for its scheduler's process "
             f"({type(schedule.process).__name__}). Distil it in Python: halfstep.distill accepts any network"
         )
     if config.get("class_embed_type") is not None:
@@ -372,9 +372,9 @@ def _network(folder: Path, schedule: Schedule) -> UNet2D:
     if num_outputs == 2 * channels:
         if not schedule.learned_variance:
             raise ValueError(
-                f"{folder} returns {num_outputs} channels for {channels}, but its scheduler's variance_type does not "
-                "declare a learned variance. If the second half of the channels is a learned variance, set "
-                'variance_type to "learned_range"'
+                f"{folder} returns {num_outputs} channels for {channels} input channels, but its scheduler's "
+                "variance_type does not declare a learned variance. If the second half of the output is a learned "
+                'variance, set variance_type to "learned_range"'
             )
         config["out_channels"] = channels
         for part in ("conv_out.weight", "conv_out.bias"):
@@ -385,7 +385,7 @@ def _network(folder: Path, schedule: Schedule) -> UNet2D:
 
 
 def shape_of(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the shape of one sample according to a network's config.
+    """Return the shape of one sample, as declared in a network's config.
 
     Raises:
         ValueError: if the config does not contain a valid shape.

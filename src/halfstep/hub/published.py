@@ -2,7 +2,7 @@
 
 The configs were checked against public copies: SDXL against its authors' sd_xl_base.yaml, Flux.1 dev against
 Open-Sora's config of the same network, and Wan 2.1 against copies of its config.json and its published shifts. Tests
-check the number of parameters. The calls are those that each pipeline makes at the network's usual sample size.
+check the number of parameters. The calls match those that each pipeline makes at the network's usual sample size.
 """
 
 import math
@@ -31,9 +31,9 @@ class Published(NamedTuple):
     """The recorded call."""
     scheduler: dict[str, Any]
     options: dict[str, Any]
-    """Pipeline call arguments that set the shape of the samples."""
+    """Pipeline call arguments that set the sample shape."""
     off: float | None = 1.0
-    """The guidance scale that disables guidance, or None if the scale is an input of the network."""
+    """The guidance scale that disables guidance, or None if the scale is a network input."""
 
 
 def _call(**items: Any) -> dict[str, Any]:
@@ -53,7 +53,7 @@ _TIME: Final = {"is": "time", "dims": []}
 
 
 def _wan(title: str, heads: int, ffn: int, layers: int, height: int, width: int, shift: float) -> Published:
-    """Return a Wan 2.1 network for videos of 81 frames."""
+    """Return a Wan 2.1 network for 81-frame videos."""
     return Published(
         title, "WanPipeline", "WanTransformer3DModel",
         {

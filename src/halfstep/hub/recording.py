@@ -1,7 +1,7 @@
 """Record how a diffusers pipeline calls its denoiser, and verify the recording against runs of the pipeline.
 
 The user's pipeline is run for a few steps with one prompt, with two prompts, and with guidance (hub/trace.py). Inputs
-that change with the batch size have a batch axis, inputs that differ between prompts are conditions, and the inputs
+that change with the batch size have a batch axis, and inputs that differ between prompts are conditions. The inputs
 that change from step to step are the sample and the time. The result is a network that replays the call
 (`nets.Replay`).
 """
@@ -34,7 +34,7 @@ TOLERANCE: Final = 1e-4
 EXPORT_TOLERANCE: Final = 1e-3
 """Largest accepted relative difference between an exported pipeline's samples and the model's samples."""
 SCALE: Final = 3.0
-"""Guidance scale that is used for the guided recording."""
+"""Guidance scale of the guided recording."""
 PROMPTS: Final = ("a", "a photograph of a small cat on a large mat, in the light of the morning")
 """Prompts of different lengths, so that their masks differ."""
 GUIDANCES: Final = ("guidance_scale", "true_cfg_scale")
@@ -56,14 +56,14 @@ class Recording:
     num_classes: int
     """Number of classes, or 0 for a network without classes."""
     null: dict[str, Tensor]
-    """The conditions of one sample in the unconditional branch, except those that contain the end in seconds, which are
-    the same in both branches; or empty if the pipeline has no such branch."""
+    """One sample's conditions in the unconditional branch; empty if the pipeline has no such branch. Conditions that
+    contain the end time are omitted, because they are the same in both branches."""
     guidance: str | None
-    """The name of the pipeline's call argument for the guidance scale, or None if no guidance scale has an effect."""
+    """The pipeline call argument that sets the guidance scale, or None if no guidance scale has an effect."""
     off: float | None
     """The value of the argument `guidance` that disables guidance, or None if the pipeline runs only one branch."""
     end: str | None
-    """The name of the pipeline's call argument for the end in seconds, or None if all samples have the same end."""
+    """The pipeline call argument that sets the end time in seconds, or None if all samples end at the same time."""
 
     @property
     def scale(self) -> float | None:
@@ -76,12 +76,12 @@ def record(pipe: Any, options: Mapping[str, Any]) -> Recording:
     """Record a pipeline's call.
 
     Args:
-        pipe: the pipeline in float32. Its scheduler is replaced with one that takes DDIM steps on the same noise
+        pipe: the pipeline in float32. Its scheduler is replaced with one that takes DDIM steps at the same noise
             levels.
         options: additional pipeline call arguments, such as height and width.
 
     Raises:
-        ValueError: if the replay differs from the recording; the message says where.
+        ValueError: if the call cannot be recorded, or if the replay differs from the recording.
     """
     taken = inspect.signature(type(pipe).__call__).parameters
     clip = read_schedule(config_of(pipe.scheduler), mu=1.0).clip
@@ -113,7 +113,7 @@ def record(pipe: Any, options: Mapping[str, Any]) -> Recording:
         guidance, off, null = None, None, dict[str, Tensor]()
         output["restores_norm"] = False
         for name in scales:
-            # Pipelines with a second kind of guidance use it only if they are given a negative prompt.
+            # Pipelines with a second kind of guidance use it only together with a negative prompt.
             needs_negative = name != GUIDANCES[0] and "negative_prompt" in taken and "negative_prompt" not in options
             negative = {"negative_prompt": [" ", " "]} if needs_negative else {}
             try:
@@ -160,7 +160,7 @@ def _num_classes(null: Mapping[str, Tensor], config: Mapping[str, Any]) -> int:
 
 
 def _is_guided(step: Step, batch: int = 1) -> bool:
-    """Return whether the denoiser was run for several branches in a step."""
+    """Return whether the denoiser was run on several branches in a step."""
     return len(step.calls) > 1 or any(len(made.output) > batch for made in step.calls)
 
 
@@ -173,8 +173,8 @@ def _guiding(
 ) -> tuple[float, bool, dict[str, Tensor]]:
     """Return how a guided step combines its branches.
 
-    The result contains the guidance scale that disables guidance; whether the guided output is rescaled to the norm of
-    the conditional output, over the last axis; and the conditions of one sample in the unconditional branch.
+    The result contains the guidance scale that disables guidance, whether the guided output is rescaled to the
+    conditional output's norm over the last axis, and one sample's conditions in the unconditional branch.
 
     Args:
         alone: the conditions of both samples without guidance.
@@ -215,12 +215,13 @@ def _guiding(
 def _has_ends(
     call: Mapping[str, Any], arguments: Mapping[str, Any], shorter: Mapping[str, Any], constants: dict[str, Tensor]
 ) -> bool:
-    """Return whether any arguments change with the end in seconds and all of these have a batch axis. If so, mark them
-    as conditions.
+    """Mark the arguments that change with the end time as conditions, and return whether any exist.
+
+    If one of them has no batch axis, none is marked and the result is False.
 
     Args:
         arguments: the arguments of the recorded call, for two prompts.
-        shorter: the arguments of a call with a different end.
+        shorter: the arguments of a call with a different end time.
     """
     pairs = zip(reached(call, arguments), reached(call, shorter), strict=True)
     changed = [node for (node, one), (_, other) in pairs if node["is"] != "time" and not _equal(node, one, other)]
@@ -235,7 +236,7 @@ def _has_ends(
 
 
 def _equal(node: Mapping[str, Any], one: Any, other: Any) -> bool:
-    """Return whether the value of a node is the same in two calls. For samples, only the shapes are compared."""
+    """Return whether a node has the same value in two calls. For samples, only the shapes are compared."""
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return type(one) is type(other) and (node["is"] == "sample" or bool(one == other))
     return one.shape == other.shape if node["is"] == "sample" else torch.equal(one, other)
@@ -245,11 +246,11 @@ def _unshared(null: dict[str, Tensor], other: Mapping[str, Tensor], alone: Mappi
     """Return the unconditional branch's conditions that do not depend on a sound's end time.
 
     Args:
-        other: the conditions of the unconditional branch in a call with a different end.
+        other: the conditions of the unconditional branch in a call with a different end time.
         alone: the conditions of two samples without guidance.
 
     Raises:
-        ValueError: if a condition changes, but differs from that of the conditional branch.
+        ValueError: if a condition depends on the end time, but differs between the two branches.
     """
     changed = {name: value for name, value in null.items() if not torch.equal(value, other[name])}
     if not _same(changed, {name: alone[name][0] for name in changed}):
@@ -278,7 +279,7 @@ def _output(step: Step) -> dict[str, Any]:
     """Return which part of the denoiser's output is passed to the scheduler, and with which sign.
 
     Raises:
-        ValueError: if anything else is passed to the scheduler.
+        ValueError: if the scheduler receives anything else.
     """
     made, wanted = step.calls[0].output, step.output
     channels = wanted.shape[1]
@@ -294,10 +295,10 @@ def _output(step: Step) -> dict[str, Any]:
 
 @torch.no_grad()
 def verify(network: Replay, schedule: Schedule, made: Trace) -> None:
-    """Replay each step of a trace without guidance and compare it with the recording.
+    """Replay each step of an unguided trace and compare it with the recording.
 
     Raises:
-        ValueError: if the replay differs from the recording; the message says where.
+        ValueError: at the first step whose replay differs from the recording.
     """
 
     def check(found: Tensor, wanted: Tensor, problem: str) -> None:
@@ -321,7 +322,7 @@ def verify(network: Replay, schedule: Schedule, made: Trace) -> None:
         check(
             network.raw(x_t, time, **cond), step.calls[0].output,
             f"at step {number}, its denoiser, called with the recorded conditions ({', '.join(cond) or 'none'}), "
-            "returns a different output than in the recording",
+            "returns a different output from the recorded one",
         )  # fmt: skip
         negated = "negated " * (network.output["sign"] < 0)
         check(
@@ -337,10 +338,10 @@ def verify(network: Replay, schedule: Schedule, made: Trace) -> None:
 
 @torch.no_grad()
 def verify_export(pipe: Any, model: Model, **call: Any) -> None:
-    """Compare an exported pipeline's samples with the model's samples from the same noise and conditions.
+    """Compare an exported pipeline's samples with the model's samples for the same noise and conditions.
 
     Args:
-        call: the call arguments in the exported card, without prompts.
+        call: the call arguments in the exported card, except prompts.
 
     Raises:
         ValueError: if the samples differ, or if a step takes several network calls.

@@ -34,28 +34,28 @@ TABLES: Final = (
 )  # fmt: skip
 """Schedulers with a table of betas. They differ only in how they take a step, which is not a property of the model."""
 SHIFTED_TABLES: Final = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
-"""Schedulers that divide the signal-to-noise ratios of their table of betas by a constant."""
+"""Schedulers that divide their table's signal-to-noise ratios by a constant."""
 COSINE: Final = "CosineDPMSolverMultistepScheduler"
-"""A scheduler with EDM's preconditioning, which passes the angle of (alpha, sigma) to the network as the time."""
+"""A scheduler with EDM preconditioning, which passes the angle of (alpha, sigma) to the network as the time."""
 FLOW: Final = "FlowMatchEulerDiscreteScheduler"
 """The flow-matching scheduler."""
 KNOWN: Final = (*TABLES, *SHIFTED_TABLES, COSINE, FLOW)
 PREDICTIONS: Final[dict[str, Prediction]] = {"epsilon": Eps(), "sample": X0(), "v_prediction": V()}
-"""diffusers' names for the predictions of schedulers with a table of betas."""
+"""diffusers' names for the prediction types of schedulers with a table of betas."""
 GONE: Final = ("predict_epsilon", "tensor_format", "timestep_values")
-"""Fields that diffusers' schedulers had in 2022 but no longer have."""
+"""Config fields that diffusers' schedulers had in 2022 but no longer have."""
 USE_ONNX: Final = "Use --format onnx, or halfstep.load in Python"
 MATCH_TO_COSINE: Final = (
     "Match the model to the cosine process first (halfstep distill --matching.process cosine), or use --format onnx"
 )
 _RAMPS: Final = {"linear": linear_betas, "scaled_linear": scaled_linear_betas}
-"""diffusers' names for the schedules that are defined by the first and last beta."""
+"""diffusers' names for the beta schedules that are defined by the first and last beta."""
 
 
 @final
 @dataclass(frozen=True)
 class Schedule:
-    """The properties of a model that are stored in its scheduler's config."""
+    """The model properties that a scheduler's config contains."""
 
     process: NoiseProcess
     prediction: Prediction
@@ -109,7 +109,7 @@ def read_schedule(config: Mapping[str, Any], mu: float | None = None) -> Schedul
 
 
 def renewed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a scheduler's config with fields from 2022 replaced by current ones.
+    """Return a scheduler's config with its fields from 2022 replaced by current ones.
 
     Raises:
         ValueError: if `predict_epsilon` and `prediction_type` contradict each other.
@@ -145,7 +145,7 @@ def _read(kind: str, full: Mapping[str, Any], mu: float | None) -> Schedule:
         noisiest, cleanest = (-2 * math.log(float(full[name])) for name in ("sigma_max", "sigma_min"))
         return Schedule(VPCosine(noisiest, cleanest), V(), False, num, False)
     if name == "flow_prediction":
-        raise ValueError(f"{kind} has prediction_type {name!r} on a table of betas: its use_flow_sigmas must be true")
+        raise ValueError(f"{kind} has prediction_type {name!r} on a table of betas. Set use_flow_sigmas to true")
     if name not in PREDICTIONS:
         raise ValueError(f"{kind} has prediction_type {name!r}, which is not one of {', '.join(PREDICTIONS)}")
     # A network with continuous time does not use a table's clock.
@@ -191,13 +191,13 @@ def _betas(kind: str, config: Mapping[str, Any], num: int) -> tuple[float, ...]:
 
 
 def config_of(scheduler: Any) -> dict[str, Any]:
-    """Return a scheduler's class and fields, without the list of fields that diffusers would reset to defaults."""
+    """Return a scheduler's class and fields, except diffusers' list of fields to reset to defaults."""
     fields = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     return {"_class_name": type(scheduler).__name__, **fields}
 
 
 def first_order(scheduler: Any) -> Any:
-    """Return a scheduler that takes DDIM steps, without clipping, on the noise levels of a supported scheduler."""
+    """Return a scheduler that takes DDIM steps, without clipping, at a supported scheduler's noise levels."""
     config = config_of(scheduler)
     kind = config.pop("_class_name")
     fields = {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False, "steps_offset": 1}
@@ -293,7 +293,7 @@ SOLVERS: Final[dict[Sampler, dict[str, Any]]] = {
     DPMSolverPP2M(): {"algorithm_type": "dpmsolver++", "solver_order": 2},
     Ancestral(gamma=0.0): {"algorithm_type": "sde-dpmsolver++", "solver_order": 1},
 }
-"""Settings that make diffusers' DPM-Solver++ take the same steps as one of our samplers."""
+"""Settings that make diffusers' DPM-Solver++ take the same steps as each of our samplers."""
 
 
 def multistep(schedule: StockSchedule, solver: Mapping[str, Any], clip: bool) -> StockSchedule:
@@ -304,7 +304,7 @@ def multistep(schedule: StockSchedule, solver: Mapping[str, Any], clip: bool) ->
     the same posterior as ancestral sampling with gamma = 0.
 
     Raises:
-        ValueError: if the scheduler is not DDIM, or if its table ends at zero signal, because this solver would then
+        ValueError: if the scheduler is not DDIM, or if its table has zero terminal SNR, because this solver would then
             divide by zero.
     """
     if schedule.kind != "DDIMScheduler":
@@ -315,7 +315,7 @@ def multistep(schedule: StockSchedule, solver: Mapping[str, Any], clip: bool) ->
         )
     config = {k: v for k, v in schedule.config.items() if k not in ("set_alpha_to_one", "clip_sample")}
     if config.get("trained_betas") and config["trained_betas"][-1] == 1:
-        raise ValueError("diffusers has no scheduler for these steps on a table with zero signal. Use --format onnx")
+        raise ValueError("diffusers has no scheduler for these steps with zero terminal SNR. Use --format onnx")
     config |= {**solver, "final_sigmas_type": "zero", "thresholding": clip, "sample_max_value": 1.0}
     return StockSchedule("DPMSolverMultistepScheduler", config)
 

@@ -12,7 +12,7 @@ from halfstep.core.warnings import HalfstepWarning
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the warnings and progress bars of diffusers and transformers. The context manager can be nested."""
+    """Silence the warnings and progress bars of diffusers and transformers. Can be nested."""
     from diffusers.utils import logging
 
     libraries = [logging]
@@ -36,7 +36,7 @@ def quiet() -> Iterator[None]:
 
 
 def stock(name: str, *default: Any) -> Any:
-    """Quietly import diffusers and return its attribute with this name, or the default if no such attribute exists."""
+    """Import diffusers quietly and return its attribute `name`, or the default if no such attribute exists."""
     import diffusers
 
     with quiet():
@@ -49,19 +49,19 @@ def fields_of(name: str) -> set[str]:
 
 
 def warn_of_fields(where: str, config: Mapping[str, Any], foreign: Sequence[str]) -> None:
-    """Warn about unsupported fields of a config, as diffusers does."""
+    """Warn about unsupported config fields, as diffusers does."""
     if foreign:
         fields = ", ".join(f"{name} = {config[name]!r}" for name in foreign)
         warnings.warn(
             f"{where} has fields that this diffusers version does not support, so they are ignored: {fields}. Update "
-            "diffusers if they matter",
+            "diffusers if you need them",
             HalfstepWarning,
             stacklevel=4,
         )
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return the start of an error's text on a single line, to be quoted in a message."""
+    """Return the start of an error's text on a single line, for use in a message."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

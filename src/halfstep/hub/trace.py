@@ -14,7 +14,7 @@ from halfstep.hub.schedulers import COSINE
 from halfstep.hub.stock import in_one_line, quiet
 
 STEPS: Final = 4
-"""Number of steps in a recording, which is two more than the number of unknowns of an affine clock."""
+"""Number of steps in a recording: two more than an affine clock's number of unknowns."""
 
 
 class Call(NamedTuple):
@@ -25,11 +25,11 @@ class Call(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One step of the scheduler, and the calls to the denoiser since the previous step."""
+    """One scheduler step, and the denoiser calls since the previous step."""
 
     calls: tuple[Call, ...]
     output: Tensor
-    """The model output that was passed to the scheduler."""
+    """The model output passed to the scheduler."""
     timestep: float
     sigma: float | None
     """The sigma of a flow-matching scheduler."""
@@ -40,7 +40,7 @@ class Step(NamedTuple):
 @final
 @dataclass
 class Trace:
-    """A recorded run of a pipeline, up to one of its scheduler's steps."""
+    """A recorded pipeline run, possibly stopped after one of the scheduler's steps."""
 
     steps: list[Step] = field(default_factory=list)
     mu: float | None = None
@@ -48,7 +48,7 @@ class Trace:
 
 
 class _Enough(BaseException):
-    """Raised when everything that was requested has been recorded."""
+    """Raised when everything requested has been recorded."""
 
 
 def component_of(pipe: Any) -> str:
@@ -79,7 +79,7 @@ def prompted(pipe: Any, prompts: Sequence[Any]) -> dict[str, Any]:
 
 
 def trace(pipe: Any, num_steps: int, *, of: int = STEPS, **call: Any) -> Trace:
-    """Run the first `num_steps` of a pipeline's `of` steps with these call arguments, and return the trace.
+    """Run the first `num_steps` of a pipeline's `of` steps with the arguments `call`, and return the trace.
 
     Raises:
         ValueError: if the pipeline fails or takes fewer steps.
@@ -132,7 +132,7 @@ def trace(pipe: Any, num_steps: int, *, of: int = STEPS, **call: Any) -> Trace:
 
 
 def first_arguments(pipe: Any, **call: Any) -> dict[str, Any]:
-    """Return the arguments of the denoiser's first call without running the denoiser, which therefore needs no weights.
+    """Return the arguments of the denoiser's first call. The denoiser is not run, so it needs no weights.
 
     Raises:
         ValueError: if the pipeline fails or does not call its denoiser.
@@ -158,7 +158,7 @@ def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 @torch.no_grad()
 def _run(pipe: Any, num_steps: int, call: dict[str, Any]) -> None:
-    """Run a pipeline to its end, or until a hook raises `_Enough`. A negative prompt is used for all prompts."""
+    """Run a pipeline until it ends or a hook raises `_Enough`. A single negative prompt applies to all prompts."""
     pipe.set_progress_bar_config(disable=True)
     # Many pipelines reject a single negative prompt if the prompts are a list.
     call = call | {
@@ -172,4 +172,4 @@ def _run(pipe: Any, num_steps: int, call: dict[str, Any]) -> None:
     except _Enough:
         pass
     except Exception as error:  # pipelines raise many exception types for wrong arguments or parts
-        raise ValueError(f"the call of {type(pipe).__name__} failed ({in_one_line(error)})") from None
+        raise ValueError(f"calling {type(pipe).__name__} failed ({in_one_line(error)})") from None

@@ -22,11 +22,11 @@ from halfstep.runtime.files import DamagedFile, last_line, refuse_file, user_pat
 from halfstep.runtime.tensors import check_finite, read_tensors, write_tensors
 
 PRETRAINED: Final = Path(__file__).parent.parent / "pretrained"
-"""The folder of the packaged students, with a stage folder for each name. The weights are stored in float16."""
+"""The folder of the packaged students, with a stage folder for each student. Weights are stored in float16."""
 
 
 def pretrained() -> dict[str, Path]:
-    """Return a mapping from the name of each packaged student to its folder."""
+    """Return a mapping from the packaged students' names to their folders."""
     return {found.parent.name: found.parent for found in sorted(PRETRAINED.glob("*/manifest.json"))}
 
 
@@ -43,8 +43,8 @@ def save_stage(
 
     Raises:
         OSError: if the disk is full or no longer available.
-        DamagedFile: if a weight is not finite, or if a file differs from the data that was written to it. In this case,
-            no manifest is written.
+        DamagedFile: if a weight is not finite, or if a file differs from the data that was written to it. In either
+            case, no manifest is written.
     """
     contents = {folder.model: own_state(denoiser.network)}
     if null:
@@ -58,9 +58,9 @@ def save_stage(
 
 
 def drop_weights(folder: StageFolder) -> None:
-    """Record in the manifest of a complete stage that its weights are dropped, and then delete the weights.
+    """Mark a complete stage's weights as dropped in its manifest, and then delete the weights.
 
-    It is safe to repeat this call.
+    Repeated calls are safe.
     """
     manifest = folder.manifest(verify=False)
     if manifest.weights_kept:
@@ -70,7 +70,7 @@ def drop_weights(folder: StageFolder) -> None:
 
 
 def find_stage(path: Path) -> StageFolder:
-    """Return the stage in `path`, the last complete stage of the run in `path`, or the packaged student of that name.
+    """Return the stage in `path`, the last complete stage of the run in `path`, or the packaged student named `path`.
 
     Raises:
         ValueError: if `path` is neither a stage, nor a run with a complete stage, nor a packaged student.
@@ -83,7 +83,7 @@ def find_stage(path: Path) -> StageFolder:
         return StageFolder(path)
     run = RunFolder(path)
     if path.is_dir() and (stages := run.stages()):
-        # Without a readable plan, a stage that was begun shows that the run is not complete.
+        # Even without a readable plan, a started but unfinished stage shows that the run is incomplete.
         if missing := [name for name in run.stage_names() if not run.stage(name).is_complete()]:
             warnings.warn(
                 f"{path} is incomplete, because stage {missing[0]} has not finished. Using its last complete stage, "
@@ -131,8 +131,8 @@ def base_of(folder: StageFolder, manifest: Manifest) -> StageFolder:
     held = base.manifest() if base.is_complete() else None
     if held is None or not held.weights_kept or (held.stage, held.run) != (manifest.base, manifest.run):
         raise DamagedFile(
-            f"{folder.path} contains LoRA weights for the stage {manifest.base}, which is missing from the same run. "
-            "Copy the whole run"
+            f"{folder.path} contains LoRA weights for the stage {manifest.base}, which is missing from this run. Copy "
+            "the whole run"
         )
     return base
 
@@ -160,9 +160,7 @@ def save(model: Model, path: str | Path) -> None:
         raise ValueError(f"{path} is a stage of a run, and other stages depend on it. Choose another path")
     ours = {folder.manifest_path, folder.model, folder.null}
     if folder.path.is_dir() and (foreign := sorted(set(folder.path.iterdir()) - ours)):
-        raise ValueError(
-            f"{path} contains {foreign[0].name}, which does not belong to a saved model. Choose another path"
-        )
+        raise ValueError(f"{path} contains {foreign[0].name}, which is not part of a saved model. Choose another path")
     folder.path.mkdir(parents=True, exist_ok=True)
     # Without a manifest, the folder is not a model until all files are written.
     folder.manifest_path.unlink(missing_ok=True)
@@ -197,8 +195,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", network: nn.Modul
     manifest = folder.manifest()
     if not manifest.weights_kept:
         raise ValueError(
-            f"{folder.path} no longer has weights, because its run was set not to keep them (see chain.keep). Load "
-            "another stage"
+            f"{folder.path} no longer has weights, because its run was configured not to keep them (see chain.keep). "
+            "Load another stage"
         )
     if network is not None and manifest.network.get("type") != OWN:
         raise ValueError(
@@ -214,7 +212,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", network: nn.Modul
         if manifest.network.get("type") == OWN:
             raise ValueError(
                 f"the network does not match the weights of {folder.path} ({last_line(error)}). Build it like the "
-                "network that was trained"
+                "trained network"
             ) from None
         raise DamagedFile(f"{folder.model} does not match its manifest: {last_line(error)}; {folder.remedy}") from None
     denoiser.eval()

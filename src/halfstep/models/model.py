@@ -37,7 +37,7 @@ class Model(Denoiser):
     which neither clips x0 nor applies guidance.
 
     Args:
-        null: the values for one sample that mean "no condition", which a teacher needs for guidance.
+        null: one sample's values that mean "no condition", which a teacher needs for guidance.
     """
 
     _takes_number: ClassVar[bool] = True
@@ -97,10 +97,10 @@ class Model(Denoiser):
         Args:
             shape: the shape of one sample.
             num_classes: the number of classes, if the denoiser takes `class_labels`.
-            conditions: the shapes of other conditions for one sample, by name.
-            null: the values for one sample that mean "no condition", which guidance needs.
+            conditions: the per-sample shapes of other conditions, by name.
+            null: one sample's values that mean "no condition", which guidance needs.
             clip: whether the samples are images, in which case sampling clips x0 to [-1, 1].
-            made: the role, number of steps and sampler of the denoiser; None uses those of a teacher.
+            made: the denoiser's role, number of steps and sampler; None uses those of a teacher.
             facts: additional fields of the manifest.
         """
         check_instance(
@@ -146,22 +146,22 @@ class Model(Denoiser):
 
     @property
     def network(self) -> Any:
-        """The network of the denoiser."""
+        """The denoiser's network."""
         return self.denoiser.network
 
     @property
     def prediction(self) -> Prediction:
-        """The prediction of the network."""
+        """The network's prediction type."""
         return self.denoiser.prediction
 
     @property
     def guidance(self) -> Guidance | None:
-        """The guidance that the network has learned, or None."""
+        """The guidance that the network learned, or None."""
         return None if self.manifest.guidance is None else guidances.rebuild(self.manifest.guidance)
 
     @property
     def role(self) -> Role:
-        """The role of the model in its chain."""
+        """The model's role in its chain."""
         return Role(self.manifest.outcome.role)
 
     @property
@@ -171,7 +171,7 @@ class Model(Denoiser):
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
+        """The device on which the weights are stored."""
         return next(self.denoiser.parameters()).device
 
     def merged(self) -> "Model":
@@ -193,12 +193,12 @@ class Model(Denoiser):
         guidance_scale: float | None = None,
         others: Cond | None = None,
     ) -> dict[str, Tensor]:
-        """Return a mapping from names to the samples' conditions, which is empty if the model is unconditional.
+        """Return the samples' conditions by name. An unconditional model has none.
 
         Args:
             class_label: one class for all samples, or one class per sample; None cycles through the data's classes.
             guidance_scale: the guidance scale; None uses the model's own scale.
-            others: the conditions of `manifest.conditions`, each `[len(seeds), ...]`.
+            others: the conditions in `manifest.conditions`, each `[len(seeds), ...]`.
 
         Raises:
             ValueError: if the class or the scale is invalid, or if a condition is missing or has the wrong shape.
@@ -247,7 +247,7 @@ class Model(Denoiser):
         return labels.long().expand(number)
 
     def check_steps(self, num_steps: int | None) -> int:
-        """Return the number of sampler steps, which defaults to the model's own, and warn if another number is used.
+        """Return the number of sampler steps, by default the model's own, and warn about any other number.
 
         Raises:
             ValueError: if the number is invalid, or if it is missing for a model that works with any number.
@@ -268,7 +268,7 @@ class Model(Denoiser):
         return num_steps
 
     def _computing(self, precision: str) -> torch.autocast:
-        """Return a context in which the network computes in this precision."""
+        """Return an autocast context for this precision."""
         if precision not in ("float32", "bf16"):
             raise ValueError(f"precision must be float32 or bf16, got {precision!r}")
         return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
@@ -278,8 +278,8 @@ class Model(Denoiser):
         """Call the network once, because the first call is slower and should not be timed.
 
         Args:
-            others: the conditions of `manifest.conditions`, each `[1, ...]`.
-            precision: the same as for `sample`; the first call is slow in each precision.
+            others: the conditions in `manifest.conditions`, each `[1, ...]`.
+            precision: as in `sample`; the first call in each precision is slow.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", HalfstepWarning)
@@ -297,7 +297,7 @@ class Model(Denoiser):
         cond: Cond | None = None,
         precision: str = "float32",
     ) -> Tensor:
-        """Return samples x0 `[len(seeds), *shape]` on the CPU, each of which depends only on its own seed.
+        """Return samples x0 `[len(seeds), *shape]` on the CPU. Each sample depends only on its own seed.
 
         Args:
             seeds: one seed per sample; a single number draws one sample.
@@ -307,7 +307,7 @@ class Model(Denoiser):
             batch_size: the number of samples drawn at once; None starts with a large batch and halves it until it fits
                 in memory.
             guidance_scale: the guidance scale; None uses the model's own scale, and 1 disables guidance.
-            cond: the conditions of `manifest.conditions`, each `[len(seeds), ...]`.
+            cond: the conditions in `manifest.conditions`, each `[len(seeds), ...]`.
             precision: "float32", or "bf16" to run the network in bfloat16 with samples in float32.
 
         Raises:
@@ -320,7 +320,7 @@ class Model(Denoiser):
             class_label = self._labels(class_label, len(seeds))
         warn_of_gain(self.process, self.denoiser.prediction, given=True)
         if any(part.training for part in self.modules()):
-            # Switching every submodule takes a millisecond.
+            # Only if needed, because switching every submodule takes a millisecond.
             self.eval()
         if batch_size is not None:
             check_whole("batch_size", batch_size)

@@ -5,7 +5,7 @@ from halfstep.nets import InHalf, LoRA, Network, copy_denoiser, with_lora
 
 
 def start_student(teacher: Denoiser, lora_rank: int | None = None) -> Denoiser:
-    """Return a student that starts with the teacher's weights, either as a copy or as LoRA on shared weights.
+    """Return a student that starts with the teacher's weights: a copy, or LoRA on shared weights.
 
     Raises:
         ValueError: if the teacher's network does not support LoRA.

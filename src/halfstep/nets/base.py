@@ -12,7 +12,7 @@ from halfstep.registry import Registry
 
 
 class Network(nn.Module, ABC):
-    """A module (x_t, time, **cond) -> output that stores its constructor's arguments as attributes of the same name."""
+    """A module (x_t, time, **cond) -> output that stores its constructor arguments as attributes of the same names."""
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments that rebuild this network, as JSON-serialisable values."""
@@ -44,7 +44,7 @@ def build_network(description: Mapping[str, Any]) -> Network:
     arguments = dict(description)
     if arguments.get("type") == OWN:
         raise ValueError(
-            f"the network is an instance of your own class {arguments.get('class')}. Pass such a network: "
+            f"the network is an instance of your own class {arguments.get('class')}. Pass an instance: "
             "halfstep.load(path, network=MyNetwork())"
         )
     kind = networks[str(arguments.pop("type", "")) or "(none)"]
@@ -55,7 +55,7 @@ def build_network(description: Mapping[str, Any]) -> Network:
 
 
 def set_dropout(network: nn.Module, probability: float) -> None:
-    """Set the dropout probability of all layers, which depends on the stage and is not stored with the weights."""
+    """Set the dropout probability of all layers. It depends on the stage and is not stored with the weights."""
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = probability

@@ -1,7 +1,7 @@
 """The encoder half of a network, which computes the features for a critic.
 
 The encoder half of a U-Net ends with the middle block. The encoder half of a transformer or MLP is the first half of
-its blocks. The decoder is dropped, so it takes up neither memory nor time. For a custom network, register a function
+its blocks. The decoder is dropped, so it costs neither memory nor time. For a custom network, register a function
 with `encoder_half.register(MyNetwork)`.
 """
 
@@ -31,7 +31,7 @@ class EncoderHalf(nn.Module, ABC):
 
 @functools.singledispatch
 def encoder_half(network: Any) -> EncoderHalf:
-    """Return the encoder half of a network. This modifies the network, so pass a copy.
+    """Return the encoder half of a network. The network is modified, so pass a copy.
 
     Raises:
         ValueError: if no function is registered for networks of this class.
@@ -64,7 +64,7 @@ class _Reached(Exception):
 
 @final
 class _TransformerHalf(EncoderHalf):
-    """The first half of a transformer's blocks. The features are all tokens that these blocks return."""
+    """The first half of a transformer's blocks. The features are all of their output tokens."""
 
     def __init__(self, network: Replay) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class _TransformerHalf(EncoderHalf):
             named = dict(network.named_parameters(remove_duplicate=False))
             grads = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
         self.channels = features.shape[1]
-        # Parameters without a gradient are unused, so they are removed.
+        # Parameters without a gradient are unused.
         for path, grad in zip(named, grads, strict=True):
             if grad is None:
                 module, _, leaf = path.rpartition(".")

@@ -1,4 +1,4 @@
-"""LoRA: low-rank updates of a network's frozen weights. They need less memory to train than a full student.
+"""LoRA: low-rank updates of a network's frozen weights, which need less memory to train than a full student.
 
 A layer's weight W becomes W + B A, where A has `rank` rows, B has `rank` columns and B starts at 0. All models of a
 chain share W and differ only in A and B.
@@ -29,7 +29,7 @@ from halfstep.nets.replay import Replay
 from halfstep.nets.stock import StockNetwork
 
 TARGETS: Final = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
-"""The name suffixes of the layers in transformers and attention blocks that receive LoRA weights."""
+"""Name suffixes of the transformer and attention layers that receive LoRA weights."""
 
 
 @final
@@ -43,8 +43,8 @@ class LoRA(Network):
         targets: the name suffixes of the layers that receive LoRA weights.
 
     Raises:
-        ValueError: if peft is not installed, the network is not from diffusers, or no layer name has one of the
-            suffixes.
+        ValueError: if peft is not installed, the network is not from diffusers, the rank is less than 1, or no layer
+            name has one of the suffixes.
     """
 
     def __init__(self, base: Network | Mapping[str, Any], rank: int = 16, targets: Sequence[str] = TARGETS) -> None:
@@ -71,7 +71,7 @@ class LoRA(Network):
             names = ", ".join(targets)
             raise ValueError(f"no layer of {base.stock} has a name ending in {names}. Choose other targets") from None
         for _, parameter in self.own():
-            # peft creates the LoRA weights in the dtype of their layer.
+            # peft creates LoRA weights in their layer's dtype.
             parameter.data = parameter.data.float()
 
     def arguments(self) -> dict[str, Any]:
@@ -95,21 +95,21 @@ class LoRA(Network):
 
 
 def _plain(name: str) -> str:
-    """Return the name that a LoRA's tensor had in the base network before peft moved it into `base_layer`."""
+    """Return the name that a LoRA's tensor had in the base network before peft moved the tensor into `base_layer`."""
     return name.replace(".base_layer.", ".").removeprefix("base.")
 
 
 def with_lora(network: Network, rank: int, targets: Sequence[str] = TARGETS) -> LoRA:
-    """Return a copy that shares the network's weights and has additional LoRA weights, whose update starts at 0."""
+    """Return a copy of a network that shares its weights and adds LoRA weights, whose update starts at 0."""
     twin = copy.deepcopy(network, {id(p): p for p in network.parameters()} | shared_layers(network))
     with torch.random.fork_rng(devices=[]):
-        # The random values of A depend only on the shape of A.
+        # With a fixed seed, the initial A depends only on its shape.
         torch.manual_seed(0)
         return LoRA(twin, rank, targets)
 
 
 def share_base(network: nn.Module, lora: LoRA) -> None:
-    """Save memory by making `network` share all weights that are equal to those of a LoRA's base network."""
+    """Save memory by making `network` share all weights that equal those of a LoRA's base network."""
     own = {name for name, _ in lora.own()}
     base = {_plain(name): value for name, value in lora.named_parameters() if name not in own}
     layers = {_plain(f"{path}."): module for path, module in lora.named_modules() if quantised(module)}
@@ -158,7 +158,7 @@ def load_own_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def bare(network: LoRA) -> LoRA:
-    """Return a copy that shares the frozen weights and whose low-rank updates are 0."""
+    """Return a copy that shares the frozen weights and has low-rank updates of 0."""
     twin = copy_network(network)
     assert isinstance(twin, LoRA)
     with torch.no_grad():
@@ -169,7 +169,7 @@ def bare(network: LoRA) -> LoRA:
 
 
 def merged(network: nn.Module) -> nn.Module:
-    """Return the base network of a `LoRA` in float32 with merged LoRA weights, or any other network unchanged."""
+    """Return a network in float32 with its LoRA weights merged, or the network itself if no change is needed."""
     is_lowered = precision_of(network) != "float32"
     if not isinstance(network, LoRA) and not is_lowered:
         return network
@@ -185,7 +185,7 @@ def merged(network: nn.Module) -> nn.Module:
 
 
 def precision_of(network: nn.Module) -> BasePrecision:
-    """Return the precision of the frozen weights, or float32 if no weights are frozen."""
+    """Return the precision of a network's frozen weights, or float32 if no weights are frozen."""
     stock = base_of(network)
     return stock.precision if isinstance(stock, Replay) else "float32"
 
@@ -200,23 +200,23 @@ def checkpoint_gradients(network: nn.Module) -> None:
     """Make a diffusers network recompute its activations in the backward pass.
 
     Raises:
-        ValueError: if the network does not support this.
+        ValueError: if the network does not support gradient checkpointing.
     """
     stock = base_of(network)
     if not isinstance(stock, StockNetwork) or not getattr(stock.model, "_supports_gradient_checkpointing", False):
         name = type(stock).__name__
-        raise ValueError(f"{name} cannot recompute its activations. Remove --engine.gradient-checkpointing")
+        raise ValueError(f"{name} does not support gradient checkpointing. Remove --engine.gradient-checkpointing")
     stock.model.enable_gradient_checkpointing()
 
 
 def checkpoints_gradients(network: nn.Module) -> bool:
-    """Return whether the network recomputes its activations (`checkpoint_gradients`)."""
+    """Return whether the network recomputes its activations (see `checkpoint_gradients`)."""
     stock = base_of(network)
     return isinstance(stock, StockNetwork) and bool(stock.model.is_gradient_checkpointing)
 
 
 def copy_network(network: nn.Module) -> nn.Module:
-    """Return a copy of a network with separate trainable weights. A copy of a `LoRA` shares the frozen weights."""
+    """Return a copy of a network with its own trainable weights. A copy of a `LoRA` shares the frozen weights."""
     own = {id(parameter) for _, parameter in trainable(network)}
     shared = shared_layers(network)
     shared |= {id(parameter): parameter for parameter in network.parameters() if id(parameter) not in own}
@@ -227,7 +227,7 @@ def copy_network(network: nn.Module) -> nn.Module:
 
 
 def copy_denoiser(denoiser: Denoiser) -> Denoiser:
-    """Return a copy of a denoiser with separate trainable weights, as the starting point of a student or helper."""
+    """Return a copy of a denoiser with its own trainable weights, as the starting point of a student or helper."""
     check_denoiser("the model to copy", denoiser, Denoiser)
     if isinstance(denoiser, NetworkDenoiser):
         return NetworkDenoiser(copy_network(denoiser.network), denoiser.process, denoiser.prediction)

@@ -2,8 +2,7 @@
 
 Quantisation replaces linear layers with those of bitsandbytes or torchao, as diffusers does with `BitsAndBytesConfig`
 and `TorchAoConfig`. All other weights are stored in bfloat16, except those that the network's class keeps in float32.
-The network computes in bfloat16. Weights are always quantised on the CPU, so that a network computes the same function
-on every device.
+The network computes in bfloat16. Weights are always quantised on the CPU, so that they are the same on every device.
 """
 
 import copy
@@ -32,7 +31,7 @@ BLOCK: Final = 64
 
 @final
 class InHalf(nn.Module):
-    """A bfloat16 copy of a frozen teacher, which uses half the weight memory and is called with `called_in_half`."""
+    """A bfloat16 copy of a frozen teacher, which halves its weight memory."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -42,7 +41,7 @@ class InHalf(nn.Module):
     def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
         if isinstance(self.network, Network):
             return called_in_half(self.network, x_t, time, cond)
-        # A custom network might not cast its float32 time embedding itself.
+        # A custom network might not cast its float32 time embedding to bfloat16.
         with torch.autocast(x_t.device.type, torch.bfloat16):
             return called_in_half(self.network, x_t, time, cond)
 
@@ -75,7 +74,7 @@ def lower(model: Any, precision: str) -> None:
     """Convert the weights of a stock module, except LoRA weights, to a precision in place.
 
     Tensors are replaced rather than modified, so other modules that share a tensor keep the old values. On the meta
-    device, linear layers become bfloat16 as well.
+    device, linear layers become bfloat16 instead of being quantised.
 
     Raises:
         ValueError: if the package for this precision is missing.
@@ -132,7 +131,7 @@ def _quantised(layer: nn.Linear, precision: str) -> nn.Linear:
 
 
 def _parts(layer: Any) -> tuple[Tensor, Tensor]:
-    """Return the codes and scales of a quantised layer, which stores nothing else."""
+    """Return a quantised layer's codes and scales. The layer stores no other data."""
     weight = layer.weight
     if hasattr(layer, "state"):
         return weight.data, layer.state.SCB
@@ -142,7 +141,7 @@ def _parts(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def packed_state(network: nn.Module) -> dict[str, Tensor]:
-    """Return a network's state dict, with codes (`weight`) and scales (`scale`) for quantised layers."""
+    """Return a network's state dict, in which quantised layers have codes (`weight`) and scales (`scale`)."""
     found: dict[str, Tensor] = {}
     for path, module in network.named_modules():
         held = {**module._parameters, **module._buffers}
@@ -200,7 +199,7 @@ def _restored(layer: Any) -> Tensor:
 
 
 def weight_bytes(model: Any, precision: str) -> int:
-    """Return the size in bytes of a stock module's weights at a given precision, computed from their shapes."""
+    """Return the size in bytes of a stock module's weights at a precision, computed from their shapes."""
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     total = 0
     for name, value in model.named_parameters():

@@ -14,7 +14,7 @@ from halfstep.nets.base import Network, networks
 @final
 @networks.register("mlp")
 class MLP(Network):
-    """Residual blocks on the flattened sample, shifted by the embedded time and conditions.
+    """Residual blocks on flattened samples, each shifted by the embedded time and conditions.
 
     Args:
         shape: the shape of one sample, `[*dims]`.
@@ -23,8 +23,8 @@ class MLP(Network):
         channels: the number of outputs for each entry of a sample (see `Prediction.channels`).
         num_classes: the number of classes, or 0 for an unconditional network.
         dropout: the dropout probability inside the blocks.
-        guided: whether the network takes a guidance scale, as does a student distilled with guidance.
-        cond_width: the width of the condition `observation`, or 0 for no such condition.
+        guided: whether the network takes a guidance scale, like a student distilled with guidance.
+        cond_width: the width of the condition `observation`, or 0 if the network does not take it.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class MLP(Network):
             observation: `[batch, cond_width]`.
 
         Raises:
-            ValueError: if a condition is missing or the network does not take one of the conditions passed to it.
+            ValueError: if a condition is missing or is not supported by the network.
         """
         hidden = self.hidden(
             x_t, time, class_labels=class_labels, guidance_scale=guidance_scale, observation=observation
@@ -91,7 +91,7 @@ class MLP(Network):
         if self.label is not None:
             signal = signal + self.label(cond["class_labels"])
         if self.scale is not None and (scale := cond["guidance_scale"]) is not None:
-            # Scales from 1 to 10 are divided by 10, so that they cover almost the same range as times from 0 to 1.
+            # Typical scales, from 1 to 10, then cover almost the same range as the times, from 0 to 1.
             signal = signal + self.scale(self._sinusoids(scale.to(time) / 10))
         if self.observed is not None:
             signal = signal + self.observed(cond["observation"])

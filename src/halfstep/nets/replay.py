@@ -1,8 +1,8 @@
-"""A diffusers network that replays the recorded call of its pipeline with the values of each batch.
+"""A diffusers network that replays its pipeline's recorded call with each batch's values.
 
-The call is a tree of JSON-ready nodes. A node is an argument of the stock module's `forward`, or a part of one:
+The call is a tree of JSON-serialisable nodes. A node is an argument of the stock module's `forward`, or part of one:
 
-    {"is": "sample", "shape": [...]}            x_t, each sample in this shape; with "list", a list of samples
+    {"is": "sample", "shape": [...]}            x_t with samples of this shape; with "list", a list of samples
     {"is": "time", "dims": [...]}               the clock value of each sample, repeated over further axes
     {"is": "condition", "name": ..., ...}       the batch's condition of this name; with "list", cut to its lengths
     {"is": "constant", "name": ..., ...}        a tensor without a batch axis; with "rows", repeated for each sample
@@ -29,9 +29,9 @@ from halfstep.nets.lowered import BasePrecision, called_in_half, lower, restore,
 from halfstep.nets.stock import StockNetwork
 
 Node = Mapping[str, Any]
-"""An argument of a recorded call, as described in the docstring of this module."""
+"""An argument of a recorded call, as described in this module's docstring."""
 LENGTH: Final = ".length"
-"""The name suffix of the condition that contains the unpadded lengths of another condition."""
+"""The name suffix of a condition that contains another condition's unpadded lengths."""
 
 
 def nodes_of(call: Node, *kinds: str) -> Iterator[Node]:
@@ -49,7 +49,7 @@ def takes_scale(call: Node) -> bool:
 
 
 def conditions_of(call: Node) -> dict[str, tuple[int, ...]]:
-    """Return the shape that each condition in a recorded call has for one sample."""
+    """Return the per-sample shapes of a recorded call's conditions by name."""
     found: dict[str, tuple[int, ...]] = {}
     for node in nodes_of(call, "condition"):
         found[node["name"]] = tuple(node["shape"])
@@ -61,7 +61,7 @@ def conditions_of(call: Node) -> dict[str, tuple[int, ...]]:
 def read_output(output: Tensor, x_t: Tensor, reading: Mapping[str, Any]) -> Tensor:
     """Return the prediction, shaped like `x_t`, from a stock module's output.
 
-    `reading` is `Replay.output`, which describes where the prediction is in the output.
+    `reading` is `Replay.output`, which describes the prediction's sign and its channels in the output.
     """
     channels = x_t.shape[1] if x_t.ndim > 1 else 1
     if reading["part"] != "all":
@@ -90,7 +90,7 @@ class Constants(nn.Module):
 @final
 @networks.register("replay")
 class Replay(StockNetwork):
-    """Any diffusers network, called with the arguments that were recorded from its pipeline.
+    """Any diffusers network, called with the arguments recorded from its pipeline.
 
     If the recorded call has an input for the guidance scale, the network accepts `guidance_scale` `[batch]`, which
     defaults to the recorded scale.
@@ -101,7 +101,7 @@ class Replay(StockNetwork):
             sigma(t), or the angle of (alpha, sigma) in quarter turns. For the last two, "process" is the noise process.
         output: {"sign": 1 or -1, "part": the output channels to use, "all", "first" or "last", "restores_norm":
             whether guidance restores the output's norm}.
-        precision: the storage precision of the weights (see nets/lowered.py). Weights are frozen unless it is float32.
+        precision: the storage precision of the weights (see nets/lowered.py). Lower-precision weights are frozen.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Replay(StockNetwork):
         self.lower(precision)
 
     def lower(self, precision: BasePrecision) -> None:
-        """Convert the weights to a precision and freeze them."""
+        """Convert the weights to a precision, and freeze them unless it is float32."""
         lower(self.model, precision)
         self.precision = precision
 
@@ -157,7 +157,7 @@ class Replay(StockNetwork):
     def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
         """Return the prediction, shaped like `x_t` `[batch, *dims]`, at times `[batch]` in [0, 1].
 
-        This method raises the same errors as `raw`.
+        Raises the same errors as `raw`.
         """
         if self.precision == "float32":
             output = self.raw(x_t, time, **cond)
@@ -166,10 +166,10 @@ class Replay(StockNetwork):
         return read_output(output, x_t, self.output)
 
     def raw(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
-        """Return the unmodified output of the stock module.
+        """Return the stock module's unmodified output.
 
         Raises:
-            ValueError: if a condition of the call is missing or an unexpected condition is passed.
+            ValueError: if a condition is missing or unexpected.
         """
         needed = {*conditions_of(self.call)}
         if GUIDANCE in cond and takes_scale(self.call):

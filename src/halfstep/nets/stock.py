@@ -1,8 +1,8 @@
-"""The networks of diffusers as halfstep networks: the base class, and the U-Net for images.
+"""diffusers networks as halfstep networks: the base class, and the U-Net for images.
 
 The stock module is stored as `model`, so exporting a network only copies weights. With a table of T noise levels, the
 time t becomes the scheduler's timestep T t - 1. New networks use a power of two for T, so that the times i / N of every
-power-of-two grid with N <= T correspond to whole timesteps.
+power-of-two grid with N <= T correspond to integer timesteps.
 """
 
 from abc import abstractmethod
@@ -19,9 +19,9 @@ class StockNetwork(Network):
     """A diffusers module that can be called as (x_t, time, **cond).
 
     Args:
-        stock: the name of the class in diffusers.
-        config: the JSON-serialisable arguments of that class.
-        num_train_timesteps: the number T of timesteps of the scheduler.
+        stock: the name of the module's class in diffusers.
+        config: the JSON-serialisable arguments of this class.
+        num_train_timesteps: the scheduler's number of timesteps, T.
 
     Raises:
         ValueError: if T is not at least 1.
@@ -31,7 +31,7 @@ class StockNetwork(Network):
         super().__init__()
         if num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
-        # diffusers is imported here, because the import takes seconds and other networks do not need diffusers.
+        # The import is here, because it takes seconds and other networks do not need diffusers.
         import diffusers
 
         self.stock = stock
@@ -41,7 +41,7 @@ class StockNetwork(Network):
 
     @final
     def hold(self, model: Any) -> None:
-        """Replace the current stock module."""
+        """Use `model` as the stock module."""
         self.model = model
         for part in model.modules():
             if hasattr(part, "dropout_prob"):
@@ -49,7 +49,7 @@ class StockNetwork(Network):
                 part.dropout_prob = 0.0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Store convolution weights in the channels-last format on a GPU. Every move to a device calls this method.
+        """Move or cast the weights; on a GPU, store convolution weights in the channels-last format.
 
         On the CPU, channels-last is up to 50% slower in bfloat16 and a few percent slower in float32
         (benchmarks/step.py).
@@ -71,9 +71,9 @@ class StockNetwork(Network):
 @final
 @networks.register("unet2d")
 class UNet2D(StockNetwork):
-    """The `UNet2DModel` of diffusers for images, which takes class labels if the config has `num_class_embeds`.
+    """diffusers' `UNet2DModel` for images, which takes class labels if the config has `num_class_embeds`.
 
-    The timestep of the network is T u - 1, where u goes from one end of `clock_range` to the other.
+    The network's timestep is T u - 1, where u is linear in t and spans `clock_range`.
 
     Args:
         clock_range: the values of u at t = 0 and t = 1. Imported networks may have been trained on another clock.
@@ -106,7 +106,7 @@ class UNet2D(StockNetwork):
         return self.raw(x_t, time, class_labels=class_labels)
 
     def raw(self, x_t: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Return the unmodified output of the stock module."""
+        """Return the stock module's unmodified output."""
         return self.model(x_t, self.timestep(time), class_labels=class_labels, return_dict=False)[0]
 
 

@@ -24,7 +24,7 @@ SMALLEST_DIRECTION: Final = 1e-2
 """The smallest singular value that is fitted, relative to the largest. The slow sinusoids are nearly equal, so an exact
 fit would need weights of 1e6 that cancel to 0.1 in float32. Such a fit would reduce the error by less than a tenth."""
 TABLE_SIZE: Final = 1024
-"""The number of timesteps of `on_integers`, a power of two, as for new networks."""
+"""The number of timesteps that `on_integers` uses: a power of two, as for new networks."""
 
 
 def takes_guidance(network: nn.Module) -> bool:
@@ -39,7 +39,7 @@ def with_guidance(network: nn.Module) -> Network:
     """Return a network that also takes `guidance_scale`, which has no effect before training.
 
     Raises:
-        ValueError: if networks of this class cannot have this input.
+        ValueError: if networks of this class do not support this input.
     """
     if isinstance(network, MLP):
         changes: dict[str, Any] = {"guided": True}
@@ -61,7 +61,7 @@ def with_guidance(network: nn.Module) -> Network:
 
 
 def has_movable_clock(network: nn.Module) -> bool:
-    """Return whether `on_clock` supports the network, that is, whether the network embeds the timesteps of a table."""
+    """Return whether `on_clock` supports the network, that is, whether the network embeds a table's timesteps."""
     if isinstance(network, Replay) and network.clock["of"] != "u":
         return False
     return isinstance(network, StockNetwork) and hasattr(network.model, "time_embedding")
@@ -70,12 +70,12 @@ def has_movable_clock(network: nn.Module) -> bool:
 def on_clock(network: nn.Module, times: Callable[[Tensor], Tensor], num_train_timesteps: int) -> Network:
     """Return a network in which timestep k of T corresponds to the old network's time `times((k + 1) / T)`.
 
-    The first linear layer of the time embedding is fitted by least squares, so that its output at each of the T new
-    timesteps equals its output at the corresponding old timestep. Directions in which the sinusoids hardly vary are
-    ignored (see `SMALLEST_DIRECTION`), which keeps the weights as small as those of a trained layer.
+    The first linear layer of the time embedding is fitted by least squares to match, at each new timestep, the old
+    layer's output at the corresponding old timestep. Directions in which the sinusoids hardly vary are ignored (see
+    `SMALLEST_DIRECTION`), which keeps the weights as small as in a trained layer.
 
     Raises:
-        ValueError: if networks of this class have no timesteps.
+        ValueError: if the network does not embed a table's timesteps.
     """
     if not isinstance(network, StockNetwork) or not has_movable_clock(network):
         raise ValueError(f"{_name(network)} has no table of timesteps to replace. Keep the network's own process")
@@ -99,7 +99,8 @@ def on_clock(network: nn.Module, times: Callable[[Tensor], Tensor], num_train_ti
 def has_fourier_clock(network: nn.Module) -> bool:
     """Return whether `on_integers` supports the network.
 
-    The network's time must be linear in t, and a linear layer must receive its cosines and sines, as in Stable Audio.
+    The network's time must be linear in t, and its cosines and sines must be passed to a linear layer, as in Stable
+    Audio.
     """
     if not isinstance(network, Replay) or network.clock["of"] != "u":
         return False
@@ -109,17 +110,17 @@ def has_fourier_clock(network: nn.Module) -> bool:
 
 
 def on_integers(network: Replay) -> Replay:
-    """Return a network with the same outputs in which the time t is the timestep `TABLE_SIZE` t - 1.
+    """Return a network with the same outputs, in which the time t corresponds to the timestep `TABLE_SIZE` t - 1.
 
     The old time is slope * timestep + start, and its cosines and sines have the phases 2 pi frequency time. The slope
-    is multiplied into the frequencies. The start rotates each pair of a cosine and a sine by the same angle at all
-    times, so the rotation is multiplied into the linear layer that receives the pairs.
+    is multiplied into the frequencies. The start rotates each (cosine, sine) pair by an angle that does not depend on
+    the time, so this rotation is multiplied into the next linear layer.
 
     Raises:
-        ValueError: if networks of this class embed their time in another way.
+        ValueError: if `has_fourier_clock` is false for the network.
     """
     if not has_fourier_clock(network):
-        raise ValueError(f"{_name(network)} has no Fourier embedding of its time. Keep the network's own clock")
+        raise ValueError(f"{_name(network)} has no Fourier time embedding. Keep the network's own clock")
     moved = build_network(describe_network(network) | network.on_table(TABLE_SIZE))
     assert isinstance(moved, Replay)
     moved.load_state_dict(network.state_dict())
@@ -136,9 +137,9 @@ def on_integers(network: Replay) -> Replay:
 
 @final
 class OnProcess(nn.Module):
-    """A custom network that is used with a different process and called at the time that has the same log-SNR.
+    """A custom network that is used with a different process and called at the time with the same log-SNR.
 
-    The input of the network is scaled to the amplitudes of its original process, as in `Reprocessed`.
+    The network's input is scaled to the amplitudes of its original process, as in `Reprocessed`.
     """
 
     def __init__(self, network: Callable[..., Tensor], own: NoiseProcess, process: NoiseProcess) -> None:

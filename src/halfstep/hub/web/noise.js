@@ -1,4 +1,4 @@
-// The same noise as from `sample_noise`, `step_noise` and `between` in halfstep.core.draw on a CPU.
+// Draws the same noise as `sample_noise`, `step_noise` and `between` in halfstep.core.draw on a CPU.
 const SIGMA = [
   "0123456789abcdef", "ea489fd61c02b753", "b8c052fdae367194", "7931dcbe265a40f8", "905724afe1bc683d",
   "2c6a0b834d75fe19", "c51fed4a0763928b", "db7ec13950f4862a", "6fe9b308c2d714a5", "a2847615fb9e3cd0",
@@ -56,7 +56,7 @@ const twister = (seed) => {
   };
 };
 
-// Unit normal numbers, as in a contiguous float32 tensor of `size` values filled by torch's normal_.
+// Standard normal numbers, as in a contiguous float32 tensor of `size` values filled by torch's normal_.
 const normal = (seed, size) => {
   const next = twister(seed);
   const values = new Float32Array(size);
@@ -82,7 +82,7 @@ const normal = (seed, size) => {
   fill(0, size);
   for (let i = 0; i + 16 <= size; i += 16) transform(i);
   if (size % 16) {
-    // The last 16 are drawn again.
+    // Like torch, redraw the last 16 values.
     fill(size - 16, size);
     transform(size - 16);
   }

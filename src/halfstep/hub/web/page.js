@@ -6,7 +6,7 @@ const element = (id) => document.getElementById(id);
 
 // --- The model ---
 
-// A file of the page: embedded in the page, or next to it.
+// Read a file that is embedded in the page or next to it.
 const read = async (name) => {
   const held = document.querySelector(`script[data-file="${name}"]`);
   let bytes;
@@ -20,7 +20,7 @@ const read = async (name) => {
     if (!answer.ok) throw new Error(`${name} is missing next to this page (${answer.status}). Copy the whole exported folder.`);
     bytes = new Uint8Array(await answer.arrayBuffer());
   }
-  // Some servers send .gz files unpacked.
+  // Some servers decompress .gz files before sending them.
   if (bytes[0] !== 0x1f || bytes[1] !== 0x8b) return bytes;
   return new Uint8Array(await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer());
 };
@@ -43,7 +43,7 @@ worker.onmessage = ({ data: { id, value, error } }) => {
 };
 worker.onerror = (event) => fail(event.message || "The worker of this page cannot start.");
 
-// Return a function that caches its value for each name.
+// Return a function that caches the result of `make` for each name.
 const once = (make) => {
   const made = new Map();
   return (name) => {
@@ -61,7 +61,7 @@ const opened = once(async (steps) => {
   const { file } = facts.graphs.find((graph) => graph.steps === steps);
   const [graph] = await Promise.all([read(file), started()]);
   await ask({ call: "open", name: steps, graph }, [graph.buffer]);
-  // The first call is slower than the others.
+  // Warm up, because the first call is slower.
   await run(steps, noiseOf(0, size), 0, options());
 });
 
@@ -83,7 +83,7 @@ const run = (steps, start, seed, { label, scale }) => {
   return ask({ call: "run", name: steps, inputs });
 };
 
-// Return {x0, milliseconds} of a sample from the noise `start`, with the step noise and class of `seed`.
+// Return {x0, milliseconds} for a sample from the noise `start`, with the step noise and class of `seed`.
 const sampleFrom = async (start, seed, steps, asked) => {
   await opened(steps);
   return run(steps, start, seed, asked);

@@ -23,11 +23,11 @@ from halfstep.objectives import GuidanceRange
 from halfstep.runtime.files import refuse_taken, replacing, replacing_folder
 
 MOST_BYTES: Final = 256 * 2**20
-"""Maximum size in bytes of a model's weights, because browsers fail to load larger pages."""
+"""Maximum size in bytes of a model's weights. Browsers fail to load larger pages."""
 NEAR: Final = 5e-4
-"""Maximum difference from torch's samples for which 16-bit weights are accepted."""
+"""Maximum accepted difference from torch's samples if weights are stored with 16 bits."""
 SMALLEST: Final = 256
-"""Minimum number of values in a tensor that is stored with 16 bits per value."""
+"""Minimum number of values for a tensor to be stored with 16 bits per value."""
 LICENCES: Final = "onnxruntime-licences.txt"
 
 
@@ -42,7 +42,7 @@ def export_web(
 
     Args:
         models: the models to choose from, each with a number of steps, or None for the model's own number.
-        out: a folder to be served, or with `single_file` an HTML file, which can also be opened from disk.
+        out: a folder to serve or, with `single_file`, an HTML file that can also be opened from disk.
         runtime_source: the npm package onnxruntime-web (see `read_runtime`).
 
     Raises:
@@ -101,7 +101,7 @@ def _graph(model: Model, num_steps: int) -> bytes:
 
 
 def halve_weights(graph_file: Path, out: Path) -> None:
-    """Write the graph in `graph_file` to `out`, and store large float32 weights as 16-bit integers.
+    """Copy the graph in `graph_file` to `out`, with large float32 weights stored as 16-bit integers.
 
     Each output channel (the first axis) has a separate scale. The weights take as little space as float16, but are
     several times more accurate: the error is at most 2^-16 of the channel's largest weight, whereas float16 rounds to

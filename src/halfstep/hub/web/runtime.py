@@ -1,4 +1,4 @@
-"""Download onnxruntime-web, which runs graphs in browsers, from npm once, and verify its sha256 digests."""
+"""Download and cache onnxruntime-web, which runs graphs in browsers, and verify its sha256 digests."""
 
 import hashlib
 import io
@@ -23,7 +23,7 @@ SHA256: Final[Mapping[str, str]] = {
 """The sha256 digests of the files that a page needs from the package's dist folder."""
 REMEDY: Final = f"download {URL} and pass that file with --runtime."
 TIMEOUT: Final = 60.0
-"""Number of seconds without data after which the registry is considered unreachable."""
+"""Seconds without data after which the registry is considered unreachable."""
 
 
 def read_runtime(source: Path | None = None) -> dict[str, bytes]:
@@ -40,7 +40,7 @@ def read_runtime(source: Path | None = None) -> dict[str, bytes]:
     folder = cache_folder() / f"onnxruntime-web-{VERSION}"
     try:
         return _read(folder)
-    except ValueError:  # the files are not downloaded yet, or they are damaged
+    except ValueError:  # not downloaded yet, or damaged
         return _fetch(folder)
 
 

@@ -4,7 +4,7 @@ const sessions = new Map();
 
 const calls = {
   async start({ module, binary }) {
-    // Created here, because on a page from disk, a worker may not import the page's blobs.
+    // The blob is created here, because a worker may not import the page's blobs if the page was opened from disk.
     ort = await import(URL.createObjectURL(new Blob([module], { type: "text/javascript" })));
     ort.env.wasm.numThreads = 1;
     ort.env.wasm.wasmBinary = binary;
