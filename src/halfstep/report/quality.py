@@ -54,7 +54,7 @@ class Group:
     best: Best | None
     """The teacher at its best."""
     base: Result | None
-    """The teacher's result that same-noise comparisons refer to."""
+    """The teacher's result that is the reference for same-noise comparisons."""
     teacher_sampler: str
     """The teacher's own sampler."""
     stages: Sequence[str]
