@@ -1,4 +1,4 @@
-"""Ablate the finish by varying each setting separately, for a run's students with several numbers of steps.
+"""Ablate the finish by varying each setting separately, for several students of a run.
 
     python benchmarks/finish_ablation.py runs/digits                     # the students at 8, 4, 2 and 1 steps
     python benchmarks/finish_ablation.py runs/fashion_mnist --steps 8 4 --only "map weight 1" "map weight 4"
@@ -6,9 +6,8 @@
 Each trial starts from the run's halved student with N steps, trains one finish on the run's data with the undistilled
 teacher, and measures the finished student. The row "before" is the student without a finish. Distances are relative to
 that of the teacher at its best (256 DDIM steps or 32 Heun steps). They are measured with new noise seeds in the
-features of the run's own classifier and of the perceptron in `independent.py`. `rmse`
-is the distance from the teacher's Heun samples with the same noise. The file is written after each trial. To resume,
-rerun the same command.
+features of the run's own classifier and of the perceptron in `independent.py`. `rmse` is the distance from the
+teacher's Heun samples for the same noise. The file is written after each trial. To resume, rerun the same command.
 """
 
 import argparse

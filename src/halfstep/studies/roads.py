@@ -325,7 +325,7 @@ class Roads(Study):
             "many steps as this number of calls allows.",
             "At equal cost, the stages that lead to a student take a fixed number of forward passes of one sample, "
             f"exact to within half an update: {budget}. A backward pass counts as two forward passes, and auxiliary "
-            "networks are included. The seconds of training are those of these stages.",
+            "networks are included. The seconds of training include only these stages.",
             "The same-noise distance is the root mean square difference from the teacher's samples with "
             f"{AT_BEST[-1].num_steps} Heun steps. It is not meaningful for moment-matching students with more than "
             "1 step, because they draw new noise at each step except the last.",
