@@ -382,7 +382,7 @@ def measured(
         if there:
             shown_rows += there[:1]
             continue
-        # A row that takes too long for any call is started in this call.
+        # A row that is too long for any call is started anyway.
         if clock.left_of_call() < 1.2 * size.count * (steps * plan["call"] + plan["sample"]) < 0.8 * clock.seconds:
             raise Interrupted(signal.SIGTERM)
         with stop.at_once():

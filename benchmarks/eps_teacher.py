@@ -2,7 +2,7 @@
 
     python benchmarks/eps_teacher.py /tmp/eps-teacher
 
-This script trains a `UNet2DModel` of diffusers on the digits, with diffusers' DDPM noise and the plain eps loss, and
+This script trains diffusers' `UNet2DModel` on the digits, with diffusers' DDPM noise and the plain eps loss, and
 saves it as a `DDPMPipeline`. It then runs `halfstep distill TEACHER --data digits --to 4` with the demo's budgets. The
 metrics are written to docs/results/eps-teacher.json.
 """

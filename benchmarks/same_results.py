@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Run the six runs, and return the sha256 of each stage's weights and of the metrics of the first run, by name."""
+    """Execute the six runs, and return the sha256 of each stage's weights and of the first run's metrics, by name."""
     chain = folder / "chain"
     teacher = str(chain / "stages" / "00-denoise")
     halfstep("run", "digits", *SMALL, *TEACHER, "--out", str(chain))

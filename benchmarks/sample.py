@@ -1,4 +1,4 @@
-"""Compare the images per second of halfstep, bare network calls and diffusers' DDIMPipeline at 1 to 256 steps.
+"""Compare the sampling speed of halfstep, bare network calls and diffusers' DDIMPipeline at 1 to 256 steps.
 
     python benchmarks/sample.py                   # the digits network at 1 to 256 steps, the CIFAR-10 network at 1 to 4
     python benchmarks/sample.py --short

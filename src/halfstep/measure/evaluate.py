@@ -122,7 +122,7 @@ def finest(methods: Sequence[Method]) -> Method:
 
 
 def features_for(data: Data, evaluation: Evaluation) -> str:
-    """Return the name of the features for the evaluation, with `auto` resolved."""
+    """Return the name of the evaluation's features, with `auto` resolved."""
     if evaluation.features != "auto":
         return evaluation.features
     return "classifier" if data.num_classes > 1 and len(data) >= LEAST else "pixels"

@@ -133,7 +133,7 @@ class Store:
         self.folder, self.batch_size, self._own_device = folder, batch_size, own_device
         self.processes, self._stop = processes or Processes(), stop
         self.pace = [device_name(), torch.get_num_threads()]
-        """Everything that the sampling time depends on, except the model."""
+        """Everything except the model that affects the sampling time."""
         self.broken: dict[str, str] = {}
         """Messages about cells with non-finite samples, by cell name."""
         self._held: dict[str, Tensor] = {}
@@ -342,7 +342,7 @@ def _read_or_warn(file: Path) -> dict[str, Any] | None:
 
 
 def _warn(error: DamagedFile) -> None:
-    warnings.warn(f"{error}; it is measured again", HalfstepWarning, stacklevel=4)
+    warnings.warn(f"{error}; it will be recomputed", HalfstepWarning, stacklevel=4)
 
 
 def _timed(make: Callable[[], Figures]) -> dict[str, Any]:

@@ -92,8 +92,8 @@ def train_classifier(
 ) -> Classifier:
     """Train a classifier on `x` `[n, *dims]` with int64 `labels` `[n]`. On a given machine, training is deterministic.
 
-    A tenth of the data is held out to measure the accuracy. The name of the extractor consists of `name` and a hash of
-    the weights.
+    A tenth of the data is held out to measure the accuracy. The extractor's name is `name` plus a hash of the
+    weights.
 
     Args:
         cache: the safetensors file that caches the weights. Its name must be unique to the data.

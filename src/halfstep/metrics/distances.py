@@ -9,8 +9,8 @@
   onto random directions. It compares all moments and does not assume Gaussians.
 
 torchmetrics computes the KID, and scipy the one-dimensional distances, in float64 and with fixed random seeds. This
-module computes the Frechet distance, usually from moments, because those of the real data are cached (see
-`reference.py`), or directly from the samples if there are fewer samples than dimensions.
+module computes the Frechet distance. It usually does so from moments, because those of the real data are cached (see
+`reference.py`). If there are fewer samples than dimensions, it uses the samples directly.
 """
 
 import contextlib
