@@ -23,13 +23,13 @@ halfstep study table1 --scale smoke
 ```
 
 Each of the paper's tables and figures is a study: a resumable set of runs, summarised in a table and a figure. The
-scales `small` and `paper` are larger. `docs/reproductions.py` generates this page from the studies' JSON
+scales `small` and `paper` are larger than `smoke`. `docs/reproductions.py` generates this page from the studies' JSON
 (`docs/results/studies/`); only the comparisons with the paper are written by hand. The last study,
-`roads`, is not from the paper: it compares methods of distillation.
+`roads`, is not from the paper: it compares distillation methods.
 
-The paper's values are shown next to ours if they are known. The paper's values are FIDs with Inception features on
-CIFAR-10 or ImageNet. Ours are distances in the features of a small classifier, on other data. Compare rankings and
-ratios, not absolute values. A value is only attributed to the paper if a source confirms it.
+Where the paper's values are known, they are shown next to ours. They are FIDs with Inception features on CIFAR-10 or
+ImageNet. Ours are distances in the features of a small classifier, on other data. Compare rankings and ratios, not
+absolute values. A value is only attributed to the paper if a source confirms it.
 
 Run so far: {run}. Not run yet (`small` and `paper` need a GPU): {missing}.
 """

@@ -42,7 +42,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
     """Return the PSNR in dB over all pairs of images, which is infinite if all pairs are equal.
 
     Raises:
-        ValueError: as described in `rmse`.
+        ValueError: if the shapes of the images differ.
     """
     difference = rmse(a, b)
     return math.inf if difference == 0 else 20 * math.log10(WIDTH / difference)
