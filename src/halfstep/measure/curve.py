@@ -23,7 +23,7 @@ from halfstep.runtime.files import InUse, json_digest, sweep, write_sealed
 
 
 class Entry(NamedTuple):
-    """A source with a given number of steps, which is one row of every table."""
+    """One row of every table: a source with a given number of steps."""
 
     series: str
     stage: str | None

@@ -165,7 +165,7 @@ class Against(ABC):
     """The reference that a set of samples is compared with."""
 
     name: str
-    """Part of the file names, which identifies everything except the samples that the metrics depend on."""
+    """Part of the file names, which identifies all inputs of the metrics other than the samples."""
     needs: Sequence["Cell"] = ()
     """The cells whose samples `figures` needs."""
 

@@ -33,7 +33,7 @@ class Neighbours:
     distances: Tensor
     """The distances to the training samples, float64 `[n, k]`, in ascending order."""
     real: Tensor
-    """Distances, float64 `[m]`, from some training samples to their nearest neighbours; empty if there is only one."""
+    """Distances, float64 `[m]`, from some training samples to their nearest neighbours; empty for one-sample data."""
     num_searched: int
     """The number of training samples that were searched."""
 

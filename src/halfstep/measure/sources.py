@@ -51,7 +51,7 @@ class Source(ABC):
     @property
     @abstractmethod
     def content(self) -> dict[str, Any]:
-        """Everything except the seed and the number of steps that determines a sample, as JSON values."""
+        """The inputs other than the seed and the number of steps that determine a sample, as JSON values."""
 
     @abstractmethod
     def draw(self, num_steps: int | None, seeds: range, batch_size: int | None) -> Drawn:

@@ -133,7 +133,7 @@ class Store:
         self.folder, self.batch_size, self._own_device = folder, batch_size, own_device
         self.processes, self._stop = processes or Processes(), stop
         self.pace = [device_name(), torch.get_num_threads()]
-        """Everything except the model that affects the sampling time."""
+        """The factors other than the model that affect the sampling time."""
         self.broken: dict[str, str] = {}
         """Messages about cells with non-finite samples, by cell name."""
         self._held: dict[str, Tensor] = {}
