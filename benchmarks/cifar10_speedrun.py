@@ -7,10 +7,10 @@
 Measurements on the machine determine these settings (RUN.plan.json):
 
 - the precision with the fastest update;
-- the largest network whose teacher can train on ENOUGH samples in its share of the budget, after the time to evaluate
-  that network has been subtracted;
-- the smallest batch size whose throughput is at least the share CLOSE of the highest throughput;
-- whether to compile, which is done if more updates then fit into the budget, even with the time to compile.
+- the largest network whose teacher can train on enough samples in its share of the budget, after subtracting the time
+  to evaluate that network;
+- the smallest batch size whose throughput is at least CLOSE times the highest throughput;
+- whether to compile: only if more updates then fit into the budget, including the time to compile.
 
 Learning rates and shares are fixed. The teacher and its students are then trained and evaluated: 10,000 samples are
 compared with the test images in the features of --features. The teacher is also evaluated with DDIM at 1 to 256 steps.
@@ -71,11 +71,11 @@ SHARES = {"teacher": 0.55, "chain": 0.3}
 """
 
 CLOSE = 0.95
-"""The share of the highest throughput that is sufficient. Larger batches would only reduce the number of updates."""
+"""The sufficient share of the highest throughput. Larger batches would only reduce the number of updates."""
 
 WORTH_COMPILING = 400.0
-"""The minimum number of seconds left for compiled networks to be tried. Compilation takes a minute or two, which a
-shorter training run cannot recover. The comparison includes the time to compile.
+"""The minimum remaining time in seconds for which compilation is tried. It takes a minute or two, which a shorter
+training run cannot recover. The comparison includes the time to compile.
 """
 
 
@@ -92,7 +92,7 @@ class Size(NamedTuple):
     start: int
     """The number of steps that the teacher of the first student takes."""
     count: int
-    """The number of samples per row of the table, and the number of training images for the floor of the table."""
+    """The number of samples per row of the table, and the number of training images for the table's floor."""
     num_reference: int
     rounds: int
     """The number of updates that are timed in a trial, after the warm-up."""
@@ -137,7 +137,7 @@ TINY = Size(
 
 
 class Setting(NamedTuple):
-    """The settings that are chosen by measuring candidates."""
+    """The settings that are chosen by measurement."""
 
     network: str
     precision: Precision
@@ -222,7 +222,7 @@ def trial(options: argparse.Namespace, size: Size, setting: Setting, data: Data)
 
 
 def drawn(model: Model, size: Size, steps: int, precision: str) -> float:
-    """Return the number of seconds that the model takes to draw one batch of samples."""
+    """Return the time in seconds to draw one batch of samples."""
     begun = time.perf_counter()
     model.sample(range(size.at_once), steps, batch_size=size.at_once, precision=precision)
     return time.perf_counter() - begun
@@ -233,7 +233,7 @@ FORMAT = 2
 
 
 class Plan:
-    """The trials and the chosen setting, stored in RUN.plan.json after each trial so that later calls can resume."""
+    """The trials and the chosen setting. RUN.plan.json is written after each trial, so that later calls can resume."""
 
     def __init__(self, options: argparse.Namespace, size: Size, data: Data, clock: "Clock", stop: StopSignal) -> None:
         self.options, self.size, self.data, self.clock, self.stop = options, size, data, clock, stop
@@ -242,7 +242,7 @@ class Plan:
         self.held: dict[str, Any] = held if held.get("format") == FORMAT else {"format": FORMAT, "tried": []}
 
     def tried(self, setting: Setting) -> dict[str, Any]:
-        """Return the results of the trial of a setting, running the trial if necessary."""
+        """Return a setting's trial results, running the trial if necessary."""
         for row in self.held["tried"]:
             if all(row[name] == value for name, value in setting._asdict().items()):
                 return dict(row)
@@ -254,11 +254,11 @@ class Plan:
         return row
 
     def left(self, row: dict[str, Any]) -> float:
-        """Return the number of seconds left for training after subtracting the time for the whole evaluation."""
+        """Return the seconds left for training, without those for the whole evaluation."""
         return self.options.budget - self.clock.now() - self.measuring(row)
 
     def measuring(self, row: dict[str, Any]) -> float:
-        """Return the estimated number of seconds that it takes to draw all samples of the table."""
+        """Return the estimated time in seconds to draw all samples for the table."""
         rows = len(self.size.teacher_steps) + len(self.size.students)
         return self.size.count * (self.size.evals * row["call"] + rows * row["sample"])
 
@@ -373,7 +373,7 @@ def measured(
     loaded: dict[str, Model] = {}
     shown_rows = []
     for stage, steps, precision in asked:
-        # This identifies the current weights and features, so rows that an earlier run left in the folder are not used.
+        # Includes the weights and the features, so that rows of earlier runs in the same folder are not used.
         place = {
             "model": "teacher" if stage is teacher else "student", "steps": steps, "precision": precision,
             "weights": weights_of(stage.manifest(verify=False))[:12], "features": reference.extractor.name,
@@ -382,14 +382,14 @@ def measured(
         if there:
             shown_rows += there[:1]
             continue
-        # A row that takes too long for any call is started in this call.
+        # A row that is too long for any call is started anyway.
         if clock.left_of_call() < 1.2 * size.count * (steps * plan["call"] + plan["sample"]) < 0.8 * clock.seconds:
             raise Interrupted(signal.SIGTERM)
         with stop.at_once():
             if stage.name not in loaded:
                 loaded = {stage.name: load(stage.path, device)}
             model = loaded[stage.name]
-            # The first batch is slower than all other batches and must not be timed.
+            # The first batch is slower than all other batches, so it is not timed.
             drawn(model, size, model.num_steps or 1, precision)
             source = ModelSource(
                 model.manifest,

@@ -1,4 +1,4 @@
-"""Code that the benchmarks share: networks, results, and interleaved timing, which spreads noise over all parts."""
+"""Shared code of the benchmarks: networks, results, and interleaved timing, which spreads noise over all parts."""
 
 import argparse
 import json
@@ -98,7 +98,7 @@ def halving(batch: int, num_updates: int = 10**9, ema_decay: float = 0.999, num_
 
 
 def spec_of(name: str, stage: Stage, **changes: Any) -> RunSpec:
-    """Return a run with one stage on random images. `changes` sets the network or the teacher, and the engine."""
+    """Return a run with one stage on random images. `changes` sets fields of `RunSpec` and `Engine`."""
     changes.setdefault("data", images(name))
     engine = {each.name: changes.pop(each.name) for each in fields(Engine) if each.name in changes}
     return RunSpec(

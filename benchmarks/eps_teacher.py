@@ -1,10 +1,10 @@
-"""Match a teacher to v and halve it to 4 steps. The teacher predicts eps on linear betas and is trained with diffusers.
+"""Train an eps teacher on linear betas with diffusers, match it to v, and halve it to 4 steps.
 
     python benchmarks/eps_teacher.py /tmp/eps-teacher
 
-This script trains a `UNet2DModel` of diffusers on the digits, with diffusers' DDPM noise and the plain eps loss, and
-saves it as a `DDPMPipeline`. It then runs `halfstep distill TEACHER --data digits --to 4` with the budgets of the demo.
-The table is written to docs/results/eps-teacher.json, along with that for the demo's own v teacher.
+This script trains diffusers' `UNet2DModel` on the digits, with diffusers' DDPM noise and the plain eps loss, and
+saves it as a `DDPMPipeline`. It then runs `halfstep distill TEACHER --data digits --to 4` with the demo's budgets. The
+metrics are written to docs/results/eps-teacher.json.
 """
 
 import json
@@ -55,7 +55,7 @@ def train_teacher(folder: Path) -> None:
 
 
 def distill(teacher: Path, run: Path) -> list[str]:
-    """Run the distillation command with the budgets of the demo, and return the arguments of the command."""
+    """Run the distillation command with the demo's budgets, and return its arguments."""
     training = recipes["digits"]().chain.training
     words = [
         *("distill", str(teacher), "--data", "digits", "--to", "4", "--start", "64", "--out", str(run)),

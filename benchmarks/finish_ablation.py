@@ -1,14 +1,13 @@
-"""Ablate the finish by varying each setting separately, for a run's students with several numbers of steps.
+"""Ablate the finish by varying each setting separately, for several students of a run.
 
     python benchmarks/finish_ablation.py runs/digits                     # the students at 8, 4, 2 and 1 steps
     python benchmarks/finish_ablation.py runs/fashion_mnist --steps 8 4 --only "map weight 1" "map weight 4"
 
 Each trial starts from the run's halved student with N steps, trains one finish on the run's data with the undistilled
-teacher, and measures the finished student. The row "before" is the student without a finish. Distances are relative to
+teacher, and measures the finished student. The row "before" is the student without a finish. Distances are divided by
 that of the teacher at its best (256 DDIM steps or 32 Heun steps). They are measured with new noise seeds in the
-features of the run's own classifier and of the perceptron in `independent.py`. `rmse`
-is the distance from the teacher's Heun samples with the same noise. The file is written after each trial. To resume,
-rerun the same command.
+features of the run's own classifier and of the perceptron in `independent.py`. `rmse` is the distance from the
+teacher's Heun samples for the same noise. The file is written after each trial. To resume, rerun the same command.
 """
 
 import argparse
@@ -84,7 +83,7 @@ def trained(
 def measure_of(
     recipe: Recipe, data: Data, teacher: Any, methods: Sequence[Method], num_samples: int | None
 ) -> tuple[Callable[[Any], dict[str, Any]], dict[str, float]]:
-    """Return a function that measures a model relative to the teacher's best method, and the best distances."""
+    """Return a function that measures a model relative to the teacher's best method, and the teacher's distances."""
     references = dict(zip(("own", "other"), references_of(data, recipe.evaluation), strict=True))
     count, compared = num_samples or recipe.evaluation.num_samples, recipe.evaluation.num_compared
     at_best = [drawn(teacher, count, sampler=one.sampler, num_steps=one.num_steps) for one in methods]
@@ -107,7 +106,7 @@ def measure_of(
 
 
 def varied(steps: int, training: Training, settings: Mapping[str, Any]) -> Plan:
-    """Return the plan for finishing a student with these settings, which are given as in `VARIANTS`."""
+    """Return the plan for finishing a student with these settings, in the form of `VARIANTS`."""
     own = dict(settings)
     rate, length = own.pop("rate", 1.0), own.pop("length", 1.0)
     changed = replace(

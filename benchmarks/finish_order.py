@@ -4,9 +4,9 @@
 
 Both orders start from the run's halved 2-step student. "At the end" halves this student to 1 step and finishes the
 result. "In the chain" first finishes the 2-step student, and then does the same. The settings are those of the run's
-recipe. Distances are relative to that of the teacher with 32 Heun steps. They are measured with new noise seeds in the
-features of the run's own classifier and of the perceptron in `independent.py`. `rmse`
-is the distance from the teacher's samples with the same noise.
+recipe. Distances are divided by that of the teacher with 32 Heun steps. They are measured with new noise seeds in the
+features of the run's own classifier and of the perceptron in `independent.py`. `rmse` is the distance from the
+teacher's samples for the same noise.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Measure a third-party teacher with 8, 50 and 1,000 steps, and the students that are distilled from it.
+"""Measure a third-party teacher with 8, 50 and 1,000 steps, and its students.
 
     python benchmarks/foreign_teacher.py ddpm_fashion.safetensors fashion-mnist/
 

@@ -4,11 +4,10 @@
 
 A run evaluates its models in the features of its own classifier, with noise seeds that start at 0. The plans were tuned
 on these results. This script trains a perceptron with hidden layers of 256 and 64 units on the run's labelled data. It
-then evaluates samples with other seeds in the 64 features of the perceptron. If a plan was changed after a look at such
-results, choose another --perceptron-seed and --first-seed. The table also contains the metrics in the run's own
+then evaluates samples with other seeds in the 64 features of the perceptron. If you have changed a plan after seeing
+such results, choose another --perceptron-seed and --first-seed. The table also contains the metrics in the run's own
 features with the new seeds. If several runs with different seeds are given, their values are averaged. Ratios are
-relative to the teacher at its best, which is the teacher with 256 DDIM steps or 32 Heun steps, whichever is better in
-the same features.
+relative to the teacher at its best, with 256 DDIM steps or 32 Heun steps, whichever is better in the same features.
 """
 
 import argparse
@@ -48,7 +47,7 @@ KEPT: Final = ("frechet", "recall", "coverage")
 
 @final
 class Perceptron(FeatureExtractor):
-    """The 64 features of a perceptron before its last nonlinearity and layer."""
+    """The 64 features before a perceptron's last nonlinearity and layer."""
 
     def __init__(self, x: Tensor, labels: Tensor, num_classes: int, seed: int = PERCEPTRON_SEED) -> None:
         with torch.random.fork_rng(devices=[]):

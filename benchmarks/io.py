@@ -1,4 +1,4 @@
-"""Measure the time to save and resume a checkpoint, compared with plain writes and reads, and its cost for a run.
+"""Measure the time to save and load checkpoints, compared with plain writes and reads, and their cost for a run.
 
     python benchmarks/io.py                   # the digits and the CIFAR-10 network
     python benchmarks/io.py --short
@@ -11,8 +11,8 @@ Four parts take turns:
 - `resume` verifies the checksums, reads the files and loads the state.
 
 `waits` is the part of `checkpoint` during which training waits for the state to be copied. The rest runs in the
-background. `costs` is the time that a checkpoint adds to the updates after it. The share of the time is for a run that
-saves a checkpoint every 60 seconds.
+background. `costs` is the time that a checkpoint adds to the updates after it. `costs / 60 s` is the share of the time
+in a run that saves a checkpoint every 60 seconds.
 
 `reading` is the number of images per second that a run opens, decodes and resizes for its batches. The images are in a
 folder that is too large for memory. All cores are used, and the machine has no other load.
@@ -42,7 +42,7 @@ BATCH = {"digits": 64, "cifar10": 16, "tiny": 8}
 
 
 def cost(trainer: StageTrainer, writer: CheckpointWriter, rounds: int, seconds: float) -> list[float]:
-    """Return the seconds that each checkpoint adds to a run that lasts longer than saving a checkpoint."""
+    """Return the seconds that each checkpoint adds to a series of updates that takes longer than saving it."""
     updates = trainer.run()
     next(updates)
     start = time.perf_counter()
@@ -88,7 +88,7 @@ def measured(name: str, batch: int, device: str, rounds: int, where: Path | None
                     tensor.clone()
 
         def save() -> None:
-            # As in a run, each checkpoint belongs to a different update.
+            # As in a run, each checkpoint is for a different update.
             trainer.update += 1
             waits.append(writer.save(trainer))
             writer.wait()
@@ -124,7 +124,7 @@ IMAGES = {"PNG": (32, 32), "JPEG": (256, 64)}
 
 
 def reading(kind: str, rounds: int, where: Path | None, count: int = 256) -> dict[str, Any]:
-    """Return the number of images per second that are read from files of one kind in the page cache."""
+    """Return the number of images read per second from files of one kind in the page cache."""
     side, size = IMAGES[kind]
     generator = torch.Generator().manual_seed(0)
     # The decoding time depends on the file size, so the noise is smoothed until the files are as large as photographs.

@@ -3,8 +3,8 @@
     python benchmarks/memory.py                   # the CIFAR-10 network
     python benchmarks/memory.py --short
 
-Every setting runs in a separate process, first with a tiny network, so that the libraries allocate their own memory,
-and then with the network. The parts are:
+Every setting runs in a separate process: first with a tiny network, so that the libraries allocate their own memory,
+and then with the network to measure. The parts are:
 
 - `weights` are those of the student, the moving average and the teacher before the first update of the last stage;
 - `moments` is the additional memory that remains after updates;
@@ -103,7 +103,7 @@ def chain_for(name: str, kind: str, setting: str, batch: int, updates: int, cpu:
 
 
 class Gauge:
-    """A gauge that measures the memory of this process or of the GPU, in bytes."""
+    """A gauge for the memory of this process or of the GPU, in bytes."""
 
     def __init__(self, device: str) -> None:
         self._cuda = device.startswith("cuda")

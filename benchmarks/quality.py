@@ -73,9 +73,7 @@ def plans(scale: Scale, new: Recipe) -> dict[str, Plan]:
 
 
 def naive_chain(bench: Bench, plan: Plan) -> Iterator[tuple[int, float, NetworkDenoiser]]:
-    """Train students as public re-implementations do. Yield the steps of each student, the seconds so far and the
-    student.
-    """
+    """Train students as public re-implementations do. Yield (number of steps, seconds so far, student)."""
     model = bench.model(bench.teacher)
     denoiser = model.denoiser
     assert isinstance(denoiser, NetworkDenoiser)
@@ -87,7 +85,7 @@ def naive_chain(bench: Bench, plan: Plan) -> Iterator[tuple[int, float, NetworkD
         return per_sample(alpha.float(), like), per_sample(sigma.float(), like)
 
     def called(network: NetworkDenoiser, x_t: Tensor, t: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
-        """Return x0 and the eps that is computed from x0."""
+        """Return x0, and eps computed from x0."""
         alpha, sigma = at(t, x_t)
         x0 = prediction.denoised(network.network(x_t, t, **cond), x_t, alpha, sigma).x0
         return x0, (x_t - alpha * x0) / sigma

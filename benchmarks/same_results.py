@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Run the six runs, and return the sha256 of each stage's weights and of the metrics of the first run, by name."""
+    """Execute the six runs, and return the sha256 of each stage's weights and of the first run's metrics, by name."""
     chain = folder / "chain"
     teacher = str(chain / "stages" / "00-denoise")
     halfstep("run", "digits", *SMALL, *TEACHER, "--out", str(chain))
@@ -166,7 +166,7 @@ def cut_and_resume(words: list[str], run: Path) -> None:
     while process.poll() is None and not list(run.glob("stages/01-*/checkpoint-0000001*")):
         time.sleep(0.01)
     if process.poll() is not None:
-        raise SystemExit("the run ended before it could be killed. Give it more updates")
+        raise SystemExit("the run ended before it could be killed. Increase its number of updates")
     process.send_signal(signal.SIGKILL)
     process.wait()
     check(command)

@@ -1,4 +1,4 @@
-"""Compare the images per second of halfstep, bare network calls and diffusers' DDIMPipeline at 1 to 256 steps.
+"""Compare the sampling speed of halfstep, bare network calls and diffusers' DDIMPipeline at 1 to 256 steps.
 
     python benchmarks/sample.py                   # the digits network at 1 to 256 steps, the CIFAR-10 network at 1 to 4
     python benchmarks/sample.py --short
@@ -20,10 +20,10 @@ from common import arguments, median, median_ratio, model_of, parsed, repeated, 
 from halfstep.hub import export_pipeline
 
 TIMES = 8
-"""The number of consecutive draws in a turn with more than FEW steps, and of the 4-step draws to compare with these."""
+"""The number of 4-step draws per turn that a draw with more than FEW steps is compared with."""
 
 FEW = 8
-"""The largest number of steps for which only one batch is drawn per turn."""
+"""The largest number of steps for which a turn has only one 4-step draw."""
 
 ROUNDS = {"digits": 240, "cifar10": 16, "tiny": 20}
 """The number of rounds with one step. With n steps, it is divided by n, but there are at least three rounds."""

@@ -7,10 +7,10 @@ python benchmarks/torture.py --short    a fifth of them
 
 The chain and the faults are those of the tests (tests/torture.py). The chain trains a teacher, two students and their
 finishes on points in the plane, saves a checkpoint at every third update, and measures each stage. Every fault occurs
-at a random moment. The weights and metrics of a completed run must match, bit for bit, those of an uninterrupted run
-with the same number of processes. The run must not leave checkpoint files behind, and each fault must have stopped the
-run with the right exit code. The first failure ends the test with an error. Finally, the script measures how much the
-memory grows in a stage with 2,060 updates and 206 checkpoints.
+at a random moment. The weights and metrics of a completed run must be bit-for-bit identical to those of an
+uninterrupted run with the same number of processes. The run must not leave checkpoint files behind, and each fault must
+have stopped the run with the right exit code. The first failure ends the test with an error. Finally, the script
+measures how much the memory grows in a stage with 2,060 updates and 206 checkpoints.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Draw docs/fashion.png from a measured run: one noise per column, the chain above the undistilled teacher.
+"""Draw docs/fashion.png from a measured run: one noise sample per column, the chain above the undistilled teacher.
 
 python docs/chain_picture.py runs/fashion_mnist docs/fashion.png
 """

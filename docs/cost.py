@@ -24,7 +24,7 @@ PEAK = 989e12
 SHARE = 0.35
 """Assumed utilisation of the peak: no GPU was available to measure it."""
 LINK = 50e9
-"""Assumed bytes per second that a device sends and receives in an all-reduce over a fast network between machines."""
+"""Assumed bytes per second that a device sends and receives in an all-reduce between machines with a fast network."""
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -20,7 +20,7 @@ def main() -> None:
     options = parser.parse_args()
     model = halfstep.load(options.stage)
     out = PRETRAINED / options.name
-    # The package does not contain the run's other stages and its files.
+    # The package contains neither the run's other stages nor its files.
     lineage = {"run": None, "parent": None, "teacher": None, "data": options.data, "stage": options.name}
     manifest: Manifest = model.manifest.model_copy(update=lineage)
     save_stage(StageFolder(out), model.denoiser.half(), manifest)

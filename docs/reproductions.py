@@ -2,11 +2,12 @@
 
 To publish a study, run it (`halfstep study table1 --scale smoke`), copy its study.json to
 docs/results/studies/table1-smoke.json, describe its findings and their limits in docs/reproductions/table1.md, and run
-`python docs/reproductions.py`. Tables and figures are generated only from the JSON, so they always agree with it.
+`python docs/reproductions.py`. The numbers in tables and figures come only from the JSON, so they always agree with it.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ halfstep study table1 --scale smoke
 ```
 
 Each of the paper's tables and figures is a study: a resumable set of runs, summarised in a table and a figure. The
-scales `small` and `paper` are larger. `docs/reproductions.py` generates this page from the studies' JSON
+scales `small` and `paper` are larger than `smoke`. `docs/reproductions.py` generates this page from the studies' JSON
 (`docs/results/studies/`); only the comparisons with the paper are written by hand. The last study,
-`roads`, is not from the paper: it compares methods of distillation.
+`roads`, is not from the paper: it compares distillation methods.
 
-The paper's values are shown next to ours if they are known. The paper's values are FIDs with Inception features on
-CIFAR-10 or ImageNet. Ours are distances in the features of a small classifier, on other data. Compare rankings and
-ratios, not absolute values. A value is only attributed to the paper if a source confirms it.
+Where the paper's values are known, they are shown next to ours. They are FIDs with Inception features on CIFAR-10 or
+ImageNet. Ours are distances in the features of a small classifier, on other data. Compare rankings and ratios, not
+absolute values. A value is only attributed to the paper if a source confirms it.
 
 Run so far: {run}. Not run yet (`small` and `paper` need a GPU): {missing}.
 """
@@ -41,8 +42,8 @@ def head(name: str) -> list[str]:
     return [f"## {study.title}", "", f"*{study.question}*", "", comment, ""]
 
 
-def section(name: str, held: dict[str, Any], figure: str) -> str:
-    """Return a study's section of the page."""
+def section(name: str, held: dict[str, Any], notes: Sequence[str], figure: str) -> str:
+    """Return a study's section of the page, with these notes below its table."""
     study = studies[name]()
     environment = held["environment"]
     return "\n".join(
@@ -50,7 +51,7 @@ def section(name: str, held: dict[str, Any], figure: str) -> str:
             *head(name),
             f"![{study.title}: our results, and the paper's where they are known]({figure})",
             "",
-            Table.from_json(held["table"]).markdown(),
+            Table.from_json(held["table"])._replace(notes=notes).markdown(),
             f"Command: `halfstep study {name} --scale {held['scale']['name']}`, {spent(held['seconds'])} on "
             f"{environment['cpu_count']} CPU cores ({environment['device']}), without the results "
             "that it shares with other studies; torch "
@@ -77,13 +78,14 @@ def page(figures: Path) -> str:
                 continue
             held = json.loads(file.read_text(encoding="utf-8"))
             if held["scale"] != scale().as_data(studies[name].uses):
-                raise SystemExit(f"{file} was made with other settings of the scale {scale_name}. Run the study again")
+                raise SystemExit(f"{file} was run with different settings of {scale_name}. Rerun the study")
             run.append(f"{name} ({scale_name})")
             figures.mkdir(parents=True, exist_ok=True)
             rows = [Finding(row["axes"], row["figures"]) for row in held["rows"]]
             draw_panels(studies[name]().panels(rows, scale()), figures / f"{name}-{scale_name}")
             (figures / f"{name}-{scale_name}.png").unlink()
-            parts.append(section(name, held, f"studies/{name}-{scale_name}.svg"))
+            notes = studies[name]().table(rows, scale()).notes
+            parts.append(section(name, held, notes, f"studies/{name}-{scale_name}.svg"))
         if not any(one.startswith(f"{name} ") for one in run):
             parts.append("\n".join(head(name)))
     return HEAD.format(run=", ".join(run) or "none", missing=", ".join(missing) or "none") + "\n" + "\n".join(parts)

@@ -1,4 +1,4 @@
-"""Write the table of published sizes in docs/pages/pipelines.md, with the counts of `halfstep distill NAME --dry-run`.
+"""Write the memory table in docs/pages/pipelines.md from the estimates of `halfstep distill NAME --dry-run`.
 
 python docs/sizes.py
 """
@@ -21,7 +21,7 @@ ROWS = {
     "LoRA over float32": LORA,
     **{f"LoRA over {name}": [*LORA, "--base-precision", name] for name in ("bf16", "int8", "nf4")},
 }
-"""Kinds of students, and their options."""
+"""The options for each kind of student."""
 
 
 def counted(name: str, words: list[str]) -> dict[str, Any]:

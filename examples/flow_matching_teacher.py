@@ -18,7 +18,7 @@ def rings(number: int, seed: int) -> torch.Tensor:
 
 
 def main(teacher_updates: int = 3000, student_updates: int = 1000, shift: float = 2.0) -> tuple[float, float]:
-    """Return how far the 4-step student and the undistilled teacher with 4 steps are from the teacher with 64 steps."""
+    """Return the RMSE from the 64-step teacher's samples for the student and the teacher, both with 4 steps."""
     torch.manual_seed(0)
     points = rings(4096, seed=0)
     # x_t = (1 - s) x0 + s eps, where s = shift t / (1 + (shift - 1) t). The network predicts eps - x0.

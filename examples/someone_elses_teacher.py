@@ -61,7 +61,7 @@ def students(teacher: halfstep.Denoiser, data: halfstep.Data, updates: int, batc
 
 
 def main(weights: str, images: str, updates: int = 400, batch: int = 16, number: int = 500) -> dict[str, float]:
-    """Return the distances from the data. Also print the RMSE to the 50-step teacher, starting from the same noise."""
+    """Return the distances from the data. Also print the RMSE to the 50-step teacher's samples from the same noise."""
     data, labelled = (halfstep.open_data(halfstep.DataConfig(source=images, labels=kept)) for kept in (False, True))
     teacher = halfstep.Clipped(halfstep.NetworkDenoiser(Theirs(weights), halfstep.VPTable(), halfstep.Eps()))
     models = {"teacher, 50": teacher, "teacher, 8": teacher} | students(teacher, data, updates, batch)

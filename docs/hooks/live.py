@@ -1,7 +1,7 @@
 """Embed the web page of the packaged student in the home page, where it samples in the reader's browser.
 
-The export needs onnxruntime-web, from the cache or once from the npm registry. Without it, the home page keeps the
-picture between the two marks in index.md.
+The export takes onnxruntime-web from the cache, or downloads it once from the npm registry. If neither is possible, the
+home page keeps the picture between the two marks in index.md.
 """
 
 import logging

@@ -103,18 +103,18 @@ def test_dinov2_is_the_class_token_of_transformers_model(tmp_path: Path) -> None
         expected = model(shown).pooler_output
     torch.testing.assert_close(extractor.features(images), expected, rtol=1e-4, atol=1e-4)
     assert extractor.logits(expected) is None
-    with pytest.raises(ValueError, match="no DINOv2 model could be loaded from there"):
+    with pytest.raises(ValueError, match="cannot load a DINOv2 model"):
         extractor_for(f"dinov2={tmp_path}/none", _real_data())
     # If the network differs, transformers draws missing weights at random.
     other = transformers.Dinov2WithRegistersConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
     )
     transformers.Dinov2WithRegistersModel(other).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="its weights belong to another network"):
+    with pytest.raises(ValueError, match="its weights are for a different network"):
         extractor_for(f"dinov2={tmp_path / 'other'}", _real_data())
     cut = tmp_path / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:100])
-    with pytest.raises(ValueError, match="no DINOv2 model could be loaded from there"):
+    with pytest.raises(ValueError, match="cannot load a DINOv2 model"):
         extractor_for(f"dinov2={tmp_path}", _real_data())
 
 
@@ -157,7 +157,7 @@ def test_inception_is_torch_fidelitys_network_on_the_same_pixels(
 @pytest.mark.usefixtures("_fidelity")
 def test_the_page_and_the_message_say_how_to_convert_the_published_weights() -> None:
     url = network_module().URL_INCEPTION_V3
-    with pytest.raises(ValueError, match="Give inception=PATH, a safetensors file") as caught:
+    with pytest.raises(ValueError, match="Set inception=PATH, where PATH is a safetensors file") as caught:
         extractor_for("inception", _real_data())
     page = (Path(__file__).parents[2] / "docs" / "pages" / "measuring.md").read_text()
     for part in (url, conversion(Path(Path(url).name))):

@@ -46,7 +46,7 @@ def recipe(**evaluation: object) -> Recipe:
         (arrays(1, 2), "auto", "mine.npy contains only 1 sample.*--evaluation.no-enabled"),
         (arrays(30, 2), "classifier", "need labels.*--evaluation.features pixels"),
         (arrays(30, 2), "resnet20-cifar10=/no/such/file", "no such file"),
-        (arrays(30, 2), "dinov2=/no/such/folder", "no DINOv2 model"),
+        (arrays(30, 2), "dinov2=/no/such/folder", "cannot load a DINOv2 model"),
     ],
 )
 def test_impossible_measurements_are_rejected_before_training(data, features, words):

@@ -210,7 +210,7 @@ def test_a_damaged_cell_is_measured_again_with_a_line(path: Path, made: Path, da
         stage(path, name).metrics_path.unlink()
         for file in stage(path, name).samples.iterdir():
             file.unlink()
-    with pytest.warns(HalfstepWarning, match="it is measured again"):
+    with pytest.warns(HalfstepWarning, match="it will be recomputed"):
         finish(SPEC, path)
     for name in (FIRST, SECOND):
         mine, true = (stage(place, name).metrics().model_dump()["results"] for place in (path, made / "uncut"))  # type: ignore[union-attr]

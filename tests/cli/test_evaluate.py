@@ -427,7 +427,7 @@ def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_p
         (["evaluate", toy, "--extractors", "pixel"], "unknown feature extractor 'pixel'; did you mean 'pixels'?"),
         (["evaluate", toy, "--extractors", "pixels=x"], "do not take a file"),
         (["evaluate", toy, "--extractors", "classifier"], "need labels"),
-        (["evaluate", str(digits_run), "--extractors", resnet], f"Give {resnet}=PATH"),
+        (["evaluate", str(digits_run), "--extractors", resnet], f"Set {resnet}=PATH"),
         (["evaluate", str(digits_run), "--extractors", f"{resnet}={tmp_path}/no"], "no such file"),
         (
             ["evaluate", str(digits_run), "--extractors", f"{resnet}={tmp_path}/weights.safetensors"],
@@ -435,7 +435,7 @@ def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_p
         ),
         (
             ["evaluate", str(digits_run), "--extractors", f"dinov2={tmp_path}"],
-            "no DINOv2 model could be loaded from there",
+            "cannot load a DINOv2 model",
         ),
         (["evaluate", str(digits_run), "--data", f"{toy_run.parent}/toy.npy"], "generates images in [-1, 1], but"),
         (["evaluate", str(digits_run), "--data", f"{tmp_path}/other.npz"], "has samples of shape [1, 8, 8], but"),

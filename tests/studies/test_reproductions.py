@@ -46,7 +46,7 @@ def test_a_result_of_other_settings_is_not_published(generator: ModuleType, tmp_
     files[0].write_text(json.dumps(held), encoding="utf-8")
     generator.DOCS, before = tmp_path, generator.DOCS
     try:
-        with pytest.raises(SystemExit, match="was made with other settings of the scale"):
+        with pytest.raises(SystemExit, match="was run with different settings of smoke"):
             generator.page(tmp_path / "figures")
     finally:
         generator.DOCS = before

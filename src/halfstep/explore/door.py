@@ -1,7 +1,7 @@
 """A filter that passes only the requests that the explorer's page needs.
 
 gradio also accepts uploads, serves files, fetches from other hosts and collects usage data. `Door` serves only `PATHS`,
-makes browsers block other hosts, and refuses requests with a host name other than this machine's, which prevents DNS
+makes browsers block other hosts, and refuses requests for host names other than this machine's, which prevents DNS
 rebinding.
 """
 
@@ -19,7 +19,7 @@ from halfstep.runtime.terminal import one_line
 LARGEST_BODY: Final = 64 * 1024
 """Maximum size of a request in bytes."""
 PATIENCE: Final = 10.0
-"""Number of seconds that a client has to send the headers, to send the body, or to read more of the response."""
+"""Seconds that a client has to send the headers, to send the body, or to read more of the response."""
 PATHS: Final = re.compile(
     r"/(|config|theme\.css|favicon\.ico|(assets|static)/.*"
     r"|gradio_api/(info|app_id|theme\.css|startup-events|queue/(join|data)|heartbeat/\w+|call/(compare|strip|walk)(/\w+)?|cancel|reset))/?"

@@ -1,6 +1,6 @@
 """The explorer's backend, which samples a run's models from the same noise, subject to limits.
 
-Every value in a request is checked here. Error messages are a single line, and no value is used as a path. Models are
+Every value in a request is checked here. Error messages fit on one line, and no value is used as a path. Models are
 loaded from safetensors files, and requests are served one at a time.
 """
 
@@ -29,9 +29,9 @@ from halfstep.runtime.files import DamagedFile
 from halfstep.samplers import trajectory
 
 KEPT_BYTES = 2 * 2**30
-"""Maximum size in bytes of the weights in memory. If it is exceeded, the least recently used models are dropped."""
+"""Maximum size in bytes of the weights in memory. If it is exceeded, the least recently used models are unloaded."""
 LARGEST_SEED = 2**53
-"""The largest seed, because JSON numbers are exact for integers up to this value."""
+"""The largest seed. JSON numbers are exact for integers up to this value."""
 
 
 class Unreadable(ValueError):

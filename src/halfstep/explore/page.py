@@ -1,4 +1,4 @@
-"""The explorer's page, which uses gradio to show an `Explorer` and is filtered by a `Door`.
+"""The explorer's page: a gradio interface to an `Explorer`, behind a `Door`.
 
 Images are embedded in the responses, so no files are written.
 """
@@ -72,7 +72,7 @@ def serve(
             log_level="warning",
             access_log=False,
             ws="none",
-            # Sampling and reading a response may take a long time, so this closes only connections without a request.
+            # Closes only connections without a request, because sampling and reading a response may take a long time.
             timeout_keep_alive=int(door.PATIENCE),
             timeout_graceful_shutdown=1,
         )
@@ -177,7 +177,7 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
         call.__doc__ = label
         return call
 
-    # When gradio itself checks a value, it prints a traceback. The explorer's message is clearer.
+    # gradio's own checks print tracebacks. The explorer's messages are clearer.
     unchecked: dict[str, Any] = {"filterable": False, "allow_custom_value": True}
     together = {"concurrency_limit": 1, "concurrency_id": "models"}
     silent = {"api_visibility": "private", "show_progress": "hidden"}

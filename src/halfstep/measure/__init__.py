@@ -1,1 +1,1 @@
-"""Samples of models, and metrics of these samples. Both are computed once and then stored."""
+"""Samples and their metrics, which are computed once and then stored."""

@@ -23,7 +23,7 @@ from halfstep.runtime.files import InUse, json_digest, sweep, write_sealed
 
 
 class Entry(NamedTuple):
-    """A source with a given number of steps. An entry is one row of every table."""
+    """One row of every table: a source with a given number of steps."""
 
     series: str
     stage: str | None
@@ -54,7 +54,7 @@ class CurveSpec:
     """The number of sets of seeds. Set k starts at seed k * num_samples."""
     guidance_scale: float | None = None
     teacher: Entry | None = None
-    """The model that all other models are compared with, starting from the same noise."""
+    """The model that all other models are compared with, from the same noise."""
     notices: Sequence[str] = ()
     run: str | None = None
     """The value of `Manifest.run` in the measured run."""
@@ -71,7 +71,7 @@ class CurveSpec:
 
 
 class CellDone(NamedTuple):
-    """A report that a cell has been measured."""
+    """An event for each measured cell."""
 
     entry: Entry
     cell: Cell
@@ -83,7 +83,7 @@ class CellDone(NamedTuple):
 
 @final
 class Curve:
-    """Runs an evaluation, and writes the result to the folder `out`. The work is shared by all processes."""
+    """An evaluation that writes its result to the folder `out`. All processes share the work."""
 
     def __init__(self, spec: CurveSpec, store: Store, out: Path) -> None:
         self.spec, self.store, self.out = spec, store, out
@@ -92,7 +92,7 @@ class Curve:
         self._seconds = 0.0
         self.cells = [(entry, spec.cells(entry)[k]) for k in range(spec.num_seeds) for entry in spec.entries]
         self.result: EvaluationResult | None = None
-        """The result that was written last, or None on processes that do not write."""
+        """The last result written, or None on processes that do not write."""
 
     def run(self) -> Iterator[CellDone]:
         """Measure all missing cells, and update evaluation.json after each one.
@@ -100,7 +100,7 @@ class Curve:
         Raises:
             InUse: if another process is writing to the folder.
             NonFinite: if no cell has finite samples.
-            Interrupted: if a stop was requested. The cells that have been measured are kept.
+            Interrupted: if a stop was requested. Measured cells are kept.
         """
         lock = FileLock(self.out / ".lock")
 
@@ -130,7 +130,7 @@ class Curve:
             part = self.cells[first : first + at_once]
             there = [store.facts(c) is not None and all(store.kept(c, one) for one in against) for _, c in part]
             store.measure([cell for _, cell in part], against)
-            # Existing cells take no time, so writing the file after each of them would take most of the time.
+            # Existing cells take no time, so writing the file after each one would dominate the run time.
             if not all(there) or monotonic() - written > 5:
                 store.processes.on_main(partial(self._write, complete=False))
                 written = monotonic()
@@ -147,7 +147,7 @@ class Curve:
         store.processes.on_main(partial(self._write, complete))
 
     def _bases(self) -> list[tuple[Cell, SameNoise]]:
-        """Return the teacher's cell for each set of seeds, and the comparisons of the other cells with it."""
+        """Return the teacher's cell for each set of seeds, and the reference for comparing other cells with it."""
         spec = self.spec
         cells = [] if spec.teacher is None else spec.cells(spec.teacher)
         return [(base, SameNoise(base, spec.references[0].data.shape)) for base in cells]
@@ -191,7 +191,7 @@ class Curve:
         write_sealed(self.out / "evaluation.json", self.result.model_dump(mode="json"))
 
     def _counted(self, kept: Kept) -> Kept:
-        """Add the time that these metrics took, and a notice for each missing metric."""
+        """Return the metrics after recording their time and a notice for each missing metric."""
         self._notices += kept.missing
         self._seconds += kept.seconds
         return kept
@@ -204,7 +204,7 @@ class Curve:
         return [kept for cell, one in pairs if (kept := self.store.kept(cell, one)) is not None]
 
     def _chosen(self) -> list[Entry]:
-        """Return the entries to show. If some differ only in gamma, only the best one in the first table is shown."""
+        """Return the entries to show. Among entries that differ only in gamma, the best in the first table is shown."""
         best: dict[tuple[str, int | None], tuple[float, Entry]] = {}
         chosen = [entry for entry in self.spec.entries if entry.gamma is None]
         for entry in self.spec.entries:

@@ -1,7 +1,7 @@
-"""The settings for measuring models, and the real data that samples are compared with.
+"""Evaluation settings, and the real data that samples are compared with.
 
-Images are measured as they would be saved, that is, rounded to uint8. The seeds are 0, 1, 2, ..., so all models of a
-chain start from the same noise.
+Images are rounded to uint8 before they are measured, as when they are saved. The seeds are 0, 1, 2, ..., so all models
+of a chain start from the same noise.
 """
 
 import re
@@ -40,15 +40,15 @@ if TYPE_CHECKING:
     from halfstep.measure.store import Cell
 
 MOST_SAMPLES: Final = 1_000_000
-"""The maximum number of samples in a set, which is twenty times the usual number."""
+"""The maximum number of samples in a set, twenty times the usual 50,000."""
 FIGURES_FORMAT: Final = 1
-"""The version of the stored metrics. Increment it when a metric changes, so that old results are measured again."""
+"""The version of the stored metrics. Increment it when a metric changes, so that old results are recomputed."""
 
 
 @final
 @dataclass(frozen=True)
 class Evaluation:
-    """The settings for measuring each model of the chain.
+    """The settings for evaluating the models of a chain.
 
     Raises:
         ValueError: if a count is out of range or the features are unknown.
@@ -70,13 +70,13 @@ class Evaluation:
     num_shown: int = 64
     """Number of samples to store with each stage for viewing."""
     batch_size: int | None = None
-    """Samples per batch; by default, a large number, which is halved until a batch fits into memory."""
+    """Samples per batch; by default, a large batch, halved until it fits."""
     precision: Literal["float32", "bf16"] = "float32"
-    """bf16 draws samples in bfloat16, which is faster but makes the evaluation a separate protocol."""
+    """bf16 samples in bfloat16, which is faster but a separate protocol."""
     teacher_steps: tuple[int, ...] = ()
-    """Additional step counts for the undistilled teacher, besides those of the chain's start and the students."""
+    """Additional step counts for the undistilled teacher."""
     teacher_heun_steps: tuple[int, ...] = (32,)
-    """Step counts for sampling from the undistilled teacher with Heun's method."""
+    """Step counts for the undistilled teacher with Heun's method."""
 
     def __post_init__(self) -> None:
         check_switch("evaluation.enabled", self.enabled)
@@ -98,7 +98,7 @@ class Evaluation:
 
 
 class Method(NamedTuple):
-    """A sampler, and the number of steps that it takes."""
+    """A sampler and its number of steps."""
 
     sampler: Sampler
     num_steps: int
@@ -122,7 +122,7 @@ def finest(methods: Sequence[Method]) -> Method:
 
 
 def features_for(data: Data, evaluation: Evaluation) -> str:
-    """Return the name of the features for the evaluation, with `auto` resolved."""
+    """Return the name of the evaluation's features, with `auto` resolved."""
     if evaluation.features != "auto":
         return evaluation.features
     return "classifier" if data.num_classes > 1 and len(data) >= LEAST else "pixels"
@@ -148,9 +148,9 @@ def check_measurable(data: Data, evaluation: Evaluation) -> None:
 
 def few_samples(extractor: str, num_samples: int, num_reference: int, size: int) -> str | None:
     """Return a warning if there are too few samples for a Frechet distance in `size` dimensions, otherwise None."""
-    where = f"In {extractor}, the Frechet distance from {num_samples:,} samples to {num_reference:,} real samples"
+    where = f"With {extractor}, the Frechet distance from {num_samples:,} samples to {num_reference:,} real samples"
     if too_few(num_samples, num_reference, size):
-        needed = f"{size} dimensions need more than {size} samples of each kind, preferably {10 * size}"
+        needed = f"{size} dimensions need more than {size} samples in each set, preferably {10 * size}"
         return f"{where} is unreliable: {needed}. Use KID instead."
     # By convention, the bias with 50,000 samples is ignored.
     if min(num_samples, num_reference) < 50_000:
@@ -165,7 +165,7 @@ class Against(ABC):
     """The reference that a set of samples is compared with."""
 
     name: str
-    """Part of the file names. It identifies everything besides the samples that the metrics depend on."""
+    """Part of the file names, which identifies all inputs of the metrics other than the samples."""
     needs: Sequence["Cell"] = ()
     """The cells whose samples `figures` needs."""
 
@@ -176,7 +176,7 @@ class Against(ABC):
 
 @final
 class Reference(Against):
-    """The features of the real data, and their extractor. `cache` is a folder that keeps features and classifiers."""
+    """The features of the real data, and their extractor. `cache` is a folder for features and classifiers."""
 
     def __init__(
         self, data: Data, evaluation: Evaluation, cache: Path | None = None, device: torch.device | str = "cpu"

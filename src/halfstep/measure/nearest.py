@@ -1,7 +1,7 @@
 """The training samples nearest to a model's samples, which show whether the model has memorised its training data.
 
-A distance is the root mean square difference over all values, at the scale of x0 ([-1, 1] for images). A copy has a
-distance of 0. For comparison, `real` contains the distances from training samples to the nearest other training sample.
+A distance is the root mean square difference over all values, on the scale of x0 ([-1, 1] for images), so a copy has
+distance 0. For comparison, `real` contains the distances from training samples to the nearest other training sample.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ MOST_VALUES = 200_000_000
 NUM_REAL = 256
 """The maximum number of training samples for which `real` contains a distance."""
 CHUNK = 16_000_000
-"""The number of training values that are held in memory at a time."""
+"""The number of training values to load at a time."""
 
 
 @final
@@ -33,7 +33,7 @@ class Neighbours:
     distances: Tensor
     """The distances to the training samples, float64 `[n, k]`, in ascending order."""
     real: Tensor
-    """Distances, float64 `[m]`, from some training samples to their nearest neighbours; empty for a single sample."""
+    """Distances, float64 `[m]`, from some training samples to their nearest neighbours; empty for one-sample data."""
     num_searched: int
     """The number of training samples that were searched."""
 
@@ -84,7 +84,7 @@ def nearest_samples(data: Data, x0: Tensor, k: int = 3, flip: bool = False) -> N
 
 
 class _Best:
-    """The k rows found so far that are nearest to each sample in `query` `[n, *shape]`."""
+    """The k nearest rows found so far for each sample in `query` `[n, *shape]`."""
 
     def __init__(self, query: Tensor, k: int) -> None:
         self.query, self.k = query, k
@@ -98,7 +98,7 @@ class _Best:
         self.rows = rows.gather(1, order)
 
     def exact(self, data: Data) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the rows, distances and samples, nearest first. Distances are recomputed with higher precision."""
+        """Return the rows, distances and samples, nearest first, with distances recomputed in higher precision."""
         found = data.fetch(self.rows.flatten()).x0.view(*self.rows.shape, *data.shape)
         distances = (found.double() - self.query.double()[:, None]).flatten(2).square().mean(2).sqrt()
         distances, order = distances.sort(dim=1, stable=True)

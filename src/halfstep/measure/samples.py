@@ -27,7 +27,7 @@ def grid_image(pixels: np.ndarray) -> Image.Image:
     count, height, width, channels = pixels.shape
     across = math.ceil(math.sqrt(count))
     down = math.ceil(count / across)
-    # A white line of one pixel separates the images.
+    # A one-pixel white line separates the images.
     canvas = np.full((down * (height + 1) - 1, across * (width + 1) - 1, channels), 255, np.uint8)
     for index, picture in enumerate(pixels):
         top, left = (index // across) * (height + 1), (index % across) * (width + 1)

@@ -23,7 +23,7 @@ def weights_of(manifest: Manifest) -> str:
 
 
 def sampler_of(manifest: Manifest) -> Sampler:
-    """Return the sampler that a model was distilled for, which is also the default for measuring it."""
+    """Return the sampler that a model was distilled for, which is also the default for its evaluation."""
     sampler: Sampler = samplers.rebuild(manifest.outcome.sampler)
     return sampler
 
@@ -40,7 +40,7 @@ class Drawn(NamedTuple):
 
 
 class Source(ABC):
-    """A source of samples, each of which is determined by its seed."""
+    """A source of samples. A seed always produces the same sample."""
 
     name: str
     """The prefix of the source's cell names."""
@@ -51,7 +51,7 @@ class Source(ABC):
     @property
     @abstractmethod
     def content(self) -> dict[str, Any]:
-        """Everything that the sample for a seed depends on, except the number of steps, as JSON values."""
+        """The inputs other than the seed and the number of steps that determine a sample, as JSON values."""
 
     @abstractmethod
     def draw(self, num_steps: int | None, seeds: range, batch_size: int | None) -> Drawn:
@@ -69,7 +69,7 @@ class ModelSource(Source):
     Args:
         load: loads the model onto `device`.
         data: the source of the model's conditions (captions, latents), if the model takes any.
-        name: the name of the model; by default, the stage of the model.
+        name: the model's name; by default, its stage.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class ModelSource(Source):
     def draw(self, num_steps: int | None, seeds: range, batch_size: int | None) -> Drawn:
         model = self._ready(seeds[:1])
         with warnings.catch_warnings():
-            # Models are also measured at step counts for which they were not distilled.
+            # Models are also measured at step counts that they were not distilled for.
             warnings.simplefilter("ignore", HalfstepWarning)
             cond = self._cond(model, seeds)
             start = time.perf_counter()
@@ -122,7 +122,7 @@ class ModelSource(Source):
         return Drawn(x0, seconds, model.num_evals(self.sampler, num_steps, self._guidance_scale))
 
     def _cond(self, model: Model, seeds: range) -> dict[str, Tensor]:
-        """Return, for each seed, the conditions of sample `seed % len(data)` of the data, if the model takes any."""
+        """Return the conditions of data sample `seed % len(data)` for each seed, or {} if the model takes none."""
         data = self._conditions
         if data is None:
             return {}
@@ -133,7 +133,7 @@ class ModelSource(Source):
         return {name: cond[name] for name in model.manifest.conditions}
 
     def _ready(self, seeds: range) -> Model:
-        """Load the model, warm it up so that the slower first call is not timed, and return it."""
+        """Return the model, loaded and warmed up on first use so that the slower first call is not timed."""
         if self._model is None:
             self._model = self._load()
             self._model.warm_up(self._cond(self._model, seeds), self._precision)

@@ -1,7 +1,7 @@
 """The store of samples and metrics that runs, `halfstep evaluate` and the studies use.
 
-A *cell* is a source with a given number of steps and a given set of seeds. The samples of a cell are stored, so that
-other extractors can use them too, and the metrics of a cell (figures) are stored for each protocol:
+A *cell* is a source with a given number of steps and a given set of seeds. Its samples are stored so that other
+extractors can reuse them, and its metrics (figures) are stored once per protocol:
 
 FOLDER/
   cells/NAME/                 one cell; complete or absent
@@ -9,8 +9,7 @@ FOLDER/
       samples.npz             arr_0: uint8 [n, h, w, c] for images, float32 [n, *dims] otherwise
   figures/NAME.json           the metrics of one cell in one protocol
 
-Each NAME contains a hash of everything that the content depends on. The cells for a run's models are stored in
-RUN/evaluation.
+Each NAME contains a hash of everything that the content depends on. A run's cells are stored in RUN/evaluation.
 """
 
 import json
@@ -86,7 +85,7 @@ def seeds_name(seeds: range) -> str:
 
 @final
 class SameNoise(Against):
-    """The samples of another cell, which start from the same noise."""
+    """Another cell's samples from the same noise, as the reference."""
 
     def __init__(self, base: Cell, shape: Sequence[int]) -> None:
         self.needs = (base,)
@@ -112,9 +111,9 @@ KEPT: Final = TypeAdapter(Kept)
 
 @final
 class Store:
-    """The samples and metrics in a folder, which are computed if they are missing.
+    """A folder of samples and metrics, which are computed if they are missing.
 
-    If there are several processes, all of them must make the same calls. They share the work, and rank 0 writes files.
+    With several processes, all ranks must make the same calls. They share the work, and rank 0 writes the files.
 
     Args:
         batch_size: the number of samples per batch; by default, an eighth of a cell, but at most `Source.at_once`. The
@@ -134,7 +133,7 @@ class Store:
         self.folder, self.batch_size, self._own_device = folder, batch_size, own_device
         self.processes, self._stop = processes or Processes(), stop
         self.pace = [device_name(), torch.get_num_threads()]
-        """Everything that the sampling time depends on, except the model."""
+        """The factors other than the model that affect the sampling time."""
         self.broken: dict[str, str] = {}
         """Messages about cells with non-finite samples, by cell name."""
         self._held: dict[str, Tensor] = {}
@@ -150,7 +149,7 @@ class Store:
         return facts if not self._own_device or facts["pace"][0] == self.pace[0] else None
 
     def samples(self, cell: Cell) -> Tensor:
-        """Return the samples `[n, *shape]` of a filled cell for measuring, with images rounded to uint8.
+        """Return the samples `[n, *shape]` of a filled cell for evaluation, with images rounded to uint8.
 
         Raises:
             DamagedFile: if the samples cannot be read.
@@ -233,7 +232,7 @@ class Store:
         }
         self._held.pop(cell.name, None)
         if self.facts(cell) is None:
-            # Existing metrics may belong to samples from another device.
+            # Existing metrics may be for samples from another device.
             for file in self.folder.glob(f"figures/{cell.name}-*.json"):
                 file.unlink()
         with replacing_folder(self._path(cell)) as folder:
@@ -245,7 +244,7 @@ class Store:
     # --- Figures ---
 
     def measure(self, cells: Sequence[Cell], against: Sequence[Against]) -> None:
-        """Measure all missing metrics, except those that need samples of `broken` cells.
+        """Compute all missing metrics, except those that need samples of `broken` cells.
 
         In each round, every process measures one cell against one reference, and then the results are written.
 
@@ -287,7 +286,7 @@ class Store:
         return Kept(**held)
 
     def result(self, cell: Cell, reference: Reference) -> Result:
-        """Measure the cell of a model, and return the metrics as a row of metrics.json.
+        """Measure a model's cell, and return the metrics as a row of metrics.json.
 
         Raises:
             NonFinite: if a sample is not finite.
@@ -343,7 +342,7 @@ def _read_or_warn(file: Path) -> dict[str, Any] | None:
 
 
 def _warn(error: DamagedFile) -> None:
-    warnings.warn(f"{error}; it is measured again", HalfstepWarning, stacklevel=4)
+    warnings.warn(f"{error}; it will be recomputed", HalfstepWarning, stacklevel=4)
 
 
 def _timed(make: Callable[[], Figures]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Metrics of samples, and the feature extractors that these metrics use."""
+"""Metrics for samples, and the feature extractors that they use."""
 
 from halfstep.metrics.catalogue import METRICS, Figures, figures_of, figures_of_halves, paired_figures
 from halfstep.metrics.classifier import CLASSIFIER, LEAST, Classifier, check_classes, train_classifier

@@ -39,8 +39,8 @@ METRICS: Final[Mapping[str, MetricInfo]] = {
         "Certainty of the extractor's classifier about each sample, combined with the diversity of the predicted "
         "classes.",
     ),
-    "precision": _higher("precision", "Share of the samples that lie in a neighbourhood of the real data."),
-    "recall": _higher("recall", "Share of the real data that lies in a neighbourhood of the samples."),
+    "precision": _higher("precision", "Share of the samples that are in the neighbourhood of a real sample."),
+    "recall": _higher("recall", "Share of the real data that is in the neighbourhood of a sample."),
     "density": _higher(
         "density", "Number of real neighbourhoods that contain a sample, divided by the expected number; may exceed 1."
     ),
@@ -49,7 +49,7 @@ METRICS: Final[Mapping[str, MetricInfo]] = {
         "sliced Wasserstein", "Mean Wasserstein-1 distance between features projected on 128 fixed random directions."
     ),
     "rmse": _lower("RMSE to teacher", "Root mean square difference to the teacher's samples from the same noise."),
-    "psnr": _higher("PSNR to teacher, dB", "The same difference, expressed in decibels below the pixel range."),
+    "psnr": _higher("PSNR to teacher, dB", "The same difference in decibels, relative to the pixel range."),
     "ssim": _higher(
         "SSIM to teacher", "Structural similarity to the teacher's images from the same noise; 1 for equal images."
     ),

@@ -12,8 +12,8 @@ from halfstep.metrics.features import FeatureExtractor, RealData, extractors, in
 from halfstep.runtime.tensors import digest_of, read_cached, write_cached
 
 CLASSIFIER: Final = "classifier-1"
-"""A name for the classifier's architecture and training. Increment the number in it when either changes, because
-metrics from before and after the change are not comparable."""
+"""The version of the classifier's architecture and training. Increment the number when either changes, because metrics
+from before and after the change are not comparable."""
 LEAST: Final = 20
 """The minimum number of samples for training a classifier."""
 BATCH: Final = 128
@@ -92,11 +92,11 @@ def train_classifier(
 ) -> Classifier:
     """Train a classifier on `x` `[n, *dims]` with int64 `labels` `[n]`. On a given machine, training is deterministic.
 
-    A tenth of the data is held out to measure the accuracy. The name of the extractor consists of `name` and a hash of
-    the weights.
+    A tenth of the data is held out to measure the accuracy. The extractor's name is `name` plus a hash of the
+    weights.
 
     Args:
-        cache: the safetensors file in which the weights are cached, with a name that is unique to the data.
+        cache: the safetensors file that caches the weights. Its name must be unique to the data.
         num_updates: the number of updates; by default, 4 epochs, but at least 300 and at most 3,000 updates.
 
     Raises:

@@ -21,7 +21,7 @@ DEFAULT: Final = "facebook/dinov2-large"
 @final
 @extractors.register("dinov2")
 class DINOv2(NetworkFeatures):
-    """The class token of DINOv2, computed with transformers; in dinov2=NAME, NAME is a folder or a model on the Hub.
+    """The class token of DINOv2, from transformers; NAME in dinov2=NAME is a folder or a model on the Hub.
 
     Args:
         path: a folder saved with transformers, or a model name on the Hub. Only safetensors files are read.
@@ -43,12 +43,12 @@ class DINOv2(NetworkFeatures):
             if odd := sorted({*said["missing_keys"], *said["unexpected_keys"], *map(str, said["mismatched_keys"])}):
                 # transformers initialises missing weights randomly.
                 raise ValueError(
-                    f"its weights belong to another network (mismatched tensors: {len(odd)}, such as {odd[0]})"
+                    f"its weights are for a different network (mismatched tensors: {len(odd)}, such as {odd[0]})"
                 )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(
-                f"dinov2={source}: no DINOv2 model could be loaded from there ({first_line(error)}). Set "
-                "dinov2 to a folder or to a reachable name on the Hub"
+                f"dinov2={source}: cannot load a DINOv2 model ({first_line(error)}). Set dinov2 to a folder or to a "
+                "reachable name on the Hub"
             ) from None
         super().__init__("dinov2", network, measured.device)
         self.facts = {"weights": source, **self.facts}

@@ -1,16 +1,16 @@
-"""Distances between two sets of samples, computed from features of the samples.
+"""Distances between two sets of samples, computed from their features.
 
 * The Frechet distance (Heusel et al. 2017, arXiv:1706.08500) between Gaussians fitted to the features,
-  |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). It is biased upwards if there are few samples, so only compare
-  distances that are based on equal numbers of samples.
+  |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). It is biased upwards if there are few samples, so compare only
+  distances computed from equal numbers of samples.
 * The kernel distance, KID (Binkowski et al. 2018, arXiv:1801.01401): the squared maximum mean discrepancy for the
   kernel (x . y / d + 1)^3. It is unbiased, so it may be slightly negative.
 * The sliced Wasserstein distance (Bonneel et al. 2015): the mean Wasserstein-1 distance between the features, projected
   onto random directions. It compares all moments and does not assume Gaussians.
 
-torchmetrics computes the KID, and scipy computes the one-dimensional distances, in float64 and with fixed random
-numbers. This module computes the Frechet distance, usually from moments, because the moments of the real data are
-cached (see `reference.py`). If there are fewer samples than dimensions, it uses the samples directly.
+torchmetrics computes the KID, and scipy the one-dimensional distances, in float64 and with fixed random seeds. This
+module computes the Frechet distance. It usually does so from moments, because those of the real data are cached (see
+`reference.py`). If there are fewer samples than dimensions, it uses the samples directly.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from halfstep.core.draw import generator_for
 
 @final
 class Given(nn.Module):
-    """A feature network, as required by torchmetrics, that returns precomputed features unchanged."""
+    """A feature network for torchmetrics that returns precomputed features unchanged."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ ALONE: Final[dict[str, Any]] = {"sync_on_compute": False}
 def metric_of_features(kind: Callable[..., Any], num_features: int, **settings: Any) -> Any:
     """Return the torchmetrics metric `kind`, such as KID, for features `[n, num_features]` in float64."""
     with warnings.catch_warnings():
-        # Ignore torchmetrics' warning that it keeps all features in memory: they already are.
+        # torchmetrics warns that it keeps all features in memory, where they already are.
         warnings.simplefilter("ignore", UserWarning)
         return kind(feature=Given(num_features), **settings, **ALONE).set_dtype(torch.float64)
 
@@ -126,7 +126,7 @@ def frechet_of_moments(a: Moments, b: Moments) -> float:
         raise ValueError(f"features must have the same dimension, got {len(a.mean)} and {len(b.mean)}")
     cross = torch.linalg.svdvals(_root(a.covariance) @ _root(b.covariance)).sum()
     spread = a.covariance.trace() + b.covariance.trace() - 2 * cross
-    # For equal sets, rounding can result in about -1e-13.
+    # For equal sets, rounding errors can produce about -1e-13.
     return max(0.0, float((a.mean - b.mean).square().sum() + spread))
 
 
@@ -134,11 +134,11 @@ def frechet_distance(a: Tensor, b: Tensor, moments: Moments | None = None) -> fl
     """Return the Frechet distance between feature sets `[n, d]` and `[m, d]`, computed in float64.
 
     Let A and B be the centred rows, divided by the square roots of n - 1 and m - 1, so that C_a = A'A. Then
-    tr (C_a C_b)^(1/2) is the sum of the singular values of A B'. If a set has fewer samples than dimensions, this form
-    does not need a `[d, d]` matrix.
+    tr (C_a C_b)^(1/2) is the sum of the singular values of A B'. This form, used if a set has no more samples than
+    dimensions, does not need a `[d, d]` matrix.
 
     Args:
-        moments: the moments of `a`, if they are known.
+        moments: the moments of `a`, if known.
 
     Raises:
         ValueError: if the shapes do not match, if a set has fewer than 2 rows, or if a feature is not finite.
@@ -154,7 +154,7 @@ def frechet_distance(a: Tensor, b: Tensor, moments: Moments | None = None) -> fl
 
 
 def kernel_distance(a: Tensor, b: Tensor, subsets: int = 20, subset_size: int = 1000) -> float:
-    """Return the KID between feature sets as in `frechet_distance`, averaged over fixed random subsets."""
+    """Return the KID between feature sets `[n, d]` and `[m, d]`, averaged over fixed random subsets."""
     _check(a, b)
     with importing_torchmetrics():
         from torchmetrics.image.kid import KernelInceptionDistance
@@ -166,7 +166,7 @@ def kernel_distance(a: Tensor, b: Tensor, subsets: int = 20, subset_size: int = 
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, num_directions: int = 128) -> float:
-    """Return the sliced Wasserstein-1 distance between feature sets as in `frechet_distance`, for fixed directions."""
+    """Return the sliced Wasserstein-1 distance between feature sets `[n, d]` and `[m, d]`, for fixed directions."""
     from scipy.stats import wasserstein_distance
 
     _check(a, b)

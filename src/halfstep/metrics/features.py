@@ -1,6 +1,6 @@
 """Feature extractors, which map samples `[n, *dims]` at the scale of the data to features `[n, d]`.
 
-Distances between different kinds of features are never comparable, so every protocol contains the extractor's name.
+Distances in different feature spaces are never comparable, so every protocol contains the extractor's name.
 Users select an extractor as `NAME` or `NAME=PATH`, where PATH contains the weights (see `extractors`).
 """
 
@@ -102,7 +102,7 @@ def refuse_path(name: str, path: str | None) -> None:
 
 
 def read_weights(name: str, path: str | None, needed: str) -> dict[str, Tensor]:
-    """Return the tensors in the safetensors file `path`, which are the weights of the extractor `name`.
+    """Return the weights of the extractor `name` from the safetensors file `path`.
 
     Args:
         needed: a description of the required file for error messages.
@@ -113,10 +113,10 @@ def read_weights(name: str, path: str | None, needed: str) -> dict[str, Tensor]:
         DamagedFile: if the file is incomplete.
     """
     if path is None:
-        raise ValueError(f"the features `{name}` need weights. Give {name}=PATH, {needed}")
+        raise ValueError(f"the features `{name}` need weights. Set {name}=PATH, where PATH is {needed}")
     file = user_path(path)
     if not file.is_file():
-        raise ValueError(f"{name}={path}: no such file. Give {needed}")
+        raise ValueError(f"{name}={path}: no such file. Pass {needed}")
     if file.suffix != ".safetensors":
         raise ValueError(
             f"{name}={path} is not a .safetensors file, and halfstep does not read pickles, because they can run "
@@ -140,12 +140,12 @@ def in_batches(network: Callable[[Tensor], Tensor], samples: Tensor, device: tor
 
 
 LARGEST: Final = 4096
-"""The maximum number of entries for which pixels are not averaged. Larger covariances would not fit in memory."""
+"""The maximum number of entries per sample without averaging. Larger covariances would not fit into memory."""
 
 
 @final
 class Pixels(FeatureExtractor):
-    """The raw values of a sample. They are suitable for low-dimensional data, but coarse for images.
+    """The raw values of a sample, which are suitable for low-dimensional data but coarse for images.
 
     Samples with more than `LARGEST` entries must be images `[n, c, h, w]`, which are averaged to at most 32 x 32
     pixels.

@@ -1,7 +1,7 @@
-"""The features of the FID, computed with TensorFlow's Inception network of 2015, as ported by torch-fidelity.
+"""The FID's features, computed with TensorFlow's 2015 Inception network as ported by torch-fidelity.
 
-torch-fidelity imports torchvision, which the network does not need and which only works with a matching build of torch.
-The network's module is therefore loaded without its package.
+torch-fidelity imports torchvision, which the network does not need and which only works with a matching torch build.
+The network's module is therefore imported without its package.
 
 The network's constructor would download the published weights and unpickle them. Instead, this module loads the weights
 from a safetensors file, which users create once from the published file.
@@ -49,7 +49,7 @@ def network_module() -> ModuleType:
 @final
 @extractors.register("inception")
 class Inception(NetworkFeatures):
-    """2048 features of the FID's network, computed with torch-fidelity; in inception=PATH, PATH is a safetensors file.
+    """2048 features of the FID's Inception network, from torch-fidelity; PATH in inception=PATH is a safetensors file.
 
     Args:
         path: a safetensors file with the tensors of torch-fidelity's published file.

@@ -2,11 +2,11 @@
 
 The neighbourhood of a point extends to its k-th nearest neighbour in its own set.
 
-* Precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991) are the share of samples in the neighbourhood of any
-  real point, and the share of real points in the neighbourhood of any sample.
-* Density and coverage (Naeem et al. 2020, arXiv:2002.09797) are the mean number of real neighbourhoods that contain a
-  sample, divided by k, and the share of real points with a sample in their neighbourhood. They are more robust to
-  outliers than precision and recall.
+* Precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991): precision is the share of samples in the
+  neighbourhood of any real point, and recall is the share of real points in the neighbourhood of any sample.
+* Density and coverage (Naeem et al. 2020, arXiv:2002.09797): density is the mean number of real neighbourhoods that
+  contain a sample, divided by k, and coverage is the share of real points with a sample in their neighbourhood. They
+  are more robust to outliers than precision and recall.
 
 scikit-learn computes the distances in blocks, so the required memory grows linearly with the number of samples. The
 tests compare the results with `prdc`.
@@ -24,7 +24,7 @@ from halfstep.metrics.distances import check_shapes
 K: Final = 5
 """The number of neighbours that Naeem et al. recommend."""
 BLOCK: Final = 1024
-"""The number of rows of the distance matrix that are held in memory at a time."""
+"""The number of rows of the distance matrix to compute at a time."""
 
 
 class PRDC(NamedTuple):
@@ -61,7 +61,7 @@ def precision_recall(real: Tensor, fake: Tensor, real_radii: Tensor | None = Non
     """Return precision, recall, density and coverage of `fake` `[m, d]` with respect to `real` `[n, d]`, in float64.
 
     Args:
-        real_radii: the result of `radii(real, k)`, if it is known.
+        real_radii: the result of `radii(real, k)`, if known.
 
     Raises:
         ValueError: if the dimensions differ, or if a set has fewer than k + 2 rows.

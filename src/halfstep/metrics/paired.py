@@ -1,4 +1,4 @@
-"""Metrics for distillation, which compare pairs of samples generated from the same noise. Images are in [-1, 1]."""
+"""Distillation metrics, which compare pairs of samples generated from the same noise. Images are in [-1, 1]."""
 
 import functools
 import importlib.util
@@ -39,10 +39,10 @@ def rmse(a: Tensor, b: Tensor) -> float:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Return the PSNR over all pairs of images in dB, which is infinite if all pairs are equal.
+    """Return the PSNR in dB over all pairs of images, which is infinite if all pairs are equal.
 
     Raises:
-        ValueError: as described in `rmse`.
+        ValueError: if the shapes of the images differ.
     """
     difference = rmse(a, b)
     return math.inf if difference == 0 else 20 * math.log10(WIDTH / difference)
@@ -52,7 +52,7 @@ def ssim(a: Tensor, b: Tensor) -> float:
     """Return the mean structural similarity (Wang et al. 2004) of paired images `[n, c, h, w]` in [-1, 1].
 
     Raises:
-        ValueError: if the shapes differ, or if the samples are not images of at least 11 x 11 pixels, the window size.
+        ValueError: if the shapes differ, or if the samples are not images of at least 11 x 11 pixels (the window).
     """
     _check_pair(a, b)
     if a.ndim != 4 or min(a.shape[2:]) < SSIM_SIDE:
@@ -73,7 +73,7 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
 
 def why_no_lpips(shape: Sequence[int]) -> str | None:
-    """Return the reason why LPIPS cannot be measured here for images of shape `(c, h, w)`, or None if it can be.
+    """Return why LPIPS cannot be measured for images of shape `(c, h, w)` on this machine, or None if it can be.
 
     The names of stored metrics contain a hash of this reason, so changing its wording invalidates stored metrics.
     """
@@ -91,7 +91,7 @@ def why_no_lpips(shape: Sequence[int]) -> str | None:
 
 @functools.cache
 def _is_published(file: Path) -> bool:
-    """Return whether the file has the hash in its name. torchvision would unpickle any file with this name."""
+    """Return whether the file's hash matches its name. torchvision would unpickle any file with this name."""
     return sha256_of(file).startswith(file.stem.rpartition("-")[2])
 
 

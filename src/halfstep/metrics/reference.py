@@ -15,13 +15,13 @@ from halfstep.metrics.neighbours import K, radii
 from halfstep.runtime.tensors import read_cached, write_cached
 
 FORMAT = 1
-"""The version of the cached files. Increment it when the content of these files changes."""
+"""The version of the cached files. Increment it when their content changes."""
 
 
 @final
 @dataclass(frozen=True)
 class RealFeatures:
-    """The features of the real data, and statistics of these features."""
+    """The features of the real data, and their statistics."""
 
     features: Tensor
     """The features, float32 `[n, d]`."""
@@ -41,7 +41,7 @@ def real_features(
     """Return the features of the samples that `fetch` returns, from the cache if possible.
 
     Args:
-        content: identifies the samples by the fingerprint of the data and by the rows.
+        content: identifies the samples (the data's fingerprint and the rows).
         cache: the cache folder, or None for no cache. If a cached file cannot be read, the features are recomputed.
     """
     key = hashlib.sha256(repr((FORMAT, extractor.name, content)).encode()).hexdigest()[:24]

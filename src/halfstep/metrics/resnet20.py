@@ -1,8 +1,8 @@
 """The features of a ResNet-20 trained on CIFAR-10 (He et al. 2015, arXiv:1512.03385, section 4.2).
 
 The network has three groups of three blocks, with 16, 32 and 64 channels. If a block halves the image size, its
-shortcut takes every second pixel and adds channels of zeros, half of them before and half of them after the existing
-channels. This is option A, which has no parameters. The features are the 64 averages before the last layer.
+shortcut takes every second pixel and pads the channels with zeros on both sides (option A, which has no parameters).
+The features are the 64 channel averages before the last layer.
 """
 
 from typing import ClassVar, final
@@ -57,7 +57,7 @@ class ResNet20(nn.Module):
 @final
 @extractors.register("resnet20-cifar10")
 class ResNet20Features(NetworkFeatures):
-    """64 features of a CIFAR-10 classifier; in resnet20-cifar10=PATH, PATH is a safetensors file of its weights.
+    """64 features of a CIFAR-10 classifier; PATH in resnet20-cifar10=PATH is a safetensors file with its weights.
 
     Raises:
         ValueError: if there is no safetensors file at `path`.

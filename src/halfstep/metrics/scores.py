@@ -21,7 +21,7 @@ def inception_score(logits: Tensor, splits: int = SPLITS) -> float:
     """
     if logits.ndim != 2 or len(logits) < splits:
         raise ValueError(
-            f"an Inception score needs logits [n, classes] of at least {splits} samples, got the shape "
+            f"an Inception score needs logits [n, classes] for at least {splits} samples, got shape "
             f"{list(logits.shape)}"
         )
     if not bool(torch.isfinite(logits).all()):

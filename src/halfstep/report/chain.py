@@ -84,7 +84,7 @@ def _distances(
     measured = stage.metrics.results if stage.metrics is not None else ()
     to_first = next((finite(one.teacher_rmse) for one in measured if one.num_steps == steps), None)
     teacher = stages.get(stage.manifest.teacher or "")
-    # An undistilled teacher may have no samples from the sampler that it used to teach its student.
+    # An undistilled teacher may have no samples from the sampler that its student was trained with.
     if teacher is None or teacher.manifest.num_steps is None:
         return to_first, to_first, 0
     own = stage.samples.get(steps)
@@ -190,7 +190,7 @@ def _batch_size(recipe: Mapping[str, Any], sections: Sequence[str]) -> int | Non
     """Return the batch size that these sections share, or None if it is unknown or if the sections differ."""
     sizes = []
     for settings in map(recipe.get, sections):
-        # A finish without steps trains nothing.
+        # A finish without steps does no training.
         if isinstance(settings, Mapping) and settings.get("steps", True):
             training = settings.get("training", settings)
             sizes.append(training.get("batch_size") if isinstance(training, Mapping) else None)

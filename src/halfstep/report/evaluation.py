@@ -1,7 +1,6 @@
 """Present an `EvaluationResult` as evaluation.md, .csv, .svg and .png, and as a section of the report.
 
-Each protocol has its own table, followed by a description of the protocol, because results from different protocols are
-not comparable.
+Results from different protocols are not comparable, so each protocol has its own table and a description.
 """
 
 import csv
@@ -69,7 +68,7 @@ def title_of(table: EvaluationTable) -> str:
 
 
 Cell = tuple[str, float | None]
-"""The text of a cell, and either the cell's value or None if the value was not measured."""
+"""The text of a cell, and its measured value if it has one."""
 
 
 def rows_of(table: EvaluationTable, result: EvaluationResult) -> list[list[Cell]]:
@@ -148,7 +147,7 @@ def curves_of(table: EvaluationTable, result: EvaluationResult, metric: str) -> 
 
 
 def write_evaluation(result: EvaluationResult, folder: Path) -> list[Path]:
-    """Write evaluation.md and .csv, and .svg and .png if there is a curve to draw, and return the paths."""
+    """Write evaluation.md and .csv, plus .svg and .png if there is a curve to draw; return the paths."""
     texts = {folder / "evaluation.md": markdown(result), folder / "evaluation.csv": comma_separated(result)}
     for path, text in texts.items():
         write_text(path, text)
@@ -178,7 +177,7 @@ def markdown(result: EvaluationResult) -> str:
             )
             lines += [
                 f"For two disjoint halves of the real data, with {table.halves.num_each:,} samples each: {shown}. "
-                "Because the halves contain fewer samples than above, their Frechet distance has more upward bias.",
+                "The halves have fewer samples than the sets above, so their Frechet distance is more biased upwards.",
                 "",
             ]
     if result.notices:
@@ -246,7 +245,7 @@ def shown_tables(result: EvaluationResult | None) -> list[Shown]:
 
 
 def _figure(name: str, table: EvaluationTable, result: EvaluationResult) -> tuple[Markup | None, str]:
-    """Return the chart and its description, which states how many series the chart omits for lack of colours."""
+    """Return the chart and its description, including the number of series omitted for lack of colours."""
     names = metrics_of(table, result)
     if not names:
         return None, ""

@@ -61,7 +61,7 @@ class Curve:
 
 
 def _figure(name: str, height: float, draw: Any, panels: Sequence[float] = (1.0,)) -> Markup:
-    """Return the SVG that `draw` produces, with ids that start with `name`. The same data always gives the same SVG.
+    """Return the SVG that `draw` produces, with ids that start with `name`. The same data always produces the same SVG.
 
     Args:
         draw: function that is called with the axes, which are stacked and share the x-axis.
@@ -80,8 +80,7 @@ def _figure(name: str, height: float, draw: Any, panels: Sequence[float] = (1.0,
         "grid.linewidth": 0.6,
     }
     with matplotlib.rc_context(settings):
-        # At a width of 5 inches, the text is as large as the page's text when a row holds two figures, and legible on a
-        # phone.
+        # At a width of 5 inches, the text matches the page's text if a row has two figures, and is legible on a phone.
         figure = Figure(figsize=(5.0, height), layout="constrained")
         draw(*figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=list(panels))[:, 0])
         buffer = io.StringIO()

@@ -63,8 +63,8 @@ class Walked(NamedTuple):
 
     column: Column
     student: Picture | None
-    """The student with this number of steps. If no student takes this many steps, the first student's teacher instead:
-    the matched model or the start of the chain."""
+    """The student with this number of steps. For more steps than any student takes, the first student's teacher: the
+    matched model or the start of the chain."""
     teacher: Picture | None
 
 
@@ -91,7 +91,7 @@ def gallery(facts: RunFacts, summary: Summary, sizes: Sizes, best: Best | None =
     """Return the gallery, or None if no stage has samples.
 
     Args:
-        best: the teacher at its best, which gets a column if its samples were kept.
+        best: the teacher at its best, which has a column if its samples were kept.
     """
     held: dict[str, dict[Column, tuple[np.ndarray, float | None]]] = {"teacher": {}, "matched": {}, "student": {}}
     if (first := facts.start) is not None:

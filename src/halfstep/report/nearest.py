@@ -37,7 +37,7 @@ class Nearest(NamedTuple):
 
 
 def shown_nearest(facts: NearestFacts | None) -> Nearest | None:
-    """Return the section, or None if there are no facts."""
+    """Return the section, or None if no search was run."""
     if facts is None:
         return None
     closest = facts.distances[:, 0]

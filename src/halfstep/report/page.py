@@ -1,4 +1,4 @@
-"""Write the page of a run: sentences, tables, images and figures in a single HTML file."""
+"""Write a run's report: text, tables, images and figures in a single HTML file."""
 
 import base64
 import functools
@@ -26,7 +26,7 @@ MOST_BYTES = 7_500_000
 
 
 def write_report(run: Path, studies: Path | None = None, without_nearest: str | None = None) -> Path:
-    """Write RUN/report/index.html and return its path. The same run folder always gives the same file.
+    """Write RUN/report/index.html and return its path. The same run folder always produces the same file.
 
     Args:
         studies: folder of studies to show, or None for RUN/studies.
@@ -43,7 +43,7 @@ def write_report(run: Path, studies: Path | None = None, without_nearest: str | 
 def headline(facts: RunFacts) -> tuple[str, int] | None:
     """Return the stage and the number of steps that represent the run.
 
-    They are those of the best student or, if no student is rated, of the last stage with samples.
+    This is the best student or, if no student is rated, the last stage with samples.
     """
     best = summarise(facts, quality_groups(facts.stages, facts.start)).best
     if best is not None:
@@ -67,7 +67,7 @@ def page(facts: RunFacts, without_nearest: str | None = None) -> str:
 
 @functools.cache
 def _template() -> Template:
-    """Return the page's template, which is compiled only once, like the templates that it includes."""
+    """Return the page's template, compiled only once, together with the templates that it includes."""
     environment = Environment(
         loader=PackageLoader("halfstep.report", "templates"),
         autoescape=True,

@@ -54,7 +54,7 @@ class Group:
     best: Best | None
     """The teacher at its best."""
     base: Result | None
-    """The teacher's result that same-noise comparisons refer to."""
+    """The teacher's result that is the reference for same-noise comparisons."""
     teacher_sampler: str
     """The teacher's own sampler."""
     stages: Sequence[str]
@@ -120,7 +120,7 @@ class Group:
 
     @property
     def shares_figure(self) -> Markup | None:
-        """Precision, recall and coverage of the students against network calls, with the teacher at its best."""
+        """The students' precision, recall and coverage against network calls, with the teacher at its best."""
         at_best = next((r.teacher for r in self.rows if r.teacher and Best.of(r.teacher) == self.best), None)
         curves, levels = [], {}
         for name in ("precision", "recall", "coverage"):
@@ -204,7 +204,7 @@ def _written(result: Result | None, name: str, form: str) -> str:
 
 
 def text_table(group: Group) -> Table:
-    """Return the group as text for a terminal, with KID instead of unreliable Frechet distances."""
+    """Return the group as a text table, with KID instead of unreliable Frechet distances."""
     metric, form = ("kid", ".3g") if group.too_few else ("frechet", ".4g")
     rows = [
         [

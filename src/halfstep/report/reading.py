@@ -1,7 +1,7 @@
 """Read a run folder for the report. Damaged and missing files are reported as notices.
 
-The files may be truncated, edited or malicious, so nothing is unpickled and no path in a file is followed. Weights are
-not hashed, because the report does not certify the models.
+The files may be truncated, edited or malicious, so nothing is unpickled, and paths in files are not followed. Weights
+are not hashed, because the report does not certify the models.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Draw the figure of a study as PNG and SVG, with panels of curves or bars side by side."""
+"""Draw a study's figure as PNG and SVG, with panels of curves or bars side by side."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class Panel:
 
 
 def draw_panels(panels: Sequence[Panel], path: Path) -> None:
-    """Write `path` with the suffixes .png and .svg. The same panels always give the same files."""
+    """Write `path` with the suffixes .png and .svg. The same panels always produce the same files."""
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The first sentence of a report, which states how many network calls a student saves and how good the student is."""
+"""The first sentence of a report, which states how many network calls the best student saves, and its quality."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -48,7 +48,7 @@ class Comparison(NamedTuple):
     """Whether students are rated by KID, because there are too few samples for a Frechet distance."""
 
     def words(self, student: Rated) -> str:
-        """Describe the quality of a student."""
+        """Describe a student's quality."""
         if self.by_kid:
             alone = "" if student.alone is None else f", {number(student.alone)} without distillation"
             return f"KID {number(student.quality)} ({number(self.quality)} for the teacher at its best{alone})"
@@ -70,7 +70,7 @@ class Summary(NamedTuple):
 
 
 def summarise(facts: RunFacts, groups: Sequence[Group]) -> Summary:
-    """Summarise a run by the first reliable comparison in metrics.json or evaluation.json, or else by the first one."""
+    """Summarise a run from the first reliable comparison in metrics.json or evaluation.json, or else the first one."""
     tiles = [(duration(sum(stage.manifest.seconds for stage in facts.others)), "training time of all students")]
     comparisons = [found for found in (*map(_of_group, groups), *_of_evaluation(facts)) if found is not None]
     found = min(comparisons, key=lambda one: one.by_kid, default=None)

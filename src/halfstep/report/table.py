@@ -25,7 +25,7 @@ class Table(NamedTuple):
 
     @classmethod
     def from_json(cls, data: Any) -> "Table":
-        """Restore a table from the JSON data of its `_asdict`.
+        """Restore a table from its `_asdict` in JSON.
 
         Raises:
             ValueError: if the data is not a table.

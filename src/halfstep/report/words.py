@@ -23,7 +23,7 @@ def method_words(sampler: str, num_steps: int, num_evals: int) -> str:
 
 
 def distance_words(frechet: float, kid: float | None, too_few: bool) -> str:
-    """Return the metric that a run compares its models by, as in "distance 1.23"; KID if the samples are too few."""
+    """Return a model's quality as text, such as "distance 1.23", or its KID if there are too few samples."""
     return f"KID {number(kid)}" if too_few else f"distance {number(frechet)}"
 
 
@@ -43,7 +43,7 @@ def number(value: float | None) -> str:
 
 
 def with_spread(mean: float, spread: float | None) -> str:
-    """Format a mean, followed by the standard deviation unless that is None."""
+    """Format a mean, followed by the standard deviation if it is known."""
     return number(mean) + ("" if spread is None else f" ± {number(spread)}")
 
 

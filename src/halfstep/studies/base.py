@@ -44,7 +44,7 @@ from halfstep.samplers import Ancestral, Sampler
 from halfstep.studies.scales import Scale
 
 Figures = dict[str, Any]
-"""The metrics of a trial, ready for JSON. For a diverged trial, the only entry is "diverged", with the reason."""
+"""The metrics of a trial, as JSON values. For a diverged trial, the only entry is "diverged", with the reason."""
 
 
 class Finding(NamedTuple):
@@ -98,7 +98,7 @@ studies: Registry[type[Study]] = Registry("study")
 
 @final
 class Bench:
-    """Trains, loads and measures models for the trials of a scale, in one folder."""
+    """The workspace that trains, loads and measures models for a scale's trials, in one folder."""
 
     def __init__(self, out: Path, scale: Scale, stop: StopSignal | None, watch: Callable[[Event], None]) -> None:
         self.out, self.scale, self.stop, self.watch = out, scale, stop, watch
@@ -109,7 +109,7 @@ class Bench:
         """A function that returns the data of a configuration."""
 
     def run(self, name: str, recipe: Recipe, what: Literal["teacher", "chain"]) -> RunFolder:
-        """Train the teacher of a recipe, or its chain from the shared teacher, in the run `name`, without evaluation.
+        """Train a recipe's teacher, or its chain from the shared teacher, as the run `name`, without evaluation.
 
         Raises:
             NonFinite: if the training diverged.
@@ -118,7 +118,7 @@ class Bench:
         return self._finished(name, self._spec(recipe, what))
 
     def distil(self, name: str, plan: Plan, seed: int) -> RunFolder:
-        """Train a plan from the shared teacher in the run `name`. This raises the same errors as `run`."""
+        """Train a plan from the shared teacher as the run `name`. Raises the same errors as `run`."""
         spec = self._spec(self.scale.recipe.model_copy(update={"seed": seed}), "chain")
         further = [
             StageConfig(objective=objectives.describe(stage.objective), training=stage.training).model_dump(mode="json")
@@ -158,7 +158,7 @@ class Bench:
         return Reference(self.data(recipe.data), recipe.evaluation, cache_folder())
 
     def _store(self, stage: StageFolder) -> Store:
-        """Return the store of a stage's run, which is the store that `halfstep evaluate` uses."""
+        """Return the store of a stage's run, which `halfstep evaluate` also uses."""
         folder = RunFolder(stage.path.parent.parent).evaluation_path.parent
         return Store(folder, batch_size=self.scale.recipe.evaluation.batch_size, own_device=True, stop=self.stop)
 
@@ -171,7 +171,7 @@ class Bench:
         return Cell(source, num_steps, range(noise * size, (noise + 1) * size))
 
     def measured(self, stage: StageFolder, num_steps: int, sampler: Sampler | None = None, noise: int = 0) -> Result:
-        """Return the metrics of a stage's model. These are measured only once per protocol.
+        """Return the metrics of a stage's model, which are measured only once per protocol.
 
         Args:
             sampler: the sampler to use; None uses the model's own sampler.
@@ -207,12 +207,12 @@ class Bench:
         best = min(found, key=lambda result: result.frechet)
         for gamma in gammas:
             if gamma != best.gamma:
-                # The samples with other values of gamma are large and no longer needed.
+                # The samples for other values of gamma are large and no longer needed.
                 self._store(stage).drop_samples(self._cell(stage, num_steps, Ancestral(gamma)))
         return best
 
     def noise_distance(self) -> float:
-        """Return the Frechet distance of clipped unit noise from the data, beyond which a model counts as diverged."""
+        """Return the Frechet distance from clipped unit noise to the data, beyond which a model counts as diverged."""
         reference = self.reference
         noise: Tensor = sample_noise(range(self.scale.recipe.evaluation.num_samples), reference.data.shape).clamp(-1, 1)
         return frechet_distance(reference.real.features, reference.extractor.features(noise))
@@ -230,7 +230,7 @@ def run_study(
     """Run the missing trials of a study and write study.json. A diverged trial is recorded and does not end the study.
 
     Args:
-        out: the folder of all studies of the scale, which contains their runs in runs/ and a folder for each study.
+        out: the scale's folder, which contains the runs in runs/ and a folder for each study.
         done: a callback that is called after each trial with the trial, its metrics and whether they already existed.
 
     Raises:

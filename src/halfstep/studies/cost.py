@@ -68,7 +68,8 @@ class Cost(Study):
         notes = (
             "Brackets show the ratio to base training. Network calls are counted per sample, with a backward pass as "
             f"two calls and a teacher step as one call. The recipe `{scale.recipe.name}` sets the numbers of updates "
-            "of both trainings, and therefore their ratio. The second line of each data set is the paper's claim.",
+            "for base training and distillation, and therefore their ratio. The second line for each data set is the "
+            "paper's claim.",
         )
         return Table(("part", "updates", "network calls", "seconds"), lines, notes)
 

@@ -1,9 +1,9 @@
 """The study `roads` compares methods that distil one teacher to few steps at equal cost.
 
-The cost of a student is the number of forward passes of all stages that lead from the teacher to this student,
-including those of auxiliary networks, as counted by `Stage.update_cost`. A scale sets the cost of each student (8, 4, 2
-and 1 steps), and `funded` converts this cost to updates. A chain to 1 step contains all four students. Each student of
-the chain costs the same as a student that is trained directly from the teacher.
+A student's cost is the number of forward passes in all stages from the teacher to this student, including those of
+auxiliary networks, as counted by `Stage.update_cost`. A scale sets the cost of each student (8, 4, 2 and 1 steps), and
+`funded` converts this cost to updates. A chain to 1 step contains all four students. Each of them costs the same as a
+student that is trained directly from the teacher.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -52,7 +52,7 @@ class Leg:
     """Maps the number of updates to the objective. The cost of an update must not depend on this number."""
     training: Training
     passes: float
-    """The number of forward passes of all stages from the teacher up to and including this stage."""
+    """The number of forward passes in all stages from the teacher up to and including this stage."""
 
 
 def funded(legs: Sequence[Leg]) -> Plan:
@@ -325,7 +325,7 @@ class Roads(Study):
             "many steps as this number of calls allows.",
             "At equal cost, the stages that lead to a student take a fixed number of forward passes of one sample, "
             f"exact to within half an update: {budget}. A backward pass counts as two forward passes, and auxiliary "
-            "networks are included. The seconds of training are those of these stages.",
+            "networks are included. The seconds of training include only these stages.",
             "The same-noise distance is the root mean square difference from the teacher's samples with "
             f"{AT_BEST[-1].num_steps} Heun steps. It is not meaningful for moment-matching students with more than "
             "1 step, because they draw new noise at each step except the last.",

@@ -101,9 +101,8 @@ class Table2(Study):
             line = [f"paper: {NAMES.get(method, method)}" + (f" ({others})" if others else "")]
             lines.append(line + [f"{published[n]:.2f}" if n in published else "–" for n in evals])
         notes = (
-            _protocol(scale) + " For a method that cannot use exactly this number of network calls, brackets show "
-            "the number that it uses. The paper's numbers are FIDs on CIFAR-10, which are not comparable with our "
-            "distances.",
+            _protocol(scale) + " If a method cannot use exactly this number of network calls, brackets show the number "
+            "that it uses. The paper's numbers are FIDs on CIFAR-10, which are not comparable with our distances.",
         )
         return Table(("network calls", *map(str, evals)), lines, notes)
 
@@ -163,7 +162,7 @@ class Stochastic(Study):
     """Figure 6 of the paper: ancestral sampling of distilled students."""
 
     title: ClassVar[str] = "Figure 6: stochastic sampling from distilled students"
-    question: ClassVar[str] = "Does noise help a student as it helps its teacher?"
+    question: ClassVar[str] = "Does noise help a student as much as its teacher?"
     uses: ClassVar[tuple[str, ...]] = ("recipe", "gamma_levels")
     methods: ClassVar[dict[str, str]] = {
         "student": "distilled, DDIM",
@@ -178,7 +177,7 @@ class Stochastic(Study):
         steps = sorted({row.axes["steps"] for row in rows})
         lines = [[str(num_steps), *_distances(rows, self.methods, num_steps)] for num_steps in steps]
         notes = (
-            _protocol(scale) + " A single step adds no noise, so with one step, both samplers give the same result. "
+            _protocol(scale) + " A single step adds no noise, so with one step, both samplers are equal. "
             "The values of the paper's figure 6 (ImageNet 64x64) are unknown and therefore not shown.",
         )
         return Table(("steps", *self.methods.values()), lines, notes)

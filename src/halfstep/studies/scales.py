@@ -1,4 +1,4 @@
-"""The scales of the studies, which set the training, the seeds and the measurements at three sizes."""
+"""The scales of the studies, which set training, seeds and measurements at three sizes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,14 +23,14 @@ class RoadSettings:
     """Budgets and training settings of the methods in the study `roads`. The recipe's chain sets all other values."""
 
     passes: Mapping[int, int]
-    """The number of forward passes of all stages that lead to a student, by the student's number of steps."""
+    """The number of forward passes in all stages that lead to a student, by the student's number of steps."""
     finish_share: float = 0.4
     """The share of a student's forward passes that the finish takes."""
     finish: Training = field(default_factory=lambda: replace(FINISHING, num_updates=COUNTED))
     consistency: Training
     grid: tuple[int, int]
-    """The number of points in the teacher's time grid for consistency distillation: at the start of training, and in
-    the second half."""
+    """The numbers of points in the teacher's time grid for consistency distillation: at the start of training, and in
+    its second half."""
     moments: Training
 
     @property
@@ -72,7 +72,7 @@ class Scale:
     """The number of single-sample forward passes per second of training on the intended machine, or None if unknown."""
 
     def as_data(self, uses: Sequence[str]) -> dict[str, Any]:
-        """Return the settings listed in `uses` without the engine's `IDLE` fields ("evaluation" is the recipe's)."""
+        """Return the settings in `uses`, with "evaluation" from the recipe, and without the engine's `IDLE` fields."""
         data: dict[str, Any] = {"name": self.name}
         for name in uses:
             value = self.recipe.evaluation if name == "evaluation" else getattr(self, name)
@@ -91,11 +91,11 @@ YOUNGER: Final[Mapping[tuple[str, str], Any]] = {
     ("data", "accept_changed"): False,
     ("data", "skip_broken"): False,
 }
-"""Settings that did not exist when the published studies ran, and the values that correspond to those studies."""
+"""Settings that did not exist when the published studies ran, and the values that reproduce those studies."""
 
 
 def _as_before(said: Any, name: str) -> Any:
-    """Return the data of `name` without newer settings whose values correspond to the published studies."""
+    """Return the data of `name` without newer settings that have the values in `YOUNGER`."""
     if not isinstance(said, dict):
         return said
     kept = {key: value for key, value in said.items() if YOUNGER.get((name, key), ...) != value}

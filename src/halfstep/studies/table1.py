@@ -43,7 +43,7 @@ class Table1(Study):
     """Table 1 of the paper: parameterisation, weighting and sampler, over several seeds."""
 
     title: ClassVar[str] = "Table 1: parameterisation, weighting, sampler"
-    question: ClassVar[str] = "Which output and which weighting give the best undistilled model?"
+    question: ClassVar[str] = "Which output and weighting result in the best undistilled model?"
     uses: ClassVar[tuple[str, ...]] = ("ablation", "evaluation", "seeds", "ablation_gamma_levels", "ablation_steps")
 
     def trials(self, scale: Scale) -> list[Trial]:
