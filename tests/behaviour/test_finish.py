@@ -292,8 +292,8 @@ def test_a_finish_cannot_change_existing_stages(tmp_path: Path) -> None:
 
 
 def test_a_recipe_finishes_the_students_that_its_chain_has(tmp_path: Path, capsys: Capture) -> None:
-    """The demo finishes its students with 4, 2 and 1 steps. A chain that ends earlier skips the students that it lacks, unless they are
-    requested."""
+    """The demo finishes its students with 4, 2 and 1 steps. A chain that ends earlier skips the students that it lacks,
+    unless they are requested."""
 
     def planned(*words: str) -> list[str]:
         capsys.readouterr()

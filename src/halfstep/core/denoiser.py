@@ -50,7 +50,7 @@ class Denoiser(nn.Module, ABC):
         Args:
             x_t: noisy samples.
             t: clock times in (0, 1], float64 `[batch]`.
-            cond: conditions by name, or None.
+            cond: conditions, keyed by name, or None.
         """
 
     def __call__(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:

@@ -83,7 +83,7 @@ class MemoryData(Data):
     labels: Tensor | None = None
     class_names: tuple[str, ...] = ()
     conditions: Mapping[str, Tensor] = field(default_factory=dict)
-    """Additional conditions by name, each of shape `[n, ...]`."""
+    """Additional conditions, keyed by name, each of shape `[n, ...]`."""
 
     def __post_init__(self) -> None:
         check_samples(self.source, self.x)

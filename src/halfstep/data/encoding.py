@@ -47,12 +47,12 @@ class Encoder:
     images: Callable[[Tensor], Tensor]
     """Maps float32 images `[n, 3, h, w]` or clips in [-1, 1] to latents `[n, *dims]` at the network's scale."""
     texts: Callable[[list[str]], dict[str, Tensor]]
-    """Maps n captions to conditions by name, each `[n, ...]`. All captions must yield the same shapes."""
+    """Maps n captions to conditions, keyed by name, each `[n, ...]`. All captions must yield the same shapes."""
     key: str
     """Identifies the weights and settings of the encoder. Equal encoders have equal keys."""
     null: Mapping[str, Tensor] | None = None
-    """One sample's conditions without a caption, by name; all other conditions stay the same. If None, the conditions
-    of the empty caption are used."""
+    """One sample's conditions without a caption, keyed by name; all other conditions stay the same. If None, the
+    conditions of the empty caption are used."""
     timed: Callable[[list[str], list[float]], dict[str, Tensor]] | None = None
     """Maps n captions and the end times of n sounds, in seconds, to conditions (see `texts`); None if the conditions do
     not depend on the end times."""

@@ -33,7 +33,7 @@ class Forecast:
     pending: int
     """The number of images that have not been encoded yet."""
     tensors: Mapping[str, Entry]
-    """The latents and conditions of one sample, by name."""
+    """The latents and conditions of one sample, keyed by name."""
     num_bytes: int
     """The size of the complete folder."""
     seconds: float

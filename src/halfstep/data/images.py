@@ -176,7 +176,7 @@ def decoded(source: str, found: Labelled, prepare: Preparation, max_bytes: int, 
 
 
 def _whole(source: str, found: Labelled, broken: dict[int, ValueError], skip: bool) -> Labelled:
-    """Return the images without broken ones, and without classes in which all images are broken.
+    """Return the images, excluding broken ones and classes in which all images are broken.
 
     Raises:
         ValueError: if there are broken images and `skip` is not set, or if no image remains.

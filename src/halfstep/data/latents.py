@@ -79,7 +79,7 @@ class Index(Record):
     class_names: tuple[str, ...] = ()
     """The names of the classes, if any. The captions are then these names, and the condition is `class_labels`."""
     tensors: dict[str, Entry] = Field(default={})
-    """Latents and conditions by name; empty until the first batch is encoded."""
+    """Latents and conditions, keyed by name; empty until the first batch is encoded."""
     null: Stored | None = None
     shards: tuple[Stored | None, ...]
 

@@ -25,7 +25,7 @@ class StandIn(Data):
     num_samples: int
     class_names: tuple[str, ...] = ()
     conditions: Mapping[str, tuple[int, ...]] | None = None
-    """The shape of each condition by name, or None if the samples are images."""
+    """The shape of each condition, keyed by name, or None if the samples are images."""
     fingerprint: ClassVar[str] = "stand-in"
 
     @property

@@ -250,7 +250,7 @@ def _plain(text: str) -> str:
 
 
 def _html(kind: str, answer: Answer) -> str:
-    """Return the answer's images side by side ("pair", "row") or below each other ("walk")."""
+    """Return the answer's images side by side ("pair", "row") or stacked ("walk")."""
     number = len(answer.shown[0].samples)
     columns = {"pair": max(1, round(number**0.5)), "row": 1, "walk": number}[kind]
     made = Markup("").join(_figure(one, answer, columns, kind) for one in answer.shown)

@@ -138,7 +138,7 @@ def call_in(manifest: Manifest) -> dict[str, Any]:
 def conditions_in(
     call: Mapping[str, Any], arguments: Mapping[str, Any], batch: int, first: int = 0
 ) -> dict[str, Tensor]:
-    """Return a call's conditions by name, each `[batch, ...]` and padded with zeros.
+    """Return a call's conditions, keyed by name, each `[batch, ...]` and padded with zeros.
 
     Args:
         first: the index of the batch's first row. A guided call contains two batches.

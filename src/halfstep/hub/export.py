@@ -136,8 +136,8 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
             f"the LoRA was trained on the weights of {base.stage}, not on those of {pipeline.folder}. Use --format "
             "diffusers, which merges the LoRA weights"
         )
-    # These are peft's names without the adapter name ("...to_q.lora_A.weight"), which diffusers reads unchanged. With
-    # its own older names, diffusers would drop the attention layers.
+    # These are peft's names without the adapter name ("...to_q.lora_A.weight"), which diffusers reads unchanged. If the
+    # layers had diffusers' older names, it would drop those of the attention.
     state = {
         name.removeprefix("base.model.").replace(".default.", "."): value.detach().cpu().float().contiguous()
         for name, value in network.own()
@@ -229,7 +229,7 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
 
 
 def _other_parts(origin: Path, index: dict[str, Any], component: str) -> dict[str, Path]:
-    """Return the folders of the original pipeline's parts by name, except the network and the scheduler."""
+    """Return the folders of the original pipeline's parts, keyed by name, without the network and the scheduler."""
     parts = {}
     for name, value in index.items():
         if name in (component, "scheduler") or not isinstance(value, list) or value[0] is None:

@@ -210,7 +210,7 @@ def _normal(seed: int, *shape: int) -> Tensor:
 
 
 def step_noise(model: Model, num_steps: int, length: int) -> dict[str, Tensor]:
-    """Return the input `STEP_NOISE`, `[length, num_steps - 1, *shape]`, by name; empty if no noise is drawn."""
+    """Return `{STEP_NOISE: [length, num_steps - 1, *shape]}`, the noise of the inner steps; empty if none is drawn."""
     if not model.sampler.stochastic or num_steps == 1:
         return {}
     return {STEP_NOISE: _normal(100 + length, length, num_steps - 1, *model.shape)}

@@ -120,7 +120,7 @@ PUBLISHED: Final = {
     "wan2.1-1.3b": _wan("Wan 2.1 1.3B, 81 frames of 832 x 480", 12, 8960, 30, 480, 832, 3.0),
     "wan2.1-14b": _wan("Wan 2.1 14B, 81 frames of 1280 x 720", 40, 13824, 40, 720, 1280, 5.0),
 }  # fmt: skip
-"""Published networks by name, for `halfstep distill NAME --dry-run`."""
+"""Published networks, keyed by name, for `halfstep distill NAME --dry-run`."""
 
 
 def published(name: str, precision: BasePrecision = "float32") -> Model:

@@ -151,7 +151,7 @@ def first_arguments(pipe: Any, **call: Any) -> dict[str, Any]:
 
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return copies of a call's arguments by name, because the pipeline may change the originals later."""
+    """Return copies of a call's arguments, keyed by name, because the pipeline may change the originals later."""
     bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
     return {name: copy.deepcopy(value) for name, value in bound.items() if name not in ("self", "return_dict")}
 

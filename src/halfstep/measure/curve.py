@@ -76,7 +76,7 @@ class CellDone(NamedTuple):
     entry: Entry
     cell: Cell
     figures: dict[str, dict[str, float]]
-    """The metrics for each extractor, by name."""
+    """The metrics for each extractor, keyed by name."""
     was_there: bool
     done: int
 

@@ -1,4 +1,4 @@
-"""All metrics by name, each with a label and a description."""
+"""All metrics, keyed by name, each with a label and a description."""
 
 import math
 from collections.abc import Mapping

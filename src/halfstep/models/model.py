@@ -97,7 +97,7 @@ class Model(Denoiser):
         Args:
             shape: the shape of one sample.
             num_classes: the number of classes, if the denoiser takes `class_labels`.
-            conditions: the per-sample shapes of other conditions, by name.
+            conditions: the per-sample shapes of other conditions, keyed by name.
             null: one sample's values that mean "no condition", which guidance needs.
             clip: whether the samples are images, in which case sampling clips x0 to [-1, 1].
             made: the denoiser's role, number of steps and sampler; None uses those of a teacher.
@@ -193,7 +193,7 @@ class Model(Denoiser):
         guidance_scale: float | None = None,
         others: Cond | None = None,
     ) -> dict[str, Tensor]:
-        """Return the samples' conditions by name. An unconditional model has none.
+        """Return the samples' conditions, keyed by name. An unconditional model has none.
 
         Args:
             class_label: one class for all samples, or one class per sample; None cycles through the data's classes.

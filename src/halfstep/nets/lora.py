@@ -81,7 +81,7 @@ class LoRA(Network):
         return self.base(x_t, time, **cond)
 
     def own(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the LoRA weights by name."""
+        """Return the LoRA weights, keyed by name."""
         return [(name, p) for name, p in self.named_parameters() if ".lora_" in name]
 
     def load_base(self, state: Mapping[str, Tensor]) -> None:
@@ -130,7 +130,7 @@ def base_of(network: nn.Module) -> nn.Module:
 
 
 def trainable(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return the trainable parameters by name: the LoRA weights of a `LoRA`, or all parameters of any other network."""
+    """Return the trainable parameters with their names: the LoRA weights of a `LoRA`, else all parameters."""
     return network.own() if isinstance(network, LoRA) else list(network.named_parameters())
 
 

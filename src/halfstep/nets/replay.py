@@ -49,7 +49,7 @@ def takes_scale(call: Node) -> bool:
 
 
 def conditions_of(call: Node) -> dict[str, tuple[int, ...]]:
-    """Return the per-sample shapes of a recorded call's conditions by name."""
+    """Return the per-sample shapes of a recorded call's conditions, keyed by name."""
     found: dict[str, tuple[int, ...]] = {}
     for node in nodes_of(call, "condition"):
         found[node["name"]] = tuple(node["shape"])

@@ -90,7 +90,7 @@ def consistency_target(
             even if it is not finite.
         x_t: noisy samples `[batch, *dims]`.
         t, s, boundary: clock times with 0 <= boundary <= s < t, each `[batch]` or one time for all samples.
-        cond: conditions by name, each `[batch, ...]`.
+        cond: conditions, keyed by name, each `[batch, ...]`.
         sampler: the teacher's deterministic sampler; DDIM() if None.
 
     Returns:

@@ -50,7 +50,7 @@ def halving_target(
         x_t: noisy samples `[batch, *dims]`.
         t: clock times at which the step starts, `[batch]` or one time for all samples.
         s: clock times at which the step lands, with 0 <= s < t.
-        cond: conditions by name, each `[batch, ...]`.
+        cond: conditions, keyed by name, each `[batch, ...]`.
         sampler: the teacher's deterministic sampler; DDIM() if None.
 
     Returns:

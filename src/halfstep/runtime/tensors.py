@@ -112,7 +112,7 @@ def check_finite(tensors: Mapping[str, Tensor], where: Path | str) -> None:
 
 
 def read_cached(file: Path | None) -> dict[str, Tensor]:
-    """Load the tensors that `write_cached` wrote to this file, or an empty dict if the file is missing or damaged."""
+    """Return the tensors that `write_cached` wrote to this file, or an empty dict if it is missing or damaged."""
     if file is None:
         return {}
     try:

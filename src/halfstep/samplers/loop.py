@@ -68,7 +68,7 @@ def trajectory(
     Args:
         num_steps: the number of sampler steps, at least 1; None uses the number that a student was distilled for.
         sampler: the sampler; None uses the sampler that a student was distilled for, or else DDIM().
-        cond: the conditions by name, each `[batch, ...]`.
+        cond: the conditions, keyed by name, each `[batch, ...]`.
         grid: a function that maps `num_steps` to `num_steps + 1` decreasing times.
         noise: the noise that a stochastic sampler adds at each step, or None for a deterministic sampler.
 

@@ -1,4 +1,4 @@
-"""The study `roads` compares methods that distil one teacher to few steps at equal cost.
+"""The study `roads` compares, at equal cost, methods that distil one teacher to a few steps.
 
 A student's cost is the number of forward passes in all stages from the teacher to this student, including those of
 auxiliary networks, as counted by `Stage.update_cost`. A scale sets the cost of each student (8, 4, 2 and 1 steps), and

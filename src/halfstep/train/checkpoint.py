@@ -2,7 +2,7 @@
 
 A checkpoint is written to a temporary folder, synced to disk, read back, compared with the state in memory, and then
 renamed. Older checkpoints are removed only after that, so a good checkpoint always exists. All this happens in a
-background thread. Training waits only while the state is copied, and until the previous checkpoint has been written.
+background thread. Training pauses only to copy the state and, if necessary, to wait for the previous checkpoint.
 """
 
 import contextlib

@@ -27,7 +27,7 @@ TIMEOUT: Final = 60.0
 
 
 def read_runtime(source: Path | None = None) -> dict[str, bytes]:
-    """Return the contents of the files in `SHA256` by name.
+    """Return the contents of the files in `SHA256`, keyed by name.
 
     Args:
         source: the npm package, packed (.tgz) or unpacked. If None, the package is downloaded once into the cache.
