@@ -55,7 +55,7 @@ def fit_micro_batch(trainer: "StageTrainer", largest: int | None = None) -> list
 
 
 def _passes_fit(trainer: "StageTrainer") -> bool:
-    """Return whether memory suffices for two micro batches per turn, since the second needs the gradients of the first."""
+    """Return whether two micro batches per turn fit into memory, the second beside the gradients of the first."""
     try:
         held = [player.place_for_moments() for player in trainer.players.values()]
         first = trainer.update
