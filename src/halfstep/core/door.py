@@ -32,6 +32,8 @@ def in_python() -> Iterator[None]:
             name, typed = option.removeprefix("no-").replace("-", "_"), f"{section}." if section else ""
             if section in OWNERS:
                 meant = f"{OWNERS[section]}({name}={'False' if option.startswith('no-') else '...'})"
+            elif (section, name) in (("matching", "guidance_scale"), ("matching", "guidance_range")):
+                meant = "the argument guidance, such as halfstep.FixedGuidance(4.0)"
             elif name in ARGUMENTS:
                 meant = f"the argument {name}"
             else:

@@ -28,7 +28,7 @@ from halfstep.run.arguments import (
 )
 from halfstep.run.call import Call, Chain, OnStage, OnWindow, call_of
 from halfstep.run.course import IMAGE_RANGE, Match, Start, course
-from halfstep.run.own_samples import check_can_sample, samples_of
+from halfstep.run.own_samples import check_can_sample, check_guidance_of, samples_of
 from halfstep.run.probe import check_called
 from halfstep.run.sources import Source, StreamedBatches, conditions_of
 from halfstep.runtime.processes import make_accelerator
@@ -229,6 +229,8 @@ def distill(
     samples = call.opened(data)
     if like is not None:
         check_data(like, samples)
+        with in_python():
+            check_guidance_of(samples, like, guidance)
     check_called(current, samples)
     if any(stage.objective.guidance is not None for stage in chain.stages) and known.guidance is None and held_null:
         check_called(current, samples, held_null)
