@@ -5,6 +5,7 @@ Our samples equal the pipeline's from the same noise, prompts, steps and guidanc
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import pytest
 import torch
+from scipy.io import wavfile
 from torch import Tensor
 
 import support_pipelines
@@ -21,11 +23,11 @@ from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import FlowMatching, processes
 from halfstep.core.prediction import X0
 from halfstep.hub import export_pipeline, import_pipeline, text_conditions
-from halfstep.hub.card import call_of
+from halfstep.hub.card import call_of, lora_card
 from halfstep.hub.clock import grid_of
 from halfstep.hub.pipelines import load_pipeline
 from halfstep.hub.recording import SCALE, Recording, _guiding, record, verify
-from halfstep.hub.schedulers import SOLVERS, first_order, multistep, read_schedule, write_schedule
+from halfstep.hub.schedulers import SOLVERS, StockSchedule, first_order, multistep, read_schedule, write_schedule
 from halfstep.hub.stock import stock
 from halfstep.hub.trace import Call, Step, Trace, component_of, prompted, trace
 from halfstep.models.folder import load
@@ -403,6 +405,53 @@ def test_a_student_of_angles_is_exported_on_a_table(saved: Callable[[str], Path]
         assert_same(ours, called_once_a_step(pipe, x_t, num_steps, guidance_scale=1.0))
     again = import_pipeline(out)
     assert_same(sample(again, x_t, 4, cond=again.cond(range(2), others=conditions)), ours)
+
+
+def run_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run the lines of a card next to its folder, and return their names."""
+    found = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert found
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(folder.parent)
+    exec(compile(found[1], "card", "exec"), names)
+    return names
+
+
+def test_the_card_of_an_audio_student_writes_its_sound(
+    saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_pipeline(with_steps(import_pipeline(saved("stable_audio")), 4), tmp_path / "out")
+    names = run_card(tmp_path / "out", monkeypatch)
+    rate, sound = wavfile.read(tmp_path / "sample.wav")
+    assert rate == names["pipe"].vae.config.sampling_rate
+    assert torch.equal(torch.from_numpy(sound.T), names["made"][0])
+    assert "requires scipy" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_card_of_a_video_student_writes_its_frames(
+    saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Any] = []
+    monkeypatch.setattr("diffusers.utils.export_to_video", lambda frames, place: written.append((frames, place)))
+    export_pipeline(with_steps(import_pipeline(saved("wan"), FAMILIES["wan"].options), 4), tmp_path / "out")
+    names = run_card(tmp_path / "out", monkeypatch)
+    assert written[0][1] == "sample.mp4"
+    assert written[0][0] is names["made"][0] or (written[0][0] == names["made"][0]).all()
+
+
+@pytest.mark.parametrize(
+    "kind", ["StableAudio3Pipeline", "AudioLDM2Pipeline", "AceStepPipeline", "LongCatAudioDiTPipeline"]
+)
+def test_the_card_of_no_audio_pipeline_saves_a_picture(kind: str, saved: Callable[[str], Path]) -> None:
+    manifest = import_pipeline(saved("stable_audio")).manifest
+    assert manifest.pipeline is not None
+    pipeline = manifest.pipeline.model_copy(update={"kind": kind})
+    card = lora_card(
+        "mine", manifest.model_copy(update={"pipeline": pipeline}), pipeline, StockSchedule("DDIMScheduler", {})
+    )
+    assert "png" not in card
+    assert ("wavfile.write" in card) == ("from scipy.io import wavfile" in card) == (kind[:4] in ("Stab", "Audi"))
 
 
 def test_a_time_that_no_scheduler_passes_is_refused(saved: Callable[[str], Path], tmp_path: Path) -> None:

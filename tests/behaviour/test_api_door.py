@@ -205,6 +205,14 @@ def _training(**changes: Any) -> halfstep.Training:
     return halfstep.Training(**{"num_updates": 4, "learning_rate": 1e-3} | changes)
 
 
+def _bare_fit(denoiser: Any, data: Any) -> Any:
+    return halfstep.fit(denoiser, data, TRAINING)
+
+
+def _fit_by_name() -> Any:
+    return halfstep.fit(denoiser(Net()), X0, "fast")  # type: ignore[arg-type]
+
+
 def _each(make: Callable[..., Any], values: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Callable[[], Any], str]]:
     """Return a call for each value of each setting, and the name that its message must contain."""
     return {
@@ -347,6 +355,33 @@ def test_mismatches_are_reported_before_an_update(case: tuple[str, str]) -> None
     with pytest.raises(ValueError, match=words) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["denoiser", "teacher"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("runs/x", "is the path 'runs/x', but a loaded model is needed. Load it: halfstep.load('runs/x')"),
+        (Path("x"), "is the path 'x', but a loaded model is needed. Load it: halfstep.load('x')"),
+        (Net(), "is the network Net alone, whose noise process and prediction are unknown. Wrap it: NETWORK"),
+        (points, "is the network points alone, whose noise process and prediction are unknown. Wrap it: NETWORK"),
+        (3, "is an int, which cannot denoise. Pass NETWORK"),
+        (Net, "is the class Net, which cannot denoise. Pass NETWORK"),
+        (halfstep.Clipped, "is the class Clipped, not an instance. Call it: Clipped(...)"),
+    ],
+)
+def test_what_is_no_denoiser_is_named_with_the_line_that_makes_it_one(name: str, given: Any, message: str) -> None:
+    call = _bare_fit if name == "denoiser" else halfstep.distill
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        call(given, X0)
+    message = message.replace("NETWORK", "halfstep.NetworkDenoiser(network, halfstep.VPCosine(), halfstep.V())")
+    assert str(caught.value) == f"the {name} {message}"
+
+
+def test_class_names_have_the_right_article() -> None:
+    for call, words in ((lambda: _fit(engine=3), "be an Engine, got an int"), (_fit_by_name, "be a Training, got the")):
+        with pytest.raises(ValueError, match=words):
+            call()
 
 
 @in_turn("case", list(SETTINGS))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import teams
 from halfstep import GaussianDenoiser, NetworkDenoiser, Training, V, VPCosine, distill, sample
-from halfstep.cli import display, main
+from halfstep.cli import main
 from halfstep.cli.display import RunDisplay
 from halfstep.cli.words import Screen
 from halfstep.core.denoiser import Cond, Denoiser
@@ -378,7 +378,7 @@ def test_a_dry_run_counts_every_call_and_copy_of_a_finish(trained: Path, capsys:
 def test_a_finish_whose_student_has_had_no_turn_yet_is_shown_without_a_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr(display, "time", SimpleNamespace(monotonic=itertools.count(0, 100).__next__))
+    monkeypatch.setattr("halfstep.run.progress.time", SimpleNamespace(monotonic=itertools.count(0, 100).__next__))
     events: Iterator[Any] = run(_spec(log_every=1, checkpoint_updates=1), tmp_path / "run")
 
     def until_the_lead() -> Iterator[Any]:

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import os
+import re
 import signal
 import tomllib
 import warnings
@@ -229,15 +230,22 @@ def test_a_folder_is_measured_if_asked(tmp_path: Path) -> None:
     assert all((path / "metrics.json").is_file() for path in (tmp_path / "run" / "stages").iterdir())
 
 
-def test_the_bar_is_drawn_on_a_terminal_only(
+def test_a_terminal_gets_a_bar_and_any_other_output_gets_lines(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def said(**more: Any) -> str:
         halfstep.fit(denoiser(), points(), TRAINING, engine=CPU, **more)
-        return "".join(capfd.readouterr())
+        out, err = capfd.readouterr()
+        assert out == ""
+        return str(err)
 
     monkeypatch.delenv("FORCE_COLOR", raising=False)
-    assert said() == ""
+    start, update, end = said().splitlines()
+    assert start == "00-denoise: 10 updates"
+    assert re.match(r"00-denoise: update \d+/10  loss \S+  \S+ samples/s  ", update)
+    assert update.endswith(" of training left in this run")
+    assert end.startswith("00-denoise: done in ")
+    assert said(progress=False) == ""
     monkeypatch.setenv("FORCE_COLOR", "1")  # pretend that stderr is a terminal
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
@@ -245,6 +253,25 @@ def test_the_bar_is_drawn_on_a_terminal_only(
     assert "00-denoise" in shown
     assert "10/10" in shown
     assert said(progress=False) == ""
+
+
+def test_the_lines_of_a_chain_name_its_stages_as_the_command_line_does(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def said(**more: Any) -> list[str]:
+        halfstep.distill(denoiser(), points(40), **CHAIN, **more)
+        out, err = capfd.readouterr()
+        assert out == ""
+        return [line.partition(" in ")[0] for line in err.splitlines() if ": update " not in line]
+
+    in_memory, in_folder = said(), said(out=tmp_path / "run")
+    assert in_memory[:2] == ["01-halve-0002: 20 updates", "01-halve-0002: done"]
+    assert in_folder == ["00-teacher: complete", *in_memory]
+    # Stages that were trained by an earlier call.
+    assert said(out=tmp_path / "run") == [
+        f"{name}: complete" for name in ("00-teacher", "01-halve-0002", "02-halve-0001")
+    ]
+    assert said(out=tmp_path / "run", progress=False) == []
 
 
 # Data.

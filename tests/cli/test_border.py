@@ -666,6 +666,21 @@ def test_a_guidance_scale_that_the_denoiser_does_not_take_is_rejected(
     assert "--guidance-scale must be" in refused([*prompts, "--guidance-scale", "nan"], capsys)
 
 
+def test_samples_of_another_guidance_are_refused_with_the_option_that_fits(
+    here: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    sd, out = str(here / "sd"), str(tmp_path / "data")
+    drawn = ["--prompts", str(tmp_path / "prompts.txt"), "--num-steps", "1", "--guidance-scale", "5", "--out", out]
+    main(["encode", sd, *drawn])
+    assert open_latents(Path(out)).guidance_scale == 5.0
+    argv = ["distill", sd, "--data", out, "--to", "4", "--out", str(tmp_path / "run"), *UNMEASURED]
+    said = refused(argv, capsys)
+    assert f"{out} contains samples drawn at guidance scale 5, but the student would learn no guidance. Add" in said
+    assert not (tmp_path / "run").exists()
+    main([*argv, "--matching.guidance-scale", "5", "--dry-run"])
+
+
 def test_a_negative_prompt_is_the_condition_of_the_unconditional_branch(here: Path) -> None:
     model = import_pipeline(here / "sd", {"negative_prompt": "b"})
     (negative,) = text_conditions(model.manifest, ["b"])["encoder_hidden_states"]

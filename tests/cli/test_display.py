@@ -56,7 +56,7 @@ def test_measuring_shows_where_it_is_and_counts_in_the_time_left() -> None:
     out = io.StringIO()
     display = RunDisplay(list(zip(plan.names(), plan.stages, strict=True)), Screen(file=out))
     display.show([StageStart("00-denoise", 0, plan.stages[0], 0, 0.0), Progress("00-denoise", 10, _window(10, 6.0))])
-    display._last_line = 0.0
+    display.lines._last_line = 0.0
     display.show([StageEnd("00-denoise", 6.0, was_there=False), Measuring("00-denoise", "Heun", 1, 3)])
     assert "00-denoise: measuring 1/3, Heun" in out.getvalue()
     assert display.status.stages[0].state == "measuring"

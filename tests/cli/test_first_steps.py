@@ -1,6 +1,7 @@
 """The first steps of a new user with a diffusers checkpoint."""
 
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,12 +97,39 @@ def test_a_long_estimate_names_the_options_that_a_given_teacher_has(ddpm: Path) 
     assert "network" in shorter([Role.TEACHER, Role.STUDENT], None)
 
 
-def test_another_spelling_of_a_folder_is_the_same_teacher(ddpm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "written", ["my-ddpm/", "./my-ddpm", "PARENT/my-ddpm", "../FOLDER/my-ddpm", "~/my-ddpm", "link"]
+)
+def test_another_spelling_of_a_folder_is_the_same_teacher(
+    written: str, ddpm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Otherwise, a run that was started with `my-ddpm` could not be resumed with `my-ddpm/`, as shells complete it."""
     monkeypatch.chdir(ddpm.parent)
-    sources = {import_pipeline(word).manifest.source for word in ("my-ddpm", "my-ddpm/", "./my-ddpm")}
-    assert len(sources) == 1
-    assert public(str(sources.pop())).startswith("my-ddpm (weights sha256 ")
+    monkeypatch.setenv("HOME", str(ddpm.parent))
+    if not Path("link").is_symlink():
+        Path("link").symlink_to("my-ddpm")
+    written = written.replace("PARENT", str(ddpm.parent)).replace("FOLDER", ddpm.parent.name)
+    manifest = import_pipeline("my-ddpm").manifest
+    assert import_pipeline(written).manifest == manifest
+    assert manifest.stage == "my-ddpm"
+    assert str(manifest.source).startswith("my-ddpm (weights sha256 ")
+
+
+def test_a_copied_folder_is_the_same_teacher_and_one_of_other_weights_is_not(ddpm: Path, tmp_path: Path) -> None:
+    """A cluster mounts the same folder under another path."""
+    source = import_pipeline(ddpm).manifest.source
+    copied = shutil.copytree(ddpm, tmp_path / "my-ddpm")
+    assert import_pipeline(copied).manifest.source == source
+    assert import_pipeline(save_ddpm(tmp_path / "other" / "my-ddpm", seed=1)).manifest.source != source
+
+
+def test_a_folder_without_a_name_of_its_own_is_imported_under_the_name_that_it_has(
+    ddpm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = shutil.copytree(ddpm, tmp_path / "ddpm-v1.5")
+    monkeypatch.chdir(place)
+    main(["import", "diffusers", "."])
+    assert load(place / "imported" / "ddpm-v1.5").manifest.stage == "ddpm-v1.5"
 
 
 def test_an_import_prints_a_line_before_it_starts(ddpm: Path, monkeypatch: pytest.MonkeyPatch) -> None:

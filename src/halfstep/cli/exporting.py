@@ -48,7 +48,7 @@ from halfstep.models.folder import find_stage, load
 from halfstep.models.model import Model
 from halfstep.nets import BasePrecision, precision_of
 from halfstep.report.words import count, duration
-from halfstep.run.own_samples import NUM_STEPS, prompted_by
+from halfstep.run.own_samples import NUM_STEPS, effective_scale, prompted_by
 from halfstep.runs import RunFolder, StageFolder
 from halfstep.runtime.files import read_json, refuse_file, refuse_taken
 from halfstep.runtime.processes import Processes
@@ -160,7 +160,7 @@ class EncodeArguments:
     num_steps: Steps = NUM_STEPS
     """With --prompts: number of Heun steps per sample."""
     guidance_scale: Guidance | None = None
-    """With --prompts: guidance scale; by default, no guidance is used."""
+    """With --prompts: guidance scale, which the student must also learn; by default, no guidance is used."""
     seed: int = 0
     """With --prompts: seed of the noise."""
     image_size: Side | None = None
@@ -297,7 +297,7 @@ def _prompts_for(model: Model, prompts: Path, guidance_scale: float | None, num_
         raise UsageError(f"{model.manifest.stage} does not take prompts. Use --data instead")
     captions = read_prompts(prompts)
     sampled = prompted_by(model, len(captions), num_steps=num_steps, guidance_scale=guidance_scale, seed=seed)
-    return Prompts(str(prompts), captions, sampled)
+    return Prompts(str(prompts), captions, sampled, effective_scale(model, guidance_scale))
 
 
 def _encoder_of_prompts(

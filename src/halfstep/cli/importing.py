@@ -79,7 +79,10 @@ def imported(
 
 def import_(argv: Sequence[str]) -> None:
     arguments = parse(ImportArguments, argv, "halfstep import")
-    out = arguments.out or Path("imported") / Path(arguments.source).stem
+    source = user_path(arguments.source)
+    # A folder or a name on the Hub may contain a dot, and "." or ".." has no name of its own.
+    name = source.stem if source.suffix == ".msgpack" else source.resolve().name
+    out = arguments.out or Path("imported") / name
     if arguments.format == "diffusers":
         refuse_idle(arguments, "with diffusers", ("config",), {"config": "a pipeline's folder contains its config"})
         refuse_taken(out)

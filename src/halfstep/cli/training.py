@@ -34,7 +34,7 @@ from halfstep.run.own_samples import NUM_SAMPLES, NUM_STEPS
 from halfstep.run.runner import run as run_spec
 from halfstep.run.spec import GIVEN_TEACHER, RunSpec
 from halfstep.runs import Manifest, RunFolder, StageFolder, read_status
-from halfstep.runtime.files import refuse_file
+from halfstep.runtime.files import refuse_file, user_path
 from halfstep.runtime.launch import world_size
 from halfstep.runtime.stop import Interrupted, StopSignal, at_once
 from halfstep.samplers import Heun
@@ -215,7 +215,7 @@ def _only_help(argv: Sequence[str], missing: str) -> bool:
 
 def _stage_at(name: str) -> StageFolder | None:
     """Return the stage in the folder `name`, or None if `name` refers to a pipeline."""
-    path = Path(name)
+    path = user_path(name)
     if is_pipeline(path) or not path.is_dir():
         return None
     try:

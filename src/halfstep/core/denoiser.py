@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Final, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from halfstep.core.callable import CallableNetwork
 from halfstep.core.door import check_denoiser, check_instance, check_real, got
@@ -64,11 +65,32 @@ class Denoiser(nn.Module, ABC):
         result: Denoised = super().__call__(x_t, t, cond)
         return result
 
+    def __repr__(self) -> str:
+        """Return one line. To see the layers, print the network."""
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def extra_repr(self) -> str:
+        """Return the description of the denoiser that its `repr` shows in brackets."""
+        # A denoiser of a user's own class may be printed before its process is set.
+        process = [repr(self.process)] if getattr(self, "process", None) is not None else []
+        known = {"num_steps": self.num_steps, "shape": self.shape}
+        facts = [f"{name}={value}" for name, value in known.items() if value is not None]
+        return ", ".join([*process, count_parameters(self), *facts])
+
     def guided(self, x_t: Tensor, t: Tensor | float, without: Denoised, with_: Denoised, scale: Tensor) -> Denoised:
         """Return without + scale (with_ - without) for both x0 and eps; a scale of 1 returns `with_`."""
         return Denoised(
             *(none + per_sample(scale, x_t) * (some - none) for none, some in zip(without, with_, strict=True))
         )
+
+
+def count_parameters(module: nn.Module) -> str:
+    """Return the number of a module's parameters as text, such as "1,024 parameters"."""
+    parameters = list(module.parameters())
+    if any(isinstance(parameter, UninitializedParameter) for parameter in parameters):
+        return "lazy parameters"
+    number = sum(parameter.numel() for parameter in parameters)
+    return f"{number:,} parameter{'s' * (number != 1)}"
 
 
 @final
@@ -105,6 +127,11 @@ class NetworkDenoiser(Denoiser):
         self.network: Any = network if isinstance(network, nn.Module) else CallableNetwork(network)
         self.process = process
         self.prediction = prediction
+
+    def extra_repr(self) -> str:
+        called: Any = self.network.function if isinstance(self.network, CallableNetwork) else self.network
+        name = getattr(called, "__name__", type(called).__name__)
+        return f"{name}, {self.prediction!r}, {super().extra_repr()}"
 
     def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
         precision = torch.promote_types(x_t.dtype, torch.float32)
@@ -157,6 +184,9 @@ class Clipped(Denoiser):
         self.low = low
         self.high = high
 
+    def extra_repr(self) -> str:
+        return f"{self.denoiser!r}, low={self.low:g}, high={self.high:g}"
+
     def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
         x0 = self.denoiser(x_t, t, cond).x0.clamp(self.low, self.high)
         return Denoised(x0, eps_from_x0(x_t, x0, *self.process.amplitudes(t)))
@@ -189,6 +219,9 @@ class Reprocessed(Denoiser):
             )
         self.denoiser = denoiser
         self.process = process
+
+    def extra_repr(self) -> str:
+        return f"{self.denoiser!r}, {self.process!r}"
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
         own = self.denoiser.process
@@ -239,6 +272,10 @@ class Guided(Denoiser):
         self.null = {name: torch.as_tensor(value) for name, value in null.items()}
         self._null_held: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
         self.scale = scale
+
+    def extra_repr(self) -> str:
+        scale = f"the condition {GUIDANCE}" if self.scale is None else f"{self.scale:g}"
+        return f"{self.denoiser!r}, null={sorted(self.null)}, scale={scale}"
 
     def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
         shown = dict(cond or {})

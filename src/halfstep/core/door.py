@@ -32,6 +32,8 @@ def in_python() -> Iterator[None]:
             name, typed = option.removeprefix("no-").replace("-", "_"), f"{section}." if section else ""
             if section in OWNERS:
                 meant = f"{OWNERS[section]}({name}={'False' if option.startswith('no-') else '...'})"
+            elif (section, name) in (("matching", "guidance_scale"), ("matching", "guidance_range")):
+                meant = "the argument guidance, such as halfstep.FixedGuidance(4.0)"
             elif name in ARGUMENTS:
                 meant = f"the argument {name}"
             else:
@@ -48,8 +50,12 @@ def got(value: Any) -> str:
         return f"the class {value.__name__}"
     if isinstance(value, str | Path):
         return f"the {type(value).__name__} {str(value)!r}"
-    name = type(value).__name__
-    return f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"
+    return _with_article(type(value).__name__)
+
+
+def _with_article(name: str) -> str:
+    """Return the name of a class after "a" or "an"."""
+    return f"{'an' if name[0] in 'aeioAEIO' else 'a'} {name}"
 
 
 def check_instance(name: str, value: Any, kind: type, example: str) -> None:
@@ -62,7 +68,7 @@ def check_instance(name: str, value: Any, kind: type, example: str) -> None:
         return
     if isinstance(value, type) and issubclass(value, kind):
         raise ValueError(f"{name} must be an instance, got the class {value.__name__}. Call it: {value.__name__}(...)")
-    raise ValueError(f"{name} must be a {kind.__name__}, got {got(value)}. Pass {example}")
+    raise ValueError(f"{name} must be {_with_article(kind.__name__)}, got {got(value)}. Pass {example}")
 
 
 def check_denoiser(name: str, value: Any, kind: type) -> None:
@@ -71,19 +77,27 @@ def check_denoiser(name: str, value: Any, kind: type) -> None:
     Args:
         kind: the class `Denoiser`, passed as an argument because its module imports this module.
     """
+    if isinstance(value, kind):
+        return
     if isinstance(value, str | Path):
         path = str(value)
-        raise ValueError(f"{name} must be a denoiser, got the path {path!r}. Load it: halfstep.load({path!r})")
-    if (
-        not isinstance(value, kind)
-        and not isinstance(value, type)
-        and (isinstance(value, nn.Module) or callable(value))
-    ):
+        raise ValueError(f"{name} is the path {path!r}, but a loaded model is needed. Load it: halfstep.load({path!r})")
+    if isinstance(value, type) and issubclass(value, kind):
+        raise ValueError(f"{name} is the class {value.__name__}, not an instance. Call it: {value.__name__}(...)")
+    if isinstance(value, type) or not callable(value):
         raise ValueError(
-            f"{name} must be a denoiser, got the network {type(value).__name__}. Wrap it with its noise process and "
-            "prediction: halfstep.NetworkDenoiser(network, halfstep.VPCosine(), halfstep.V())"
+            f"{name} is {got(value)}, which cannot denoise. Pass halfstep.NetworkDenoiser(network, "
+            "halfstep.VPCosine(), halfstep.V())"
         )
-    check_instance(name, value, kind, "halfstep.NetworkDenoiser(network, process, prediction)")
+    raise ValueError(
+        f"{name} is the network {_name_of(value)} alone, whose noise process and prediction are unknown. Wrap it: "
+        "halfstep.NetworkDenoiser(network, halfstep.VPCosine(), halfstep.V())"
+    )
+
+
+def _name_of(value: Any) -> str:
+    """Return the name of a function, or of the class of any other object."""
+    return str(getattr(value, "__name__", type(value).__name__))
 
 
 def check_number(name: str, value: object, least: float = 0.0, below: float = math.inf, *, above: bool = False) -> None:

@@ -102,6 +102,8 @@ class Prompts:
     captions: tuple[str, ...]
     sampled: Callable[[range, Mapping[str, Tensor]], Tensor]
     """Maps the indices and conditions of texts to latents `[n, *dims]`."""
+    guidance_scale: float | None = None
+    """The guidance scale at which `sampled` samples; 1 is no guidance. None if the model cannot be guided."""
 
     def __len__(self) -> int:
         return len(self.captions)

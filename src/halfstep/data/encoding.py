@@ -189,8 +189,9 @@ def _differs(then: Origin, now: Origin) -> str:
 def _origin(images: CaptionedImages | CaptionedClips | Prompts) -> Origin:
     """Return hashes that identify the images, which requires reading all files."""
     if isinstance(images, Prompts):
+        sampling = {"sampled": True, "guidance_scale": images.guidance_scale}
         return Origin(
-            count=len(images), names="", contents="", captions=digest_of(images.captions), preparation={"sampled": True}
+            count=len(images), names="", contents="", captions=digest_of(images.captions), preparation=sampling
         )
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:

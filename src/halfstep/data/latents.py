@@ -65,7 +65,8 @@ class Origin(Record):
     captions: str
     """The sha256 of the captions, in order."""
     preparation: dict[str, Any]
-    """The fields of the images' `Preparation`."""
+    """The fields of the images' `Preparation`. For latents that a model sampled from prompts, "sampled" is True, and
+    "guidance_scale" is as in `Prompts`."""
 
 
 class Index(Record):
@@ -111,6 +112,16 @@ class LatentData(Data):
     @cached_property
     def fingerprint(self) -> str:
         return digest_of([self.index.model_dump(mode="json", include={"format", "tensors", "null", "shards"})])
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the latents are samples of a model instead of encoded images."""
+        return bool(self.index.images.preparation.get("sampled"))
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """The guidance scale of sampled latents, or None if they were not sampled or the model cannot be guided."""
+        return self.index.images.preparation.get("guidance_scale")
 
     def __len__(self) -> int:
         return self.index.images.count

@@ -17,6 +17,15 @@ _PIXELS: Final = {
 }
 """Call arguments of the pixel pipelines, by pipeline class."""
 
+_SOUND: Final = "made[0].T.float().cpu().numpy()"
+"""A sound as scipy stores it, `[time, channels]`, from a pipeline that returns tensors `[n, channels, time]`."""
+_SOUNDS: Final = {
+    "StableAudioPipeline": ("pipe.vae.config.sampling_rate", _SOUND),
+    "StableAudio3Pipeline": ("pipe.vae.config.sampling_rate", _SOUND),
+    "AudioLDM2Pipeline": ("pipe.vocoder.config.sampling_rate", "made[0]"),
+}
+"""The sampling rate and the first sound of audio pipelines, by the pipeline's class."""
+
 
 def call_of(manifest: Manifest, num_steps: int) -> dict[str, Any]:
     """Return the call arguments, except prompts, with which the stock pipeline takes the same steps as our sampler."""
@@ -44,9 +53,26 @@ def _call(manifest: Manifest, kind: str, steps: int = 4) -> str:
         given = ", ".join(f"{name}={_python(value)}" for name, value in call_of(manifest, steps).items())
         arguments = f"{'[0, 1]' if labels else chr(34) + 'a prompt' + chr(34)}, {given}"
     line = f"made = pipe({arguments}, generator=torch.manual_seed(0))[0]"
-    taken = inspect.signature(stock(kind).__call__).parameters
-    is_picture = "num_frames" not in taken and "audio_end_in_s" not in taken
+    if kind in _SOUNDS:
+        rate, sound = _SOUNDS[kind]
+        return f'{line}\nwavfile.write("sample.wav", {rate}, {sound})'
+    called = inspect.signature(stock(kind).__call__)
+    if "num_frames" in called.parameters:
+        return f'{line}\nexport_to_video(made[0], "sample.mp4")'
+    is_picture = "Audio" not in str(called.return_annotation)
     return f'{line}\nmade[0].save("sample.png")' if is_picture else line
+
+
+def _savers(line: str) -> tuple[str, str]:
+    """Return the imports that save the samples of `line`, and a note about them."""
+    if "wavfile" in line:
+        return "\nfrom scipy.io import wavfile", "\nWriting `.wav` files requires scipy (`pip install scipy`).\n"
+    if "export_to_video" in line:
+        return "\nfrom diffusers.utils import export_to_video", (
+            "\nWriting videos requires imageio (`pip install imageio imageio-ffmpeg`). Pass the frame rate as `fps`; "
+            "the default is 10.\n"
+        )
+    return "", ""
 
 
 def _usage(manifest: Manifest, kind: str, schedule: StockSchedule, steps: int) -> tuple[str, str, str]:
@@ -100,6 +126,7 @@ def model_card(
     refines = manifest.parent not in (None, manifest.teacher)
     started = f" and started from `{manifest.parent}`" if refines else ""
     imports, line, notes = _usage(manifest, kind, schedule, own or max(exact))
+    savers, note = _savers(line)
     if manifest.clip and kind == "DDIMPipeline":
         notes += (
             "\nPass `use_clipped_model_output=True`, so that `DDIMScheduler` recomputes the noise from the clipped x0. "
@@ -118,12 +145,12 @@ stock `{kind}`. It runs without halfstep.
 
 ```python
 {imports}import torch
-from diffusers import {kind}
+from diffusers import {kind}{savers}
 
 pipe = {kind}.from_pretrained("{name}"{"".join(f", {part}=None" for part in absent)})
 {line}
 ```
-
+{note}
 ## Details
 
 - Teacher: {public(manifest.source or "trained by halfstep")}; the chain started at {manifest.start_steps or "?"} \
@@ -151,6 +178,7 @@ def lora_card(
     lowered, base = CONFIGS.get(precision, "torch.bfloat16"), public(pipeline.folder)
     over = "" if precision == "float32" else f"\nThe weights were trained on {precision} base weights ({lowered}).\n"
     imports, line, note = _usage(manifest, pipeline.kind, schedule, manifest.num_steps or 4)
+    savers, saving = _savers(line)
     return f"""\
 ---
 library_name: diffusers
@@ -166,14 +194,14 @@ pipeline (its folder, or its name on the Hub), and with the scheduler in this fo
 {over}
 ```python
 {imports}import torch
-from diffusers import {schedule.kind}, {pipeline.kind}
+from diffusers import {schedule.kind}, {pipeline.kind}{savers}
 
 pipe = {pipeline.kind}.from_pretrained("{base}")
 pipe.scheduler = {schedule.kind}.from_pretrained("{name}", subfolder="scheduler")
 pipe.load_lora_weights("{name}")
 {line}
 ```
-{note}
+{saving}{note}
 ## Guidance
 
 {manifest.guidance_words()}

@@ -106,7 +106,7 @@ def import_pipeline(
         ValueError: if the pipeline is pickled or requires custom code, or if a part is missing or not supported.
     """
     folder = fetch(str(source))
-    # The manifest stores a folder's absolute path.
+    # The same folder is the same teacher, however its path is written and also through a link.
     origin = str(folder.resolve()) if folder == user_path(source) else str(source)
     kind = read_kind(folder) if (folder / "model_index.json").is_file() else None
     if kind is not None and kind not in PIXELS:
@@ -128,7 +128,7 @@ def import_pipeline(
     pipeline = None if kind is None else Pipeline(kind=kind, folder=origin, component="unet")
     return teacher_of(
         network, schedule, shape_of(network.config), num_classes=int(network.config.get("num_class_embeds") or 0),
-        stage=folder.name, is_image=True, pipeline=pipeline, source=_origin(source, network_folder),
+        stage=Path(origin).name, is_image=True, pipeline=pipeline, source=_identity(origin, network_folder),
     )  # fmt: skip
 
 
@@ -198,14 +198,18 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, precision: B
     return teacher_of(
         network, recording.schedule, recording.shape, num_classes=recording.num_classes,
         conditions={} if recording.num_classes else conditions_of(network.call), null=recording.null,
-        stage=folder.name, is_image=False, pipeline=pipeline.model_copy(update=told),
-        source=_origin(source, places[component]),
+        stage=Path(pipeline.folder).name, is_image=False, pipeline=pipeline.model_copy(update=told),
+        source=_identity(pipeline.folder, places[component]),
     )  # fmt: skip
 
 
-def _origin(source: str | Path, weights: Path) -> str:
-    # Path drops a trailing slash, which shells add, so that the same teacher always has the same name.
-    return f"{Path(source)} (weights sha256 {disk.digest_of(weights)})"
+def _identity(origin: str, weights: Path) -> str:
+    """Return the name of a teacher's folder, or its name on the Hub, and the digest of its weights.
+
+    Paths are left out, because the same folder has another path on another machine.
+    """
+    name = Path(origin).name if Path(origin).is_absolute() else origin
+    return f"{name} (weights sha256 {disk.digest_of(weights)})"
 
 
 def teacher_of(network: StockNetwork, schedule: Schedule, shape: Sequence[int], **facts: Any) -> Model:

@@ -55,6 +55,12 @@ class Model(Denoiser):
         guided = Guided(denoiser, self.null) if self.null and not self.takes_scale else denoiser
         self._guided: Denoiser = Clipped(guided) if manifest.clip else guided
 
+    def extra_repr(self) -> str:
+        steps = "" if self.num_steps is None else f" of {self.num_steps} step{'s' * (self.num_steps != 1)}"
+        shown = [f"{self.num_classes} classes"] * bool(self.num_classes) + sorted(self.manifest.conditions)
+        given = f", conditioned on {', '.join(shown)}" if shown else ""
+        return f"{self.role}{steps}, samples of shape {list(self.shape)}{given}, {self.denoiser.extra_repr()}"
+
     def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
         return (self._guided if GUIDANCE in (cond or {}) else self._plain)(x_t, t, cond)
 

@@ -86,8 +86,8 @@ class Finishing(StepObjective):
     with more steps has less to gain, and errors of the auxiliary denoiser affect it more."""
     data_weight: float | None = None
     """Weight of the data's score in the student's target score, from 0 to 1. The teacher's score has the remaining
-    weight. None means 1, or 0 if the teacher has learned guidance, because guided samples are not distributed like
-    data."""
+    weight. None means 1, or 0 if the teacher is guided, because guided samples are not distributed like data. A teacher
+    is guided if it has learned guidance, or if its network takes the scale as an input (`Plan.embedded`)."""
     auxiliary_turns: int | None = None
     """Number of turns of the auxiliary denoiser per student turn; None means 1, or 2 if `data_weight` is 0. Both cost
     the same, because a turn with data needs twice as many network calls."""

@@ -47,6 +47,10 @@ class Guidance(ABC):
         """
 
     @abstractmethod
+    def covers(self, scale: float) -> bool:
+        """Return whether the network has learned this scale."""
+
+    @abstractmethod
     def view(self, teacher: Denoiser, null: Mapping[str, Tensor]) -> Denoiser:
         """Return the guided teacher that a student learns from.
 
@@ -98,6 +102,9 @@ class FixedGuidance(Guidance):
             )
         return None
 
+    def covers(self, scale: float) -> bool:
+        return scale == self.scale
+
     def view(self, teacher: Denoiser, null: Mapping[str, Tensor]) -> Denoiser:
         if _takes_scale(teacher):
             raise ValueError(
@@ -143,6 +150,9 @@ class GuidanceRange(Guidance):
                 stacklevel=5,
             )
         return self.default_scale if scale is None else scale
+
+    def covers(self, scale: float) -> bool:
+        return self.low <= scale <= self.high
 
     def view(self, teacher: Denoiser, null: Mapping[str, Tensor]) -> Denoiser:
         return teacher if _takes_scale(teacher) else Guided(teacher, null)

@@ -160,6 +160,13 @@ class Plan:
             return self
         return self.changed(lambda objective: _guided(objective, guidance))
 
+    def embedded(self) -> "Plan":
+        """Return the plan, adapted to a teacher that has not learned guidance, but whose network takes the scale.
+
+        Such a teacher's samples are guided, so the default data weight of a finish is 0.
+        """
+        return self.changed(_keeping_to_teacher)
+
     def changed(self, change: Callable[[Objective], Objective]) -> "Plan":
         """Return the plan with every objective replaced; `plan.changed(Adversarial)` adds a critic to each stage."""
         return Plan(tuple(replace(stage, objective=change(stage.objective)) for stage in self.stages))
@@ -268,6 +275,15 @@ def _guided(objective: Objective, guidance: Guidance) -> Objective:
         elif name == "guidance":
             changes[name] = guidance
     return replace(objective, **changes)  # type: ignore[type-var]
+
+
+def _keeping_to_teacher(objective: Objective) -> Objective:
+    """Return a finish without data if its data weight is the default, and any other objective unchanged."""
+    if isinstance(objective, Adversarial):
+        return replace(objective, objective=_keeping_to_teacher(objective.objective))
+    if isinstance(objective, Finishing) and objective.data_weight is None:
+        return replace(objective, data_weight=0.0)
+    return objective
 
 
 def divided(start: int, end: int, factor: int) -> list[int]:

@@ -12,6 +12,7 @@ from halfstep.models.model import Model
 from halfstep.objectives import Plan, Stage, objectives
 from halfstep.recipes.schema import MatchingConfig, Recipe
 from halfstep.run.course import IMAGE_RANGE, Start, check_start, course
+from halfstep.run.own_samples import check_guidance_of
 from halfstep.run.preflight import preflight
 from halfstep.run.spec import FREE_SETTINGS, RunSpec
 from halfstep.runs import Manifest
@@ -81,6 +82,7 @@ def build(
         start, process, prediction = Start.of(teacher), teacher.process, teacher.denoiser.prediction
         check_fit(teacher.manifest, opened)
         teacher = _with_null(teacher, recipe.matching, opened)
+        check_guidance_of(opened, teacher, recipe.matching.guidance)
         # Runs from different teachers are different runs, even with the same settings.
         imported = {} if teacher.manifest.source is None else {"source": teacher.manifest.source}
         own = {"stage": teacher.manifest.stage, **imported, **teacher.manifest.files}

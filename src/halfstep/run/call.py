@@ -21,9 +21,9 @@ from halfstep.measure.evaluate import Evaluation
 from halfstep.models.folder import load
 from halfstep.models.model import Model
 from halfstep.nets import OWN, describe_network, merged
-from halfstep.objectives import Outcome, Plan, objectives, parents_of
+from halfstep.objectives import Outcome, Plan, Stage, objectives, parents_of
 from halfstep.run.events import Event, Notice, Progress, StageEnd, StageStart
-from halfstep.run.progress import bars
+from halfstep.run.progress import Stages, shown
 from halfstep.run.runner import run
 from halfstep.run.sources import Source, StreamedBatches, as_batches, as_source
 from halfstep.run.spec import FREE_SETTINGS, RunSpec
@@ -117,20 +117,15 @@ class Call:
         with module.device(found.index) if found.index is not None else contextlib.nullcontext():
             yield self.engine
 
-    def watch(self, events: Iterator[Event], model_of: Callable[[str], Any]) -> None:
-        """Run the stages to the end, updating the progress bar and calling the callbacks."""
-        with bars(self.progress and rank() == 0) as shown:
+    def watch(self, events: Iterator[Event], stages: Stages, model_of: Callable[[str], Any]) -> None:
+        """Run the stages to the end, showing their progress and calling the callbacks."""
+        with shown(stages, self.progress and rank() == 0) as show:
             for event in events:
-                if isinstance(event, StageStart):
-                    shown.start(event.name, event.stage.training.num_updates, event.resumed_at)
-                elif isinstance(event, Progress):
-                    shown.at(event.name, event.window.update, event.window.loss)
-                    if self.on_window is not None:
-                        self.on_window(event.name, event.window)
-                elif isinstance(event, StageEnd) and not event.was_there:
-                    shown.end(event.name)
-                    if self.on_stage is not None:
-                        self.on_stage(event.name, model_of(event.name))
+                show(event)
+                if isinstance(event, Progress) and self.on_window is not None:
+                    self.on_window(event.name, event.window)
+                elif isinstance(event, StageEnd) and not event.was_there and self.on_stage is not None:
+                    self.on_stage(event.name, model_of(event.name))
                 elif isinstance(event, Notice):
                     warnings.warn(event.text, HalfstepWarning, stacklevel=4)
 
@@ -146,7 +141,7 @@ class Call:
         try:
             with in_python(), self.placed() as engine, StopSignal() if alone else contextlib.nullcontext() as stop:
                 made = dataclasses.replace(spec, engine=engine)
-                self.watch(run(made, out, stop), model_of)
+                self.watch(run(made, out, stop), made.stages, model_of)
                 device = make_accelerator(engine.precision, engine.cpu).device
         except Interrupted as stopped:
             if stopped.code == 130:
@@ -237,13 +232,23 @@ class Chain:
         self.models: list[Any] = []
         self.names: list[str] = []
 
+    @staticmethod
+    def stages(plan: Plan) -> list[tuple[str, Stage]]:
+        """Return the stages of a plan with their names. A given teacher takes the number 0."""
+        needs_teacher = plan.stages[0].objective.needs_teacher
+        return list(zip(plan.names(int(needs_teacher)), plan.stages, strict=True))
+
+    def watched(self, plan: Plan, lora_rank: int | None) -> Any:
+        """Train the stages in order, show their progress, and return the last result."""
+        self.call.watch(self.run(plan, lora_rank), self.stages(plan), self.model_of)
+        return self.models[-1]
+
     def run(self, plan: Plan, lora_rank: int | None) -> Iterator[Event]:
         """Train the stages in order.
 
         Each stage trains a student, or the given denoiser itself if the stage's objective needs no teacher.
         """
-        needs_teacher = plan.stages[0].objective.needs_teacher
-        for index, (name, stage) in enumerate(zip(plan.names(int(needs_teacher)), plan.stages, strict=True)):
+        for index, (name, stage) in enumerate(self.stages(plan)):
             student, seen = self.made[0], None
             if stage.objective.needs_teacher:
                 parents = parents_of(stage.objective, self.outcomes)

@@ -64,6 +64,8 @@ class Start:
     is_clipped: bool = False
     """Whether the teacher is a `Clipped` denoiser. Halving does not support such a teacher, so a student is first
     matched to it."""
+    is_embedded: bool = False
+    """Whether the network takes the guidance scale as an input, so that samples are guided without learned guidance."""
     is_stock: bool = False
     """Whether the teacher is a diffusers network, so that its students can be exported to diffusers."""
 
@@ -80,6 +82,7 @@ class Start:
             has_movable_clock(model.denoiser.network),
             model.sampler,
             clip=IMAGE_RANGE if model.manifest.clip else None,
+            is_embedded=model.manifest.pipeline is not None and model.manifest.pipeline.scale is not None,
             is_stock=isinstance(model.denoiser.network, StockNetwork),
         )
 
@@ -182,7 +185,7 @@ def course(
         warn_of_gain(process, prediction, given=start.given)
     plan = (Plan() if matching is None else Plan.of(matching, match.training)) + halvings(guidance)
     if after is not None:
-        plan += after.guided(guidance)
+        plan += after.embedded() if guidance is None and start.is_embedded else after.guided(guidance)
     models, learned = [start.outcome], [start.guidance]
     for stage in plan.stages:
         parents = parents_of(stage.objective, models)

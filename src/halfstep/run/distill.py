@@ -28,7 +28,7 @@ from halfstep.run.arguments import (
 )
 from halfstep.run.call import Call, Chain, OnStage, OnWindow, call_of
 from halfstep.run.course import IMAGE_RANGE, Match, Start, course
-from halfstep.run.own_samples import check_can_sample, samples_of
+from halfstep.run.own_samples import check_can_sample, check_guidance_of, samples_of
 from halfstep.run.probe import check_called
 from halfstep.run.sources import Source, StreamedBatches, conditions_of
 from halfstep.runtime.processes import make_accelerator
@@ -82,8 +82,7 @@ def fit(
     if network is None:
         with in_python(), call.placed() as used:
             chain = Chain(call, used, samples, denoiser, Outcome(Role.TEACHER), {}, like)
-            call.watch(chain.run(plan, None), chain.model_of)
-            return chain.models[-1]
+            return chain.watched(plan, None)
     spec = call.spec(
         "fit",
         plan,
@@ -167,7 +166,8 @@ def distill(
         evaluation: how to measure the stages in `out`. None disables measuring.
         on_window: called every `engine.log_every` updates with a stage's name and its `Window` of statistics.
         on_stage: called with a stage's name and its model when the stage is complete, for example to evaluate it.
-        progress: whether to show progress bars if stderr is a terminal.
+        progress: whether to show the progress on stderr: as bars on a terminal, and otherwise as one line at the start
+            and the end of each stage and at most one line every 10 seconds in between.
 
     Returns:
         The last student as a `Model`, which `save` accepts, or as a custom denoiser if the teacher is one.
@@ -229,6 +229,8 @@ def distill(
     samples = call.opened(data)
     if like is not None:
         check_data(like, samples)
+        with in_python():
+            check_guidance_of(samples, like, guidance)
     check_called(current, samples)
     if any(stage.objective.guidance is not None for stage in chain.stages) and known.guidance is None and held_null:
         check_called(current, samples, held_null)
@@ -257,7 +259,7 @@ def distill(
     try:
         with in_python(), call.placed() as used:
             trained = Chain(call, used, samples, current, known.outcome, held_null, like)
-            call.watch(trained.run(chain, lora_rank), trained.model_of)
+            return trained.watched(chain, lora_rank)
     finally:
         # Stages freeze the teacher, switch it to evaluation mode and move it to their device. Undo all of this, even
         # after an error.
@@ -265,7 +267,6 @@ def distill(
         for parameter, needed in zip(current.parameters(), frozen, strict=True):
             parameter.requires_grad_(needed)
         current.to(device_before)
-    return trained.models[-1]
 
 
 def _as_model(denoiser: Denoiser, data: Data | StreamedBatches) -> Model | None:

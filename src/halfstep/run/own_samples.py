@@ -10,8 +10,9 @@ from halfstep.core.denoiser import Cond, Denoiser
 from halfstep.core.door import check_denoiser, check_instance, check_shape, check_whole
 from halfstep.core.draw import Draw, as_seed, sample_labels
 from halfstep.core.grids import check_num_steps
-from halfstep.data import MemoryData
+from halfstep.data import LatentData, MemoryData
 from halfstep.models.model import Model, samples_at_once
+from halfstep.objectives import Guidance, Role
 from halfstep.samplers import DDIM, Heun, Sampler, sample
 
 NUM_SAMPLES: Final = 4096
@@ -134,6 +135,47 @@ def prompted_by(
         return sample(teacher, x_1, steps, method, cond).float().cpu()
 
     return sampled
+
+
+def effective_scale(teacher: Model, guidance_scale: float | None) -> float | None:
+    """Return the guidance scale of the samples that `prompted_by` draws, or None if the teacher cannot be guided."""
+    if guidance_scale is None and teacher.guidance is not None:
+        return teacher.guidance.default_scale
+    return _own_scale(teacher) if guidance_scale is None else guidance_scale
+
+
+def check_guidance_of(data: object, teacher: Model, learned: Guidance | None) -> None:
+    """Raise ValueError if data was sampled at a guidance scale that the student does not learn.
+
+    All students can learn from unguided samples and from any other data.
+
+    Args:
+        learned: the guidance that the student learns in addition to that of the teacher, or None.
+    """
+    if not isinstance(data, LatentData) or data.guidance_scale is None:
+        return
+    drawn, again = data.guidance_scale, "draw the samples again with halfstep encode --prompts"
+    guidance, own = learned or teacher.guidance, _own_scale(teacher) or 1.0
+    if drawn == own if guidance is None else drawn == 1 or guidance.covers(drawn):
+        return
+    if guidance is not None:
+        what = f"learn {guidance}"
+        remedy = f"Change --matching.guidance-scale, or {again}" if learned else again.capitalize()
+    else:
+        what = "learn no guidance" if own == 1 else f"learn guidance scale {own:g}"
+        add = f"Add --matching.guidance-scale {drawn:g}"
+        if teacher.takes_scale and teacher.manifest.pipeline is not None:
+            add = f"Add --call {teacher.manifest.pipeline.guidance}={drawn:g}"
+        remedy = f"{add}, or {again}" if teacher.role is Role.TEACHER else again.capitalize()
+    raise ValueError(
+        f"{data.source} contains samples drawn at guidance scale {drawn:g}, but the student would {what}. {remedy}"
+    )
+
+
+def _own_scale(model: Model) -> float | None:
+    """Return the guidance scale at which a model that has learned no guidance is called if no scale is passed."""
+    pipeline = model.manifest.pipeline
+    return pipeline.scale if model.takes_scale and pipeline is not None else _unguided(model)
 
 
 def _unguided(model: Model) -> float | None:
