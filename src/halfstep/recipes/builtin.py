@@ -50,7 +50,7 @@ def digits() -> Recipe:
             training=Training(
                 num_updates=260, batch_size=48, learning_rate=1.5e-4, adam_betas=(0.0, 0.99), ema_decay=0.98
             ),
-            updates_at={2: 400},
+            updates_at={2: 500, 1: 400},
             lead_updates=20,
         ),
         evaluation=Evaluation(num_samples=2000, batch_size=500),
