@@ -47,7 +47,7 @@ class VideoPreparation:
     height: int
     width: int
     frame_rate: float | None = None
-    """Frames per second to take from a file; None takes all frames. All frames of a folder are taken."""
+    """Frames per second to take from a file; None takes all frames. All frames in a folder are used."""
     suffixes: ClassVar[tuple[str, ...]] = VIDEO_SUFFIXES
 
     def __call__(self, path: Path) -> Tensor:

@@ -85,7 +85,7 @@ extractors: Registry[Callable[[str | None, RealData], FeatureExtractor]] = Regis
 
 
 def extractor_for(asked: str, measured: RealData) -> FeatureExtractor:
-    """Return the extractor that `asked` selects in the form NAME or NAME=PATH.
+    """Return the extractor that `asked` selects; `asked` has the form NAME or NAME=PATH.
 
     Raises:
         ValueError: if the extractor is unknown, if its weights are missing or damaged, or if the data does not meet

@@ -254,7 +254,7 @@ def chain_figure(name: str, stages: Sequence[tuple[Curve, Curve, float]]) -> Mar
 
 
 def is_images(samples: np.ndarray) -> bool:
-    """Return whether samples are grey or colour images, as a uint8 array of shape `[n, h, w, c]`."""
+    """Return whether samples are grey or colour images, that is, a uint8 array of shape `[n, h, w, c]`."""
     return samples.dtype == np.uint8 and samples.ndim == 4 and samples.shape[3] in (1, 3)
 
 

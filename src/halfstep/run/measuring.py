@@ -65,7 +65,7 @@ def calls_of_measuring(spec: RunSpec) -> int:
 class Measuring:
     """Measures one stage after another, and compares each model with the first one on samples from the same noise.
 
-    For this comparison, the first model uses the measured sampler and step count that need the most network calls.
+    For this comparison, the first model uses the most expensive combination of sampler and step count that was measured.
     """
 
     def __init__(

@@ -178,7 +178,7 @@ class Stochastic(Study):
         lines = [[str(num_steps), *_distances(rows, self.methods, num_steps)] for num_steps in steps]
         notes = (
             _protocol(scale) + " A single step adds no noise, so with one step, both samplers are equal. "
-            "The values of the paper's figure 6 (ImageNet 64x64) are unknown and therefore not shown.",
+            "The values in the paper's figure 6 (ImageNet 64x64) are unknown and therefore not shown.",
         )
         return Table(("steps", *self.methods.values()), lines, notes)
 

@@ -18,7 +18,7 @@ from halfstep.studies.show import spread, where
 def students_by(start: int, factor: int) -> tuple[int, ...]:
     """Return the students' numbers of steps after `start`, down to 1.
 
-    Each stage divides the number by `factor`, or goes to 1 if `factor` does not divide it.
+    Each stage divides the number by `factor`, or reduces it to 1 if it is not divisible by `factor`.
     """
     steps = [start]
     while steps[-1] > 1:
