@@ -65,7 +65,7 @@ def calls_of_measuring(spec: RunSpec) -> int:
 class Measuring:
     """Measures one stage after another, and compares each model with the first one on samples from the same noise.
 
-    For this comparison, the first model uses the most expensive combination of sampler and step count that was measured.
+    For this comparison, the first model uses the most expensive of its measured samplers and step counts.
     """
 
     def __init__(
