@@ -12,6 +12,7 @@ from halfstep.data import Encoder, LatentData, MemoryData, Prompts, encode, open
 from halfstep.objectives import (
     FINISHING,
     Adversarial,
+    Consistency,
     Finishing,
     FixedGuidance,
     Guidance,
@@ -67,12 +68,25 @@ def latents(folder: Path, scale: float | None) -> LatentData:
     ("model", "learned", "scale", "message"),
     [
         (teacher(), None, 5.0, "learn no guidance. Add --matching.guidance-scale 5, or draw the samples again"),
-        (teacher(), FixedGuidance(3.0), 5.0, "learn FixedGuidance(scale=3.0). Change --matching.guidance-scale, or"),
-        (teacher(), GuidanceRange(1.0, 4.0), 5.0, "learn GuidanceRange(low=1.0, high=4.0). Change"),
-        (teacher(learned=FixedGuidance(3.0)), None, 5.0, "learn FixedGuidance(scale=3.0). Draw the samples again with"),
-        (teacher(role=Role.STUDENT), None, 5.0, "learn no guidance. Draw the samples again with halfstep encode"),
-        (teacher(EMBEDDED), None, 5.0, "learn guidance scale 3.5. Add --call guidance_scale=5, or draw"),
-        (teacher(EMBEDDED), None, 1.0, "learn guidance scale 3.5. Add --call guidance_scale=1, or draw"),
+        (teacher(), FixedGuidance(3.0), 5.0, "learn FixedGuidance(scale=3.0). Change this guidance, or draw"),
+        (teacher(), GuidanceRange(1.0, 4.0), 5.0, "learn GuidanceRange(low=1.0, high=4.0). Change this guidance, or"),
+        (teacher(learned=FixedGuidance(3.0)), None, 5.0, "learn FixedGuidance(scale=3.0). Change this guidance, or"),
+        (
+            teacher(EMBEDDED),
+            None,
+            5.0,
+            "learn guidance scale 3.5. Import the pipeline with --call guidance_scale=5,",
+        ),
+        (
+            teacher(EMBEDDED),
+            None,
+            1.0,
+            "learn guidance scale 3.5. Import the pipeline with --call guidance_scale=1,",
+        ),
+        # A student may have learned its pipeline's scale, which its manifest does not state as learned guidance.
+        (teacher(EMBEDDED, role=Role.STUDENT), None, 3.5, None),
+        (teacher(role=Role.STUDENT), None, 5.0, None),
+        (teacher(role=Role.MATCHED), None, 5.0, None),
         (teacher(), None, 1.0, None),
         (teacher(), None, None, None),
         (teacher(), FixedGuidance(5.0), 5.0, None),
@@ -89,10 +103,10 @@ def test_guided_samples_need_a_student_of_the_same_guidance(
     assert data.guidance_scale == scale
     assert open_latents(tmp_path / "data").is_sampled
     if message is None:
-        check_guidance_of(data, model, learned)
+        check_guidance_of(data, model, [learned] if learned else [])
         return
     with pytest.raises(ValueError, match=r"\w") as caught:
-        check_guidance_of(data, model, learned)
+        check_guidance_of(data, model, [learned] if learned else [])
     start = f"{tmp_path / 'data'} contains samples drawn at guidance scale {scale:g}, but the student would "
     assert str(caught.value).startswith(start + message)
     assert "\n" not in str(caught.value)
@@ -106,8 +120,16 @@ def test_a_call_from_python_is_refused_before_an_update(tmp_path: Path) -> None:
     assert caught.value.__notes__ == [meant]
 
 
+def test_guidance_of_any_stage_of_the_plan_is_learned(tmp_path: Path) -> None:
+    """A later stage than the matching one may learn the guidance, as latent consistency does."""
+    plan = Plan.halvings(2, 1, Training(num_updates=1, learning_rate=1e-3))
+    late = Plan.of(Consistency(2, guidance=GuidanceRange(1.0, 8.0), guide_teacher=True), plan.stages[0].training)
+    assert (plan + late).learned == (GuidanceRange(1.0, 8.0),)
+    check_guidance_of(latents(tmp_path / "data", 5.0), teacher(), (plan + late).learned)
+
+
 def test_other_data_is_accepted_by_each_student() -> None:
-    check_guidance_of(MemoryData("memory", points(8)), teacher(), FixedGuidance(5.0))
+    check_guidance_of(MemoryData("memory", points(8)), teacher(), [FixedGuidance(5.0)])
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 import functools
 import inspect
+import io
 import os
 import re
 import signal
+import sys
 import tomllib
 import warnings
 from collections.abc import Callable
@@ -253,6 +255,18 @@ def test_a_terminal_gets_a_bar_and_any_other_output_gets_lines(
     assert "00-denoise" in shown
     assert "10/10" in shown
     assert said(progress=False) == ""
+
+
+def test_training_outlives_its_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log on a full disk or a closed pipe (`2>&1 | head`) loses progress lines, not the training."""
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    for stream in (Closed(), None):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert isinstance(halfstep.fit(denoiser(), points(), TRAINING, engine=CPU), halfstep.Denoiser)
 
 
 def test_the_lines_of_a_chain_name_its_stages_as_the_command_line_does(

@@ -154,6 +154,11 @@ class Plan:
         first = next((stage.objective for stage in self.stages if isinstance(stage.objective, Halving)), None)
         return None if first is None else first.num_steps * first.num_teacher_steps
 
+    @property
+    def learned(self) -> tuple[Guidance, ...]:
+        """The guidance of each stage that has guidance, in order."""
+        return tuple(stage.objective.guidance for stage in self.stages if stage.objective.guidance is not None)
+
     def guided(self, guidance: Guidance | None) -> "Plan":
         """Return the plan, adapted to teachers that have learned `guidance`."""
         if guidance is None:

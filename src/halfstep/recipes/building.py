@@ -82,7 +82,6 @@ def build(
         start, process, prediction = Start.of(teacher), teacher.process, teacher.denoiser.prediction
         check_fit(teacher.manifest, opened)
         teacher = _with_null(teacher, recipe.matching, opened)
-        check_guidance_of(opened, teacher, recipe.matching.guidance)
         # Runs from different teachers are different runs, even with the same settings.
         imported = {} if teacher.manifest.source is None else {"source": teacher.manifest.source}
         own = {"stage": teacher.manifest.stage, **imported, **teacher.manifest.files}
@@ -94,6 +93,7 @@ def build(
         chain = course(start, recipe.matching.match(), recipe.chain_plan, recipe.chain.lora_rank, after)
         if teacher is not None:
             check_start(teacher, chain)
+            check_guidance_of(opened, teacher, chain.learned)
         plan = plan + chain
     spec = RunSpec(
         recipe=recipe.model_dump(mode="json") | origin,

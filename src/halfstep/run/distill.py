@@ -212,7 +212,7 @@ def distill(
     after = finish if isinstance(finish, Plan) else Plan.finishes(finish)
     with in_python():
         chain = course(known, wanted, halvings, lora_rank, after)
-    if null is not None and all(stage.objective.guidance is None for stage in chain.stages):
+    if null is not None and not chain.learned:
         raise ValueError("null, the null condition, has no effect without guidance. Pass guidance, or remove null")
     if matching is not None and chain.stages[0].objective.outcome.role is not Role.MATCHED:
         raise ValueError("matching has no effect without prediction, process, guidance or a Clipped teacher. Remove it")
@@ -230,9 +230,9 @@ def distill(
     if like is not None:
         check_data(like, samples)
         with in_python():
-            check_guidance_of(samples, like, guidance)
+            check_guidance_of(samples, like, chain.learned)
     check_called(current, samples)
-    if any(stage.objective.guidance is not None for stage in chain.stages) and known.guidance is None and held_null:
+    if chain.learned and known.guidance is None and held_null:
         check_called(current, samples, held_null)
     like = _as_model(current, samples) if like is None else like
     if like is not None and clip == IMAGE_RANGE:

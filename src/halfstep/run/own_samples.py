@@ -1,6 +1,6 @@
 """Generates training data with the teacher, for distillation without a data set."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import torch
@@ -139,34 +139,41 @@ def prompted_by(
 
 def effective_scale(teacher: Model, guidance_scale: float | None) -> float | None:
     """Return the guidance scale of the samples that `prompted_by` draws, or None if the teacher cannot be guided."""
-    if guidance_scale is None and teacher.guidance is not None:
-        return teacher.guidance.default_scale
-    return _own_scale(teacher) if guidance_scale is None else guidance_scale
+    if guidance_scale is not None:
+        return guidance_scale
+    if teacher.manifest.guidance_scale is not None and _unguided(teacher) is None:
+        return teacher.manifest.guidance_scale
+    return _own_scale(teacher) if teacher.guidance is None else teacher.guidance.default_scale
 
 
-def check_guidance_of(data: object, teacher: Model, learned: Guidance | None) -> None:
-    """Raise ValueError if data was sampled at a guidance scale that the student does not learn.
+def check_guidance_of(data: object, teacher: Model, learned: Iterable[Guidance]) -> None:
+    """Raise ValueError if data was sampled at a guidance scale that the undistilled teacher's students do not learn.
 
-    All students can learn from unguided samples and from any other data.
+    Students of a teacher that can be guided from outside can also learn from unguided samples. Any other data is
+    accepted, and so is any data for a student or a matched teacher, which may have learned the scale of its pipeline.
 
     Args:
-        learned: the guidance that the student learns in addition to that of the teacher, or None.
+        learned: the guidance that stages of the plan learn.
     """
-    if not isinstance(data, LatentData) or data.guidance_scale is None:
+    if not isinstance(data, LatentData) or data.guidance_scale is None or teacher.role is not Role.TEACHER:
         return
     drawn, again = data.guidance_scale, "draw the samples again with halfstep encode --prompts"
-    guidance, own = learned or teacher.guidance, _own_scale(teacher) or 1.0
-    if drawn == own if guidance is None else drawn == 1 or guidance.covers(drawn):
+    known = [*learned] or ([] if teacher.guidance is None else [teacher.guidance])
+    own = _own_scale(teacher)
+    if known:
+        if drawn == 1 or any(guidance.covers(drawn) for guidance in known):
+            return
+        what, remedy = f"learn {known[0]}", f"Change this guidance, or {again}"
+    elif drawn == (own or 1.0):
         return
-    if guidance is not None:
-        what = f"learn {guidance}"
-        remedy = f"Change --matching.guidance-scale, or {again}" if learned else again.capitalize()
+    elif teacher.takes_scale:
+        # Without a pipeline, the scale at which the network is called is unknown.
+        if own is None or teacher.manifest.pipeline is None:
+            return
+        name = teacher.manifest.pipeline.guidance
+        what, remedy = f"learn guidance scale {own:g}", f"Import the pipeline with --call {name}={drawn:g}, or {again}"
     else:
-        what = "learn no guidance" if own == 1 else f"learn guidance scale {own:g}"
-        add = f"Add --matching.guidance-scale {drawn:g}"
-        if teacher.takes_scale and teacher.manifest.pipeline is not None:
-            add = f"Add --call {teacher.manifest.pipeline.guidance}={drawn:g}"
-        remedy = f"{add}, or {again}" if teacher.role is Role.TEACHER else again.capitalize()
+        what, remedy = "learn no guidance", f"Add --matching.guidance-scale {drawn:g}, or {again}"
     raise ValueError(
         f"{data.source} contains samples drawn at guidance scale {drawn:g}, but the student would {what}. {remedy}"
     )

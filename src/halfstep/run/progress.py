@@ -132,6 +132,13 @@ class Bars:
                 self._display.update(task, total=self._display.tasks[task].completed)
 
 
+def _say(text: str) -> None:
+    """Print a line on stderr. A closed or full output does not end the training."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            print(printable(text), file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def shown(stages: Stages, wanted: bool) -> Iterator[Callable[[Event], None]]:
     """Yield a function that shows events on stderr: as bars on a terminal, and otherwise as lines.
@@ -142,7 +149,7 @@ def shown(stages: Stages, wanted: bool) -> Iterator[Callable[[Event], None]]:
     if not wanted:
         yield lambda event: None
     elif not console.is_terminal or console.is_dumb_terminal:
-        yield Lines(stages, lambda text: print(printable(text), file=sys.stderr, flush=True)).take
+        yield Lines(stages, _say).take
     else:
         columns = (
             rich.TextColumn("{task.description}", markup=False),

@@ -206,7 +206,7 @@ class _Runner:
         teacher = self.spec.teacher
         assert teacher is not None
         changes: dict[str, Any] = {"run": self.own, "stage": folder.name, "start_steps": self.spec.start_steps}
-        learned = [stage.objective.guidance for stage in self.spec.plan.stages if stage.objective.guidance is not None]
+        learned = self.spec.plan.learned
         if learned and teacher.guidance is None:
             # Students learn from the guided teacher, so they are compared with it.
             changes["guidance_scale"] = learned[0].default_scale
