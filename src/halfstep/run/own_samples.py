@@ -159,19 +159,19 @@ def check_guidance_of(data: object, teacher: Model, learned: Iterable[Guidance])
         return
     drawn, again = data.guidance_scale, "draw the samples again with halfstep encode --prompts"
     known = [*learned] or ([] if teacher.guidance is None else [teacher.guidance])
-    own = _own_scale(teacher)
     if known:
         if drawn == 1 or any(guidance.covers(drawn) for guidance in known):
             return
         what, remedy = f"learn {known[0]}", f"Change this guidance, or {again}"
-    elif drawn == (own or 1.0):
+    elif drawn == (_own_scale(teacher) or 1.0):
         return
     elif teacher.takes_scale:
+        pipeline = teacher.manifest.pipeline
         # Without a pipeline, the scale at which the network is called is unknown.
-        if own is None or teacher.manifest.pipeline is None:
+        if pipeline is None or pipeline.scale is None:
             return
-        name = teacher.manifest.pipeline.guidance
-        what, remedy = f"learn guidance scale {own:g}", f"Import the pipeline with --call {name}={drawn:g}, or {again}"
+        what = f"learn guidance scale {pipeline.scale:g}"
+        remedy = f"Import the pipeline with --call {pipeline.guidance}={drawn:g}, or {again}"
     else:
         what, remedy = "learn no guidance", f"Add --matching.guidance-scale {drawn:g}, or {again}"
     raise ValueError(
