@@ -136,8 +136,8 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
             f"the LoRA was trained on the weights of {base.stage}, not on those of {pipeline.folder}. Use --format "
             "diffusers, which merges the LoRA weights"
         )
-    # These are peft's names without the adapter name ("...to_q.lora_A.weight"), which diffusers reads unchanged. If the
-    # layers had diffusers' older names, it would drop those of the attention.
+    # These are peft's names without the adapter name ("...to_q.lora_A.weight"), which diffusers reads unchanged. Under
+    # diffusers' older names, the LoRA weights of attention layers would be ignored.
     state = {
         name.removeprefix("base.model.").replace(".default.", "."): value.detach().cpu().float().contiguous()
         for name, value in network.own()

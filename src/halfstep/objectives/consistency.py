@@ -182,7 +182,7 @@ class Consistency(Objective):
     """Whether to apply guidance to the teacher, which takes two calls. Leave this False if the teacher has learned
     guidance."""
     teacher_sampler: Sampler = field(default_factory=DDIM)
-    """The deterministic sampler of the teacher's step; the student uses DDIM."""
+    """The deterministic sampler for the teacher's step; the student uses DDIM."""
     self_teacher: float = 0.0
     """Decay of the student's moving average, which is called at x_s. With 0, the student itself is called instead, with
     the same dropout masks as in the pass with gradients."""

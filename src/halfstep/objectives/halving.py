@@ -103,7 +103,7 @@ class Halving(StepObjective):
     guidance: Guidance | None = None
     """The guidance that the teacher has learned, or None if it has not learned guidance."""
     teacher_sampler: Sampler = field(default_factory=DDIM)
-    """The deterministic sampler of the teacher's steps; the student uses DDIM."""
+    """The deterministic sampler for the teacher's steps; the student uses DDIM."""
 
     def __post_init__(self) -> None:
         check_num_steps(self.num_steps)

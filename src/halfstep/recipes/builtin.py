@@ -81,7 +81,7 @@ def digits_long() -> Recipe:
 
 @recipes.register("fashion_mnist")
 def fashion_mnist() -> Recipe:
-    """Train on 28x28 grey images of clothing in 10 classes and distil to one step, in two hours on two CPU cores."""
+    """Train on 28x28 greyscale clothing images in 10 classes and distil to one step, in two hours on two CPU cores."""
     return Recipe(
         name="fashion_mnist",
         data=DataConfig(source="zalando-datasets/fashion_mnist"),

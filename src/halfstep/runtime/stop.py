@@ -2,7 +2,7 @@
 
 Schedulers (Kubernetes, Slurm, spot instances) send SIGTERM before they kill a process, Slurm's `--signal` sends SIGUSR1
 earlier, a closed terminal sends SIGHUP, and Ctrl-C sends SIGINT. Launchers often send a signal both to a process and to
-its process group, so a second Ctrl-C ends the process immediately only if it does not directly follow the first.
+its process group, so a second Ctrl-C is ignored if it directly follows the first. Later, it ends the process.
 """
 
 import contextlib

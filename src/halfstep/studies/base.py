@@ -142,7 +142,7 @@ class Bench:
 
     @cached_property
     def teacher(self) -> StageFolder:
-        """The teacher that all studies of the scale share, except the study of table 1."""
+        """The teacher that is shared by all studies of this scale except table 1."""
         return self.run("teacher", self.scale.recipe, "teacher").stages()[-1]
 
     @cached_property

@@ -141,7 +141,7 @@ class Follower:
 
 @final
 class Player:
-    """A network that is trained, with its optimiser and averages.
+    """A network in training, with its optimiser and averages.
 
     Args:
         model: a denoiser or any other module, which is trained in place.
