@@ -10,15 +10,17 @@ Measurements on the machine determine these settings (RUN.plan.json):
 - the largest network whose teacher can train on enough samples in its share of the budget, after subtracting the time
   to evaluate that network;
 - the smallest batch size whose throughput is at least CLOSE times the highest throughput;
-- whether to compile: only if more updates then fit into the budget, including the time to compile.
+- whether to compile: only if a compiled update is faster.
 
 Learning rates and shares are fixed. The teacher and its students are then trained and evaluated: 10,000 samples are
-compared with the test images in the features of --features. The teacher is also evaluated with DDIM at 1 to 256 steps.
+compared with the test images in the features of the network --features. The teacher is also evaluated with DDIM at 1 to
+256 steps.
 
 A call stops cleanly after --seconds. Rerun the same command until the table is complete. Finished trials, updates and
 rows are kept. The reported time is the sum over all calls, each measured from the start of its process. An interrupted
 row of the table is repeated, so a single call is best. A row that does not fit into the rest of a call is left for the
-next call. The last row is the four-step student in float32, which shows the effect of sampling in bfloat16.
+next call. If the chosen precision is bfloat16, the last row is the four-step student sampled in float32, to show the
+effect of the precision.
 """
 
 import argparse
@@ -74,8 +76,8 @@ CLOSE = 0.95
 """The sufficient share of the highest throughput. Larger batches would only reduce the number of updates."""
 
 WORTH_COMPILING = 400.0
-"""The minimum remaining time in seconds for which compilation is tried. It takes a minute or two, which a shorter
-training run cannot recover. The comparison includes the time to compile.
+"""The minimum remaining time, in seconds, for trying compilation. Compilation takes a minute or two, which a shorter
+training run cannot recover.
 """
 
 
@@ -187,7 +189,7 @@ def synchronise() -> None:
 
 def trial(options: argparse.Namespace, size: Size, setting: Setting, data: Data) -> dict[str, Any]:
     """Return the measured times of a setting in seconds: an update of the teacher, an average update of a student, a
-    network call per sample, the other sampling time per sample, and the first updates, which compile.
+    network call per sample, the other sampling time per sample, and the first updates, which include compilation.
     """
     spec = build(recipe_of(options.data, size, setting, {"teacher": 1000, "chain": 1000}), what="all", data=data)
     found: dict[str, Any] = setting._asdict() | {"first": 0.0}
@@ -254,7 +256,7 @@ class Plan:
         return row
 
     def left(self, row: dict[str, Any]) -> float:
-        """Return the seconds left for training, without those for the whole evaluation."""
+        """Return the number of seconds left for training, after reserving the estimated time of the evaluation."""
         return self.options.budget - self.clock.now() - self.measuring(row)
 
     def measuring(self, row: dict[str, Any]) -> float:
@@ -431,8 +433,8 @@ def table(options: argparse.Namespace, size: Size, clock: Clock, stop: StopSigna
 
 
 def share_of_peak(spec: RunSpec, seconds: dict[str, float]) -> dict[str, Any]:
-    """Return the operations per second of teacher and student updates in the trials, as numbers and as shares of the
-    GPU's peak. Only network calls are counted, and a backward pass counts as two forward passes.
+    """Return the operations per second of teacher and student updates in the trials, in absolute terms and as shares of
+    the GPU's peak. Only network calls are counted, and a backward pass counts as two forward passes.
     """
     each = count_forward(spec).flops
     teacher, *students = spec.plan.stages
@@ -466,7 +468,7 @@ def main() -> None:
     parser.add_argument(
         "--data", required=True, help="CIFAR-10, as a folder with the splits train and test, or as a Hub name"
     )
-    parser.add_argument("--features", required=True, help="resnet20-cifar10.safetensors")
+    parser.add_argument("--features", required=True, help="path of resnet20-cifar10.safetensors")
     parser.add_argument(
         "--budget", type=float, default=None, help="total number of seconds; default: 600, or 200 with --tiny"
     )

@@ -179,7 +179,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def write(name: str, rows: list[dict[str, Any]], options: argparse.Namespace, **more: Any) -> None:
-    """Print the table and write it as JSON with a description of the machine. With --short, only write it to --out."""
+    """Print the table and write it as JSON with a description of the machine. --short writes a file only with --out."""
     show(name, rows)
     path = options.out or (None if options.short else RESULTS / f"{name}.json")
     if path is not None:

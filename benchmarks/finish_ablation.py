@@ -4,8 +4,8 @@
     python benchmarks/finish_ablation.py runs/fashion_mnist --steps 8 4 --only "map weight 1" "map weight 4"
 
 Each trial starts from the run's halved student with N steps, trains one finish on the run's data with the undistilled
-teacher, and measures the finished student. The row "before" is the student without a finish. Distances are divided by
-that of the teacher at its best (256 DDIM steps or 32 Heun steps). They are measured with new noise seeds in the
+teacher, and measures the finished student. The row "before" is the student without a finish. Each distance is divided
+by that of the teacher at its best (256 DDIM steps or 32 Heun steps). Distances are measured with new noise seeds in the
 features of the run's own classifier and of the perceptron in `independent.py`. `rmse` is the distance from the
 teacher's Heun samples for the same noise. The file is written after each trial. To resume, rerun the same command.
 """

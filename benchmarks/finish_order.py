@@ -3,10 +3,10 @@
     python benchmarks/finish_order.py runs/digits                     # a run with halved students of 2 steps and 1 step
 
 Both orders start from the run's halved 2-step student. "At the end" halves this student to 1 step and finishes the
-result. "In the chain" first finishes the 2-step student, and then does the same. The settings are those of the run's
-recipe. Distances are divided by that of the teacher with 32 Heun steps. They are measured with new noise seeds in the
-features of the run's own classifier and of the perceptron in `independent.py`. `rmse` is the distance from the
-teacher's samples for the same noise.
+result. "In the chain" finishes the 2-step student first, then halves the finished student to 1 step and finishes the
+result. The settings are those of the run's recipe. Each distance is divided by that of the teacher with 32 Heun steps.
+Distances are measured with new noise seeds in the features of the run's own classifier and of the perceptron in
+`independent.py`. `rmse` is the distance from the teacher's samples for the same noise.
 """
 
 import argparse

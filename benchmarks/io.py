@@ -11,11 +11,12 @@ Four parts take turns:
 - `resume` verifies the checksums, reads the files and loads the state.
 
 `waits` is the part of `checkpoint` during which training waits for the state to be copied. The rest runs in the
-background. `costs` is the time that a checkpoint adds to the updates after it. `costs / 60 s` is the share of the time
-in a run that saves a checkpoint every 60 seconds.
+background. `costs` is the time that a checkpoint adds to the updates after it. `costs / 60 s` is the share of the
+training time that checkpoints take in a run that saves one every 60 seconds.
 
-`reading` is the number of images per second that a run opens, decodes and resizes for its batches. The images are in a
-folder that is too large for memory. All cores are used, and the machine has no other load.
+`reading` is the number of images per second that a run opens, decodes and resizes for its batches. As with a folder
+that is too large for memory, the images are decoded again for each batch. All cores are used, and the machine has no
+other load.
 """
 
 import tempfile

@@ -16,9 +16,9 @@ releases freed memory at once, because a process would otherwise keep some of it
 memory that torch has allocated.
 
 `growth` is the increase in memory from update 50 to the end of a run with 2,050 updates, a log, and a checkpoint every
-20 updates. The data set is small: an epoch has 8 updates, so the orders of several epochs are cached by update 50. The
-memory after a quarter of the run is also reported, because the allocator only reaches its final size after several
-checkpoints.
+20 updates. The data set is small: an epoch has 8 updates, so the shuffled orders of several epochs are cached by update
+50. The memory after about a quarter of the run is also reported, because the allocator only reaches its final size
+after several checkpoints.
 """
 
 import argparse
@@ -76,7 +76,7 @@ NO_ATTENTION = ("digits", "tiny")
 
 
 def settings_of(name: str) -> list[tuple[str, str]]:
-    """Return the pairs of a stage and a setting that a network supports."""
+    """Return the (stage, setting) pairs that a network supports."""
     return [
         (kind, setting)
         for kind, held in SETTINGS.items()

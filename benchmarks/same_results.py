@@ -1,4 +1,4 @@
-"""Check that a refactoring does not change the final weights of six toy runs (sha256) and the metrics of one run.
+"""Check that a refactoring does not change the final weights of six toy runs (sha256) or the metrics of one run.
 
     python benchmarks/same_results.py --out before.json            # before the change
     python benchmarks/same_results.py --against before.json        # after it: exit code 1 and a list of differences

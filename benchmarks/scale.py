@@ -5,8 +5,8 @@
 
 Each setting is a separate program that `torchrun` starts, like a run with several processes. In every process, a
 halfstep update takes turns with bare network calls on the process's share of the batch and an optimiser step, without
-communication. The ratio therefore shows the cost of the data, the noise, the target, the moving average and averaging
-the gradients. `against 1` is the time with one process and one thread, divided by the time of this setting. On a
+communication. The ratio therefore shows the cost of the data, the noise, the target, the moving average and gradient
+averaging. `against 1` is the time with one process and one thread, divided by the time of this setting. On a
 machine with two cores, two processes with one thread each are compared with one process with two threads.
 """
 

@@ -16,7 +16,7 @@ COLUMNS, LABEL, GAP = 16, 190, 14
 
 
 def rows_of(run: RunFolder) -> tuple[list[tuple[str, np.ndarray]], list[tuple[str, np.ndarray]]]:
-    """Return (label, images) of the chain, and of the undistilled teacher at the students' numbers of steps."""
+    """Return (label, images) pairs for the chain, and for the undistilled teacher at the students' numbers of steps."""
     first, *others = run.stages()
 
     def images(stage: StageFolder, result: Result) -> np.ndarray:

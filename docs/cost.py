@@ -18,7 +18,7 @@ from halfstep.run.cost import count_forward
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results" / "benchmarks"
 PAPER = {"cifar10_paper": 8, "imagenet64_paper": 64, "lsun_bedroom128_paper": 64, "lsun_church128_paper": 64}
-"""The paper's recipes, and the number of devices on which the authors trained each (reported second-hand)."""
+"""The paper's recipes, and the number of devices on which the authors trained each (from a secondary source)."""
 PEAK = 989e12
 """Dense bfloat16 operations per second of an H100 or H200, from the data sheet."""
 SHARE = 0.35

@@ -1,4 +1,4 @@
-"""A policy for control loops, which plans 16 actions with 2 channels from an observation, in 2 sampling steps.
+"""A policy for control loops, which plans 16 two-dimensional actions from an observation in 2 sampling steps.
 
 python examples/action_policy.py
 """

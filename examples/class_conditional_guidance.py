@@ -37,7 +37,7 @@ class Digits:
 
 
 def main(teacher_updates: int = 1500, student_updates: int = 600, start: int = 32) -> tuple[float, float]:
-    """Return the RMSE from the guided teacher's `start`-step samples for the student and that teacher with 4 steps."""
+    """Return the RMSE from the guided teacher's `start`-step samples for the student and this teacher at 4 steps."""
     teacher = make_teacher()
     training = halfstep.Training(teacher_updates, 2e-3, warmup_updates=teacher_updates // 20, ema_decay=0.995)
     halfstep.fit(teacher, Digits(drop=0.2, seed=0), training)

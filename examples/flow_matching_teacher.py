@@ -1,4 +1,4 @@
-"""Distil a teacher that predicts the flow-matching velocity, without changing its prediction or clock.
+"""Distil a teacher that predicts the flow-matching velocity, without changing its prediction or process.
 
 python examples/flow_matching_teacher.py
 """

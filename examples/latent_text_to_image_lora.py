@@ -16,7 +16,7 @@ BUDGET = (
     *("--chain.start-steps", "32", "--chain.num-updates", "4000", "--chain.batch-size", "16"),
     *("--chain.lora-rank", "64", "--engine.gradient-checkpointing", "--engine.precision", "bf16"),
 )
-"""An untuned starting point for one GPU. To see the cost, run `halfstep distill` with these values and --dry-run."""
+"""An untuned starting point for one GPU. To see the cost, run `halfstep distill` with these options and --dry-run."""
 
 
 def main(pipeline: str, images: str, out: Path, budget: tuple[str, ...] = BUDGET) -> tuple[Path, Path]:

@@ -17,7 +17,7 @@ BUDGET = (
     *("--chain.lora-rank", "64", "--base-precision", "bf16", "--engine.micro-batch", "auto"),
     *("--engine.gradient-checkpointing", "--evaluation.no-enabled", "--call", "height=1024", "width=1024"),
 )
-"""An untuned starting point for one GPU. To see the cost, run `halfstep distill` with these values and --dry-run."""
+"""An untuned starting point for one GPU. To see the cost, run `halfstep distill` with these options and --dry-run."""
 
 
 def main(pipeline: str, prompts: str, out: Path, budget: tuple[str, ...] = BUDGET) -> tuple[Path, Path]:

@@ -19,7 +19,7 @@ BUDGET = (
     *("--chain.lora-rank", "64", "--base-precision", "bf16", "--engine.micro-batch", "1"),
     *("--engine.gradient-checkpointing", "--evaluation.no-enabled"),
 )
-"""An untuned starting point for one GPU. To see the cost, run `halfstep distill` with these values and --dry-run."""
+"""An untuned starting point for one GPU. To see the cost, run `halfstep distill` with these options and --dry-run."""
 
 
 def main(

@@ -1,4 +1,4 @@
-"""Train a teacher on two moons in the plane, distil it to 4 steps, and measure how well the student preserves its map.
+"""Train a teacher on two moons in the plane, distil it to 4 steps, and compare samples of both from the same noise.
 
 python examples/toy_2d.py
 """

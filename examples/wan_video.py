@@ -19,7 +19,7 @@ BUDGET = (
     *("--engine.gradient-checkpointing", "--evaluation.no-enabled"),
     *("--call", *(f"{name}={value}" for name, value in SIZE.items())),
 )
-"""An untuned starting point for one GPU. To see the cost, run `halfstep distill` with these values and --dry-run."""
+"""An untuned starting point for one GPU. To see the cost, run `halfstep distill` with these options and --dry-run."""
 
 
 def main(pipeline: str, prompts: str, out: Path, budget: tuple[str, ...] = BUDGET) -> tuple[Path, Path]:

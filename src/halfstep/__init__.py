@@ -15,7 +15,7 @@
 | train, distil | `fit` and `distill`, which return a `Model`; options: `Training`, `Plan`, `Engine`, `Evaluation` |
 | sample | `Model.sample(seeds)`, `sample(model, noise)`, `trajectory`; samplers `DDIM`, `Heun`, `Ancestral`, ... |
 | save, load | `load`, `save`, `Model.of` |
-| describe a network | `NetworkDenoiser` with a process (`VPCosine`, `VPTable`) and a prediction (`V`, `Eps`) |
+| wrap a network | `NetworkDenoiser` with a process (`VPCosine`, `VPTable`) and a prediction (`V`, `Eps`) |
 | implement a new method | `Objective`, `Sampler`, `Denoiser`, `halving_target` |
 
 Each name is documented where it is defined. CONTRIBUTING.md describes the packages. The names are listed in

@@ -59,8 +59,8 @@ class Registry(dict[str, Member]):
     def describe(self, member: object) -> dict[str, Any]:
         """Describe an instance of a registered dataclass as a dict from which `rebuild` recreates the instance.
 
-        The dict is {"type": name, **fields}. If a field contains an instance of another registered dataclass, its value
-        is {"family": family, **description}.
+        The dict is {"type": name, **fields}. An instance of another registered dataclass in a field is described as
+        {"family": family, **description}.
 
         Raises:
             ValueError: if `member` is not a dataclass, or its class is not registered.
@@ -74,7 +74,7 @@ class Registry(dict[str, Member]):
         """Recreate an instance from its description, as returned by `describe`.
 
         Raises:
-            ValueError: if the type is unknown, or if the description does not match its fields.
+            ValueError: if the type is unknown, or if the description does not match the type's fields.
         """
         fields = {name: _rebuilt(value) for name, value in data.items()}
         kind: Any = self[str(fields.pop("type", "(none)"))]

@@ -231,4 +231,4 @@ def test_what_cannot_be_encoded_is_refused(tmp_path: Path, capsys: Capture) -> N
     index = json.loads((other / "model_index.json").read_text())
     (other / "model_index.json").write_text(json.dumps(index | {"vae": [None, None]}))
     assert "has no vae" in (line := said(of=other))
-    assert "Use --prompts instead of --data" in line
+    assert "or use --prompts instead of --data" in line

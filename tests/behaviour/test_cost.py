@@ -153,7 +153,7 @@ def test_the_papers_recipes_make_a_run_and_cost_what_the_paper_says(name: str) -
 def test_settings_of_a_chain_without_effect_are_rejected() -> None:
     idle = {"num_updates": 5, "learning_rate": 1e-3, "early_end": {"window": 7}}
     for settings, said in (
-        ({"training": idle}, r"early_end\.window 7 has no effect without early_end\.patience\. Add it"),
+        ({"training": idle}, r"window 7 has no effect while early_end\.patience is 0\. Set early_end\.patience to"),
         ({"students": (8, 4), "end_steps": 2}, "the students end at 4 steps. Remove end_steps 2"),
         ({"students": (8, 4), "factor": 4}, "so a factor of 4 has no effect. Remove it"),
     ):

@@ -210,7 +210,7 @@ def test_an_error_of_one_process_ends_all_with_its_code(tmp_path: Path) -> None:
     assert first[2] == second[2] == "ValueError 2: a batch of 25 cannot be split evenly across 2 processes"
     assert "the optimizer adamw8bit cannot be sharded" in first[3]
     assert first[4] == second[4]
-    assert "process 1 of the run reads different data from toy than process 0" in first[4]
+    assert "processes 0 and 1 of the run read different data from toy" in first[4]
     # The broken samples were in the second process's share. Both report it, and the first records it.
     assert first[5].partition("; the last good")[0] == second[5].partition("; the last good")[0]
     assert "at update 7 (1 of 8 losses were not finite" in first[5]
@@ -222,7 +222,8 @@ def test_an_error_of_one_process_ends_all_with_its_code(tmp_path: Path) -> None:
     assert first[7] == second[7] == "nothing"
     for index, said in enumerate((first[8], second[8])):
         assert said == (
-            f"ValueError 2: processes of the run differ in their classifier, here classifier-{index}: share the cache"
+            "ValueError 2: the processes of the run differ in their classifier "
+            f"(this process: classifier-{index}): share the cache"
         )
 
 

@@ -493,10 +493,10 @@ SOLVED_FLOW: Final = {
         (edit(SCHEDULER, trained_betas=[0.1, 0.2]), "has 2 trained_betas, but num_train_timesteps is 1000"),
         (edit(SCHEDULER, prediction_type="flow_prediction"), "on a table of betas. Set use_flow_sigmas to true"),
         (edit(SCHEDULER, **CONTINUOUS), "has timestep_type 'continuous', but only 'discrete' is supported"),
-        (edit(SCHEDULER, **FLOWING), "contains a UNet2DModel, but this network's timesteps are unknown"),
+        (edit(SCHEDULER, **FLOWING), "contains a UNet2DModel, but the timesteps that this network expects"),
         (
             edit(SCHEDULER, **SOLVED_FLOW),
-            "but this network's timesteps are unknown for its scheduler's process",
+            "but the timesteps that this network expects for its scheduler's process",
         ),
         (edit("unet/config.json", class_embed_type="timestep"), "with class_embed_type 'timestep', an input that"),
         (edit("unet/config.json", sample_size=[8]), "has sample_size [8]: set it to the height and width"),
@@ -939,7 +939,7 @@ def test_samples_that_cannot_be_drawn_are_refused(
     def said(run: Path, *words: str) -> str:
         return refused(["sample", str(run), "--num-samples", "2", "--out", str(tmp_path / "x.npz"), *words], capsys)
 
-    assert "has only learned 4. Remove it, or distil a model with a range" in said(dit_run, "--guidance-scale", "2")
+    assert "has only learned 4. Remove the scale, or distil a model" in said(dit_run, "--guidance-scale", "2")
     assert "has no guidance. Remove it" in said(ddpm_run, "--guidance-scale", "2")
     assert "Add --prompt TEXT" in said(sd_run)
     assert "--prompt has no effect: this model is not text-conditioned" in said(ddpm_run, "--prompt", "a")

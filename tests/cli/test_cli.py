@@ -78,7 +78,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             ["run", "digits", "--chain.early-end.window", "50"],
-            "--chain.early-end.window 50 has no effect without early_end.patience. Add it",
+            "--chain.early-end.window 50 has no effect while early_end.patience is 0. Set early_end.patience to 1",
         ),
         (
             ["run", "digits", "--engine.log-every", "0"],

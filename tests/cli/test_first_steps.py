@@ -178,7 +178,7 @@ def test_the_card_of_a_lora_shows_the_sigmas_of_its_steps(kind: str, is_bound: b
     bound = "pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas=[1, 0.75, 0.5, 0.25])\nmade ="
     assert "sigmas=[1, 0.75, 0.5, 0.25]" in card
     assert (bound in card, "from functools import partial\n" in card) == (is_bound, is_bound)
-    assert "The scheduler's default spacing is different." in card
+    assert "The scheduler's default spacing differs from the spacing of the distilled steps." in card
 
 
 @pytest.mark.parametrize("text", ["/home/ann/sd (weights sha256 0a)", "/home/ann (x)/photos, 64 samples", "~/ann/sd"])

@@ -121,7 +121,7 @@ def test_an_evaluation_is_shown_one_table_for_each_protocol(tmp_path: Path) -> N
     assert sets[0][5] == "0.800"
     assert sets[4][5] == "–"
     assert [row[0] for row in sets[-3:-1]] == ["teacher, Heun", "teacher, Heun, gamma 0.25"]
-    assert sets[-1][0].startswith("real data, one half against the other (898 samples each, fewer than in the rows")
+    assert sets[-1][0].startswith("real data, one half against the other (898 samples each; fewer samples bias")
     assert sets[-1][3:5] == ["–", "0.600"]
     assert len(near) == 3
     for text in (

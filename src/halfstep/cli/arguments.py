@@ -65,8 +65,8 @@ def processes_of(cpu: bool = False) -> Processes:
 
 
 def device_of(name: str | None, processes: Processes | None = None) -> torch.device:
-    """Return the named device or, by default, the fastest available device. With several processes, each uses its own
-    GPU.
+    """Return the named device or, by default, the CUDA device if one is available and the CPU otherwise. With several
+    processes, each uses its own GPU.
 
     Raises:
         ValueError: if this machine has no such device.

@@ -32,7 +32,8 @@ GIVES: Final = {
     "tensorboard": "curves and samples in TensorBoard",
     "wandb": "curves and samples in Weights & Biases",
     "trackio": "curves and samples in Trackio",
-    "bitsandbytes": "--engine.optimizer adamw8bit, which stores AdamW's moments in a quarter of the memory",
+    "bitsandbytes": "--engine.optimizer adamw8bit, which stores AdamW's moments in a quarter of the memory, and "
+    "--base-precision int8 or nf4",
 }
 """The purpose of each extra and optional package."""
 

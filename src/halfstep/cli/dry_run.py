@@ -26,7 +26,7 @@ DEVICES: Final = (24, 48, 80)
 SHARE: Final = 0.9
 """The share of a device's memory that an update may use. The allocator and workspaces need the rest."""
 LITTLE: Final = 2**30
-"""The memory, in bytes, that any machine has. The output for a CPU plan that needs less does not mention devices."""
+"""The memory, in bytes, that any machine has. If a plan for the CPU needs less, the output does not mention devices."""
 FEW_SAMPLES: Final = 5000
 MANY_PASSES: Final = 500.0
 """A memorisation warning is printed if a stage makes more than this number of passes over fewer than FEW_SAMPLES

@@ -21,8 +21,8 @@ from halfstep.runtime.terminal import warn
 
 @dataclass
 class ExploreArguments:
-    """Open a local page that compares teacher and student samples drawn from the same noise. This requires gradio (pip
-    install 'halfstep[explore]'). Press Ctrl-C to stop serving the page."""
+    """Open a local page that compares teacher and student samples drawn from the same noise. The page requires gradio
+    (pip install 'halfstep[explore]'). Press Ctrl-C to stop serving the page."""
 
     run: tyro.conf.Positional[Path]
     """Folder of a run or stage."""
@@ -41,7 +41,7 @@ class ExploreArguments:
     root_path: str = ""
     """Path under which a proxy serves the page, such as /user/me/proxy/7860."""
     device: str | None = None
-    """cpu, cuda or mps; by default, the fastest available device."""
+    """cpu, cuda or mps; by default, cuda if it is available, otherwise cpu."""
 
 
 def explore(argv: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""`halfstep sample`: draws samples from a model and writes them to a grid, an array file or a folder."""
+"""`halfstep sample`: draws samples from a model and writes them to an image grid, an array file or a folder."""
 
 import time
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ class SampleArguments:
     precision: Literal["float32", "bf16"] = "float32"
     """Precision of the network (bf16 is bfloat16)."""
     device: str | None = None
-    """cpu, cuda or mps; by default, the fastest available device."""
+    """cpu, cuda or mps; by default, cuda if it is available, otherwise cpu."""
     out: Path = Path("samples.png")
     """A .png file (one grid, in which small images are enlarged), a .npz file (arr_0, uint8 [n, h, w, c]), or a folder
     of .png files."""
@@ -113,7 +113,10 @@ def sample(argv: Sequence[str]) -> None:
         return
     x0 = torch.cat([part for (part,) in parts])
     if bad := int((~x0.isfinite()).flatten(1).any(1).sum()):
-        raise NonFinite(f"{bad} of {len(x0)} samples are not finite, so {out} was not written. The model is broken")
+        raise NonFinite(
+            f"{bad} of {len(x0)} samples are not finite, so {out} was not written. Choose another stage, sampler or "
+            "number of steps"
+        )
     seconds = time.perf_counter() - started
     write_samples(x0, model, seeds, out)
     steps = model.check_steps(arguments.num_steps)
@@ -142,7 +145,7 @@ def _sampler(name: str | None, gamma: float | None, own: Sampler) -> Sampler:
     if gamma is None:
         return own if kind is type(own) else kind()
     if kind is not Ancestral:
-        raise UsageError(f"--gamma {gamma} has no effect on the sampler {name}. Remove it, or add --sampler ancestral.")
+        raise UsageError(f"--gamma {gamma} has no effect on the sampler {name}. Remove it, or add --sampler ancestral")
     return Ancestral(gamma)
 
 

@@ -278,7 +278,7 @@ def _not_sampled(prompts: Path | None, model: Model, folder: Path) -> tuple[Data
 
 
 def _prepared(recipe: Recipe, before: Recipe, model: Model, name: str) -> Recipe:
-    """Return the recipe with settings that convert new images to the teacher's size and channels."""
+    """Return the recipe with settings that convert new images to the teacher's image size and number of channels."""
     data, shape = recipe.data, model.shape
     if data.source == before.data.source or not holds_images(data):
         return recipe

@@ -125,7 +125,7 @@ def parser_of(kind: type[Arguments], default: Arguments | None = None) -> Argume
 
 
 def with_flag(reason: str, argv: Sequence[str]) -> str:
-    """Replace the setting at the start of an error message with the matching flag, if there is exactly one."""
+    """Replace the setting at the start of an error message with the matching flag, if exactly one flag matches."""
     name, rest = re.split(r"(?:\.\d+)?(?=:? |$)", reason, maxsplit=1)
     flags = [token.partition("=")[0] for token in argv if token.startswith("--")]
     found = [flag for flag in flags if flag.replace("-", "_").endswith((f".{name}", f"__{name}"))]

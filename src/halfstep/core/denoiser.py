@@ -97,13 +97,13 @@ def count_parameters(module: nn.Module) -> str:
 class NetworkDenoiser(Denoiser):
     """A network together with its noise process and its prediction.
 
-    The network is any callable `(x_t, time, **cond) -> output`. Modules called by a function or object are found and
-    trained too (see `CallableNetwork`). `time` is t itself: a tensor `[batch]` with values in [0, 1], in the dtype of
-    x_t or in float32 if that is more precise. A network that expects a different clock, such as diffusers' timesteps or
-    the log-SNR, must convert `time`. The output has `prediction.channels` channels for each channel of x_t. The output
-    is cast to the dtype of x_t, so half precision can only be used inside the network. If the network's attribute
-    `restores_norm` is true, guidance rescales the guided output so that its norm over the last axis equals that of the
-    conditional output.
+    The network is any callable `(x_t, time, **cond) -> output`. If the callable is not itself a module, the modules
+    that it calls are found and trained (see `CallableNetwork`). `time` is t itself: a tensor `[batch]` with values in
+    [0, 1], in the dtype of x_t or in float32 if that is more precise. A network that expects a different clock, such as
+    diffusers' timesteps or the log-SNR, must convert `time`. The output has `prediction.channels` channels for each
+    channel of x_t. The output is cast to the dtype of x_t, so half precision can only be used inside the network. If
+    the network's attribute `restores_norm` is true, guidance rescales the guided output so that its norm over the last
+    axis equals that of the conditional output.
 
     Raises:
         ValueError: if an argument has the wrong type or, during a call, if the network's output has the wrong shape.
@@ -162,7 +162,7 @@ class NetworkDenoiser(Denoiser):
 
 @final
 class Clipped(Denoiser):
-    """A denoiser that clips x0 to [low, high] and recomputes eps from the clipped x0, for sampling images.
+    """A denoiser for sampling images, which clips x0 to [low, high] and recomputes eps from the clipped x0.
 
     During training, only the targets of the matching stage are clipped. Source: the authors' dpm.py (arXiv:2202.00512).
 
@@ -196,8 +196,8 @@ class Clipped(Denoiser):
 class Reprocessed(Denoiser):
     """An exact conversion of a denoiser to a different noise process.
 
-    The original denoiser is called at the time when its own process has the same log-SNR, on a sample rescaled to match
-    that process. Both denoisers have the same probability flow, but on different clocks.
+    The original denoiser is called at the time at which its own process has the same log-SNR, on a sample rescaled to
+    match that process. Both denoisers have the same probability flow, up to a change of time and scale.
 
     Raises:
         ValueError: if the process reaches noise levels outside the range of the denoiser's process.
@@ -344,10 +344,11 @@ def warn_of_gain(process: NoiseProcess, prediction: Prediction, *, given: bool =
 
 
 def warn_of_signal(process: NoiseProcess) -> None:
-    """Warn if the process retains some signal at t = 1, in which case the network was never trained on pure noise."""
+    """Warn if the process retains more than 5% of the signal's power at t = 1, so that the network was never trained on
+    pure noise."""
     end = torch.ones(1, dtype=torch.float64)
     log_snr = float(process.log_snr(end))
-    # Ten times the signal power that remains at the end of Stable Diffusion's table.
+    # The limit is ten times the signal power that remains at the end of Stable Diffusion's table.
     if (power := float(process.alpha_sigma(end)[0].square())) > 0.05:
         warnings.warn(
             f"the teacher's last noise level retains {power:.2f} of the signal's power (log-SNR {log_snr:.2g}), so "

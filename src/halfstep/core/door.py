@@ -54,7 +54,7 @@ def got(value: Any) -> str:
 
 
 def _with_article(name: str) -> str:
-    """Return the name of a class after "a" or "an"."""
+    """Return the name of a class, preceded by "a" or "an"."""
     return f"{'an' if name[0] in 'aeioAEIO' else 'a'} {name}"
 
 

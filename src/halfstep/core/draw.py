@@ -1,9 +1,10 @@
 """Stateless random numbers for training and sampling.
 
 In training, each random number is a function of (seed, stream, update, purpose, position in the global batch). The
-noise for a generated sample is a function of that sample's seed. No number depends on earlier draws, so the numbers
-stay the same when a run is resumed or when the micro batch size or the world size changes. Each *shard* of 32 positions
-has one generator, so seeding takes only microseconds per update.
+noise for a generated sample is a function of that sample's seed and, if a stochastic sampler adds the noise, of the
+step number. No number depends on earlier draws, so the numbers stay the same when a run is resumed or when the micro
+batch size or the world size changes. Each *shard* of 32 positions has one generator, so seeding takes only microseconds
+per update.
 
 All numbers are drawn on the CPU, so they do not depend on the device. Numbers can be drawn in advance and then moved to
 the device.
@@ -61,7 +62,7 @@ class Asked(NamedTuple):
 @final
 @dataclass(frozen=True)
 class Draw:
-    """The random numbers for one update, for some positions in the global batch.
+    """The random numbers that one update uses at some positions in the global batch.
 
     `stream` distinguishes the stages, and `places` is a contiguous part of `range(batch_size)`.
 

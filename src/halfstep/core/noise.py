@@ -7,8 +7,8 @@ decreasing. The rest of the library uses a process only through alpha, sigma, lo
 Times and amplitudes are *clock* tensors, which are float64 and contain one number per sample. Data may have any
 floating-point dtype and any shape `[batch, *dims]`. With 8192 steps, amplitudes at neighbouring times near 0 and 1 can
 differ by only a few parts in 10^8, so the clock is never computed in the data's precision. Clock tensors are cast only
-once, in `per_sample`, when they multiply data. During sampling, all samples share one time. This time remains a plain
-number, because a hundred small tensor operations take as long as one step of a small network.
+once, in `per_sample`, when they multiply data. During sampling, all samples share one time, which remains a Python
+float, because a hundred small tensor operations would take as long as one step of a small network.
 """
 
 import math
@@ -109,7 +109,8 @@ class NoiseProcess(ABC):
     def landing(self, s: Tensor | float) -> tuple[Tensor, Tensor] | tuple[float, float]:
         """Return the amplitudes at the time s at which a sampler's step lands: exactly (1, 0) at s = 0.
 
-        As in the authors' code, the last step returns x0 itself, even if the process keeps a little noise at time 0.
+        As in the code of Salimans & Ho 2022, the last step returns x0 itself, even if the process keeps a little noise
+        at time 0.
         """
         if not isinstance(s, Tensor):
             return (1.0, 0.0) if s == 0 else self.amplitudes(s)
@@ -140,9 +141,9 @@ processes: Registry[type[NoiseProcess]] = Registry("noise process")
 class VPCosine(NoiseProcess):
     """The variance-preserving cosine process, alpha = cos(phi) and sigma = sin(phi), with a bounded log-SNR.
 
-    The angle phi grows linearly in t between the angles that correspond to the two log-SNR bounds. As a result, alpha^2
-    + sigma^2 = 1 and log_snr = -2 log tan(phi). The default bounds, -20 and 20, match the authors' and give sigma(0) =
-    alpha(1) = 4.5e-5.
+    The angle phi grows linearly in t between the angles that correspond to the two log-SNR bounds. For every angle,
+    alpha^2 + sigma^2 = 1 and log_snr = -2 log tan(phi). The default bounds, -20 and 20, are those of the authors and
+    give sigma(0) = alpha(1) = 4.5e-5.
 
     Source: Salimans & Ho 2022 (arXiv:2202.00512), section 4, and the authors' schedules.py.
 
@@ -189,9 +190,9 @@ class VPCosine(NoiseProcess):
 class VPTable(NoiseProcess):
     """The discrete process of DDPM, whose log-SNR is interpolated linearly between its T noise levels.
 
-    Level k (timestep k in diffusers) is at t = (k + 1) / T. There, alpha^2 is the product of 1 - beta_i over all i <=
-    k. Below the first level, the log-SNR has the same slope as in the first interval. If the last level has no signal,
-    the ratio alpha / sigma itself, rather than its logarithm, is interpolated linearly in the last interval.
+    Level k (timestep k in diffusers) is at t = (k + 1) / T. At this level, alpha^2 is the product of 1 - beta_i over
+    all i <= k. Below the first level, the log-SNR has the same slope as in the first interval. If the last level has no
+    signal, the ratio alpha / sigma itself, rather than its logarithm, is interpolated linearly in the last interval.
 
     Args:
         betas: T numbers in (0, 1); if there are at least 3, the last may be 1.

@@ -1,4 +1,4 @@
-"""Exact denoisers for data distributions in which E[x0 | x_t] has a closed form.
+"""Exact denoisers for data distributions whose E[x0 | x_t] has a closed form.
 
 Exact denoisers need no training, so samplers, targets and losses are tested against them. The probability flow of a
 Gaussian has an exact solution, which `GaussianDenoiser.flow` returns. The flow of a mixture is smooth and nonlinear,

@@ -1,18 +1,18 @@
 """Predictions define the meaning of a network's output, and weightings weight the x0 error by noise level.
 
-Every common parameterisation is linear, p = a x0 + b eps, with amplitudes a and b that depend on the noise level.
+Every common parameterisation is linear, p = a x0 + b eps, with coefficients a and b that depend on the noise level.
 Together with x_t = alpha x0 + sigma eps, this is a 2x2 system with determinant d = b alpha - a sigma and the solution
 
     x0  = ( b x_t - sigma p) / d
     eps = (-a x_t + alpha p) / d
 
-This solution applies to all parameterisations, so no converters between pairs of them are needed. The four quotients in
+The same solution applies to every linear parameterisation, so no pairwise converters are needed. The four quotients in
 the solution are computed in float64 and cast only when they multiply data. For x0 prediction, the factors of x_t and p
 in x0 are exactly 0 and 1, so x0 is the network's output itself. The only nonlinear prediction is "both", which blends
 separate outputs for the two unknowns.
 
-A weighting maps the log-SNR to the weight of the squared error in x0. The same loss has a different weight when it is
-measured in eps or v: |eps error|^2 = SNR |x0 error|^2 and, for a variance-preserving process,
+A weighting maps the log-SNR to the weight of the squared error in x0. If the error is measured in eps or v instead, the
+same loss has a different weight: |eps error|^2 = SNR |x0 error|^2 and, for a variance-preserving process,
 |v error|^2 = (SNR + 1) |x0 error|^2.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), section 4; the authors' dpm.py for "both" and the constant weighting.

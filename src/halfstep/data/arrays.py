@@ -44,7 +44,7 @@ def from_arrays(
 
     `x` contains uint8 images `[n, height, width]` or `[n, height, width, 1 | 3 | 4]`, or floats `[n, *dims]`. The
     classes are the distinct labels in sorted order (see `classes_of`). `limit` keeps only the first samples, but
-    removes no classes.
+    does not change the classes.
 
     Raises:
         ValueError: if `x` has an unsupported type or shape, is empty or contains non-finite values; if `prepare` has

@@ -45,7 +45,7 @@ class Data(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """The hexadecimal sha256 of everything that `fetch` can return."""
+        """A hexadecimal sha256 that identifies everything that `fetch` can return."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -128,13 +128,13 @@ class MemoryData(Data):
         labels = None if self.labels is None else self.labels.to(device)
         conditions = {name: value.to(device) for name, value in self.conditions.items()}
         moved = replace(self, x=self.x.to(device), labels=labels, conditions=conditions)
-        # The fingerprint is computed here, because content in device memory cannot be hashed.
+        # The fingerprint is computed from the data in CPU memory, because hashlib cannot read device memory.
         vars(moved)["fingerprint"] = self.fingerprint
         return moved
 
 
 def sent(value: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device, without waiting for work queued on the GPU."""
+    """Move a tensor to a device without waiting for work queued on the GPU."""
     if value.device.type == "cpu" and device.type == "cuda":
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
@@ -197,18 +197,18 @@ UNIT: Final = (0.1, 5.0)
 
 
 def warn_of_scale(data: Data) -> None:
-    """Warn if the scale of arrays (not images) is far from that of the noise, because networks then learn little."""
+    """Warn if arrays (not images) have a very different scale from the noise, because networks train poorly on them."""
     if data.is_image:
         return
     some = generator_for("scale of the data")
-    # The number of samples is limited, because a video sample has millions of values.
+    # The number of samples is limited, because a video sample can have millions of values.
     number = max(1, min(1000, 2**26 // math.prod(data.shape)))
     x0 = data.fetch(torch.randperm(len(data), generator=some)[:number].sort().values).x0.double()
     size, top = float(x0.square().mean().sqrt()), float(x0.abs().max())
     if size and not UNIT[0] <= size <= UNIT[1]:
         warnings.warn(
             f"{named(data.source)} has values up to {top:.3g} in magnitude (standard deviation {float(x0.std()):.3g}), "
-            "but the noise has unit variance: models trained on such data are poor. Train on (x - mean) / std, "
+            "but the noise has unit variance: networks train poorly on such data. Train on (x - mean) / std, "
             "computed for each channel, and undo this scaling in the samples",
             HalfstepWarning,
             stacklevel=2,
@@ -259,8 +259,8 @@ Batches = Callable[[Draw], Batch]
 
 
 def updates_ahead(device: torch.device, reads_files: bool) -> int:
-    """Return the number of updates to prepare in advance, which is 0 if the CPU trains on data in memory."""
-    # Three batches are enough to hide a slow read. More batches would only use more memory.
+    """Return the number of updates to prepare in advance, which is 0 for training on the CPU with data in memory."""
+    # Three updates are enough to hide a slow read. More would only use more memory.
     return 0 if device.type == "cpu" and not reads_files else 3
 
 

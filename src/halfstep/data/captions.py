@@ -1,9 +1,9 @@
 """Folders of captioned images or captioned clips (for clips, see data/clips.py).
 
 The captions are either in a table (metadata.jsonl, metadata.csv or metadata.parquet) or in a .txt file next to each
-file: a.txt for a.png, or for a folder of frames called a. Tables have the `imagefolder` format of the `datasets`
-library: the column file_name contains paths relative to the table's folder, and the column text contains the captions.
-Other columns are ignored.
+image or clip: a.txt for a.png, or for a folder of frames named a. Tables have the `imagefolder` format of the
+`datasets` library: the column file_name contains paths relative to the table's folder, and the column text contains the
+captions. Other columns are ignored.
 """
 
 import sys
@@ -269,8 +269,8 @@ def _rows(path: Path) -> list[tuple[str, str]]:
     import pyarrow as pa  # type: ignore[import-untyped]
     from pyarrow import csv, json, parquet
 
-    # For .csv files, `imagefolder` itself would treat the captions "NA" and "None" as missing, and would shift the
-    # columns of rows with an extra field.
+    # `imagefolder` itself is not used, because in .csv files it treats the captions "NA" and "None" as missing, and
+    # shifts the columns of rows with an extra field.
     text = {name: pa.string() for name in ("file_name", "text")}
     size = min(max(path.stat().st_size, 1 << 16), 2**31 - 1)
     readers: dict[str, Callable[[], Any]] = {

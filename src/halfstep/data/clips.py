@@ -74,7 +74,7 @@ class VideoPreparation:
             raise self._too_short(number)
 
     def _sampled(self, path: Path) -> Iterator[Callable[[], Image.Image]]:
-        """Yield the image shown at each multiple of 1 / frame_rate, starting at 0, or all images of a folder."""
+        """Yield the image at each multiple of 1 / frame_rate, or every image for a folder or if frame_rate is None."""
         rate, place = None if path.is_dir() else self.frame_rate, 0
         for end, image in _frames(path):
             if rate is None:
@@ -170,7 +170,7 @@ class CaptionedClips:
         return self._each(self.preparation.end, indices) if isinstance(self.preparation, SoundPreparation) else None
 
     def check(self) -> None:
-        """Check all clips, because encoding them can take hours; raise the same errors as `x0`."""
+        """Check all clips before they are encoded, which can take hours; raise the same errors as `x0`."""
         self._each(self.preparation.check, range(len(self)))
 
     def _each(self, read: Callable[[Path], Any], indices: Sequence[int]) -> list[Any]:
@@ -266,7 +266,7 @@ def _opened(path: Path, kind: str) -> Iterator[tuple[Any, Any]]:
 
 
 def _streamed(path: Path, seconds: float) -> tuple[NDArray[np.float32], int]:
-    """Return the waveform `[channels, n]` of the first seconds of a file, and the sampling rate."""
+    """Return the waveform `[channels, n]` of the first `seconds` seconds of a file, and the sampling rate."""
     with _opened(path, "audio") as (container, stream):
         import av
 

@@ -79,7 +79,7 @@ def open_data(config: DataConfig) -> Data:
 
 
 def holds_images(config: DataConfig) -> bool:
-    """Return whether the images may have any size, as in a folder or in a data set on the Hub."""
+    """Return whether the source is a folder or a data set on the Hub, whose images may have any size."""
     path = user_path(config.source)
     return config.source != "digits" and not path.is_file() and not is_latents(path)
 

@@ -355,5 +355,5 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> Stored:
 
 
 def _record(root: Path, index: Index) -> None:
-    """Write the index, from which files that were lost in a power cut can be detected."""
+    """Write the index, whose digests reveal files that were lost in a power failure."""
     write_json(root / INDEX, index.model_dump(mode="json"))

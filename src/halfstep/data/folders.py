@@ -150,7 +150,7 @@ def _listed(root: Path, paths: Sequence[PurePath], limit: int | None) -> Labelle
     except KeyError as error:
         raise ValueError(f"{file} has no label for {error.args[0]}: {remedy}") from None
     except (TypeError, ValueError):
-        raise ValueError(f"{file} does not contain one [path, class] for each image: {remedy}") from None
+        raise ValueError(f"{file} does not contain one [path, class] pair per image: {remedy}") from None
     labels, names = classes_of(str(file), listed, len(paths))
     return Labelled(Files(root, tuple(paths[:limit])), labels[:limit], names)
 

@@ -84,7 +84,7 @@ def forecast(
 
 
 def _size(index: Index, null: Mapping[str, Tensor]) -> int:
-    """Return the size of a complete folder in bytes. A shard's header is as large as an empty shard."""
+    """Estimate the size of a complete folder in bytes. A shard's header is about as large as an empty shard."""
     empty = {name: torch.empty(0, *entry.shape, dtype=_dtype(entry)) for name, entry in index.tensors.items()}
     row = sum(math.prod(entry.shape) * _dtype(entry).itemsize for entry in index.tensors.values())
     files = len(save(empty)) * len(index.shards) + len(save(dict(null)))

@@ -29,7 +29,7 @@ from halfstep.runtime.storage import GONE
 
 _FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _ENDS: Final = ((b"\xff\xd8\xff", b"\xff\xd9"), (b"\x89PNG\r\n", b"IEND\xaeB`\x82"))
-"""The first and last bytes of complete files in each format. A file that does not match is decoded to check it."""
+"""The first and last bytes of complete JPEG and PNG files. All other files are decoded to check them."""
 _SHOWN: Final = 50
 """The maximum number of images listed in an error; any further images are only counted."""
 
@@ -311,9 +311,9 @@ def _unidentified(file: Path | bytes) -> str:
 def _unlike(source: str, name: str, shape: tuple[int, ...], other: str, other_shape: tuple[int, ...]) -> ValueError:
     """Return the error for two images with different shapes (channels, height, width)."""
     if shape[0] != other_shape[0]:
-        kinds = {1: "grey", 3: "coloured"}
+        kinds = {1: "grey", 3: "in colour"}
         return ValueError(
-            f"{source} mixes grey and coloured images: {name} is {kinds[shape[0]]} and {other} is "
+            f"{source} mixes grey and colour images: {name} is {kinds[shape[0]]} and {other} is "
             f"{kinds[other_shape[0]]}; convert them all with --data.channels 3 (or 1)"
         )
     return ValueError(

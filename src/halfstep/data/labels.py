@@ -36,7 +36,7 @@ def classes_of(source: str, labels: NDArray[Any], length: int) -> tuple[Tensor, 
             f"{source} has negative labels for {int((labels < 0).sum()):,} samples (the lowest is {held[0]}): number "
             f"the classes from 0, or {_REMEDY}"
         )
-    check_not_identifiers(source, len(held), length, f", from {held[0]} to {held[-1]}")
+    check_not_identifiers(source, len(held), length, f" (labels {held[0]} to {held[-1]})")
     names = tuple(map(str, held.tolist()))
     if is_number and int(held[-1]) != len(held) - 1:
         shown = ", ".join(names if len(names) < 5 else (*names[:3], "...", names[-1]))

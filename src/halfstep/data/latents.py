@@ -1,4 +1,4 @@
-"""Folders of latents and text conditions, which `encoding.py` writes for captioned images and clips.
+"""Folders of latents and text conditions, which `encoding.py` writes for captioned images, captioned clips and prompts.
 
 In this module, "images" includes clips (videos or sounds).
 

@@ -1,8 +1,8 @@
 """A filter that passes only the requests that the explorer's page needs.
 
 gradio also accepts uploads, serves files, fetches from other hosts and collects usage data. `Door` serves only `PATHS`,
-makes browsers block other hosts, and refuses requests for host names other than this machine's, which prevents DNS
-rebinding.
+makes browsers block requests to other hosts, and refuses requests whose Host header is not in a list of accepted names,
+which prevents DNS rebinding.
 """
 
 import asyncio
@@ -66,8 +66,8 @@ class Door:
         if self.hosts is not None and re.sub(r":\d+$", "", host) not in self.hosts:
             known = ", ".join(dict.fromkeys(self.hosts))
             text = (
-                f"this page can only be reached as {known}. Restart it with --allow-host {one_line(host)[:100]}, or "
-                "forward its port: ssh -L 7860:127.0.0.1:7860 MACHINE"
+                f"this page can only be reached as {known}. Restart halfstep explore with --allow-host "
+                f"{one_line(host)[:100]}, or forward its port: ssh -L 7860:127.0.0.1:7860 MACHINE"
             )
             await _refuse(send, 421, text)
             return

@@ -187,7 +187,7 @@ class Explorer:
 
         Args:
             num_steps: number of steps of the stage, or None for the number that it was distilled for (`start_steps` if
-                it was distilled for any number).
+                it works with any number).
             teacher_steps: number of steps of the start of the chain, or None for `start_steps`.
             seed: seed of the first sample. The other samples use the seeds that follow.
 
@@ -376,7 +376,10 @@ class Explorer:
             x0 = x_t.cpu()
         seconds = time.perf_counter() - start
         if not bool(torch.isfinite(x0).all()):
-            raise ValueError(f"the samples of {choice.name} with {num_steps} steps are not finite: the model diverged")
+            raise ValueError(
+                f"the samples of {choice.name} with {num_steps} steps are not finite. Choose another stage or number "
+                "of steps"
+            )
         return Shown(
             stage=choice.name,
             is_start=choice == self.start,

@@ -72,7 +72,8 @@ def serve(
             log_level="warning",
             access_log=False,
             ws="none",
-            # Closes only connections without a request, because sampling and reading a response may take a long time.
+            # Closes only connections without an active request, because sampling and reading a response may take a long
+            # time.
             timeout_keep_alive=int(door.PATIENCE),
             timeout_graceful_shutdown=1,
         )
@@ -172,7 +173,7 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
             try:
                 return _html(kind, ask(*values))
             except ValueError as error:
-                raise gr.Error(str(error), duration=None, title="Not possible", print_exception=False) from None
+                raise gr.Error(str(error), duration=None, title="Request failed", print_exception=False) from None
 
         call.__doc__ = label
         return call

@@ -95,8 +95,8 @@ def autoencoder_in(
     """
     if pipe.components.get("vae") is None:
         raise ValueError(
-            f"{folder} has no vae, which is needed to encode and decode images: save the pipeline with its VAE. "
-            f"{_REMEDY}"
+            f"{folder} has no vae, which is needed to encode and decode images. Save the pipeline with its VAE, or use "
+            "--prompts instead of --data"
         )
     kind, indices = type(pipe.vae).__name__, torch.arange(torch.Size(shape).numel())
     test = torch.randn(len(indices), generator=torch.Generator().manual_seed(0))

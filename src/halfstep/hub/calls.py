@@ -20,7 +20,7 @@ def difference(found: Tensor, wanted: Tensor) -> float:
 
 @final
 class Reading:
-    """Converts the arguments of a denoiser call to nodes.
+    """A converter from the arguments of a denoiser call to nodes.
 
     Args:
         latents: the samples for two prompts.

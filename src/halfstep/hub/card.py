@@ -86,8 +86,8 @@ def _usage(manifest: Manifest, kind: str, schedule: StockSchedule, steps: int) -
         sigmas, imports = _python(sigmas_of(manifest.num_steps or steps)), "from functools import partial\n\n"
         line = f"pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas={sigmas})\n{line}"
     note = (
-        f"\nThe scheduler's default spacing is different. {remedy}, as shown above. For N steps, these are 1, "
-        "(N - 1) / N, ..., 1 / N, to which the scheduler applies its shift.\n"
+        f"\nThe scheduler's default spacing differs from the spacing of the distilled steps. {remedy}, as shown above. "
+        "For N steps, the sigmas are 1, (N - 1) / N, ..., 1 / N, to which the scheduler applies its shift.\n"
     )
     return imports, line, note
 
@@ -187,9 +187,9 @@ tags: [diffusion, progressive-distillation, halfstep, lora]
 
 # {name}
 
-LoRA weights for sampling a `{pipeline.kind}` in {manifest.num_steps or 4} steps, trained with halfstep by
-progressive distillation (Salimans & Ho 2022, arXiv:2202.00512). Use them with the weights of `{base}`, the distilled
-pipeline (its folder, or its name on the Hub), and with the scheduler in this folder. The student predicts
+LoRA weights for sampling with a `{pipeline.kind}` in {manifest.num_steps or 4} steps, trained with halfstep by
+progressive distillation (Salimans & Ho 2022, arXiv:2202.00512). Use them with the weights of `{base}`, the pipeline
+that was distilled (its folder, or its name on the Hub), and with the scheduler in this folder. The student predicts
 {manifest.prediction["type"]}, which may differ from the original model's prediction.
 {over}
 ```python

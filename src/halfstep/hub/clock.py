@@ -32,7 +32,8 @@ def fit_clock(schedule: Schedule, call: Mapping[str, Any], two: Trace) -> dict[s
             return clock if of == "u" else clock | {"process": processes.describe(schedule.process)}
     raise ValueError(
         f"its denoiser receives the times {', '.join(f'{x:.6g}' for x in shown)} at the noise levels "
-        f"{', '.join(f'{float(x):.6g}' for x in sigma)}, but these times are not affine in t, sigma or the angle"
+        f"{', '.join(f'{float(x):.6g}' for x in sigma)}, but these times are not affine in t, sigma or the angle of "
+        "(alpha, sigma)"
     )
 
 

@@ -43,7 +43,7 @@ AVERAGED: Final = {
 OLD_NAMES: Final = {"Transformer2DModel": ("DiTTransformer2DModel", "PixArtTransformer2DModel")}
 """Class names in older files, mapped to the current classes."""
 HALVES: Final = ("fp16", "bf16")
-"""Variants to read if all weights have a variant."""
+"""Variants to read, in order of preference, if a part has no weights without a variant."""
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
         raise ValueError(f"diffusers has no pipeline for a network of type {kind}. {USE_ONNX}")
     is_flow = model.manifest.process["type"] == "flow"
     if isinstance(network, Replay) and not is_flow and not network.is_on_table and has_fourier_clock(network):
-        # Stable Audio's own scheduler draws noise in each step. DDIMScheduler does not, but its timesteps are integers.
+        # Stable Audio's own scheduler draws noise in each step. DDIMScheduler does not, but it needs integer timesteps.
         network = on_integers(network)
     schedule, kind, component = _layout(model, network)
     index: dict[str, Any] = {}

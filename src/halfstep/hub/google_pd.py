@@ -43,7 +43,7 @@ PROCESS: Final = VPCosine()
 
 @final
 class GooglePDConfig(Record):
-    """A network's configuration in the authors' unet.py, and facts that its checkpoint does not contain."""
+    """A network's configuration for the authors' unet.py, and other settings that its checkpoint does not contain."""
 
     image_size: PositiveInt
     """Height and width."""

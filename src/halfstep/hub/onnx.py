@@ -34,7 +34,7 @@ LARGEST: Final = int(1.4 * 2**30)
 """Maximum size in bytes of weights stored in the graph file itself. A protobuf is limited to 2 GiB, and torch splits
 the file at 1.5 GiB."""
 STEP_NOISE: Final = "step_noise"
-"""Name of the input with a stochastic sampler's noise for each step except the last, which draws none."""
+"""Name of the input that contains a stochastic sampler's noise for each step except the last, which draws none."""
 
 
 @final
@@ -210,7 +210,7 @@ def _normal(seed: int, *shape: int) -> Tensor:
 
 
 def step_noise(model: Model, num_steps: int, length: int) -> dict[str, Tensor]:
-    """Return `{STEP_NOISE: [length, num_steps - 1, *shape]}`, the noise of the inner steps; empty if none is drawn."""
+    """Return `{STEP_NOISE: [length, num_steps - 1, *shape]}`, the noise of all steps but the last, if any is drawn."""
     if not model.sampler.stochastic or num_steps == 1:
         return {}
     return {STEP_NOISE: _normal(100 + length, length, num_steps - 1, *model.shape)}

@@ -27,7 +27,7 @@ from halfstep.runtime.files import first_line, user_path
 
 START_STEPS: Final = 128
 """Default number of DDIM steps for an imported teacher at the start of a chain. More steps are more accurate, but
-require more stages. With a table of 1000 levels, times between levels are interpolated."""
+require more stages. With a table of 1000 noise levels, times between levels are interpolated."""
 PIXELS: Final = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
 """Image pipelines without a VAE. Their only network is fully described by its config."""
 UNET: Final = "UNet2DModel"
@@ -35,7 +35,7 @@ FETCHED: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*/*.safetensors", "d
 """Files to download, excluding pickles, code and single-file weights."""
 NON_EMA: Final = ("*.non_ema.*", "*.non_ema-*")
 HALF_PRECISION: Final = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*")
-"""Weight variants, downloaded only if all weights have a variant."""
+"""Half-precision weights, downloaded only if the repository has no full-precision weights."""
 OPTIONAL: Final = ("vae", "safety_checker", "feature_extractor", "image_encoder")
 """Parts that do not affect a denoiser's inputs."""
 DENOISERS: Final = ("transformer", "unet")
@@ -106,7 +106,7 @@ def import_pipeline(
         ValueError: if the pipeline is pickled or requires custom code, or if a part is missing or not supported.
     """
     folder = fetch(str(source))
-    # The same folder is the same teacher, however its path is written and also through a link.
+    # The path is resolved, so that relative paths and links to the same folder identify the same teacher.
     origin = str(folder.resolve()) if folder == user_path(source) else str(source)
     kind = read_kind(folder) if (folder / "model_index.json").is_file() else None
     if kind is not None and kind not in PIXELS:
@@ -188,8 +188,8 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, precision: B
     for name in GUIDANCES:
         if name in pipeline.options and (name != recording.guidance or recording.off is not None):
             raise ValueError(
-                f"--call {name} has no effect, because the denoiser of this {pipeline.kind} does not take it. Remove "
-                "it, and use --matching.guidance-scale (distill) or --guidance-scale (encode, sample)"
+                f"--call {name} has no effect, because the denoiser of this {pipeline.kind} does not take this scale "
+                "as input. Remove it, and use --matching.guidance-scale (distill) or --guidance-scale (encode, sample)"
             )
     network = recording.network
     network.lower(precision)
@@ -204,9 +204,9 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, precision: B
 
 
 def _identity(origin: str, weights: Path) -> str:
-    """Return the name of a teacher's folder, or its name on the Hub, and the digest of its weights.
+    """Return the identity of a teacher: its folder name or its name on the Hub, and the digest of its weights.
 
-    Paths are left out, because the same folder has another path on another machine.
+    The folder's full path is omitted, because the same folder can have a different path on another machine.
     """
     name = Path(origin).name if Path(origin).is_absolute() else origin
     return f"{name} (weights sha256 {disk.digest_of(weights)})"
@@ -323,7 +323,7 @@ def is_light(folder: Path) -> bool:
 
 
 def on_meta(kind: str, config: Mapping[str, Any], device: str | torch.device) -> Any:
-    """Return a network that reports `device` as its device but has no allocated weights."""
+    """Return a network that reports `device` as its device, although its weights are on the meta device."""
     with quiet(), torch.device("meta"):
         network = stock(kind).from_config(dict(config))
     here, own = torch.device(device), type(network)
@@ -355,8 +355,9 @@ def _network(folder: Path, schedule: Schedule) -> UNet2D:
     config = disk.check_config(folder, UNET)
     if schedule.is_flow:
         raise ValueError(
-            f"{folder} contains a {UNET}, but this network's timesteps are unknown for its scheduler's process "
-            f"({type(schedule.process).__name__}). Distil it in Python: halfstep.distill accepts any network"
+            f"{folder} contains a {UNET}, but the timesteps that this network expects for its scheduler's process "
+            f"({type(schedule.process).__name__}) are unknown. Distil it in Python: halfstep.distill accepts any "
+            "network"
         )
     if config.get("class_embed_type") is not None:
         raise ValueError(

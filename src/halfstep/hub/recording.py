@@ -57,7 +57,7 @@ class Recording:
     """Number of classes, or 0 for a network without classes."""
     null: dict[str, Tensor]
     """One sample's conditions in the unconditional branch; empty if the pipeline has no such branch. Conditions that
-    contain the end time are omitted, because they are the same in both branches."""
+    depend on the end time are omitted, because they are the same in both branches."""
     guidance: str | None
     """The pipeline call argument that sets the guidance scale, or None if no guidance scale has an effect."""
     off: float | None
@@ -101,7 +101,9 @@ def record(pipe: Any, options: Mapping[str, Any]) -> Recording:
         reading = Reading(two.steps[0].before, options.get("max_sequence_length", default))
         call = reading.node("", one.steps[0].calls[0].arguments, *(step.calls[0].arguments for step in two.steps[:2]))
         if any(len(step.calls) != 1 for step in two.steps):
-            raise ValueError(f"without guidance, the denoiser is called {len(two.steps[0].calls)} times per step")
+            raise ValueError(
+                f"without guidance, the denoiser is called {len(two.steps[0].calls)} times per step, not once"
+            )
         schedule = replace(read_schedule(config_of(pipe.scheduler), two.mu), clip=clip)
         output = _output(two.steps[0])
         end, shorter = None, dict[str, Any]()
@@ -113,7 +115,7 @@ def record(pipe: Any, options: Mapping[str, Any]) -> Recording:
         guidance, off, null = None, None, dict[str, Tensor]()
         output["restores_norm"] = False
         for name in scales:
-            # Pipelines with a second kind of guidance use it only together with a negative prompt.
+            # Pipelines with a second kind of guidance apply it only if a negative prompt is passed.
             needs_negative = name != GUIDANCES[0] and "negative_prompt" in taken and "negative_prompt" not in options
             negative = {"negative_prompt": [" ", " "]} if needs_negative else {}
             try:
@@ -254,7 +256,10 @@ def _unshared(null: dict[str, Tensor], other: Mapping[str, Tensor], alone: Mappi
     """
     changed = {name: value for name, value in null.items() if not torch.equal(value, other[name])}
     if not _same(changed, {name: alone[name][0] for name in changed}):
-        raise ValueError(f"the unconditional branch's {', '.join(changed)} changes with {END}")
+        raise ValueError(
+            f"the unconditional branch's {', '.join(changed)} changes with {END}, but differs from the conditional "
+            "branch's"
+        )
     return {name: value for name, value in null.items() if name not in changed}
 
 

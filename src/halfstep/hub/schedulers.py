@@ -191,7 +191,10 @@ def _betas(kind: str, config: Mapping[str, Any], num: int) -> tuple[float, ...]:
 
 
 def config_of(scheduler: Any) -> dict[str, Any]:
-    """Return a scheduler's class and fields, except diffusers' list of fields to reset to defaults."""
+    """Return a scheduler's class and config fields, without private fields.
+
+    The private field `_use_default_values` would make `from_config` reset fields to another scheduler's defaults.
+    """
     fields = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     return {"_class_name": type(scheduler).__name__, **fields}
 

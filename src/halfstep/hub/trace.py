@@ -66,7 +66,7 @@ def component_of(pipe: Any) -> str:
 
 
 def prompted(pipe: Any, prompts: Sequence[Any]) -> dict[str, Any]:
-    """Return the pipeline call argument that sets the conditions.
+    """Return `prompts` as a pipeline call argument: `prompt` or `class_labels`.
 
     Raises:
         ValueError: if the call takes neither prompts nor classes.

@@ -54,7 +54,7 @@ class CurveSpec:
     """The number of sets of seeds. Set k starts at seed k * num_samples."""
     guidance_scale: float | None = None
     teacher: Entry | None = None
-    """The model that all other models are compared with, from the same noise."""
+    """The model whose samples are the reference for the same-noise comparison."""
     notices: Sequence[str] = ()
     run: str | None = None
     """The value of `Manifest.run` in the measured run."""
@@ -71,7 +71,7 @@ class CurveSpec:
 
 
 class CellDone(NamedTuple):
-    """An event for each measured cell."""
+    """The event that `Curve.run` yields for each measured cell."""
 
     entry: Entry
     cell: Cell
@@ -95,7 +95,7 @@ class Curve:
         """The last result written, or None on processes that do not write."""
 
     def run(self) -> Iterator[CellDone]:
-        """Measure all missing cells, and update evaluation.json after each one.
+        """Measure all missing cells, and update evaluation.json as they are completed.
 
         Raises:
             InUse: if another process is writing to the folder.

@@ -66,13 +66,13 @@ class Evaluation:
     """Features for computing distances, as NAME or NAME=WEIGHTS (see `halfstep ls extractors`); auto trains a
     classifier if the data has labels and at least 20 samples, and otherwise uses the pixels."""
     num_compared: int = 256
-    """Number of samples for comparing student and teacher from the same noise."""
+    """Number of student samples to compare with the teacher's samples from the same noise."""
     num_shown: int = 64
     """Number of samples to store with each stage for viewing."""
     batch_size: int | None = None
     """Samples per batch; by default, a large batch, halved until it fits."""
     precision: Literal["float32", "bf16"] = "float32"
-    """bf16 samples in bfloat16, which is faster but a separate protocol."""
+    """bf16 samples in bfloat16, which is faster, but its metrics form a separate protocol."""
     teacher_steps: tuple[int, ...] = ()
     """Additional step counts for the undistilled teacher."""
     teacher_heun_steps: tuple[int, ...] = (32,)
@@ -165,7 +165,7 @@ class Against(ABC):
     """The reference that a set of samples is compared with."""
 
     name: str
-    """Part of the file names, which identifies all inputs of the metrics other than the samples."""
+    """The part of a metrics file's name that identifies all inputs of the metrics except the samples."""
     needs: Sequence["Cell"] = ()
     """The cells whose samples `figures` needs."""
 

@@ -33,7 +33,7 @@ class Neighbours:
     distances: Tensor
     """The distances to the training samples, float64 `[n, k]`, in ascending order."""
     real: Tensor
-    """Distances, float64 `[m]`, from some training samples to their nearest neighbours; empty for one-sample data."""
+    """Distances, float64 `[m]`, from some training samples to their nearest neighbours; empty for a single sample."""
     num_searched: int
     """The number of training samples that were searched."""
 
@@ -45,7 +45,7 @@ def nearest_samples(data: Data, x0: Tensor, k: int = 3, flip: bool = False) -> N
         flip: whether the model was also trained on mirrored images, which are then searched too.
 
     Raises:
-        ValueError: if `x0` is empty or contains samples of a different shape from the data, or if k is less than 1.
+        ValueError: if `x0` is empty, if its samples differ in shape from the data, or if k is less than 1.
     """
     if tuple(x0.shape[1:]) != data.shape or len(x0) == 0:
         raise ValueError(f"samples of shape {list(x0.shape)} cannot be compared with data of shape {list(data.shape)}")

@@ -40,7 +40,7 @@ class Drawn(NamedTuple):
 
 
 class Source(ABC):
-    """A source of samples. A seed always produces the same sample."""
+    """A source of samples. The same seed always produces the same sample."""
 
     name: str
     """The prefix of the source's cell names."""
@@ -129,7 +129,7 @@ class ModelSource(Source):
         cond = data.fetch(torch.tensor([seed % len(data) for seed in seeds])).cond
         for name in model.manifest.conditions:
             if name not in cond:
-                raise ValueError(f"the model is conditioned on {name}, which {data.source} lacks. Use other data")
+                raise ValueError(f"the model is conditioned on {name}, which {data.source} lacks. Use data with {name}")
         return {name: cond[name] for name in model.manifest.conditions}
 
     def _ready(self, seeds: range) -> Model:

@@ -50,8 +50,8 @@ from halfstep.runtime.stop import StopSignal
 from halfstep.samplers import Ancestral, samplers
 
 PARTS: Final = 8
-"""The minimum number of batches in a cell, so that this many processes can share the cell. The batch size may change
-the last bits of a sample, so it must not depend on the number of processes."""
+"""The minimum number of batches into which a cell is split by default, so that this many processes can share the cell.
+The batch size may change the last bits of a sample, so it must not depend on the number of processes."""
 HELD: Final = 2
 """The number of cells whose samples are kept in memory."""
 

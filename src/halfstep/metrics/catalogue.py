@@ -46,10 +46,10 @@ METRICS: Final[Mapping[str, MetricInfo]] = {
     ),
     "coverage": _higher("coverage", "Share of the real data that has a sample in its neighbourhood."),
     "sliced_wasserstein": _lower(
-        "sliced Wasserstein", "Mean Wasserstein-1 distance between features projected on 128 fixed random directions."
+        "sliced Wasserstein", "Mean Wasserstein-1 distance between features projected onto 128 fixed random directions."
     ),
     "rmse": _lower("RMSE to teacher", "Root mean square difference to the teacher's samples from the same noise."),
-    "psnr": _higher("PSNR to teacher, dB", "The same difference in decibels, relative to the pixel range."),
+    "psnr": _higher("PSNR to teacher, dB", "Pixel range divided by the RMSE to the teacher, in decibels."),
     "ssim": _higher(
         "SSIM to teacher", "Structural similarity to the teacher's images from the same noise; 1 for equal images."
     ),

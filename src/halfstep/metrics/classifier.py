@@ -1,4 +1,4 @@
-"""Features of a small classifier, which is trained on the labels of the data with a fixed seed."""
+"""Features of a small classifier, which is trained on the labelled data with a fixed seed."""
 
 from pathlib import Path
 from typing import Final, final
@@ -34,9 +34,9 @@ def check_classes(num_samples: int, num_classes: int) -> None:
 
 @final
 class Classifier(FeatureExtractor):
-    """The 64 linear features before the last layer of a small network that `train_classifier` trains on labelled data.
+    """The 64 features before the last layer of a small network that `train_classifier` trains on labelled data.
 
-    The ReLU that follows these features would hide errors in some directions.
+    The features of images are taken before the ReLU, which would hide errors in some directions.
     """
 
     def __init__(self, name: str, network: "ClassifierNetwork", accuracy: float) -> None:
@@ -60,7 +60,11 @@ class Classifier(FeatureExtractor):
 
 @final
 class ClassifierNetwork(nn.Module):
-    """Three 3x3 convolutions and two pooling layers for images `[n, c, h, w]`, or two dense layers for other data."""
+    """A small classifier, in which `head` maps the 64 features of `body` to logits.
+
+    For images `[n, c, h, w]`, the body has three 3x3 convolutions, two pooling layers and a dense layer. For other
+    data, it has two dense layers.
+    """
 
     def __init__(self, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()

@@ -47,8 +47,8 @@ class DINOv2(NetworkFeatures):
                 )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(
-                f"dinov2={source}: cannot load a DINOv2 model ({first_line(error)}). Set dinov2 to a folder or to a "
-                "reachable name on the Hub"
+                f"dinov2={source}: cannot load a DINOv2 model ({first_line(error)}). Set dinov2 to a folder, or to a "
+                "model on the Hub that this machine can reach"
             ) from None
         super().__init__("dinov2", network, measured.device)
         self.facts = {"weights": source, **self.facts}

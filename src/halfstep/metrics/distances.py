@@ -9,8 +9,8 @@
   onto random directions. It compares all moments and does not assume Gaussians.
 
 torchmetrics computes the KID, and scipy the one-dimensional distances, in float64 and with fixed random seeds. This
-module computes the Frechet distance. It usually does so from moments, because those of the real data are cached (see
-`reference.py`). If there are fewer samples than dimensions, it uses the samples directly.
+module computes the Frechet distance itself, usually from the moments, because those of the real data are cached (see
+`reference.py`). If a set has no more samples than dimensions, the distance is computed from the samples instead.
 """
 
 import contextlib
@@ -116,8 +116,8 @@ def _root(matrix: Tensor) -> Tensor:
 def frechet_of_moments(a: Moments, b: Moments) -> float:
     """Return the Frechet distance between two Gaussians.
 
-    tr (C_a C_b)^(1/2) is the sum of the singular values of C_a^(1/2) C_b^(1/2). This form avoids the root of an
-    asymmetric product and imaginary parts, and is exact for singular covariances.
+    tr (C_a C_b)^(1/2) is the sum of the singular values of C_a^(1/2) C_b^(1/2). This form avoids the square
+    root of an asymmetric product and its imaginary parts, and is exact for singular covariances.
 
     Raises:
         ValueError: if the dimensions of the Gaussians differ.

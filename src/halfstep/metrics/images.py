@@ -16,7 +16,7 @@ def from_uint8(pixels: Tensor) -> Tensor:
 
 
 def as_rgb(x0: Tensor) -> Tensor:
-    """Return images `[n, 1 or 3, h, w]` as `[n, 3, h, w]`, repeating grey; raise ValueError for other shapes."""
+    """Return images `[n, 1 or 3, h, w]` as `[n, 3, h, w]`, repeating grey channels; raise ValueError for others."""
     if x0.ndim != 4 or x0.shape[1] not in (1, 3):
         raise ValueError(
             f"samples of shape {list(x0.shape[1:])} are not images with 1 or 3 channels, which these features need. "

@@ -75,7 +75,9 @@ class Inception(NetworkFeatures):
                 f"{path} does not contain the weights of torch-fidelity's Inception ({last_line(error)})"
             ) from None
         super().__init__("inception", network, measured.device)
-        self.resize = "299 x 299, TensorFlow 1's bilinear without antialiasing, as in the FID's first code; grey as RGB"
+        self.resize = (
+            "299 x 299, TensorFlow 1's bilinear without antialiasing, as in the original FID code; grey as RGB"
+        )
 
     def batch_features(self, samples: Tensor) -> Tensor:
         features: Tensor = self.network(as_rgb(to_uint8(samples)))[0]

@@ -93,7 +93,7 @@ def find_stage(path: Path) -> StageFolder:
             )
         return stages[-1]
     if (path / "recipe.json").is_file():
-        raise ValueError(f"{path} is a run without a complete stage. Finish a stage first")
+        raise ValueError(f"{path} is a run without a complete stage. Resume the run first")
     if (path / "model_index.json").is_file():
         raise ValueError(
             f"{path} is a diffusers pipeline, not a halfstep model. Import it (halfstep import diffusers {path}) or "
@@ -162,7 +162,7 @@ def save(model: Model, path: str | Path) -> None:
     if folder.path.is_dir() and (foreign := sorted(set(folder.path.iterdir()) - ours)):
         raise ValueError(f"{path} contains {foreign[0].name}, which is not part of a saved model. Choose another path")
     folder.path.mkdir(parents=True, exist_ok=True)
-    # Without a manifest, the folder is not a model until all files are written.
+    # The manifest is deleted first and written last, so an incomplete folder never counts as a model.
     folder.manifest_path.unlink(missing_ok=True)
     folder.null.unlink(missing_ok=True)
     whole = model.merged()

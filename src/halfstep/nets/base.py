@@ -55,7 +55,10 @@ def build_network(description: Mapping[str, Any]) -> Network:
 
 
 def set_dropout(network: nn.Module, probability: float) -> None:
-    """Set the dropout probability of all layers. It depends on the stage and is not stored with the weights."""
+    """Set the dropout probability of all layers.
+
+    The probability depends on the stage and is not stored with the weights.
+    """
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = probability

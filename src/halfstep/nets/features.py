@@ -64,7 +64,7 @@ class _Reached(Exception):
 
 @final
 class _TransformerHalf(EncoderHalf):
-    """The first half of a transformer's blocks. The features are all of their output tokens."""
+    """The first half of a transformer's blocks. The features are all output tokens of the last of these blocks."""
 
     def __init__(self, network: Replay) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class _TransformerHalf(EncoderHalf):
             named = dict(network.named_parameters(remove_duplicate=False))
             grads = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
         self.channels = features.shape[1]
-        # Parameters without a gradient are unused.
+        # Parameters without a gradient are unused and therefore removed.
         for path, grad in zip(named, grads, strict=True):
             if grad is None:
                 module, _, leaf = path.rpartition(".")

@@ -1,4 +1,4 @@
-"""LoRA: low-rank updates of a network's frozen weights, which need less memory to train than a full student.
+"""LoRA: low-rank updates to a network's frozen weights. Training them needs less memory than training a full student.
 
 A layer's weight W becomes W + B A, where A has `rank` rows, B has `rank` columns and B starts at 0. All models of a
 chain share W and differ only in A and B.
@@ -71,7 +71,7 @@ class LoRA(Network):
             names = ", ".join(targets)
             raise ValueError(f"no layer of {base.stock} has a name ending in {names}. Choose other targets") from None
         for _, parameter in self.own():
-            # peft creates LoRA weights in their layer's dtype.
+            # peft creates LoRA weights in their layer's dtype, but they are trained in float32.
             parameter.data = parameter.data.float()
 
     def arguments(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class LoRA(Network):
         return self.base(x_t, time, **cond)
 
     def own(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the LoRA weights, keyed by name."""
+        """Return the LoRA weights with their names."""
         return [(name, p) for name, p in self.named_parameters() if ".lora_" in name]
 
     def load_base(self, state: Mapping[str, Tensor]) -> None:
@@ -103,7 +103,7 @@ def with_lora(network: Network, rank: int, targets: Sequence[str] = TARGETS) -> 
     """Return a copy of a network that shares its weights and adds LoRA weights, whose update starts at 0."""
     twin = copy.deepcopy(network, {id(p): p for p in network.parameters()} | shared_layers(network))
     with torch.random.fork_rng(devices=[]):
-        # With a fixed seed, the initial A depends only on its shape.
+        # With a fixed seed, the initial A matrices depend only on the layers' shapes and the rank.
         torch.manual_seed(0)
         return LoRA(twin, rank, targets)
 

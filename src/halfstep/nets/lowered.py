@@ -169,7 +169,7 @@ def load_packed(network: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def settle(model: nn.Module) -> None:
-    """Update the 8-bit layers after a move to another device, because these layers do not track their weights."""
+    """Update the state of 8-bit layers after a move to another device, because it does not move with the weights."""
     layers: list[Any] = [module for module in model.modules() if quantised(module) and hasattr(module, "state")]
     for layer in layers:
         layer.weight.CB = layer.weight.SCB = None

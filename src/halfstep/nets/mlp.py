@@ -14,7 +14,7 @@ from halfstep.nets.base import Network, networks
 @final
 @networks.register("mlp")
 class MLP(Network):
-    """Residual blocks on flattened samples, each shifted by the embedded time and conditions.
+    """Residual blocks on flattened samples. The embedded time and conditions are added to the input of each block.
 
     Args:
         shape: the shape of one sample, `[*dims]`.

@@ -4,7 +4,7 @@ The call is a tree of JSON-serialisable nodes. A node is an argument of the stoc
 
     {"is": "sample", "shape": [...]}            x_t with samples of this shape; with "list", a list of samples
     {"is": "time", "dims": [...]}               the clock value of each sample, repeated over further axes
-    {"is": "condition", "name": ..., ...}       the batch's condition of this name; with "list", cut to its lengths
+    {"is": "condition", "name": ..., ...}       the condition with this name; with "list", truncated to its lengths
     {"is": "constant", "name": ..., ...}        a tensor without a batch axis; with "rows", repeated for each sample
     {"is": "repeat", "item": node}              a list that repeats the item for each sample
     {"is": "guidance", "factor": ..., ...}      the guidance scale, a scalar input

@@ -31,7 +31,7 @@ class StockNetwork(Network):
         super().__init__()
         if num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
-        # The import is here, because it takes seconds and other networks do not need diffusers.
+        # The import is local, because it takes seconds and other networks do not need diffusers.
         import diffusers
 
         self.stock = stock
@@ -45,7 +45,7 @@ class StockNetwork(Network):
         self.model = model
         for part in model.modules():
             if hasattr(part, "dropout_prob"):
-                # DiT drops labels during training. A student without labels would unlearn its distilled guidance.
+                # DiT drops labels at random during training. A student would thereby unlearn its distilled guidance.
                 part.dropout_prob = 0.0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -1,7 +1,7 @@
 """Networks built from a teacher's network: the same weights with a different clock or an additional input.
 
 A new guidance input has no effect at first, and `on_integers` preserves the outputs. A network from `on_clock` starts
-as close to the old network as its weights allow. The matching stage learns the rest.
+as close to the old network as its weights allow. The matching stage removes the remaining difference.
 """
 
 import math
@@ -22,7 +22,8 @@ GUIDANCE_WIDTH: Final = 256
 """The width of the guidance embedding, as in latent consistency models (arXiv:2310.04378)."""
 SMALLEST_DIRECTION: Final = 1e-2
 """The smallest singular value that is fitted, relative to the largest. The slow sinusoids are nearly equal, so an exact
-fit would need weights of 1e6 that cancel to 0.1 in float32. Such a fit would reduce the error by less than a tenth."""
+fit would need weights of about 1e6 with opposite signs, whose sums have an error of about 0.1 in float32. Such a fit
+would reduce the fitting error by less than a tenth."""
 TABLE_SIZE: Final = 1024
 """The number of timesteps that `on_integers` uses: a power of two, as for new networks."""
 
@@ -137,9 +138,10 @@ def on_integers(network: Replay) -> Replay:
 
 @final
 class OnProcess(nn.Module):
-    """A custom network that is used with a different process and called at the time with the same log-SNR.
+    """A custom network on a noise process other than its own.
 
-    The network's input is scaled to the amplitudes of its original process, as in `Reprocessed`.
+    The network is called at the time of its own process that has the same log-SNR. Its input is scaled to the
+    amplitudes of its own process, as in `Reprocessed`.
     """
 
     def __init__(self, network: Callable[..., Tensor], own: NoiseProcess, process: NoiseProcess) -> None:

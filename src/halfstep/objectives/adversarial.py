@@ -12,8 +12,8 @@ both are computed from the same sample of the batch. They share that sample's co
 critic.
 
 The critic consists of the encoder half of a copy of the teacher and a small head on the encoder's deepest features. The
-head is initialised to 0, so a new critic has no effect. During the first updates, the critic is trained, but the
-student ignores it.
+head is initialised to 0, so a new critic has no effect on the student. During the first updates, the critic is trained,
+but the student ignores it.
 
 Source: Goodfellow et al. 2014 (arXiv:1406.2661) for the non-saturating loss; Mescheder et al. 2018 (arXiv:1801.04406)
 for R1; Wang et al. 2022 (arXiv:2206.02262) for adding noise to both data and samples; Lin et al. 2024
@@ -121,7 +121,7 @@ class Adversarial(Objective):
     rate: float = 4.0
     """Constant learning rate of the critic, relative to the student's peak rate."""
     gamma: float = 1.0
-    """Weight of the penalty on the critic's squared gradient at data points; 0 disables the penalty."""
+    """Weight of the penalty on the squared norm of the critic's gradient at data points; 0 disables the penalty."""
     delta: float = 0.1
     """Size of the perturbation that is used to estimate the critic's gradient."""
     lead_updates: int = 60

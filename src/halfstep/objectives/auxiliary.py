@@ -25,13 +25,13 @@ AUXILIARY: Final = "auxiliary"
 def auxiliary_denoiser(models: Models) -> Denoiser:
     """Return a trainable denoiser that starts as an unguided copy of the teacher.
 
-    The copy is float32, whatever the teacher's precision. If the student has an input for the guidance scale, the copy
-    gets one too, which has no effect at first. For a LoRA student, the denoiser is a second adapter on the student's
-    base, so only one base is in memory. This adapter starts as a copy of the teacher's adapter, or at 0 if the teacher
-    has no adapter. A custom denoiser is copied as is.
+    The copy is in float32, whatever the teacher's precision. If the student has an input for the guidance scale, the
+    copy gets one too, which has no effect at first. For a LoRA student, the denoiser is a second adapter on the
+    student's base, so only one base is in memory. This adapter starts as a copy of the teacher's adapter, or at 0 if
+    the teacher has no adapter. A custom denoiser is copied as is.
 
     Raises:
-        ValueError: if no teacher is given, or the teacher's network has no input for the student's guidance scale.
+        ValueError: if no teacher is given, or the student takes a guidance scale and the teacher's network cannot.
     """
     if models.teacher is None:
         raise ValueError("an auxiliary denoiser starts as a copy of the teacher, but no teacher is given. Pass one")
@@ -39,7 +39,7 @@ def auxiliary_denoiser(models: Models) -> Denoiser:
 
 
 def _copied(teacher: Denoiser, student: Denoiser) -> Denoiser:
-    """Return a trainable, unguided copy of the teacher on the noise process of the teacher's view."""
+    """Return a trainable, unguided copy of the teacher that keeps the noise process of the teacher's view."""
     if isinstance(teacher, Guided):
         return _copied(teacher.denoiser, student)
     if isinstance(teacher, Reprocessed):

@@ -1,12 +1,12 @@
 """The interface of an objective, and the loss that teacher training and distillation share.
 
-An objective defines which networks are trained, the turns and losses that train them, and the result. It does not
-depend on devices or files. An optimiser's hyperparameters are declared only in `Training`. Stages, helpers, recipes,
-the Python API and the command line all use this class, and its field docstrings are the help texts of the flags.
+An objective defines which networks are trained, the turns and losses that train them, and the resulting model. It does
+not depend on devices or files. Optimiser hyperparameters are declared only in `Training`. Stages, helpers, recipes, the
+Python API and the command line all use this class, and its field docstrings serve as the flags' help texts.
 
 The shared loss of a sample is weight(log_snr) * mean((x0 - x0_target)^2), where the mean is over the sample's entries.
-The weighting can turn this loss into the squared error in eps or v, or into the larger of two such errors, regardless
-of what the network predicts.
+The choice of weighting can turn this loss into the squared error in eps or v, or into the larger of the squared errors
+in x0 and eps, regardless of what the network predicts.
 """
 
 from abc import ABC, abstractmethod
@@ -47,9 +47,9 @@ class Training:
     learning_rate: float
     """Peak learning rate of AdamW."""
     batch_size: int = 128
-    """Number of samples per update, across all processes."""
+    """Number of samples per update, summed over all ranks."""
     warmup_updates: int = 0
-    """Number of updates over which the learning rate rises from 0 to its peak; at most the whole stage."""
+    """Number of updates over which the learning rate rises from 0 to its peak; capped at the length of the stage."""
     anneal: bool = True
     """Decay the learning rate linearly to 0 over the stage."""
     weight_decay: float = 0.0
@@ -138,7 +138,7 @@ class Role(StrEnum):
     """The role of a stage's model in the chain."""
 
     TEACHER = "teacher"
-    """An undistilled model, which predicts x0 at all times and can sample with any number of steps."""
+    """An undistilled model, which predicts x0 at every time t and can be sampled with any number of steps."""
     MATCHED = "matched"
     """A teacher converted to another prediction, process or guidance."""
     STUDENT = "student"
@@ -150,7 +150,7 @@ class Outcome(NamedTuple):
 
     role: Role
     num_steps: int | None = None
-    """The number of sampler steps that the model is trained for, or None if it can sample with any number of steps."""
+    """The number of sampler steps that the model is trained for, or None if it can be sampled with any number."""
     sampler: Sampler = DDIM()
     """The sampler used for sampling, evaluation, the explorer and export."""
 
@@ -174,10 +174,10 @@ class Auxiliary:
 
     start: Callable[[Models, tuple[int, ...]], nn.Module]
     """Creates the network from the models and the shape of one sample, before the first update. The network must be new
-    or a copy, never the student or the teacher itself. A copy of the student has the teacher's weights in float32. If
-    the student is a LoRA model, the copy shares the base and has a separate adapter. Random initial weights are drawn
-    from torch's generator, which is seeded for the call. Dry runs and checks before a run call the function on the meta
-    device, so it must not read tensor values."""
+    or a copy, never the student or the teacher itself. A copy of the student has the weights that the student starts
+    from, in float32. If the student is a LoRA model, its copy shares the base and has a separate adapter. Random
+    initial weights are drawn from torch's generator, which is seeded for the call. Dry runs and checks before a run
+    call the function on the meta device, so it must not read tensor values."""
     training: Callable[[Training], Training]
     """Maps the student's hyperparameters to those of this network. The number of updates and the batch size must match
     those of the stage."""
@@ -186,7 +186,7 @@ class Auxiliary:
 @final
 @dataclass(frozen=True)
 class Average:
-    """A copy of a player, with the moving average of the player's weights, for the objective to call.
+    """A copy of a player that holds the moving average of the player's weights, for the objective to call.
 
     Args:
         decay: final decay, in [0, 1). After n updates, the decay is min(decay, (1 + n) / (10 + n)).
@@ -251,7 +251,7 @@ class Objective(ABC):
 
     @property
     def guides_teacher(self) -> bool:
-        """Whether the objective guides each call to the teacher. If so, the teacher must not have learned guidance."""
+        """Whether the objective guides each teacher call. If so, the teacher must not already have learned guidance."""
         return False
 
     @property
@@ -276,7 +276,7 @@ class Objective(ABC):
         return {}
 
     def turns(self, update: int) -> tuple[Turn, ...]:
-        """Return the optimiser steps of an update, in order. Each has its own batch and random numbers."""
+        """Return the optimiser steps of an update, in order. Each turn uses its own batch and random numbers."""
         return (Turn(STUDENT, self.loss),)
 
     def start(self, teacher: Denoiser) -> Denoiser:
@@ -339,7 +339,7 @@ class StepObjective(Objective):
 
     @abstractmethod
     def step_losses(self, models: Models, step: Step, denoised: Denoised, draw: Draw) -> Losses:
-        """Return the student's losses, given `denoised`, which is the student's output at the start of the steps."""
+        """Return the student's losses, given `denoised`, the student's output at the start of each step."""
 
     @final
     def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:

@@ -27,7 +27,7 @@ Other methods are special cases:
 The time t is drawn uniformly from the T times of the grid. T grows during the stage, because students learn faster on a
 coarse grid, but the teacher's steps have smaller errors on a fine grid.
 
-Source: Heek et al. 2024 (arXiv:2403.06807), algorithm 1, for deterministic steps of the teacher; Luo et al. 2023
+Source: Heek et al. 2024 (arXiv:2403.06807), algorithm 1, with deterministic teacher steps; Luo et al. 2023
 (arXiv:2310.04378) for LCM; Berthelot et al. 2023 (arXiv:2303.04248) for TRACT.
 """
 
@@ -122,7 +122,7 @@ def _target(
 def _rest(reference: Denoiser, cond: Cond | None) -> Step:
     """Return a function that takes the reference's DDIM step.
 
-    If a step is empty, the reference is called at t = 1, because its output may be undefined at t = 0.
+    For an empty step (t = s), the reference is called at t = 1, because its output may be undefined at t = 0.
     """
 
     def step(x_t: Tensor, t: Tensor, s: Tensor) -> Denoised:
@@ -154,9 +154,9 @@ def _rewound(device: torch.device) -> Iterator[None]:
 class Consistency(Objective):
     """The student's error with respect to `consistency_target` at times drawn uniformly from the teacher's grid.
 
-    The default grid is the paper's, where each stage has 200,000 updates. For a shorter stage, set `anneal_updates` to
-    half the number of updates in the stage. The loss is small from the first update on and need not fall, so `EarlyEnd`
-    ignores it.
+    The default grid is from the paper, which trains each stage for 200,000 updates. For a shorter stage, set
+    `anneal_updates` to half the number of updates in the stage. The loss is small from the first update on and need not
+    fall, so `EarlyEnd` ignores it.
 
     Source: Heek et al. 2024 (arXiv:2403.06807), algorithm 1.
 
@@ -179,8 +179,8 @@ class Consistency(Objective):
     guidance: Guidance | None = None
     """The guidance that the student learns or keeps, or None if it has no guidance."""
     guide_teacher: bool = False
-    """Whether to apply guidance to the teacher, which takes two calls. Leave this False if the teacher has learned
-    guidance."""
+    """Whether to apply guidance to the teacher, which doubles the number of teacher calls. Leave this False if the
+    teacher has already learned guidance."""
     teacher_sampler: Sampler = field(default_factory=DDIM)
     """The deterministic sampler for the teacher's step; the student uses DDIM."""
     self_teacher: float = 0.0
@@ -253,7 +253,8 @@ class Consistency(Objective):
     def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
         teacher = check_one_process(models)
         cond = batch.cond if self.guidance is None else self.guidance.shown(batch.cond, draw, batch.x0)
-        # Integers below T could not be drawn in advance, because T changes from update to update.
+        # Only calls that are the same at every update can be drawn in advance. T changes during the stage, so a uniform
+        # number is drawn instead of an integer below T.
         grid = self.grid_steps(draw.update)
         index = (as_clock(draw.uniform("time"), batch.x0) * grid).floor().clamp(max=grid - 1)
         # All three times are quotients of integers, so that s can be exactly equal to the boundary.

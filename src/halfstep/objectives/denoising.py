@@ -29,7 +29,9 @@ from halfstep.objectives.base import (
 @objectives.register("denoise")
 @dataclass(frozen=True)
 class Denoising(Objective):
-    """The squared error in x0 at uniformly drawn times. The default weighting is the one used for the paper's models.
+    """The weighted squared error in x0 at uniformly drawn times.
+
+    The default weighting is the one used for the paper's models.
 
     Source: Salimans & Ho 2022 (arXiv:2202.00512), algorithm 1.
     """

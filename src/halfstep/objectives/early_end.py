@@ -39,7 +39,10 @@ class EarlyEnd:
         if not self.patience:
             for field in fields(self):
                 if (value := getattr(self, field.name)) != field.default:
-                    raise ValueError(f"early_end.{field.name} {value} has no effect without early_end.patience. Add it")
+                    raise ValueError(
+                        f"early_end.{field.name} {value} has no effect while early_end.patience is 0. Set "
+                        "early_end.patience to 1 or more"
+                    )
 
     def has_stopped_falling(self, losses: Sequence[float]) -> bool:
         """Return whether the last `patience` windows made no progress, given the mean losses of all windows so far."""

@@ -2,21 +2,21 @@
 
 A halved student lands where its teacher lands, up to an error that the squared loss spreads over neighbouring samples.
 Finishing corrects the distribution of the landing points x_s. For x_t at the student's times t, noise up to a level tau
-is added to both x_s and data at noise level s. Finishing reduces the Kullback-Leibler divergence between the results.
-The module `landing_points` explains why the landing point is used.
+is added to both x_s and data at noise level s. Finishing reduces the Kullback-Leibler divergence between the two
+resulting distributions. The module `landing_points` explains why the landing point is used instead of x0.
 
 The gradient of the divergence is the difference between two scores at y, the landing point with added noise. In terms
 of x0, it is auxiliary(y) - teacher(y). The teacher's x0 represents the data, and the auxiliary denoiser's x0 represents
-the student's landing points, on which the auxiliary denoiser is trained by denoising score matching. Divided by the
-student's error, the gradient becomes a step for x0 = student(x_t, t), because any change in x0 moves x_s proportionally
-in the same direction. The map term keeps x0 near its value before finishing. Without this term, training would drift
-between different maps that produce the same distribution.
+the student's landing points, on which the auxiliary denoiser is trained by denoising score matching. Any change in x0 =
+student(x_t, t) moves x_s proportionally in the same direction. The negative gradient, divided by the student's error,
+is therefore used as the update direction for x0. The map term keeps x0 near its value before finishing. Without this
+term, training would drift between different maps that produce the same distribution.
 
 At s > 0, the score-matching gradient is mostly noise. The batch's data, with the same noise at t and the same added
 noise, has almost the same gradient. The teacher's error on this data is known, so the data serves as a control variate.
 This also removes the teacher's own bias: the student is then compared with the data instead of with the teacher.
 
-With one step, this is distribution matching distillation, except that the regression targets come from the student
+With one step, finishing is distribution matching distillation, except that the regression targets come from the student
 before finishing instead of from stored pairs. The student remains deterministic and still uses DDIM as its sampler.
 
 Source: Yin et al. 2023 (arXiv:2311.18828) for one step. The extension to the landing points of inner steps and the
@@ -60,8 +60,8 @@ from halfstep.objectives.landing_points import Landing, noised_landing
 START: Final = "start"
 
 SMALLEST_ERROR: Final = 1e-3
-"""The constant added to the mean error before the gradient is divided by it. The mean error is about 0.1 for unit-scale
-data."""
+"""The constant added to the mean error, by which the gradient is then divided. Without the constant, the quotient could
+become arbitrarily large. The mean error is about 0.1 for unit-scale data."""
 LARGEST_RATIO: Final = 5.0
 """The upper limit for sigma / alpha in the weight of the auxiliary denoiser's error."""
 
@@ -82,15 +82,16 @@ class Finishing(StepObjective):
 
     num_steps: int
     map_weight: float | None = None
-    """Weight of the squared distance between x0 and its value before finishing; None means num_steps / 2. A student
-    with more steps has less to gain, and errors of the auxiliary denoiser affect it more."""
+    """Weight of the squared distance between x0 and its value before finishing; None means num_steps / 2. The
+    default grows with the number of steps, because a student with more steps has less to gain from finishing and is
+    more affected by errors of the auxiliary denoiser."""
     data_weight: float | None = None
     """Weight of the data's score in the student's target score, from 0 to 1. The teacher's score has the remaining
     weight. None means 1, or 0 if the teacher is guided, because guided samples are not distributed like data. A teacher
     is guided if it has learned guidance, or if its network takes the scale as an input (`Plan.embedded`)."""
     auxiliary_turns: int | None = None
-    """Number of turns of the auxiliary denoiser per student turn; None means 1, or 2 if `data_weight` is 0. Both cost
-    the same, because a turn with data needs twice as many network calls."""
+    """Number of turns of the auxiliary denoiser per student turn; None means 1, or 2 if `data_weight` is 0. Both
+    defaults cost the same, because a turn with data needs twice as many network calls."""
     auxiliary_rate: float = 6.0
     """Constant learning rate of the auxiliary denoiser, relative to the student's peak rate."""
     lead_updates: int = 60
@@ -171,7 +172,7 @@ class Finishing(StepObjective):
                 towards = towards / per_sample(entry_mean((x0 - real).abs()) + SMALLEST_ERROR, towards)
             before = models.helpers[START](step.x_t, step.t, step.cond).x0
             target = x0 + towards
-        # The gradient of the first term is minus `towards` for each entry, and the value of this term measures the
+        # The gradient of the first term is proportional to minus `towards`, and the value of this term measures the
         # distance between the two denoisers.
         matching, moved = entry_mean((x0 - target).square()) / 2, entry_mean((x0 - before).square())
         weight = self.num_steps / 2 if self.map_weight is None else self.map_weight
@@ -180,7 +181,7 @@ class Finishing(StepObjective):
     def auxiliary_loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
         """Return the denoising score matching losses of the auxiliary denoiser on the student's landing points.
 
-        The score of y given x_s is -eps' / b. The loss is the squared error in eps', with larger weights at low signal.
+        The score of y given x_s is -eps' / b. The loss is the squared error in eps', with larger weights at low SNR.
         If `data_weight` is above 0, the loss also contains a product of two differences in eps' on data with the same
         noise: the auxiliary denoiser minus the teacher, and the teacher's error. If the teacher is exact, its error has
         mean 0 at each point, and the expected loss does not change.

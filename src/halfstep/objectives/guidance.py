@@ -98,7 +98,7 @@ class FixedGuidance(Guidance):
         if scale not in (None, self.scale):
             raise ValueError(
                 f"a guidance scale of {scale:g} was requested, but this model has only learned {self.scale:g}. Remove "
-                "it, or distil a model with a range of scales"
+                "the scale, or distil a model with a range of scales"
             )
         return None
 

@@ -1,7 +1,7 @@
 """The noised landing point of the student's DDIM step, which several objectives use.
 
-The student's x0 at (x_t, t) takes x_t to x_s, the landing point. With noise added up to the level tau >= s, the landing
-point becomes
+A DDIM step with the student's x0 at (x_t, t) takes x_t to x_s, the landing point. With noise added up to the level
+tau >= s, the landing point becomes
 
     y = k x_s + b eps',   k = alpha_tau / alpha_s,   b^2 = sigma_tau^2 - k^2 sigma_s^2,
 
@@ -9,9 +9,10 @@ which is distributed like data at tau if x_s is distributed like data at s. Obje
 x0 itself, because at s > 0 the student's x0 is a mean over samples rather than a sample.
 
 If tau is inside the step, with s < tau < t, the noise levels of different steps never overlap. A network that does not
-take the step as an input can therefore still distinguish their landing points. A larger tau also compares coarse
-properties, such as how often each mode occurs. There, the network sees a mixture of the landing points of several
-steps. If all of them are distributed like data, so is the mixture, but errors of different steps can cancel out.
+take the step as an input can therefore still distinguish their landing points. With a larger tau, an objective also
+compares coarse properties, such as how often each mode occurs, but the network then sees a mixture of the landing
+points of several steps. If all of them are distributed like data, so is the mixture, but errors of different steps can
+cancel out.
 """
 
 from typing import NamedTuple

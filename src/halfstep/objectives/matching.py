@@ -6,7 +6,7 @@ range of scales; with a range, the scale becomes an input of the network. The no
 process. The teacher is called at the same noise levels as the student, twice if the teacher is guided.
 
 Source: Meng et al. 2023, "On Distillation of Guided Diffusion Models" (arXiv:2210.03142), section 3.1, for guidance;
-Salimans & Ho 2022 (arXiv:2202.00512), section 4, for the predictions that suit few steps.
+Salimans & Ho 2022 (arXiv:2202.00512), section 4, for predictions suited to few steps.
 """
 
 from collections.abc import Mapping
@@ -45,10 +45,11 @@ from halfstep.objectives.guidance import Guidance
 class Matching(Objective):
     """The squared error with respect to the teacher's x0 at the times i / num_times, i = 1 ... num_times.
 
-    After guidance, the teacher's x0 is clipped to `clip`. For data in that range, clipping does not move any entry away
-    from its true mean. It also keeps an eps-prediction teacher usable near pure noise, where sigma / alpha amplifies
-    the teacher's error. If `num_times` equals the teacher's number of noise levels, the teacher is called only at those
-    levels. With the default weighting, the loss is the squared error in v, which is balanced across all noise levels.
+    After guidance, the teacher's x0 is clipped to `clip`. For data in that range, clipping never moves an entry away
+    from the true mean E[x0 | x_t]. Clipping also keeps an eps-prediction teacher usable near pure noise, where
+    sigma / alpha amplifies the teacher's error. If `num_times` equals the teacher's number of noise levels, the teacher
+    is called only at those levels. With the default weighting, the loss is the squared error in v, which is balanced
+    across all noise levels.
 
     Source: Meng et al. 2023 (arXiv:2210.03142), section 3.1, for guidance.
 
@@ -65,7 +66,7 @@ class Matching(Objective):
     process: NoiseProcess | None = None
     """The student's noise process; None keeps the teacher's."""
     num_train_timesteps: int = 1024
-    """Number of network timesteps if `process` differs from the teacher's."""
+    """Number of timesteps of the student's network if `process` differs from the teacher's."""
     clip: tuple[float, float] | None = None
     """The bounds to which the teacher's x0 is clipped; None disables clipping."""
     needs_teacher: ClassVar[bool] = True

@@ -12,7 +12,7 @@ from halfstep.registry import Registry
 
 
 class LossMetric(ABC):
-    """An increasing function of the weighted mean squared error, which is 0 at 0."""
+    """An increasing function of the weighted mean squared error, with the value 0 at 0."""
 
     @abstractmethod
     def __call__(self, square: Tensor) -> Tensor:
@@ -36,9 +36,9 @@ class Squared(LossMetric):
 @loss_metrics.register("pseudo_huber")
 @dataclass(frozen=True)
 class PseudoHuber(LossMetric):
-    """The loss sqrt(square + c^2) - c, which is smooth at 0 and close to the norm of the error if the norm exceeds c.
+    """The loss sqrt(square + c^2) - c, which is smooth at 0 and close to sqrt(square) if square far exceeds c^2.
 
-    If the weight is large at low noise levels, the norm of the error has less variance than its square.
+    If the weight is large at low noise levels, the root of the squared error has less variance than the squared error.
 
     Source: Song & Dhariwal 2023 (arXiv:2310.14189), section 3.3.
 

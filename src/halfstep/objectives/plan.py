@@ -1,7 +1,7 @@
 """The plan, which describes a chain of stages.
 
-A stage consists of an objective and the hyperparameters of the student's optimiser. A chain of halvings is a list of
-stages.
+A stage consists of an objective and the hyperparameters of the student's optimiser. A chain of halvings is a plan with
+one stage per student.
 
 Source of the defaults: Salimans & Ho 2022 (arXiv:2202.00512), section 5.2 and appendix; the authors' configurations.
 """
@@ -46,7 +46,7 @@ class Stage:
         check_instance("the objective", self.objective, Objective, "halfstep.Halving(4)")
         check_instance("training", self.training, Training, "halfstep.Training(num_updates=2000, learning_rate=2e-4)")
         updates = range(self.training.num_updates)
-        # In the last update, the student almost always has a turn, so this update is checked first.
+        # The updates are checked in reverse, because the student almost always has a turn in the last one.
         if not any(turn.trains == STUDENT for update in reversed(updates) for turn in self.objective.turns(update)):
             raise ValueError(
                 f"a stage of {type(self.objective).__name__} ends before its student's first turn, because num_updates "
@@ -77,7 +77,7 @@ def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | Non
     """Return the parents of a stage among the models of earlier stages, or None for the first stage.
 
     Raises:
-        ValueError: if no earlier stage has a model that the objective needs.
+        ValueError: if the earlier stages do not provide the models that the objective needs.
     """
     if not models:
         return None
@@ -166,7 +166,7 @@ class Plan:
         return self.changed(lambda objective: _guided(objective, guidance))
 
     def embedded(self) -> "Plan":
-        """Return the plan, adapted to a teacher that has not learned guidance, but whose network takes the scale.
+        """Return the plan, adapted to a teacher whose network takes a guidance scale but has not learned guidance.
 
         Such a teacher's samples are guided, so the default data weight of a finish is 0.
         """
@@ -283,7 +283,7 @@ def _guided(objective: Objective, guidance: Guidance) -> Objective:
 
 
 def _keeping_to_teacher(objective: Objective) -> Objective:
-    """Return a finish without data if its data weight is the default, and any other objective unchanged."""
+    """Return a finish with its default data weight replaced by 0, or any other objective unchanged."""
     if isinstance(objective, Adversarial):
         return replace(objective, objective=_keeping_to_teacher(objective.objective))
     if isinstance(objective, Finishing) and objective.data_weight is None:

@@ -24,12 +24,12 @@ FREE_FIELDS: Final = (
     *FREE_SETTINGS,
 )
 """Fields that may change when a run resumes, because they do not change the trained models. Data is identified by its
-samples. Models are re-evaluated if the evaluation protocol changes.
+samples, not by its source. Models are re-evaluated if the evaluation protocol changes.
 """
 
 
 def data_or_stand_in(recipe: Recipe) -> tuple[Data, str | None]:
-    """Return the recipe's data or, if it is not available here, random pixels of the same shape and the reason.
+    """Return the recipe's data and None, or random pixels of the same shape and the reason why the data is missing.
 
     Raises:
         ValueError: if the data cannot be opened and the recipe has no `facts`.
@@ -138,7 +138,9 @@ def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
         null = dict(data.null)
     if config.guidance is not None:
         if teacher.manifest.guidance is not None:
-            raise ValueError("the teacher has already learned guidance. Remove matching.guidance_scale")
+            raise ValueError(
+                "the teacher has already learned guidance. Remove matching.guidance_scale or matching.guidance_range"
+            )
         if not null and not teacher.takes_scale:
             remedy = "Add --matching.null-class" if teacher.num_classes else "Remove guidance"
             raise ValueError(f"guidance needs the teacher's null condition, which is not known. {remedy}")

@@ -60,7 +60,7 @@ def digits() -> Recipe:
 
 @recipes.register("digits_long")
 def digits_long() -> Recipe:
-    """The demo with twice as many updates, for better students in a quarter of an hour on two CPU cores."""
+    """The demo with more updates, for better students in a quarter of an hour on two CPU cores."""
     demo = digits()
     return demo.model_copy(
         update={

@@ -1,4 +1,4 @@
-"""The networks of recipes as validated data."""
+"""The network configurations of recipes, as validated data."""
 
 from typing import Annotated, Literal
 
@@ -50,7 +50,7 @@ class UNetConfig(Record):
     @classmethod
     def _power_of_two(cls, number: int) -> int:
         if number & (number - 1):
-            raise ValueError(f"must be a power of two, because halved steps must be whole timesteps, got {number}")
+            raise ValueError(f"must be a power of two, so that halved chains use whole timesteps, got {number}")
         return number
 
     def build(self, shape: tuple[int, ...], num_classes: int, channels: int) -> UNet2D:
@@ -64,7 +64,7 @@ class UNetConfig(Record):
         widths, levels = self.block_out_channels, len(self.block_out_channels)
         if len(shape) != 3:
             raise ValueError(
-                f"a U-Net needs images [c, h, w], but samples have shape {list(shape)}. Use the recipe `arrays`"
+                f"a U-Net needs images [c, h, w], but the samples have shape {list(shape)}. Use the recipe `arrays`"
             )
         if len(self.attention) != levels:
             raise ValueError(

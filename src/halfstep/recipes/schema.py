@@ -209,7 +209,7 @@ class FinishConfig(Record):
     map_weight: float | None = Finishing.map_weight
     """Weight of the loss that preserves the map from noise to samples; by default, half the number of steps."""
     data_weight: float | None = Finishing.data_weight
-    """Weight of data relative to the teacher, from 0 to 1; by default 1, or 0 with guidance."""
+    """Weight of the data relative to the teacher, from 0 to 1; by default 1, or 0 with guidance."""
     auxiliary_turns: Positive | None = Finishing.auxiliary_turns
     """Number of updates of the auxiliary denoiser before each student update; by default 1, or 2 with data weight 0."""
     auxiliary_rate: Rate = Finishing.auxiliary_rate
@@ -317,7 +317,7 @@ class Recipe(Record):
             or not re.fullmatch(r"[^/\\]+", name)
         ):
             raise ValueError(
-                f"must be a plain name of at most 100 bytes, without / and not starting with . or -: {name!r}"
+                f"must be a plain name of at most 100 bytes, without / or \\, and not starting with . or -: {name!r}"
             )
         if one_line(name) != name:
             raise ValueError(f"must not contain control characters or bytes that are not UTF-8: {name!r}")

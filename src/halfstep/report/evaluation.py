@@ -177,7 +177,7 @@ def markdown(result: EvaluationResult) -> str:
             )
             lines += [
                 f"For two disjoint halves of the real data, with {table.halves.num_each:,} samples each: {shown}. "
-                "The halves have fewer samples than the sets above, so their Frechet distance is more biased upwards.",
+                "Frechet distances are biased upwards, more so with fewer samples.",
                 "",
             ]
     if result.notices:

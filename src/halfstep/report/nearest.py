@@ -48,8 +48,9 @@ def shown_nearest(facts: NearestFacts | None) -> Nearest | None:
     )
     if len(facts.real):
         text += (
-            f"From {len(facts.real):,} training samples to the nearest other training sample, the median is "
-            f"{number(float(np.median(facts.real)))} and the minimum is {number(float(facts.real.min()))}. "
+            f"For comparison, the distance from {len(facts.real):,} training samples to the nearest other training "
+            f"sample has a median of {number(float(np.median(facts.real)))} and a minimum of "
+            f"{number(float(facts.real.min()))}. "
         )
     rows = []
     if figures.is_images(facts.samples) and facts.neighbours.dtype == np.uint8:

@@ -26,7 +26,8 @@ class Pair:
     sampler: str
     """Label of the student's sampler, and of the teacher's sampler if the two differ."""
     teacher: Result | None
-    """First model of the chain, with the student's sampler if that was measured, and otherwise with its own sampler."""
+    """Result of the chain's first model with the student's sampler or, if that was not measured, with the first model's
+    own sampler."""
     student: Result | None
     student_stage: str | None
     is_matched: bool

@@ -27,7 +27,8 @@ from halfstep.train.player import network_of
 from halfstep.train.settings import Engine
 
 FLOPS_OF_A_TRIAL = 1e11
-"""The number of FLOPs in a timed update, which takes seconds on a CPU and a fraction of a second on a GPU."""
+"""The maximum number of FLOPs in the first timed update, which takes seconds on a CPU and a fraction of a second on a
+GPU."""
 
 SECONDS_OF_A_TRIAL = 10.0
 """Once an update takes longer than this, no larger batch is timed."""
@@ -236,13 +237,13 @@ def update_flops(stage: Stage, forward: Forward, helpers: Mapping[str, Size]) ->
 
 @final
 class Rate(NamedTuple):
-    """The measured time of an update in the plan's first stage on this machine."""
+    """The time of an update in the plan's first stage on this machine, measured or extrapolated."""
 
     seconds: float
     batch_size: int
     """The size of the largest batch that was timed.
 
-    Times for other batch sizes are extrapolated from this batch and one of half its size.
+    If the stage uses larger batches, the time is extrapolated from this batch and one of half its size.
     """
 
 

@@ -2,7 +2,7 @@
 
 A teacher that amplifies its errors at t = 1 is matched to v-prediction before halving. If a U-Net with a discrete
 noise schedule needs matching, it is also moved to the cosine schedule. On this schedule, each step loses less accuracy,
-and power-of-two step counts use whole timesteps.
+and the steps of students with power-of-two step counts fall on integer timesteps.
 """
 
 import warnings
@@ -56,7 +56,7 @@ class Start:
     may_move: bool = False
     """Whether the teacher's network can be converted to another process."""
     sampler: Sampler = DDIM()
-    """The sampler that a student was distilled for."""
+    """The sampler for which the teacher was distilled, if it is a student."""
     given: bool = True
     clip: tuple[float, float] | None = None
     """The bounds to which sampling clips the teacher's x0, or None for no clipping. A matched student learns the
@@ -65,7 +65,8 @@ class Start:
     """Whether the teacher is a `Clipped` denoiser. Halving does not support such a teacher, so a student is first
     matched to it."""
     is_embedded: bool = False
-    """Whether the network takes the guidance scale as an input, so that samples are guided without learned guidance."""
+    """Whether the network, imported from a pipeline, takes the guidance scale as an input. Its samples are then guided
+    although `guidance` is None."""
     is_stock: bool = False
     """Whether the teacher is a diffusers network, so that its students can be exported to diffusers."""
 
@@ -109,8 +110,8 @@ class Match:
     """A function that maps the teacher's process to the student's process."""
     guidance: Guidance | None = None
     num_times: int = 1024
-    """The number of time points at which the student and the teacher are compared. A teacher with a discrete noise
-    schedule is called at the time points of its schedule instead."""
+    """The number of time points at which the student and the teacher are compared. If the student's process has a
+    discrete noise schedule, the time points of this schedule are used instead."""
 
     def objective(self, start: Start, lora_rank: int | None = None) -> Matching | None:
         """Return the matching objective that `start` needs, or None if it needs no matching.
@@ -148,8 +149,8 @@ class Match:
             clock = cosine_within(own)
         if lora_rank is not None and (clock != own or (self.guidance is not None and self.guidance.is_shown)):
             raise ValueError(
-                "LoRA needs unchanged network inputs, but a guidance range or another process changes them. Use one "
-                "--matching.guidance-scale and --matching.process own, or remove --chain.lora-rank"
+                "LoRA needs unchanged network inputs, but a guidance range or a different process changes them. Use a "
+                "single --matching.guidance-scale and --matching.process own, or remove --chain.lora-rank"
             )
         # A teacher with a discrete noise schedule was trained only at the levels of its table.
         num_times = len(clock.betas) if isinstance(clock, VPTable) else self.num_times

@@ -57,8 +57,8 @@ def fit(
     """Train a denoiser in place on the data and return it as a `Model` that can serve as a teacher.
 
     Args:
-        denoiser: a `NetworkDenoiser`, or a custom denoiser, which is returned as it is. If `training` averages the
-            weights, the denoiser ends up with the averaged weights.
+        denoiser: a `NetworkDenoiser`, or a custom denoiser, which is itself returned instead of a `Model`. If
+            `training` averages the weights, the denoiser ends up with the averaged weights.
         data: as for `distill`.
         weighting: the weight of the squared error in x0. None selects truncated SNR.
         seed, engine, device, out, evaluation, on_window, on_stage, progress: as for `distill`.
@@ -144,9 +144,10 @@ def distill(
         training: the settings of each halving stage. The stages of the 2-step and 1-step students have twice as many
             updates.
         plan: the halving stages to use instead of `to`, `start` and `training`.
-        prediction: what the student's network predicts. None selects the teacher's prediction.
+        prediction: what the student's network predicts. None selects the teacher's prediction, or v if the teacher's
+            prediction is unsuitable for few steps.
         process: the student's noise process. None selects the teacher's process, or the cosine process for a matched
-            U-Net.
+            U-Net with a discrete noise schedule.
         guidance: the guidance that the student learns: `FixedGuidance` or `GuidanceRange`. With a `GuidanceRange`, the
             scale becomes an input of the student's network, the condition `guidance_scale` `[batch]`.
         null: the null conditions of one sample, keyed by name. They are required for guidance.

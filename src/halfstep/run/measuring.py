@@ -167,7 +167,7 @@ class Measuring:
         self.store.fill([cell, base])
 
         def look() -> dict[str, object]:
-            """Compare the samples with those of the first model, and save some of them."""
+            """Compare the cell's samples with those of the first model, and save the first few samples of the cell."""
             samples, count = self.store.samples(cell), self.evaluation.num_compared
             apart = None if cell.name == base.name else rmse(samples[:count], self.store.samples(base)[:count])
             shown = samples[: self.evaluation.num_shown]

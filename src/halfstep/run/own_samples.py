@@ -38,8 +38,8 @@ def samples_of(
     the teacher's errors and gaps. With too few samples, a student memorises them.
 
     A class-conditional model generates samples of each of its classes in turn. It is sampled without guidance unless it
-    has learned a guidance scale. The noise streams are separate from those of sample seeds, so evaluations never use
-    the same noise.
+    has learned a guidance scale. The noise comes from a random stream of its own, so evaluations never use the same
+    noise.
 
     Args:
         shape: the shape of one sample. None selects the shape of a loaded model.
@@ -149,8 +149,8 @@ def effective_scale(teacher: Model, guidance_scale: float | None) -> float | Non
 def check_guidance_of(data: object, teacher: Model, learned: Iterable[Guidance]) -> None:
     """Raise ValueError if data was sampled at a guidance scale that the undistilled teacher's students do not learn.
 
-    Students of a teacher that can be guided from outside can also learn from unguided samples. Any other data is
-    accepted, and so is any data for a student or a matched teacher, which may have learned the scale of its pipeline.
+    If the students learn guidance, unguided samples are also accepted. Data without a recorded guidance scale is always
+    accepted, as is any data for a student or a matched teacher, which may have learned the scale of its pipeline.
 
     Args:
         learned: the guidance that stages of the plan learn.
@@ -180,7 +180,7 @@ def check_guidance_of(data: object, teacher: Model, learned: Iterable[Guidance])
 
 
 def _own_scale(model: Model) -> float | None:
-    """Return the guidance scale at which a model that has learned no guidance is called if no scale is passed."""
+    """Return the default guidance scale of a model that has learned no guidance, or None if there is no default."""
     pipeline = model.manifest.pipeline
     return pipeline.scale if model.takes_scale and pipeline is not None else _unguided(model)
 

@@ -29,8 +29,8 @@ SECONDS: Final = 10.0
 
 @final
 class Lines:
-    """Keeps the status of a run up to date, and describes its events: each stage, each result, and now and then an
-    update.
+    """Keeps the status of a run up to date, and describes its events: each stage, each result, and the latest update at
+    most every 10 seconds.
 
     Args:
         say: prints a line.
@@ -133,7 +133,7 @@ class Bars:
 
 
 def _say(text: str) -> None:
-    """Print a line on stderr. A closed or full output does not end the training."""
+    """Print a line on stderr. Training continues if stderr is closed or its disk is full."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
             print(printable(text), file=sys.stderr, flush=True)

@@ -56,8 +56,9 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
             batch.
         OutOfMemory: if an update, or sampling for an evaluation, does not fit in memory.
         Interrupted: if `stop` was set; the state is saved.
-        NoStorage: if the disk is full or gone; the message names the last good checkpoint.
-        LostProcess: if another process of the run is gone; the message names the last good checkpoint.
+        NoStorage: if the disk is full or unavailable; the message names the last good checkpoint.
+        LostProcess: if another process of the run has ended or does not respond; the message names the last good
+            checkpoint.
         FailedElsewhere: on the other ranks, if rank 0 raised one of these errors.
     """
     folder = RunFolder(path)
@@ -70,8 +71,8 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
         (odd,) = processes.agree(processes.index if spec.data.fingerprint != fingerprint else 0)
         if odd:
             raise ValueError(
-                f"process {odd} of the run reads different data from {spec.data.source} than process 0: make all "
-                "processes read the same files"
+                f"processes 0 and {odd} of the run read different data from {spec.data.source}: make all processes "
+                "read the same files"
             )
         runner = _Runner(spec, folder, own, stop, accelerator, processes)
         beat = Heartbeat(folder.heartbeat_path, {Interrupted: "stopped", NonFinite: "diverged"})
@@ -104,7 +105,7 @@ enough, because a stage's first updates wait for a new thread."""
 
 
 def _of_starving(progress: Progress, data: Data) -> Notice:
-    images = "store the images at the size of --data.image-size, keep them in memory (--data.max-bytes), or "
+    images = "resize the image files to --data.image-size, keep the images in memory (--data.max-bytes), or "
     return Notice(
         f"{progress.name}: updates wait for data {progress.window.data_share:.0%} of the time: "
         f"{images if data.is_image else ''}give the run more CPU cores or a faster disk"
@@ -339,7 +340,9 @@ class _Runner:
         return Progress(trainer.stream, trainer.last_update, window)
 
     def _still_there(self) -> None:
-        """Raise OSError if the run folder is gone, because a write would recreate it under a lost mount point."""
+        """Raise OSError if the run folder is gone. If its disk was unmounted, a write would recreate the folder on
+        another disk, under the mount point.
+        """
         if not self.folder.recipe_path.exists():
             raise OSError(errno.ESTALE, "it is gone", str(self.folder.path))
 

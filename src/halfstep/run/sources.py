@@ -220,7 +220,7 @@ def _warn_of_gaps(labels: Tensor) -> None:
 
 
 def in_memory(x0: Array, cond: Mapping[str, Array] | None = None) -> MemoryData:
-    """Return samples and their conditions as data. Floats of any kind become float32, and uint8 values become images.
+    """Return samples and their conditions as data. Floats of any precision become float32; uint8 values become images.
 
     Raises:
         ValueError: if the samples are integers other than uint8 images, are not finite or have only a batch axis, or if
@@ -310,7 +310,7 @@ def conditions_of(data: Data | StreamedBatches) -> dict[str, tuple[int, ...]]:
 def as_batches(
     data: Data | StreamedBatches, device: torch.device, flip: bool = False, shown: Container[str] | None = None
 ) -> tuple[Batches, int]:
-    """Return the training batches, and for how many updates ahead to prepare them.
+    """Return a function that draws training batches, and how many updates ahead to prepare them.
 
     If the data is small, batches are drawn from a copy on the device.
 

@@ -55,7 +55,8 @@ class Trackers:
     def start(self, step: int) -> None:
         """Start the trackers, or resume the same run in them, at update `step` of the plan.
 
-        TensorBoard drops everything logged after the checkpoint. Other trackers keep it and log these updates again.
+        TensorBoard drops everything that was logged after this update. Other trackers keep these entries, so the
+        repeated updates appear twice.
         """
         if self._started or not self._names:
             return
@@ -109,7 +110,7 @@ class Trackers:
                 tracker.log(named, step=step)
 
     def picture(self, stage: str, name: str, file: Path, step: int) -> None:
-        """Log an image file of a stage. Trackio is skipped, because it does not support images."""
+        """Log an image file of a stage. Trackio is skipped, because accelerate cannot log images to it."""
         for tracker in self._started:
             if isinstance(tracker, TrackioTracker):
                 continue

@@ -99,10 +99,10 @@ class Row(Record):
 
 
 class Halves(Record):
-    """The distances between two disjoint halves of the real data. Smaller distances are meaningless."""
+    """The distances between two disjoint halves of the real data, as the noise floor of the metrics."""
 
     num_each: int
-    """The number of samples in each half. It is smaller than a row's number of samples, so the Frechet distance of the
+    """The number of samples in each half. If it is smaller than a row's number of samples, the Frechet distance of the
     halves is biased further upwards."""
     figures: dict[str, float]
 

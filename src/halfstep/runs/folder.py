@@ -29,7 +29,7 @@ class StageFolder:
 
     @property
     def null(self) -> Path:
-        """The file with the null conditions of a model that guidance calls twice per step."""
+        """The file with the null conditions for classifier-free guidance, if the model supports it."""
         return self.path / "null.safetensors"
 
     @property

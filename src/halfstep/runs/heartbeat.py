@@ -36,8 +36,8 @@ class Heartbeat:
     """A file that is rewritten every few seconds within a `with` block and finally records how the process ended.
 
     {"state": "running", "finished", "stopped", "diverged" or "failed"; "message": the error message, or null; "pid";
-    "machine": see `this_machine`; "started", "updated": seconds since 1970}. Failed writes are ignored, because the
-    write that loses data reports a full disk. A folder that was removed is not recreated.
+    "machine": see `this_machine`; "started", "updated": seconds since 1970}. Failed writes are ignored, because a full
+    disk is reported when a log row or a checkpoint cannot be written. A folder that was removed is not recreated.
 
     Args:
         ends: the state for each type of error. Any other error means "failed", and no error means "finished".

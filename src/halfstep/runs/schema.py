@@ -34,7 +34,7 @@ class Pipeline(Record):
     scale: float | None = None
     """The scale at which the network was trained, if the network takes the scale as an input."""
     end: str | None = None
-    """The name of the call argument that sets the end of a sound in seconds, if each sound can have its own end."""
+    """The name of the call argument that sets a sound's end time in seconds, if end times can differ between sounds."""
 
 
 class Outcome(Record):

@@ -1,4 +1,4 @@
-"""Errors raised by an update: non-finite values and running out of memory."""
+"""Errors of training and sampling: non-finite values and running out of memory."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 
 class NonFinite(RuntimeError):
-    """The loss or the gradient was not finite. The message states where this happened and suggests a remedy.
+    """A loss, gradient or sample was not finite. The message states where this happened and suggests a remedy.
 
     Args:
         statistics: JSON-ready statistics of the batch, or None if there was no batch.

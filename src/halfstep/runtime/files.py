@@ -264,7 +264,9 @@ def unsealed(data: Any, path: Path) -> dict[str, Any]:
         DamagedFile: if the seal is missing or does not match the entries.
     """
     if not isinstance(data, dict) or SEAL not in data:
-        raise DamagedFile(f"{path} has no sha256 of its content: it was altered, or an earlier halfstep wrote it")
+        raise DamagedFile(
+            f"{path} has no sha256 of its content: it was altered, or an earlier version of halfstep wrote it"
+        )
     held = {name: value for name, value in data.items() if name != SEAL}
     if data[SEAL] != json_digest(held):
         raise DamagedFile(f"{path} was altered: its content does not match its sha256")

@@ -187,7 +187,7 @@ class Processes:
         return at_once(stop if self.count == 1 else None)
 
     def main_first(self, work: Callable[[], Made]) -> Made:
-        """Call `work` on all ranks and return the result. Rank 0 runs first, so that the others can use the cache."""
+        """Call `work` on all ranks and return the result. Rank 0 runs first, so that the others can use its cache."""
         made: list[Made] = []
         self.on_main(lambda: made.append(work()))
         return made[0] if made else work()
@@ -197,7 +197,7 @@ class Processes:
         own = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
         most, least = self.agree(own, -own, patience=WAIT_FOR_MAIN)
         if most != -least:
-            raise ValueError(f"processes of the run differ in {what}, here {name}: {remedy}")
+            raise ValueError(f"the processes of the run differ in {what} (this process: {name}): {remedy}")
 
     def told_by(self, index: int, value: Any) -> Any:
         """Return the value of rank `index` on all ranks."""

@@ -18,8 +18,8 @@ TAKEN: Final = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 
 
 class NoStorage(OSError):
-    """The disk of the run folder is full or gone, so the run cannot continue. The message contains the last good
-    state."""
+    """The disk of the run folder is full or gone, so the run cannot continue. The message contains the path of the
+    last good checkpoint or stage, if any."""
 
 
 def exit_code(error: BaseException) -> int:

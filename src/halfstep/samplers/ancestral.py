@@ -1,14 +1,14 @@
-"""Ancestral sampling: steps of the reversed noising chain, with a variance between a lower and an upper bound.
+"""Ancestral sampling: steps of the reverse Markov chain, with a variance between a lower and an upper bound.
 
-Given x0, the reverse step q(x_s | x_t, x0) is Gaussian. With q = exp((log_snr_t - log_snr_s) / 2) < 1 and the predicted
-x0, its mean is
+Given x0, the reverse step q(x_s | x_t, x0) is Gaussian. With k = exp((log_snr_t - log_snr_s) / 2) < 1 and the predicted
+x0 and eps, its mean is
 
-    alpha_s x0 + sigma_s q eps
+    alpha_s x0 + sigma_s k eps
 
-The variance of this distribution, (1 - q^2) sigma_s^2, is the lower bound on the variance of the true reverse step
+The variance of this distribution, (1 - k^2) sigma_s^2, is the lower bound on the variance of the true reverse step
 q(x_s | x_t), and is exact if the data is a single point. The upper bound is the variance of the forward step,
-(1 - q^2) sigma_t^2, which is exact if the data is standard normal noise. `gamma` interpolates between the logarithms of
-the two bounds. The last step adds no noise and returns x0.
+(1 - k^2) sigma_t^2, which is exact if the process is variance-preserving and the data is standard normal. `gamma`
+interpolates between the logarithms of the two bounds. The last step adds no noise and returns x0.
 
 Source: Ho et al. 2020 (arXiv:2006.11239); Salimans & Ho 2022 (arXiv:2202.00512), equations 3 to 5, and the authors'
 dpm.py ("fixed_small", "fixed_large", "fixed_medium:gamma").
@@ -57,7 +57,8 @@ class Ancestral(Sampler):
     """A stochastic sampler with one network call per step. The setting `gamma` moves the variance from its lower bound
     (0) to its upper bound (1, the default).
 
-    All of the authors' configurations use a gamma of 1. With few steps, search for a better gamma with `search_gamma`.
+    All of the authors' configurations use a gamma of 1. With few steps, another gamma may be better: `halfstep evaluate
+    --search-gamma` finds one.
 
     Source: Ho et al. 2020 (arXiv:2006.11239); Salimans & Ho 2022 (arXiv:2202.00512), equations 3 to 5.
 

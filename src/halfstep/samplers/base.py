@@ -48,7 +48,7 @@ class Sampler(ABC):
         """Return the (x0, eps) for which a DDIM step from t to s lands where this deterministic sampler's step lands,
         and the memory for the next step.
 
-        This solves x_s = alpha_s x0 + sigma_s eps for
+        Solving x_t = alpha_t x0 + sigma_t eps and x_s = alpha_s x0 + sigma_s eps for x0 gives
 
             x0 = (x_s - q x_t) / (alpha_s - q alpha_t),   q = sigma_s / sigma_t
 
@@ -99,8 +99,8 @@ class DataPredictionSampler(Sampler):
     ) -> tuple[Denoised, Memory]:
         """Return the (x0, eps) for which a DDIM step equals a step of this method, and the memory for the next step.
 
-        Like the denoiser's estimates, this x0 and eps satisfy x_t = alpha x0 + sigma eps. The arguments are the same as
-        those of `step`.
+        Like the denoiser's estimates, the returned x0 and eps satisfy x_t = alpha x0 + sigma eps. The arguments are the
+        same as those of `step`.
         """
 
     @final

@@ -7,8 +7,8 @@ level. All three coordinates are functions of (alpha, sigma) alone, so they work
     LogSNR         tau = log_snr                      y as above                     slope = -sin(2 phi) / 4 * the above
     NoiseToSignal  tau = sigma / alpha                y = x_t / alpha                slope = eps
 
-For a variance-preserving process, the slope of `Angle` is v. Only `Angle`, which is the default coordinate, and its
-slope stay finite from pure noise to clean data. The paper uses `LogSNR`, and Karras et al. use `NoiseToSignal`.
+For a variance-preserving process, the slope of `Angle` is v. Only for `Angle`, the default, are both the coordinate and
+the slope finite from pure noise to clean data. The paper uses `LogSNR`, and Karras et al. use `NoiseToSignal`.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), appendix A; Karras et al. 2022 (arXiv:2206.00364).
 """

@@ -14,7 +14,7 @@ x0 for which a single step lands on the same point is the weighted mean of the s
     w_k = (r_{k+1} - r_k) / (r_s - r_t),   sum w_k = 1, every w_k >= 0
 
 At s = 0, the step lands on clean data, r_s is infinite, and the last x0 receives all the weight without a special case.
-Because the target is a mean, it is as precise as the denoisers. Computing x0 from x_s would instead subtract nearly
+Because the target is a mean, it is as precise as the denoisers' x0. Computing x0 from x_s would instead subtract nearly
 equal numbers: with 8192 steps in float32, the error would be 2e-3 instead of less than 1e-6.
 
 Any deterministic sampler can take the steps, because `Sampler.effective` turns each step into a DDIM step.
@@ -85,7 +85,7 @@ def landing_x0(process: NoiseProcess, steps: Sequence[Step], x_t: Tensor, times:
             the last time. The result of an empty step is ignored, even if it is not finite.
 
     Returns:
-        A tensor shaped like `x_t`, without gradients, which is a weighted mean with nonnegative weights.
+        A weighted mean of the steps' x0 with nonnegative weights, shaped like `x_t` and without gradients.
     """
     end = times[-1]
     alpha_t, sigma_t = process.alpha_sigma(times[0])

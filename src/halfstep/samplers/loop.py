@@ -18,7 +18,7 @@ StepNoise = Callable[[int], Tensor]
 
 
 class SamplerStep(NamedTuple):
-    """A finished step of a trajectory, with its `number`, the times t and s, and the samples `x_s` `[batch, *dims]`.
+    """A completed step of a trajectory, with its `number`, the times t and s, and the samples `x_s` `[batch, *dims]`.
 
     Steps are numbered from 0.
     """
@@ -110,7 +110,9 @@ def trajectory(
         )
     for name, function in (("grid", grid), ("noise", noise)):
         if function is not None and not callable(function):
-            raise ValueError(f"{name} must be a function of a number, got {got(function)}. Pass lambda number: ...")
+            raise ValueError(
+                f"{name} must be a function that takes a number, got {got(function)}. Pass lambda number: ..."
+            )
     times = _times(grid(num_steps), num_steps)
     memory: Memory = None
     for number, (t, s) in enumerate(itertools.pairwise(times)):

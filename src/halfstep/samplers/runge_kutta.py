@@ -74,7 +74,7 @@ def runge_kutta_step(
 
 
 def _time_of(node: Share, tau: Tensor, coordinate: Coordinate, process: NoiseProcess, t: Tensor, s: Tensor) -> Tensor:
-    """Return the clock times `[batch]` of the stage at `tau`, which is a fraction `node` of the step from t to s."""
+    """Return the clock times `[batch]` of the stage at `tau`, at the fraction `node` of the step from t to s."""
     # t and s are returned unchanged, because conversion would round them.
     if not isinstance(node, Tensor) and node == 1:
         return s

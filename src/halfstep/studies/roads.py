@@ -58,7 +58,7 @@ class Leg:
 def funded(legs: Sequence[Leg]) -> Plan:
     """Return the stages with as many updates as their forward passes allow, but at least one update per stage.
 
-    Each stage corrects the rounding of the stages before it, so each total is exact to within half an update.
+    Each stage compensates for the rounding of the stages before it, so each total is exact to within half an update.
     """
     stages: list[Stage] = []
     for leg in legs:

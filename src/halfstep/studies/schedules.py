@@ -1,6 +1,4 @@
-"""The fast schedules of appendix E, which vary the number of updates per stage and quarter the number of steps at each
-stage.
-"""
+"""The fast schedules of appendix E: fewer updates per stage, and stages that quarter the number of steps."""
 
 from collections.abc import Sequence
 from dataclasses import replace

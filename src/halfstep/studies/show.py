@@ -24,7 +24,7 @@ def where(rows: Sequence[Finding], **axes: object) -> list[Finding]:
 
 
 def figure_of(rows: Sequence[Finding], name: str, **axes: object) -> float | None:
-    """Return the figure `name` of the finding whose axes have these values, or None if it does not exist."""
+    """Return the metric `name` of the finding whose axes have these values, or None if it does not exist."""
     found = (row.figures.get(name) for row in where(rows, **axes))
     return next((figure for figure in found if figure is not None), None)
 
@@ -35,7 +35,7 @@ def curves(rows: Sequence[Finding], names: Mapping[str, str], x: str, y: str = "
 
     Args:
         names: the labels of the curves, by method.
-        x: the name of an axis or of a figure.
+        x: the name of an axis or of a metric.
     """
     drawn = []
     for method, label in names.items():

@@ -76,7 +76,7 @@ class CheckpointWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until nothing is being written.
+        """Wait until the checkpoint that is being written, if any, is complete.
 
         Raises:
             OSError, DamagedFile: if the checkpoint could not be written.

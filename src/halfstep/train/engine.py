@@ -3,7 +3,7 @@
 The engine does not depend on the objective. An update consists of the objective's turns, in order. Each turn trains one
 player. The turn splits the global batch into contiguous parts for processes and micro batches, computes the losses, and
 runs one backward pass per micro batch. It then clips the gradient to a global norm, takes one AdamW step and updates
-the moving averages. The engine never waits for the device: statistics are fetched when `window` is called, and a thread
+the moving averages. Updates do not wait for the device: statistics are fetched when `window` is called, and a thread
 can prepare batches and random numbers (see `Feed`). Networks are compiled once for the whole chain, because the
 networks of all stages have the same architecture.
 """
@@ -35,7 +35,7 @@ from halfstep.train.sharding import check_sharding, is_sharded, shard, unsynced,
 from halfstep.train.window import PlayerWindow, Window
 
 State = dict[str, dict[str, Tensor]]
-"""The contents of a checkpoint, keyed by file and then by name. The files are "student", "optimizer", "ema" and
+"""The contents of a checkpoint, keyed by file and then by tensor name. The files are "student", "optimizer", "ema" and
 "early_end", and, for each helper, "helper-NAME" and "helper-NAME-optimizer"."""
 
 
@@ -45,7 +45,7 @@ class StageTrainer:
 
     Args:
         student: the model, which is trained in place.
-        teacher: the denoiser to learn from, which is not modified, or None.
+        teacher: the denoiser to learn from, whose weights do not change, or None.
         batches: see `Batches`.
         shape: the shape of one sample.
         seed, stream: with the update and the turn, these form the key of every random number.

@@ -1,4 +1,4 @@
-"""Find the largest micro batch for which an update fits in memory, and write the error message if none fits."""
+"""Find the largest micro batch that fits in memory, and compose the error message for updates that do not fit."""
 
 from typing import TYPE_CHECKING
 
@@ -55,7 +55,7 @@ def fit_micro_batch(trainer: "StageTrainer", largest: int | None = None) -> list
 
 
 def _passes_fit(trainer: "StageTrainer") -> bool:
-    """Return whether two micro batches per turn fit into memory, the second beside the gradients of the first."""
+    """Return whether two micro batches per turn fit into memory, the second alongside the gradients of the first."""
     try:
         held = [player.place_for_moments() for player in trainer.players.values()]
         first = trainer.update
@@ -87,7 +87,7 @@ def does_not_fit(trainer: "StageTrainer") -> str:
             "smaller network"
         )
     else:
-        # Compiled networks may need more memory than the uncompiled networks during the search.
+        # Compiled networks may need more memory than the uncompiled networks that the search runs.
         auto = "instead of auto" if trainer.micro_batch_found else "or auto, which finds a size that fits"
         remedy = f"Set engine.micro_batch to {size // 2}, {auto}. The batch size and the result stay the same"
     return (

@@ -160,7 +160,7 @@ class Player:
         network.train()
         self._skeleton = skeleton(network) if sharded else None
         self.wrapped: nn.Module
-        """The network as used in the player's own turns. With several processes, it is wrapped in DDP."""
+        """The network as used in the player's own turns: sharded or, with several processes, wrapped in DDP."""
         if sharded:
             shard(network, accelerator.device, accelerator.num_processes)
         made = make_optimizer(optimizer, [parameter for _, parameter in trainable(network)], training)
@@ -269,7 +269,7 @@ class Player:
         return not settled and isinstance(self.wrapped, DistributedDataParallel) and count > 2
 
     def place_for_moments(self) -> list[Tensor]:
-        """Return tensors as large as the state that the first optimiser step allocates, or none once it exists."""
+        """Return tensors as large as the state that the first optimiser step allocates, or [] if that state exists."""
         if self._optimizer.state_dict()["state"]:
             return []
         return [torch.empty_like(p) for p in self._parameters for _ in range(2)]

@@ -145,7 +145,7 @@ def fill(twin: nn.Module, network: nn.Module) -> None:
 def unsynced(network: nn.Module) -> Iterator[None]:
     """Return a context manager under which each process accumulates gradients without synchronising them.
 
-    Use this context for all micro batches of an update except the last.
+    Use this context for all micro batches of a turn except the last.
     """
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(False)

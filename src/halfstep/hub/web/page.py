@@ -101,7 +101,7 @@ def _graph(model: Model, num_steps: int) -> bytes:
 
 
 def halve_weights(graph_file: Path, out: Path) -> None:
-    """Copy the graph in `graph_file` to `out`, with large float32 weights stored as 16-bit integers.
+    """Copy the graph in `graph_file` to `out`, with large float32 tensors stored as 16-bit integers.
 
     Each output channel (the first axis) has a separate scale. The weights take as little space as float16, but are
     several times more accurate: the error is at most 2^-16 of the channel's largest weight, whereas float16 rounds to
