@@ -39,7 +39,7 @@ class Registry(dict[str, Member]):
 
         def enter(member: Member) -> Member:
             if name in self:
-                raise ValueError(f"the {self.family} {name!r} is registered twice")
+                raise ValueError(f"the {self.family} {name!r} is registered twice. Rename one of them")
             self[name] = member
             return member
 

@@ -1,7 +1,8 @@
-"""A browser for the tests: Debian's chromium, driven by playwright, without network access."""
+"""Browsers for the tests: Debian's chromium, driven by playwright, and its WebKit, driven by selenium."""
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -49,6 +50,34 @@ def browser() -> Iterator[Any]:
             yield found
         finally:
             found.close()
+
+
+@contextmanager
+def webkit() -> Iterator[Any]:
+    """Start WebKitGTK's browser, the engine of Safari, on a virtual screen. Without it, the test is skipped."""
+    driver, screen = shutil.which("WebKitWebDriver"), shutil.which("Xvfb")
+    if driver is None or screen is None:
+        pytest.skip("no WebKit: apt-get install webkit2gtk-driver xvfb")
+    if not find_spec("selenium"):
+        pytest.skip("no selenium: pip install --group dev")
+    from selenium.webdriver import WebKitGTK
+    from selenium.webdriver.webkitgtk.options import Options
+    from selenium.webdriver.webkitgtk.service import Service
+
+    # The server chooses a free display and prints its number.
+    with subprocess.Popen([screen, "-displayfd", "1"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as server:
+        try:
+            assert server.stdout
+            display = f":{int(server.stdout.readline())}"
+            service = Service(driver, env=os.environ | {"DISPLAY": display})
+            found = WebKitGTK(options=Options(), service=service)
+            try:
+                found.set_script_timeout(60)
+                yield found
+            finally:
+                found.quit()
+        finally:
+            server.terminate()
 
 
 class Watched:

@@ -1,4 +1,4 @@
-"""The exported page in chromium, served and from disk, on a phone and on a desktop."""
+"""The exported page in chromium and WebKit, served and from disk, on a phone and on a desktop."""
 
 import functools
 import threading
@@ -25,7 +25,7 @@ from halfstep.nets import MLP, describe_network
 from halfstep.runs import Manifest
 from halfstep.runtime.files import cache_folder
 from halfstep.samplers import sample
-from report.support_browser import SCREENS, Watched, browser, serious
+from report.support_browser import SCREENS, Watched, browser, serious, webkit
 
 # Read before the tests of the command line set another cache.
 CACHE = cache_folder()
@@ -301,3 +301,20 @@ def test_a_folder_opened_from_disk_says_what_to_do(window: Any, pages: dict[str,
     page.get_by_role("alert").wait_for()
     assert "Serve this folder (python -m http.server), or export with --single-file." in page.inner_text("#alert")
     page.close()
+
+
+@pytest.mark.parametrize("which", ["disk", "served"])
+def test_webkit_gives_the_samples_of_the_library(pages: dict[str, str], which: str) -> None:
+    """WebKit refuses to import a blob in a worker if the page was opened from disk."""
+    model = STUDENTS[0] if which == "disk" else GAME
+    expected = model.sample(SEEDS).flatten(1)
+    call = (
+        "const [seed, steps, done] = arguments; "
+        "sample(seed, steps, options()).then(({x0}) => done([...x0]), (error) => done(String(error)))"
+    )
+    with webkit() as driver:
+        driver.get(pages[which])
+        for seed, one in zip(SEEDS, expected, strict=True):
+            found = driver.execute_async_script(call, seed, model.num_steps)
+            assert isinstance(found, list), found
+            torch.testing.assert_close(torch.tensor(found), one, rtol=0, atol=NEAR)

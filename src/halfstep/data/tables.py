@@ -66,7 +66,8 @@ def table(source: str, split: str, labels: bool, label_column: str | None, limit
     if len(images) != 1:
         columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in rows.features.items())
         raise ValueError(
-            f"{source} has {len(images)} Image columns, but exactly one is needed; the columns are {columns}"
+            f"{source} has {len(images)} Image columns, but exactly one is needed; the columns are {columns}. Convert "
+            "one column with cast_column(NAME, Image()) and remove the others"
         )
     if label_column is not None and label_column not in classes:
         known = ", ".join(classes) or "none"

@@ -34,6 +34,12 @@ class Reading:
 
     def node(self, path: str, one: Any, two: Any, later: Any) -> dict[str, Any]:
         """Return an argument's node, given its values for one prompt, for two, and for two in the next step."""
+        if isinstance(two, Mapping | list | tuple) and not type(one) is type(two) is type(later):
+            kinds = [type(value).__name__ for value in (one, two, later)]
+            raise ValueError(
+                f"the argument {path[1:]} is a {kinds[0]} for one prompt, a {kinds[1]} for two prompts, and a "
+                f"{kinds[2]} one step later"
+            )
         if isinstance(two, Mapping):
             items = {name: self.node(f"{path}.{name}", one.get(name), two[name], later[name]) for name in two}
             return {"is": "dict", "items": items}
@@ -51,7 +57,7 @@ class Reading:
         raise ValueError(f"the argument {path[1:]} is a {type(two).__name__}, which cannot be recorded")
 
     def _sequence(self, path: str, one: Any, two: Any, later: Any) -> dict[str, Any]:
-        if one is not None and (len(one), len(two)) == (1, 2):
+        if (len(one), len(two)) == (1, 2):
             if not isinstance(two[0], Tensor):
                 if not one[0] == two[0] == two[1]:
                     raise ValueError(
@@ -150,6 +156,8 @@ def conditions_in(
         name = node["name"]
         if value is None:
             # A pipeline may omit a mask that contains only ones.
+            if not lengths:
+                raise ValueError(f"the condition {name} is missing, and no other condition tells its length")
             value = torch.ones(first + batch, max(lengths), dtype=getattr(torch, node["dtype"]))
         rows = list(value[first : first + batch])
         if "list" in node:

@@ -103,7 +103,7 @@ def _vae(folder: Path, device: str | torch.device) -> tuple[Any, float, float]:
     place, kind = folder / "vae", "AutoencoderKL"
     if not place.is_dir():
         raise ValueError(
-            f"{folder} has no vae, which is needed to encode and decode images: save the pipeline with its VAE"
+            f"{folder} has no vae, which is needed to encode and decode images. Save the pipeline with its VAE"
         )
     vae = open_part(place, f"diffusers.{kind}").eval().to(device)
     return vae, float(vae.config.get("shift_factor") or 0.0), float(vae.config.scaling_factor)

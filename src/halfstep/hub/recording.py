@@ -100,10 +100,8 @@ def record(pipe: Any, options: Mapping[str, Any]) -> Recording:
         default = taken["max_sequence_length"].default if "max_sequence_length" in taken else None
         reading = Reading(two.steps[0].before, options.get("max_sequence_length", default))
         call = reading.node("", one.steps[0].calls[0].arguments, *(step.calls[0].arguments for step in two.steps[:2]))
-        if any(len(step.calls) != 1 for step in two.steps):
-            raise ValueError(
-                f"without guidance, the denoiser is called {len(two.steps[0].calls)} times per step, not once"
-            )
+        if others := [len(step.calls) for step in two.steps if len(step.calls) != 1]:
+            raise ValueError(f"without guidance, the denoiser is called {others[0]} times per step, not once")
         schedule = replace(read_schedule(config_of(pipe.scheduler), two.mu), clip=clip)
         output = _output(two.steps[0])
         end, shorter = None, dict[str, Any]()

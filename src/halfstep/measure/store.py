@@ -220,7 +220,7 @@ class Store:
         """Write the cell with these batches, or return a message if samples are not finite."""
         x0 = torch.cat([samples for samples, _ in parts])
         if not bool(torch.isfinite(x0).all()):
-            return f"samples drawn in {cell.num_steps} steps are not finite: the model diverged"
+            return f"samples drawn in {cell.num_steps} steps are not finite. Choose another number of steps or sampler"
         times, evals = torch.stack([numbers for _, numbers in parts]).unbind(1)
         seconds, is_drawn = float(times.sum()), bool(evals[0] >= 0)
         facts = {

@@ -33,7 +33,7 @@ def chosen_trackers(names: Sequence[str] | None) -> tuple[str, ...]:
     known = get_args(Tracker)
     for name in names:
         if name not in known:
-            raise ValueError(f"unknown tracker {name!r} (known: {', '.join(known)})")
+            raise ValueError(f"unknown tracker {name!r}. Choose from {', '.join(known)}")
         # Trackers have the same names as their packages and as halfstep's extras.
         if find_spec(name) is None:
             raise ValueError(f"the tracker {name} needs the package {name}: pip install 'halfstep[{name}]'")

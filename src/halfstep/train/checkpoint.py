@@ -108,7 +108,7 @@ def write_checkpoint(state: State, about: dict[str, Any], folder: StageFolder) -
         DamagedFile: if the data read back differs from the data written; the previous checkpoints are kept.
     """
     if not folder.path.is_dir():
-        raise OSError(errno.ESTALE, "it is gone", str(folder.path))
+        raise OSError(errno.ESTALE, "the run folder no longer exists", str(folder.path))
     path = folder.path / _name(about["update"])
 
     with replacing_folder(path) as into:

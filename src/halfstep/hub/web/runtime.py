@@ -67,8 +67,13 @@ def _read(source: Path) -> dict[str, bytes]:
 
 def _unpacked(package: bytes) -> dict[str, bytes]:
     with tarfile.open(fileobj=io.BytesIO(package)) as archive:
-        members = {name: archive.extractfile(f"package/dist/{name}") for name in SHA256}
-        return {name: member.read() for name, member in members.items() if member is not None}
+        found = {}
+        for name in SHA256:
+            member = archive.extractfile(f"package/dist/{name}")
+            if member is None:
+                raise KeyError(f"{name} is not a file")
+            found[name] = member.read()
+        return found
 
 
 def _fetch(folder: Path) -> dict[str, bytes]:

@@ -4,8 +4,8 @@ const sessions = new Map();
 
 const calls = {
   async start({ module, binary }) {
-    // The blob is created here, because a worker may not import the page's blobs if the page was opened from disk.
-    ort = await import(URL.createObjectURL(new Blob([module], { type: "text/javascript" })));
+    // The module is imported from a data URL, because WebKit refuses to import a blob if the page was opened from disk.
+    ort = await import(`data:text/javascript,${encodeURIComponent(new TextDecoder().decode(module))}`);
     ort.env.wasm.numThreads = 1;
     ort.env.wasm.wasmBinary = binary;
   },
