@@ -97,6 +97,17 @@ def test_a_downloaded_package_is_read_packed_and_unpacked(registry: Path, tmp_pa
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_folder_instead_of_a_file_is_refused(registry: Path) -> None:
+    with tarfile.open(registry, "w:gz") as archive:
+        for name in CONTENTS:
+            folder = tarfile.TarInfo(f"package/dist/{name}")
+            folder.type = tarfile.DIRTYPE
+            archive.addfile(folder)
+    for source in (registry, None):
+        with pytest.raises(ValueError, match=r"is not a file.*--runtime\.$"):
+            runtime.read_runtime(source)
+
+
 @pytest.mark.parametrize("contents", [CONTENTS | {runtime.BINARY: b"\0asn"}, {runtime.MODULE: b"export {}"}])
 def test_another_package_is_refused_and_never_cached(
     registry: Path, tmp_path: Path, contents: dict[str, bytes]

@@ -108,9 +108,9 @@ class FixedGuidance(Guidance):
     def view(self, teacher: Denoiser, null: Mapping[str, Tensor]) -> Denoiser:
         if _takes_scale(teacher):
             raise ValueError(
-                f"a fixed scale of {self.scale:g} cannot be matched, because the teacher's network takes the scale as an "
-                f"input and was recorded at one scale. Import it with --call guidance_scale={self.scale:g}, or match a "
-                "range of scales"
+                f"a fixed scale of {self.scale:g} cannot be matched, because the teacher's network takes the scale as "
+                f"an input and was recorded at one scale. Import it with --call guidance_scale={self.scale:g}, or "
+                "match a range of scales"
             )
         return Guided(teacher, null, self.scale)
 

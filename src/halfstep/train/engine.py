@@ -76,8 +76,8 @@ class StageTrainer:
             raise ValueError(f"stage {stream} learns from a teacher, but none is given. Pass one")
         if training.batch_size % accelerator.num_processes:
             raise ValueError(
-                f"a batch of {training.batch_size} cannot be split evenly across {accelerator.num_processes} processes. "
-                f"Choose a batch_size that is a multiple of {accelerator.num_processes}"
+                f"a batch of {training.batch_size} cannot be split evenly across {accelerator.num_processes} "
+                f"processes. Choose a batch_size that is a multiple of {accelerator.num_processes}"
             )
         check_sharding(engine, accelerator.num_processes)
         self.stage, self.seed, self.stream = stage, seed, stream
