@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from halfstep import load
@@ -121,6 +122,23 @@ def test_a_copied_folder_is_the_same_teacher_and_one_of_other_weights_is_not(ddp
     copied = shutil.copytree(ddpm, tmp_path / "my-ddpm")
     assert import_pipeline(copied).manifest.source == source
     assert import_pipeline(save_ddpm(tmp_path / "other" / "my-ddpm", seed=1)).manifest.source != source
+
+
+def test_a_run_is_not_resumed_from_a_teacher_with_another_scheduler(
+    ddpm: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """The weights are the same, but their output means something else."""
+    teacher, images, run = tmp_path / "my-ddpm", tmp_path / "images.npy", tmp_path / "run"
+    shutil.copytree(ddpm, teacher)
+    np.save(images, np.zeros((4, 8, 8, 3), np.uint8))
+    words = ["distill", str(teacher), "--data", str(images), "--start", "4", "--to", "2", "--out", str(run)]
+    words += ["--matching.num-updates", "1", "--matching.batch-size", "2", "--chain.num-updates", "1"]
+    words += ["--chain.batch-size", "2", "--evaluation.no-enabled"]
+    main(words)
+    main(words)
+    config = teacher / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"prediction_type": "epsilon"', '"prediction_type": "v_prediction"'))
+    assert "parent.scheduler: " in refused(words, capsys)
 
 
 def test_a_folder_without_a_name_of_its_own_is_imported_under_the_name_that_it_has(

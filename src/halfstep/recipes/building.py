@@ -17,7 +17,7 @@ from halfstep.run.preflight import preflight
 from halfstep.run.spec import FREE_SETTINGS, RunSpec
 from halfstep.runs import Manifest
 from halfstep.runs.schema import shortened
-from halfstep.runtime.files import cache_folder, user_path
+from halfstep.runtime.files import cache_folder, json_digest, user_path
 
 FREE_FIELDS: Final = (
     *("chain.keep", "data.source", "data.skip_broken", "data.accept_changed"),
@@ -83,9 +83,7 @@ def build(
         check_fit(teacher.manifest, opened)
         teacher = _with_null(teacher, recipe.matching, opened)
         # Runs from different teachers are different runs, even with the same settings.
-        imported = {} if teacher.manifest.source is None else {"source": teacher.manifest.source}
-        own = {"stage": teacher.manifest.stage, **imported, **teacher.manifest.files}
-        origin["parent"] = own if parent is None else dict(parent)
+        origin["parent"] = _identity(teacher.manifest) if parent is None else dict(parent)
     plan = recipe.teacher_plan() if what in ("all", "teacher") else Plan()
     if what in ("all", "chain"):
         further = [Stage(objectives.rebuild(config.objective), config.training) for config in recipe.further]
@@ -118,6 +116,18 @@ def build(
     )
     preflight(spec)
     return spec
+
+
+def _identity(teacher: Manifest) -> dict[str, Any]:
+    """Return the facts that identify a teacher among the models from which a run can start."""
+    own: dict[str, Any] = {"stage": teacher.stage, **teacher.files}
+    if teacher.source is None:
+        return own
+    # The weights of a pipeline do not determine the noise levels and the prediction, which belong to its scheduler, or
+    # the arguments with which its call was recorded.
+    scheduler = json_digest([teacher.process, teacher.prediction, teacher.clip], 16)
+    call = {} if teacher.pipeline is None else dict(teacher.pipeline.options)
+    return own | {"source": teacher.source, "scheduler": scheduler} | ({"call": call} if call else {})
 
 
 def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
