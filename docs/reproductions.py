@@ -53,8 +53,8 @@ def section(name: str, held: dict[str, Any], notes: Sequence[str], figure: str) 
             "",
             Table.from_json(held["table"])._replace(notes=notes).markdown(),
             f"Command: `halfstep study {name} --scale {held['scale']['name']}`, {spent(held['seconds'])} on "
-            f"{environment['cpu_count']} CPU cores ({environment['device']}), without the results "
-            "that it shares with other studies; torch "
+            f"{environment['cpu_count']} CPU cores ({environment['device']}), "
+            "not counting the results that this study shares with others; torch "
             f"{environment['versions']['torch']}, commit {environment['git_commit'] or 'unknown'}, "
             f"{environment['started'][:10]}.",
             "",

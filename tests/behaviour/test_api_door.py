@@ -141,14 +141,14 @@ DATA: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: _distill(CLASS_TEACHER, _labelled(ONE_OUTSIDE)),
         "classes 0 to 4, but the teacher has the classes 0 to 3",
     ),
-    "float labels": (lambda: _fit(Labelled(), _labelled(CLASSES.float())), r"must be classes, got torch\.float32"),
-    "labels of flags": (lambda: _fit(Labelled(), _labelled(CLASSES > 1)), r"must be classes, got torch\.bool"),
+    "float labels": (lambda: _fit(Labelled(), _labelled(CLASSES.float())), r"class indices, got torch\.float32"),
+    "labels of flags": (lambda: _fit(Labelled(), _labelled(CLASSES > 1)), r"class indices, got torch\.bool"),
     "labels below 0": (lambda: _fit(Labelled(), _labelled(CLASSES - 1)), "has the label -1"),
     "labels in a column": (lambda: _fit(Labelled(), _labelled(CLASSES[:, None])), r"Pass labels\.flatten\(\)"),
     "one-hot labels": (lambda: _fit(Labelled(), _labelled(torch.eye(4)[CLASSES])), r"\[2, 4\] \(RuntimeError"),
     "identifiers": (lambda: _fit(Labelled(), _labelled(CLASSES + 10**9)), "presumably an identifier"),
     "label strings": (lambda: _fit(Labelled(), _labelled(np.array(["a"] * 64))), "must be numbers"),
-    "float labels in batches": (lambda: _fit(Labelled(), [_labelled(CLASSES.float())]), "must be classes"),
+    "float labels in batches": (lambda: _fit(Labelled(), [_labelled(CLASSES.float())]), "must be integer class"),
     "a condition of another width": (
         lambda: check_data(
             halfstep.Model.of(denoiser(Net()), (2,), conditions={"text": (3,)}),

@@ -74,7 +74,7 @@ def study(argv: Sequence[str]) -> None:
             screen.say("  " + describe(trial))
         if costs:
             parts = ", ".join(f"{part} {round(passes):,}" for part, passes in costs.items())
-            screen.say(f"forward passes of one sample: {parts}")
+            screen.say(f"single-sample forward passes: {parts}")
             total = sum(costs.values())
             pace = scale.passes_per_second
             time = f"; {duration(total / pace)} at {pace:,} per second" if pace else ""

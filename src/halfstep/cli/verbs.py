@@ -210,7 +210,7 @@ _LOOK: Final = (
             "zsh: halfstep completion zsh > ~/.zfunc/_halfstep; ~/.zshrc: fpath=(~/.zfunc $fpath) before compinit.",
             "fish: halfstep completion fish > ~/.config/fish/completions/halfstep.fish",
             "tcsh: halfstep completion tcsh > ~/.halfstep.tcsh; ~/.tcshrc: source ~/.halfstep.tcsh",
-            "RECIPE completes to recipe names, not to files. After any recipe, the options of all recipes are offered.",
+            "RECIPE completes to recipe names, not files. After any recipe, the options of all recipes are offered.",
             "In tcsh, the options of all verbs are offered after any verb.",
         ),
         module="completion",

@@ -344,8 +344,8 @@ def warn_of_gain(process: NoiseProcess, prediction: Prediction, *, given: bool =
 
 
 def warn_of_signal(process: NoiseProcess) -> None:
-    """Warn if the process retains more than 5% of the signal's power at t = 1, so that the network was never trained on
-    pure noise."""
+    """Warn if the process retains more than 5% of the signal's power at t = 1, because the network was then never
+    trained on pure noise."""
     end = torch.ones(1, dtype=torch.float64)
     log_snr = float(process.log_snr(end))
     # The limit is ten times the signal power that remains at the end of Stable Diffusion's table.

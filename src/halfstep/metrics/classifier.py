@@ -24,7 +24,7 @@ def check_classes(num_samples: int, num_classes: int) -> None:
     """Raise ValueError if there are too few samples or classes to train a classifier."""
     remedy = "Use the features `pixels` (--extractors pixels, or --evaluation.features pixels)"
     if not num_classes:
-        raise ValueError(f"the features `classifier` need labels, but the data has none. {remedy}")
+        raise ValueError(f"the `classifier` features need labels, but the data has none. {remedy}")
     if num_samples < LEAST or num_classes < 2:
         raise ValueError(
             f"a classifier needs at least {LEAST} samples and 2 classes, but the data has {num_samples} and "

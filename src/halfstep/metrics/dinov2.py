@@ -37,7 +37,7 @@ class DINOv2(NetworkFeatures):
         try:
             from transformers import Dinov2Model
         except ImportError:
-            raise ValueError("the features `dinov2` need transformers: pip install 'halfstep[dinov2]'") from None
+            raise ValueError("the `dinov2` features need transformers: pip install 'halfstep[dinov2]'") from None
         try:
             network, said = Dinov2Model.from_pretrained(source, use_safetensors=True, output_loading_info=True)
             if odd := sorted({*said["missing_keys"], *said["unexpected_keys"], *map(str, said["mismatched_keys"])}):

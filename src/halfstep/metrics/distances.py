@@ -126,7 +126,7 @@ def frechet_of_moments(a: Moments, b: Moments) -> float:
         raise ValueError(f"features must have the same dimension, got {len(a.mean)} and {len(b.mean)}")
     cross = torch.linalg.svdvals(_root(a.covariance) @ _root(b.covariance)).sum()
     spread = a.covariance.trace() + b.covariance.trace() - 2 * cross
-    # For equal sets, rounding errors can produce about -1e-13.
+    # For equal sets, rounding errors can produce a value of about -1e-13.
     return max(0.0, float((a.mean - b.mean).square().sum() + spread))
 
 

@@ -98,7 +98,7 @@ def extractor_for(asked: str, measured: RealData) -> FeatureExtractor:
 def refuse_path(name: str, path: str | None) -> None:
     """Raise ValueError if a path is given to an extractor without weights."""
     if path is not None:
-        raise ValueError(f"{name}={path}: the features `{name}` do not take a file. Remove ={path}")
+        raise ValueError(f"{name}={path}: the `{name}` features do not take a file. Remove ={path}")
 
 
 def read_weights(name: str, path: str | None, needed: str) -> dict[str, Tensor]:
@@ -113,7 +113,7 @@ def read_weights(name: str, path: str | None, needed: str) -> dict[str, Tensor]:
         DamagedFile: if the file is incomplete.
     """
     if path is None:
-        raise ValueError(f"the features `{name}` need weights. Set {name}=PATH, where PATH is {needed}")
+        raise ValueError(f"the `{name}` features need weights. Set {name}=PATH, where PATH is {needed}")
     file = user_path(path)
     if not file.is_file():
         raise ValueError(f"{name}={path}: no such file. Pass {needed}")

@@ -33,8 +33,8 @@ def network_module() -> ModuleType:
         spec = importlib.util.find_spec(PACKAGE)
         if spec is None or spec.submodule_search_locations is None:
             raise ValueError(
-                "the features `inception` need torch-fidelity: run pip install 'halfstep[inception]', and install the "
-                "torchvision for your torch version"
+                "the `inception` features need torch-fidelity: run pip install 'halfstep[inception]', and install the "
+                "version of torchvision that matches your torch"
             )
         bare = ModuleType(PACKAGE)
         bare.__path__ = list(spec.submodule_search_locations)

@@ -3,7 +3,7 @@
 The neighbourhood of a point extends to its k-th nearest neighbour in its own set.
 
 * Precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991): precision is the share of samples in the
-  neighbourhood of any real point, and recall is the share of real points in the neighbourhood of any sample.
+  neighbourhood of at least one real point, and recall is the share of real points in that of at least one sample.
 * Density and coverage (Naeem et al. 2020, arXiv:2002.09797): density is the mean number of real neighbourhoods that
   contain a sample, divided by k, and coverage is the share of real points with a sample in their neighbourhood. They
   are more robust to outliers than precision and recall.

@@ -108,7 +108,7 @@ STUDENT: Final = "student"
 
 
 class Batch(NamedTuple):
-    """A batch: clean data `[batch, *dims]`, and conditions, keyed by name, each `[batch, ...]`."""
+    """A batch: clean data `[batch, *dims]` and conditions `[batch, ...]` keyed by name."""
 
     x0: Tensor
     cond: Mapping[str, Tensor] = {}

@@ -12,8 +12,9 @@ student(x_t, t) moves x_s proportionally in the same direction. The negative gra
 is therefore used as the update direction for x0. The map term keeps x0 near its value before finishing. Without this
 term, training would drift between different maps that produce the same distribution.
 
-At s > 0, the score-matching gradient is mostly noise. The batch's data, with the same noise at t and the same added
-noise, has almost the same gradient. The teacher's error on this data is known, so the data serves as a control variate.
+At s > 0, the score-matching gradient is mostly noise. Computed on the batch's data, with the same noise at t and
+the same added noise, the gradient is almost identical. The teacher's error on this data is known, so the data serves as
+a control variate.
 This also removes the teacher's own bias: the student is then compared with the data instead of with the teacher.
 
 With one step, finishing is distribution matching distillation, except that the regression targets come from the student

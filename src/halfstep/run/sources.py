@@ -199,7 +199,9 @@ def _check_labels(labels: Tensor) -> None:
     if labels.ndim != 1 or not len(labels):
         return
     if labels.dtype != torch.int64:
-        raise ValueError(f"{CLASSES} must be classes, got {labels.dtype}. {usual}, or give the condition another name")
+        raise ValueError(
+            f"{CLASSES} must be integer class indices, got {labels.dtype}. {usual}, or give the condition another name"
+        )
     if int(labels.min()) < 0:
         raise ValueError(f"{CLASSES} has the label {int(labels.min())}. {usual}")
     number = int(labels.max()) + 1

@@ -164,7 +164,7 @@ class RunFolder:
         return self.path / "evaluation" / "evaluation.json"
 
     def evaluation(self) -> EvaluationResult | None:
-        """Return the results of `halfstep evaluate`, or None if the run was not evaluated.
+        """Return the results of `halfstep evaluate`, or None if the run has not been evaluated.
 
         Raises:
             DamagedFile: if the file is altered, belongs to another run or has another format.

@@ -62,7 +62,7 @@ class PlannedStage(NamedTuple):
     num_updates: int = 0
     """The number of updates, or 0 for a given model."""
     update_cost: float = 1.0
-    """The cost of an update, in forward passes of one sample."""
+    """The cost of an update, in single-sample forward passes."""
 
 
 class Manifest(Record):

@@ -47,7 +47,7 @@ class StageStatus:
     num_updates: int
     """The planned number of updates, or the actual number once the stage is done."""
     update_cost: float = 1.0
-    """The cost of an update, in forward passes of one sample."""
+    """The cost of an update, in single-sample forward passes."""
     state: StageState = "to come"
     update: int = 0
     """The number of finished updates."""

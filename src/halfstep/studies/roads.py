@@ -323,7 +323,7 @@ class Roads(Study):
             "share one teacher, and each seed has different training and sampling noise. The number after a method "
             "is the number of network calls per sample, which is the number of steps for a student. Heun takes as "
             "many steps as this number of calls allows.",
-            "At equal cost, the stages that lead to a student take a fixed number of forward passes of one sample, "
+            "At equal cost, the stages that lead to a student take a fixed number of single-sample forward passes, "
             f"exact to within half an update: {budget}. A backward pass counts as two forward passes, and auxiliary "
             "networks are included. The seconds of training include only these stages.",
             "The same-noise distance is the root mean square difference from the teacher's samples with "

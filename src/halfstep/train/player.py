@@ -78,7 +78,7 @@ class EMA:
     """An exponential moving average of the trainable parameters of `module`. The buffers of `module` are copied.
 
     After n steps, the decay is min(decay, (1 + n) / (10 + n)). The average therefore soon forgets the random initial
-    weights and does not lag behind in short runs. The averages are float32, and all tensors are updated at once.
+    weights and does not lag behind in short runs. The averages are float32. A single operation updates all tensors.
 
     Args:
         decay: final decay, in [0, 1).

@@ -71,7 +71,7 @@ class Engine:
             isinstance(self.trackers, tuple | list) and set(map(str, self.trackers)) <= set(get_args(Tracker))
         ):
             known = ", ".join(get_args(Tracker))
-            raise ValueError(f"engine.trackers must be among {known}, got {self.trackers!r}. Pass ('tensorboard',)")
+            raise ValueError(f"engine.trackers may only contain {known}, got {self.trackers!r}. Pass ('tensorboard',)")
         for name in ("timeout_minutes", "checkpoint_minutes"):
             check_number(f"engine.{name}", getattr(self, name), above=True)
             if getattr(self, name) > MOST_MINUTES:
@@ -88,7 +88,7 @@ class Engine:
 
     @property
     def set_micro_batch(self) -> int | None:
-        """The micro batch size as a number, or None if it is the whole share or "auto" is unresolved."""
+        """The micro batch size as a number, or None for the whole share and for an unresolved "auto"."""
         return None if self.micro_batch == "auto" else self.micro_batch
 
 

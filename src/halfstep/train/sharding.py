@@ -52,7 +52,7 @@ def shard(network: nn.Module, device: torch.device, count: int) -> None:
     mesh = init_device_mesh(device.type, (count,))
     for block in _blocks(network, UNIT):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    # Both ends of a network use the remaining parameters, so they stay gathered until the backward pass, if any.
+    # The remaining parameters are used at both ends of the network, so they stay gathered until the backward pass.
     fully_shard(network, mesh=mesh, reshard_after_forward=not any(p.requires_grad for p in network.parameters()))
 
 
@@ -87,8 +87,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def spread_as(full: Tensor, like: Tensor) -> Tensor:
-    """Shard `full`, which every process must have, as `like` is sharded. Return `full` unchanged if `like` is not
-    sharded."""
+    """Shard `full` in the same way as `like`, or return it unchanged if `like` is not sharded. Every process must have
+    the whole of `full`."""
     if not isinstance(like, DTensor):
         return full
     return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
