@@ -116,7 +116,7 @@ def test_a_call_from_python_is_refused_before_an_update(tmp_path: Path) -> None:
     latents(tmp_path / "data", 5.0)
     with pytest.raises(ValueError, match=r"drawn at guidance scale 5, but") as caught:
         halfstep.distill(teacher(), tmp_path / "data", to=1, start=2)
-    meant = "In Python, --matching.guidance-scale is the argument guidance, such as halfstep.FixedGuidance(4.0)."
+    meant = "In Python, --matching.guidance-scale is the argument `guidance`, such as halfstep.FixedGuidance(4.0)."
     assert caught.value.__notes__ == [meant]
 
 

@@ -408,7 +408,7 @@ def test_a_stochastic_sampler_without_noise_is_refused(sampler: Sampler) -> None
 @every_deterministic
 def test_noise_that_would_not_be_used_is_refused(sampler: Sampler) -> None:
     denoiser, x_1 = mixture(VPCosine()), numbers(4, 2)
-    with pytest.raises(ValueError, match=r"does not use noise\. Remove the argument noise"):
+    with pytest.raises(ValueError, match=r"does not use noise\. Remove the argument `noise`"):
         sample(denoiser, x_1, 2, sampler, noise=step_noise(range(4), (2,), torch.float64))
 
 

@@ -51,8 +51,8 @@ def make_report(run: Path, data: Data | None = None, studies: Path | None = None
     samples.
 
     Args:
-        data: the training data. None selects the recipe's data.
-        studies: a folder of studies to show. None selects RUN/studies.
+        data: the training data; by default, the recipe's data.
+        studies: a folder of studies to show; by default, RUN/studies.
 
     Raises:
         ValueError: if the folder contains nothing to report on.

@@ -110,7 +110,7 @@ class Subject:
     """The folder of images or the file of samples, if the subject is not a model."""
     notices: tuple[str, ...] = ()
     store: Path | None = None
-    """The default folder for samples and metrics. None selects `out`."""
+    """The default folder for samples and metrics; `out` if None."""
 
 
 def subject_of(text: str) -> Subject:

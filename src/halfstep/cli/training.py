@@ -327,7 +327,7 @@ def _carry_out(
     """With --dry-run, show the plan. Otherwise, build the run, train it and show the results.
 
     Args:
-        stand_in: the data for a dry run, and the reason why the real data is missing. None selects the recipe's data
+        stand_in: the data for a dry run, and the reason why the real data is missing; by default, the recipe's data
             or, if it is missing, random pixels.
     """
     recipe = arguments.recipe

@@ -33,7 +33,7 @@ def in_python() -> Iterator[None]:
             if section in OWNERS:
                 meant = f"{OWNERS[section]}({name}={'False' if option.startswith('no-') else '...'})"
             elif (section, name) in (("matching", "guidance_scale"), ("matching", "guidance_range")):
-                meant = "the argument guidance, such as halfstep.FixedGuidance(4.0)"
+                meant = "the argument `guidance`, such as halfstep.FixedGuidance(4.0)"
             elif name in ARGUMENTS:
                 meant = f"the argument {name}"
             else:

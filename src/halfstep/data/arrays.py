@@ -70,7 +70,7 @@ def _load(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
             names = loaded.files
             wanted = names if len(names) == 1 else [name for name in names if name in DATA_KEYS + LABEL_KEYS]
             arrays = {name: loaded[name] for name in wanted}
-            # numpy returns members that are not arrays as bytes.
+            # If a member is not an array, numpy returns its raw bytes.
             if foreign := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
                 raise ValueError(f"its member {foreign[0]} is not an array")
             if len(names) == 1:

@@ -166,7 +166,7 @@ class CaptionedClips:
         return torch.stack(self._each(self.preparation, indices))
 
     def ends(self, indices: Sequence[int]) -> list[float] | None:
-        """Return the end of each sound at `indices`, in seconds, or None if the clips are videos."""
+        """Return the end time of each sound at `indices`, in seconds, or None if the clips are videos."""
         return self._each(self.preparation.end, indices) if isinstance(self.preparation, SoundPreparation) else None
 
     def check(self) -> None:

@@ -46,7 +46,7 @@ class DataConfig(Record):
     flip: bool = False
     """Mirror a random half of the images in each batch."""
     limit: int | None = None
-    """Maximum number of samples; the first ones are kept, balanced across class folders."""
+    """Maximum number of samples; the first samples are kept, in about equal numbers from each class folder."""
     skip_broken: bool = False
     """Skip unreadable images with a warning instead of stopping."""
     accept_changed: bool = False

@@ -61,7 +61,7 @@ class Origin(Record):
     names: str
     """The sha256 of the images' relative paths, in order."""
     contents: str
-    """The sha256 of the sizes and sha256 digests of the files, in order."""
+    """One sha256 over the size and the sha256 digest of each file, in order."""
     captions: str
     """The sha256 of the captions, in order."""
     preparation: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Import the checkpoints released by the authors of progressive distillation as stock diffusers networks.
+"""Convert the checkpoints released by the authors of progressive distillation to stock diffusers networks.
 
 The files are in flax's msgpack format. They contain the number `num_sample_steps` and, under `ema_params`, a tree of
 arrays, each with a shape, a dtype name and bytes. The authors' U-Net differs from `UNet2DModel` in two ways, both of

@@ -291,8 +291,8 @@ def _output(step: Step) -> dict[str, Any]:
             if found.numel() == wanted.numel() and difference(sign * found.reshape(wanted.shape), wanted) <= TOLERANCE:
                 return {"sign": sign, "part": part}
     raise ValueError(
-        f"its denoiser returns {list(made.shape)}, but its scheduler receives {list(wanted.shape)}, which is neither "
-        "this output nor the output's first or last channels, with either sign"
+        f"its denoiser returns {list(made.shape)}, but its scheduler receives {list(wanted.shape)}, and these "
+        "values equal neither the whole output nor its first or last channels, even with the sign flipped"
     )
 
 

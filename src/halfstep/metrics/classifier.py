@@ -134,7 +134,7 @@ def train_classifier(
 
 @extractors.register("classifier")
 def classifier(path: str | None, measured: RealData) -> FeatureExtractor:
-    """64 features of a small network, which is trained on the labelled data and then cached."""
+    """64 features from a small network, which is trained on the labelled data and then cached."""
     refuse_path("classifier", path)
     check_classes(LEAST if measured.num_classes else 0, measured.num_classes)
     x0, labels = measured.labelled()

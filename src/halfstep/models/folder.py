@@ -200,8 +200,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", network: nn.Modul
         )
     if network is not None and manifest.network.get("type") != OWN:
         raise ValueError(
-            f"{folder.path} contains one of halfstep's networks, so the argument network has no effect. Remove this "
-            "argument"
+            f"{folder.path} contains one of halfstep's networks, so the argument `network` has no effect. Remove it"
         )
     denoiser = blank_denoiser(manifest, network)
     try:

@@ -365,8 +365,8 @@ def check_deterministic(sampler: Sampler) -> None:
     """Raise ValueError unless the sampler is deterministic."""
     if sampler.stochastic:
         raise ValueError(
-            f"{type(sampler).__name__} draws noise, so a student cannot learn to land where its steps land. "
-            "Choose a deterministic sampler for the teacher, such as DDIM()"
+            f"{type(sampler).__name__} draws noise, so its steps have no fixed landing point that a student could "
+            "learn. Choose a deterministic sampler for the teacher, such as DDIM()"
         )
 
 

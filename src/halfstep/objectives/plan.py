@@ -283,7 +283,7 @@ def _guided(objective: Objective, guidance: Guidance) -> Objective:
 
 
 def _keeping_to_teacher(objective: Objective) -> Objective:
-    """Return a finish with its default data weight replaced by 0, or any other objective unchanged."""
+    """Return a finish with its default data weight replaced by 0. Return any other objective unchanged."""
     if isinstance(objective, Adversarial):
         return replace(objective, objective=_keeping_to_teacher(objective.objective))
     if isinstance(objective, Finishing) and objective.data_weight is None:

@@ -179,7 +179,7 @@ def shares_figure(name: str, curves: Sequence[Curve], levels: Mapping[str, float
     """Draw shares from 0 to 1 against network calls on a logarithmic axis, or return None if there are no points.
 
     Args:
-        levels: height of the horizontal line for each curve, by the curve's label.
+        levels: height of each curve's horizontal line, keyed by the curve's label.
     """
     looks = zip(curves, OTHERS, MARKERS, strict=False)
     shown = [(curve, colour, f"{marker}-") for curve, colour, marker in looks if curve.x]

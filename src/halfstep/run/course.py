@@ -105,7 +105,7 @@ class Match:
 
     training: Training
     prediction: Prediction | None = None
-    """The student's prediction. None selects the teacher's prediction, or v if that is unsuitable for few steps."""
+    """The student's prediction. If None, the teacher's, or v if the teacher's is unsuitable for few steps."""
     process: Callable[[NoiseProcess], NoiseProcess] | None = None
     """A function that maps the teacher's process to the student's process."""
     guidance: Guidance | None = None

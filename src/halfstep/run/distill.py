@@ -60,7 +60,7 @@ def fit(
         denoiser: a `NetworkDenoiser`, or a custom denoiser, which is itself returned instead of a `Model`. If
             `training` averages the weights, the denoiser ends up with the averaged weights.
         data: as for `distill`.
-        weighting: the weight of the squared error in x0. None selects truncated SNR.
+        weighting: the weight of the squared error in x0. By default, truncated SNR.
         seed, engine, device, out, evaluation, on_window, on_stage, progress: as for `distill`.
 
     Raises:
@@ -136,22 +136,22 @@ def distill(
         data: the clean samples: a tensor or an array `[n, *dims]` (floats are used as they are, uint8 values as
             images), (samples, {name: condition}) with conditions `[n, ...]`, opened data, a path such as a folder of
             images, or an iterable of batches such as a DataLoader. Each batch is x0 `[batch, *dims]` or (x0, {name:
-            condition}), and the iterable is restarted at its end. None selects samples of the teacher (see
-            `samples_of`).
+            condition}), and the iterable is restarted at its end. If None, samples of the teacher are
+            used (see `samples_of`).
         to: the number of DDIM steps of the student.
-        start: the number of DDIM steps of the teacher, which must be `to` times a power of two. None selects the
-            teacher's own number of steps if it is itself a student, otherwise 16 times `to`.
+        start: the number of DDIM steps of the teacher, which must be `to` times a power of two. By default, the
+            teacher's own number of steps if it is itself a student, or 16 times `to` otherwise.
         training: the settings of each halving stage. The stages of the 2-step and 1-step students have twice as many
             updates.
         plan: the halving stages to use instead of `to`, `start` and `training`.
-        prediction: what the student's network predicts. None selects the teacher's prediction, or v if the teacher's
+        prediction: what the student's network predicts; by default, the same as the teacher's, or v if the teacher's
             prediction is unsuitable for few steps.
-        process: the student's noise process. None selects the teacher's process, or the cosine process for a matched
+        process: the student's noise process; by default, the teacher's process, or the cosine process for a matched
             U-Net with a discrete noise schedule.
         guidance: the guidance that the student learns: `FixedGuidance` or `GuidanceRange`. With a `GuidanceRange`, the
             scale becomes an input of the student's network, the condition `guidance_scale` `[batch]`.
         null: the null conditions of one sample, keyed by name. They are required for guidance.
-        matching: the training settings of the matching stage. None selects `training`.
+        matching: the training settings of the matching stage; by default, `training`.
         finish: the step counts of the students to finish after the chain, or the stages from `Plan.finishes`. The last
             of these students is returned.
         teacher_sampler: the deterministic sampler of the first teacher; DDIM if None. When students act as teachers,
@@ -161,7 +161,7 @@ def distill(
             are merged into the returned student, but the stages in `out` store them separately.
         seed: the seed of all random numbers, which also depend on the update number.
         engine: precision, micro batch, compilation and logging interval (`log_every`).
-        device: the device to train on. None selects an accelerator if one is available.
+        device: the device to train on; by default, an accelerator if one is available.
         out: a run folder like those of the command line, with a log, checkpoints and the model of every stage. Ctrl-C
             saves the state. To resume the run, repeat the call.
         evaluation: how to measure the stages in `out`. None disables measuring.

@@ -42,9 +42,9 @@ def samples_of(
     noise.
 
     Args:
-        shape: the shape of one sample. None selects the shape of a loaded model.
-        num_steps: the number of sampler steps. None selects a student's own number of steps, otherwise 32.
-        sampler: a deterministic sampler. None selects a student's own sampler, otherwise Heun.
+        shape: the shape of one sample; by default, that of a loaded model.
+        num_steps: the number of sampler steps. By default, a student's own number of steps, or 32 for other models.
+        sampler: a deterministic sampler. By default, a student's own sampler, or Heun for other models.
         seed: the seed of the noise.
 
     Raises:
@@ -119,7 +119,7 @@ def prompted_by(
     The samples are returned on the CPU.
 
     Args:
-        num_steps: the number of Heun steps. None selects a student's own number of steps, otherwise 32.
+        num_steps: the number of Heun steps. By default, a student's own number of steps, or 32 for other models.
         guidance_scale: the guidance scale. None disables guidance.
         seed: the seed of the noise.
     """

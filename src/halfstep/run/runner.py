@@ -344,7 +344,7 @@ class _Runner:
         another disk, under the mount point.
         """
         if not self.folder.recipe_path.exists():
-            raise OSError(errno.ESTALE, "it is gone", str(self.folder.path))
+            raise OSError(errno.ESTALE, "the run folder no longer exists", str(self.folder.path))
 
     def _keep_statistics(self, folder: StageFolder, error: NonFinite, last: Path | None) -> NoReturn:
         """Write the batch's statistics to the stage's folder, and raise the error with the last good state."""
@@ -353,7 +353,8 @@ class _Runner:
             self.processes.on_main(lambda: write_json(file, dict(statistics)))
             kept = f"; the batch's statistics are in {file}"
         raise NonFinite(
-            f"{error}, and choose another --out, because the same recipe would diverge again{kept}; {last_good(last)}",
+            f"{error}; the same recipe would diverge again. Use another --out for the changed recipe{kept}; "
+            f"{last_good(last)}",
             error.statistics,
         ) from None
 

@@ -54,7 +54,7 @@ def trainer_for(
 
     Args:
         start: the model from which the student is initialised, or None to train an untrained network.
-        teacher: the model that the student learns from. None selects `start`.
+        teacher: the model that the student learns from; by default, `start`.
     """
     student: Denoiser
     seen: Denoiser | None

@@ -23,7 +23,7 @@ from halfstep.train.settings import Tracker
 
 
 def chosen_trackers(names: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the names of the trackers without duplicates. None selects TensorBoard if it is installed.
+    """Return the names of the trackers without duplicates. None means TensorBoard if it is installed.
 
     Raises:
         ValueError: if a tracker is unknown or its package is missing.

@@ -207,7 +207,7 @@ class Processes:
         """Return the maximum of each number over all processes.
 
         Args:
-            patience: how long to wait for the other processes. None selects the training timeout.
+            patience: how long to wait for the other processes; by default, the training timeout.
         """
         return tuple(self._reduced(numbers, torch.int64, dist.ReduceOp.MAX, patience))
 

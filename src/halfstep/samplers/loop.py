@@ -106,7 +106,7 @@ def trajectory(
         )
     if not method.stochastic and noise is not None:
         raise ValueError(
-            f"{type(method).__name__} does not use noise. Remove the argument noise, or choose a stochastic sampler"
+            f"{type(method).__name__} does not use noise. Remove the argument `noise`, or choose a stochastic sampler"
         )
     for name, function in (("grid", grid), ("noise", noise)):
         if function is not None and not callable(function):

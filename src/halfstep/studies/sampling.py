@@ -162,7 +162,7 @@ class Stochastic(Study):
     """Figure 6 of the paper: ancestral sampling of distilled students."""
 
     title: ClassVar[str] = "Figure 6: stochastic sampling from distilled students"
-    question: ClassVar[str] = "Does noise help a student as much as its teacher?"
+    question: ClassVar[str] = "Does noise help a student as much as it helps its teacher?"
     uses: ClassVar[tuple[str, ...]] = ("recipe", "gamma_levels")
     methods: ClassVar[dict[str, str]] = {
         "student": "distilled, DDIM",

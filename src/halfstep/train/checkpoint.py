@@ -178,7 +178,7 @@ def _latest_good(folder: StageFolder, origin: dict[str, str], notice: Callable[[
 
 
 def _set_aside(checkpoint: Path) -> None:
-    """Rename a checkpoint so that it is neither used to resume nor removed until the stage is complete."""
+    """Rename a checkpoint so that it is never used to resume, but is kept until the stage is complete."""
     aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
     remove(aside)
     # If a failing disk refuses the rename, the previous checkpoint is still used.
