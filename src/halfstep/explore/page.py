@@ -93,7 +93,7 @@ def serve(
 
 
 def page(explorer: Explorer, hosts: Sequence[str] | None, root_path: str = "") -> door.App:
-    """Return the page behind its filter, as an ASGI app.
+    """Return the page, wrapped in its request filter, as an ASGI app.
 
     Raises:
         ValueError: if gradio is not installed.

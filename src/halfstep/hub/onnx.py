@@ -217,7 +217,7 @@ def step_noise(model: Model, num_steps: int, length: int) -> dict[str, Tensor]:
 
 
 def example_conditions(model: Model, number: int) -> dict[str, Tensor]:
-    """Return example conditions for a model, each `[number, ...]`: consecutive classes and random other values."""
+    """Return example conditions for a model, each `[number, ...]`: consecutive classes, and random values otherwise."""
     generator = torch.Generator().manual_seed(1)
     others = {
         name: torch.randn(number, *shape, generator=generator) for name, shape in model.manifest.conditions.items()

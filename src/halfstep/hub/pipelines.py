@@ -149,7 +149,7 @@ def _check_options(kind: str, options: Mapping[str, Any]) -> None:
     for name in SIZES & options.keys():
         if type(options[name]) is not int or options[name] < 1:
             raise ValueError(f"--call {name} must be a positive whole number, got {options[name]}")
-    # Some pipelines, such as Stable Diffusion's, use their default size if only one of the two is passed.
+    # Some pipelines, such as Stable Diffusion's, use their default size if only the height or only the width is passed.
     defaults = {made.name: made.default for made in taken}
     for name, other in (("height", "width"), ("width", "height")):
         if name in options and other not in options and defaults.get(other, 0) is None:

@@ -158,7 +158,7 @@ def load_own_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def bare(network: LoRA) -> LoRA:
-    """Return a copy that shares the frozen weights and has low-rank updates of 0."""
+    """Return a copy that shares the frozen weights and whose low-rank updates are 0."""
     twin = copy_network(network)
     assert isinstance(twin, LoRA)
     with torch.no_grad():

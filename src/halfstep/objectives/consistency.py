@@ -120,7 +120,7 @@ def _target(
 
 
 def _rest(reference: Denoiser, cond: Cond | None) -> Step:
-    """Return a function that takes the reference's DDIM step.
+    """Return a function that performs a DDIM step with the reference.
 
     For an empty step (t = s), the reference is called at t = 1, because its output may be undefined at t = 0.
     """

@@ -103,7 +103,7 @@ def check_data(model: Model, data: Data | StreamedBatches) -> None:
     """Raise ValueError unless the data has the shape of the model's samples and exactly the model's conditions."""
     if data.shape != model.shape:
         raise ValueError(
-            f"the teacher has samples of shape {list(model.shape)}, but the data has the shape {list(data.shape)}. "
+            f"the teacher has samples of shape {list(model.shape)}, but the data has shape {list(data.shape)}. "
             "Pass the data that it was trained on"
         )
     classes = data.num_classes if isinstance(data, Data) else 0

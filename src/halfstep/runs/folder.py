@@ -107,7 +107,7 @@ class StageFolder:
         if isinstance(data, dict) and data.get("format", FORMAT) != FORMAT:
             earlier = isinstance(data["format"], int) and data["format"] < FORMAT
             raise DamagedFile(
-                f"{self.manifest_path} has format {data['format']}, but this halfstep reads {FORMAT}: "
+                f"{self.manifest_path} has format {data['format']}, but this version of halfstep reads {FORMAT}: "
                 + ("it was written by an earlier version, so train the run again" if earlier else "update halfstep")
             )
         try:
@@ -175,7 +175,7 @@ class RunFolder:
         data = read_json(path)
         if isinstance(data, dict) and data.get("format") != EVALUATION_FORMAT:
             raise DamagedFile(
-                f"{path} has format {data.get('format')}, but this halfstep reads {EVALUATION_FORMAT}: run "
+                f"{path} has format {data.get('format')}, but this version of halfstep reads {EVALUATION_FORMAT}: run "
                 "`halfstep evaluate` again"
             )
         try:

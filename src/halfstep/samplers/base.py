@@ -54,7 +54,7 @@ class Sampler(ABC):
 
         At s = 0, this x0 is x_s itself. The step and the quotient are computed in float64, although the denoiser
         computes x0 in its own dtype. An error in the denoiser's x0 shifts x_s in proportion to the step width. The
-        quotient divides by the width, so the returned x0 is as precise as the denoiser's x0.
+        division cancels this factor, so the returned x0 is as precise as the denoiser's x0.
         """
         start = x_t.to(t)
         x_s, memory = self.step(_InFloat64(denoiser, x_t), start, t, s, cond, memory)

@@ -126,8 +126,8 @@ def _stage_of(scale: Scale, steps: int) -> Stage:
             return stage
     made = ", ".join(str(stage.num_steps) for stage in stages)
     raise ValueError(
-        f"the study roads needs a student with {steps} steps, but the recipe {scale.recipe.name} has students with "
-        f"{made}. Choose another recipe"
+        f"the `roads` study needs a student with {steps} steps, but the recipe {scale.recipe.name} only has students "
+        f"with {made} steps. Choose another recipe"
     )
 
 
@@ -172,7 +172,7 @@ class Road:
     legs: Callable[[Scale, Sequence[int]], list[Leg]]
     """A function that returns the stages for students with the given numbers of steps, in descending order."""
     is_chain: bool = True
-    """Whether one run trains all students. If not, each student has a separate run, directly from the teacher."""
+    """Whether one run trains all students. If not, each student is trained directly from the teacher."""
 
     def plan(self, scale: Scale, steps: int) -> Plan:
         """Return the plan of the run that trains the student with `steps` steps."""

@@ -1,4 +1,4 @@
-"""The scales of the studies, which set training, seeds and measurements at three sizes."""
+"""The three scales of the studies. Each defines the training settings, the seeds and the measurements."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,8 +29,8 @@ class RoadSettings:
     finish: Training = field(default_factory=lambda: replace(FINISHING, num_updates=COUNTED))
     consistency: Training
     grid: tuple[int, int]
-    """The numbers of points in the teacher's time grid for consistency distillation: at the start of training, and in
-    its second half."""
+    """The numbers of points in the teacher's time grid for consistency distillation: one for the start of training,
+    and one for the second half of training."""
     moments: Training
 
     @property
