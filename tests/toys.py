@@ -49,6 +49,7 @@ TINY_DIGITS = [
     *("--network.norm-num-groups", "8", "--network.layers-per-block", "1", "--network.attention", "False", "True"),
     *("--evaluation.teacher-steps", "4", "--model.conditional"),
     *("--finish.num-updates", "4", "--finish.batch-size", "8", "--finish.lead-updates", "1"),
+    *("--finish.updates-at", "None"),
 ]
 TINY_DEMO = [*TINY_DIGITS, "--chain.start-steps", "16"]
 

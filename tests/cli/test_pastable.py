@@ -64,6 +64,7 @@ BUDGET: Final = {
     "--chain.updates-at": "None",
     "--chain.learning-rate-at": "None",
     "--finish.num-updates": "4",
+    "--finish.updates-at": "None",
     "--finish.batch-size": "8",
     "--finish.lead-updates": "1",
     "--evaluation.num-samples": "24",
