@@ -115,11 +115,6 @@ class ChainConfig(Record):
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> "ChainConfig":
-        if self.students is not None:
-            if self.end_steps not in (1, *self.students[-1:]):
-                raise ValueError(f"the students end at {self.students[-1]} steps. Remove end_steps {self.end_steps}")
-            if self.factor != 2:
-                raise ValueError(f"the students are listed, so a factor of {self.factor} has no effect. Remove it")
         if self.critic_weight is not None and self.training.early_end.patience:
             raise ValueError(
                 "early_end has no effect with critic_weight, because the loss may then rise. Remove one of them"
@@ -224,6 +219,8 @@ class FinishConfig(Record):
         for name in ("map_weight", "data_weight", "auxiliary_turns", "critic_weight"):
             if getattr(self, name) is not None and not self.steps:
                 raise ValueError(f"{name} {getattr(self, name)} has no effect without finish.steps. Add finish.steps")
+        if self.training.early_end.patience:
+            raise ValueError("early_end has no effect on a finish, whose losses may rise. Remove it")
         # `Recipe.fitted` can still remove settings for students that are not finished, so only `plan` rejects them.
         self._stages()
         return self
@@ -334,6 +331,12 @@ class Recipe(Record):
             guidance: the guidance that the first teacher has learned.
         """
         chain, students = self.chain, self.chain.students
+        if students:
+            # `fitted` can still replace a recipe's end_steps and factor, so only the plan rejects them.
+            if chain.end_steps not in (1, students[-1]):
+                raise ValueError(f"the students end at {students[-1]} steps. Remove end_steps {chain.end_steps}")
+            if chain.factor != 2:
+                raise ValueError(f"the students are listed, so a factor of {chain.factor} has no effect. Remove it")
         if students is None:
             try:
                 students = tuple(divided(chain.start_steps, chain.end_steps, chain.factor)[1:])
@@ -361,17 +364,24 @@ class Recipe(Record):
         return _with_critic(plan, chain.critic_weight)
 
     def fitted(self, given: Collection[str]) -> "Recipe":
-        """Return the recipe without settings for students that are not in the chain. Raises the same errors as
-        `chain_plan`.
+        """Return the recipe without settings for students that are not in the chain, and without the recipe's own end
+        and factor if the user lists the students. Raises the same errors as `chain_plan`.
 
         Args:
             given: dotted names of the fields that the user has set, which are left unchanged.
         """
-        plain = self.chain.model_copy(update={"updates_at": None, "learning_rate_at": None})
+        chain = self.chain
+        if "chain.students" in given and chain.students:
+            replaced = {"end_steps": 1, "factor": 2}
+            chain = chain.model_copy(
+                update={name: value for name, value in replaced.items() if f"chain.{name}" not in given}
+            )
+        plain = chain.model_copy(update={"updates_at": None, "learning_rate_at": None})
         made = {stage.num_steps for stage in self.model_copy(update={"chain": plain}).chain_plan().stages}
         finished = self.finish.steps
         if "finish.steps" not in given:
-            finished = tuple(steps for steps in finished if steps in made)
+            further = {objectives.rebuild(config.objective).outcome.num_steps for config in self.further}
+            finished = tuple(steps for steps in finished if steps in made | further)
 
         def trimmed(name: str, config: Any, students: Collection[int | None]) -> dict[str, Any]:
             own = {}
@@ -381,7 +391,7 @@ class Recipe(Record):
                     own[field] = {steps: value for steps, value in exceptions.items() if steps in students}
             return own
 
-        chain = self.chain.model_copy(update=trimmed("chain", self.chain, made))
+        chain = chain.model_copy(update=trimmed("chain", chain, made))
         changes = {"steps": finished} | trimmed("finish", self.finish, finished)
         return self.model_copy(update={"chain": chain, "finish": self.finish.model_copy(update=changes)})
 

@@ -15,6 +15,8 @@ import torch
 from halfstep.core.denoiser import Cond, Denoiser, NetworkDenoiser
 from halfstep.core.door import check_instance, in_python
 from halfstep.core.draw import as_seed
+from halfstep.core.noise import processes
+from halfstep.core.prediction import predictions
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.data import Data
 from halfstep.measure.evaluate import Evaluation
@@ -30,7 +32,7 @@ from halfstep.run.spec import FREE_SETTINGS, RunSpec
 from halfstep.run.start import facts_of, student_and_teacher
 from halfstep.runs import RunFolder
 from halfstep.runtime.devices import existing_device
-from halfstep.runtime.files import cache_folder, refuse_file, user_path
+from halfstep.runtime.files import cache_folder, json_digest, refuse_file, user_path
 from halfstep.runtime.launch import rank, world_size
 from halfstep.runtime.processes import make_accelerator
 from halfstep.runtime.stop import Interrupted, StopSignal
@@ -167,6 +169,12 @@ class Call:
             for stage in plan.stages
         ]
         evaluation = self.evaluation or Evaluation(enabled=False)
+        # The weights do not determine the meaning of the network's output and input.
+        process = processes.describe(denoiser.process)
+        told |= {
+            "prediction": predictions.describe(denoiser.prediction),
+            "process": {"type": process["type"], "digest": json_digest(process, 16)},
+        }
         recipe = {
             "name": self.out.name,
             "call": f"halfstep.{call}",
@@ -189,6 +197,8 @@ class Call:
             evaluation=evaluation,
             cache=cache_folder(),
             free=("name", "data.source", *FREE_SETTINGS),
+            # Folders of earlier versions lack these fields.
+            defaults={name: value for name, value in told.items() if name in ("prediction", "process", "null")},
             **more,
         )
 
@@ -277,7 +287,10 @@ class Chain:
             self.outcomes.append(stage.objective.outcome)
             self.names.append(name)
             self.models.append(self._model(trainer, self.made[-1]))
-            yield StageEnd(name, trainer.seconds, False)
+            seconds = trainer.seconds
+            # Free the optimisers' moments before the next trainer is built.
+            del trainer, seen
+            yield StageEnd(name, seconds, False)
 
     def model_of(self, name: str) -> Any:
         """Return a copy of a stage's result, so that callbacks cannot change the original."""
@@ -298,5 +311,9 @@ class Chain:
             conditions=like.manifest.conditions,
             clip=like.manifest.clip,
             is_image=like.manifest.is_image,
+            pipeline=like.manifest.pipeline,
+            source=like.manifest.source,
+            class_names=like.manifest.class_names or getattr(self.data, "class_names", ()),
+            classes_shown=getattr(self.data, "num_classes", None) if like.num_classes else None,
             **facts_of(trainer, like.manifest),
         )

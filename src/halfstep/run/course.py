@@ -25,6 +25,10 @@ from halfstep.samplers import DDIM, Sampler
 MATCHED_GAIN: Final = 10.0
 """The gain at t = 1 (see `output_gain`) above which a given teacher is matched to v-prediction before halving. With
 eps-prediction, the gain is 15 for Stable Diffusion and 160 for DDPM."""
+CHANGED_INPUTS: Final = (
+    "LoRA needs unchanged network inputs, but a guidance range or a different process changes them. Use a single "
+    "--matching.guidance-scale and --matching.process own, or remove --chain.lora-rank"
+)
 IMAGE_RANGE: Final = (-1.0, 1.0)
 """The range of x0 for images."""
 
@@ -148,10 +152,7 @@ class Match:
         if self.process is None and may_move:
             clock = cosine_within(own)
         if lora_rank is not None and (clock != own or (self.guidance is not None and self.guidance.is_shown)):
-            raise ValueError(
-                "LoRA needs unchanged network inputs, but a guidance range or a different process changes them. Use a "
-                "single --matching.guidance-scale and --matching.process own, or remove --chain.lora-rank"
-            )
+            raise ValueError(CHANGED_INPUTS)
         # A teacher with a discrete noise schedule was trained only at the levels of its table.
         num_times = len(clock.betas) if isinstance(clock, VPTable) else self.num_times
         return Matching(num_times, guidance=self.guidance, prediction=meaning, process=clock, clip=start.clip)
@@ -184,14 +185,19 @@ def course(
         guidance = matching.guidance
     if prediction is not None:
         warn_of_gain(process, prediction, given=start.given)
-    plan = (Plan() if matching is None else Plan.of(matching, match.training)) + halvings(guidance)
-    if after is not None:
-        plan += after.embedded() if guidance is None and start.is_embedded else after.guided(guidance)
+    plan = halvings(guidance) + (after or Plan()).guided(guidance)
+    if guidance is None and start.is_embedded:
+        plan = plan.embedded()
+    if matching is not None:
+        plan = Plan.of(matching, match.training) + plan
     models, learned = [start.outcome], [start.guidance]
     for stage in plan.stages:
         parents = parents_of(stage.objective, models)
         assert parents is not None
         _check_guidance(stage.objective, learned[parents.start], learned[parents.teacher])
+        own, before = stage.objective.guidance, learned[parents.start]
+        if lora_rank is not None and own is not None and own.is_shown and before is None and not start.is_embedded:
+            raise ValueError(CHANGED_INPUTS)
         models.append(stage.objective.outcome)
         learned.append(stage.objective.guidance or learned[parents.start])
     _warn_of_export(start, process, models[-1].num_steps, lora_rank)

@@ -241,6 +241,8 @@ def distill(
     if bare is not None:
         assert like is not None
         told = {"teacher": digest_of(own_state(bare.network)), "lora_rank": lora_rank}
+        if chain.learned:
+            told["null"] = digest_of(held_null)
         given = Model(like.denoiser, like.manifest, held_null)
         spec = call.spec(
             "distill",

@@ -171,7 +171,7 @@ class Measuring:
             samples, count = self.store.samples(cell), self.evaluation.num_compared
             apart = None if cell.name == base.name else rmse(samples[:count], self.store.samples(base)[:count])
             shown = samples[: self.evaluation.num_shown]
-            kept = keep_samples(folder.path, name, shown, self.spec.data.is_image)
+            kept = keep_samples(folder.path, name, shown, folder.manifest(verify=False).is_image)
             return {"teacher_rmse": apart, "samples": kept}
 
         return result.model_copy(update=self.processes.on_main(look))

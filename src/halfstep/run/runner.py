@@ -20,7 +20,7 @@ from halfstep.data import Data, MemoryData
 from halfstep.models.folder import drop_weights, load, save_stage
 from halfstep.models.model import Model
 from halfstep.nets import LoRA, describe_network, merged
-from halfstep.objectives import Stage
+from halfstep.objectives import Role, Stage
 from halfstep.run.events import Event, Notice, Progress, StageEnd, StageStart
 from halfstep.run.folder import take_folder
 from halfstep.run.measuring import Measuring
@@ -224,7 +224,13 @@ class _Runner:
     def _prune(self, students: list[tuple[StageFolder, Stage | None]]) -> None:
         """Remove the weights of measured students that are no longer needed and should not be kept."""
         for folder, stage in students:
-            if self.spec.keep is not None and stage is not None and stage.num_steps not in self.spec.keep:
+            is_student = stage is not None and stage.objective.outcome.role is Role.STUDENT
+            if (
+                self.spec.keep is not None
+                and stage is not None
+                and is_student
+                and stage.num_steps not in self.spec.keep
+            ):
                 drop_weights(folder)
 
     def _trained(self, index: int, folder: StageFolder, stage: Stage, parents: list[Model]) -> Iterator[Event]:
@@ -278,9 +284,6 @@ class _Runner:
             )
         denoiser = trainer.finish()
         assert isinstance(denoiser, NetworkDenoiser)
-        # accelerate would otherwise retain the networks and optimiser moments of all stages.
-        self.accelerator._models.clear()
-        self.accelerator._optimizers.clear()
 
         def write() -> None:
             self._still_there()
@@ -403,7 +406,8 @@ class _Runner:
             start_steps=spec.start_steps,
             classes_shown=spec.data.num_classes if spec.num_classes else None,
             class_names=self._class_names(origin),
-            is_image=spec.data.is_image,
+            # Samples of an image model are floats.
+            is_image=spec.data.is_image if origin is None else origin.is_image,
             data=f"{spec.data.source}, {len(spec.data):,} samples",
             **inherited,
             **facts_of(trainer, origin),

@@ -63,10 +63,12 @@ def trainer_for(
     else:
         teacher = start if teacher is None else teacher
         if isinstance(start.denoiser.network, LoRA) and teacher is not start:
+            # Measuring may have moved only one of them to the accelerator.
+            teacher.to(start.device)
             share_base(teacher.denoiser.network, start.denoiser.network)
-        student, seen = student_and_teacher(
-            stage, start.denoiser, teacher.denoiser, teacher.null, spec.lora_rank, spec.engine
-        )
+        # The stages of a run do not store the null conditions, which belong to the run's given teacher.
+        null = teacher.null or ({} if spec.teacher is None else spec.teacher.null)
+        student, seen = student_and_teacher(stage, start.denoiser, teacher.denoiser, null, spec.lora_rank, spec.engine)
     shown = {*([CLASSES] if spec.conditional else []), *spec.conditions}
     batches, ahead = as_batches(spec.data, accelerator.device, spec.flip, shown)
     return StageTrainer(

@@ -28,7 +28,7 @@ from halfstep.runtime.processes import Processes
 from halfstep.runtime.stop import Interrupted, StopSignal
 from halfstep.train.helpers import make_helpers
 from halfstep.train.memory import does_not_fit
-from halfstep.train.player import EMA, Player, compile_networks
+from halfstep.train.player import EMA, Player, compile_networks, unchanged_buffers
 from halfstep.train.recent import in_words
 from halfstep.train.settings import Engine
 from halfstep.train.sharding import check_sharding, is_sharded, shard, unsynced, whole
@@ -214,9 +214,12 @@ class StageTrainer:
             may_stop = contextlib.nullcontext() if self._stop is None or number else self._stop.at_once()
             with may_stop, player.alone(self.players.values()):
                 if player.needs_settling(self.processes.count):
-                    self.gradient(player, parts[0])
+                    with unchanged_buffers(self.players.values()):
+                        self.gradient(player, parts[0])
                     player.clear()
                     player.recent.forget()
+                    # The repeated pass must draw the same dropout masks.
+                    self._seed_layers(draw)
                 total = torch.zeros((), device=self.accelerator.device)
                 for part in parts:
                     # Gradients are synchronised once per turn, with the turn's last micro batch.
@@ -396,6 +399,9 @@ class StageTrainer:
         """Return the stage's result: the unwrapped student in evaluation mode, with EMA weights if it has any."""
         result = self.student.finish()
         assert isinstance(result, Denoiser)
+        # accelerate would otherwise retain the networks and optimiser moments of all stages.
+        self.accelerator._models.clear()
+        self.accelerator._optimizers.clear()
         return result
 
 

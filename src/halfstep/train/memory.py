@@ -7,6 +7,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from halfstep.data.base import Feed
 from halfstep.runtime.failures import OutOfMemory, is_out_of_memory
+from halfstep.train.player import unchanged_buffers
 from halfstep.train.sharding import is_sharded, unsynced
 
 if TYPE_CHECKING:
@@ -32,22 +33,19 @@ def fit_micro_batch(trainer: "StageTrainer", largest: int | None = None) -> list
         raise ValueError("engine.micro_batch auto does not work with sharding full. Set engine.micro_batch to a number")
     top = min(largest or len(trainer.share), len(trainer.share))
     sizes = [top, *(2**k for k in reversed(range((top - 1).bit_length())))]
-    buffers = [(b, b.clone()) for player in trainer.players.values() for b in player.network.buffers()]
     refused: list[int] = []
-    for size in sizes:
-        trainer.split(size)
-        (too_large,) = trainer.processes.agree(int(not _passes_fit(trainer)))
-        for player in trainer.players.values():
-            player.clear()
-            player.recent.forget()
-        # Free gradients, activations and the memory reserved for moments, so that the next try can use it.
-        clear_device_cache(garbage_collection=True)
-        if not too_large:
-            break
-        refused.append(size)
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
+    with unchanged_buffers(trainer.players.values()):
+        for size in sizes:
+            trainer.split(size)
+            (too_large,) = trainer.processes.agree(int(not _passes_fit(trainer)))
+            for player in trainer.players.values():
+                player.clear()
+                player.recent.forget()
+            # Free gradients, activations and the memory reserved for moments, so that the next try can use it.
+            clear_device_cache(garbage_collection=True)
+            if not too_large:
+                break
+            refused.append(size)
     if len(refused) == len(sizes):
         raise OutOfMemory(does_not_fit(trainer))
     trainer.micro_batch_found = True

@@ -33,6 +33,16 @@ from halfstep.train.sharding import (
 )
 
 
+@contextlib.contextmanager
+def unchanged_buffers(players: Iterable["Player"]) -> Iterator[None]:
+    """Restore the buffers of the players' networks, such as BatchNorm statistics, after passes that are discarded."""
+    buffers = [(buffer, buffer.clone()) for player in players for buffer in player.network.buffers()]
+    yield
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+
 def network_of(model: nn.Module) -> nn.Module:
     """Return the module that is trained, wrapped and saved: the network of a `NetworkDenoiser`, or the model itself."""
     network: nn.Module = model.network if isinstance(model, NetworkDenoiser) else model
