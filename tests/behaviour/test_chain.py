@@ -10,10 +10,10 @@ import torch
 
 from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import VPCosine
-from halfstep.core.prediction import V
+from halfstep.core.prediction import X0, V
 from halfstep.models.folder import load
 from halfstep.nets import MLP
-from halfstep.objectives import Denoising, EarlyEnd, Halving, Plan, Stage, Training
+from halfstep.objectives import Denoising, EarlyEnd, Halving, Matching, Plan, Stage, Training
 from halfstep.run.distill import distill
 from halfstep.run.events import Progress
 from halfstep.run.runner import run
@@ -72,6 +72,13 @@ def test_only_the_weights_that_were_asked_for_stay_with_the_teacher_and_the_last
         with pytest.raises(ValueError, match=r"no longer has weights.*Load another stage"):
             load(path / "stages" / name)
     assert load(path).num_steps == 1
+
+
+def test_a_matched_model_is_always_kept_because_finishes_learn_from_it(tmp_path: Path) -> None:
+    teacher, *students = _long().stages
+    matched = Stage(Matching(4, prediction=X0()), Training(4, 1e-3, 16))
+    finish(toy_spec(plan=Plan((teacher, matched, *students)), start_steps=16, keep=(4,)), tmp_path / "run")
+    assert _weights_there(tmp_path / "run") == {"00-denoise", "01-match", "03-halve-0004", "05-halve-0001"}
 
 
 @pytest.mark.parametrize("stage", STUDENTS)

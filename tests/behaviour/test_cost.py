@@ -1,16 +1,18 @@
 """The counts of a dry run are exact: parameters, operations, memory, and the stand-in for the data."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from halfstep.data import DataConfig, StandIn
 from halfstep.nets import MLP
-from halfstep.objectives import FINISHING, Adversarial, Finishing, Halving, Objective, Plan, Stage, Training
+from halfstep.objectives import FINISHING, Adversarial, EarlyEnd, Finishing, Halving, Objective, Plan, Stage, Training
 from halfstep.recipes import DataFacts, Recipe, UNetConfig, build, recipes
 from halfstep.recipes.building import data_or_stand_in
 from halfstep.recipes.paper import PAPER_CIFAR10
+from halfstep.recipes.schema import ChainConfig, FinishConfig
 from halfstep.run import cost
 from halfstep.run.cost import Memory, Size, count_forward, memory_of_update, time_updates
 from halfstep.train.settings import Engine
@@ -156,13 +158,35 @@ def test_settings_of_a_chain_without_effect_are_rejected() -> None:
         ({"training": idle}, r"window 7 has no effect while early_end\.patience is 0\. Set early_end\.patience to"),
         ({"students": (8, 4), "end_steps": 2}, "the students end at 4 steps. Remove end_steps 2"),
         ({"students": (8, 4), "factor": 4}, "so a factor of 4 has no effect. Remove it"),
+        ({"students": ()}, "the list of students is empty"),
     ):
         with pytest.raises(ValueError, match=said):
-            recipes["arrays"]().chain.model_validate(settings)
+            Recipe(name="x", chain=recipes["arrays"]().chain.model_validate(settings)).chain_plan()
+    with pytest.raises(ValueError, match="early_end has no effect on a finish"):
+        FinishConfig(training=Training(5, 1e-3, early_end=EarlyEnd(patience=2)))
     chain = recipes["arrays"]().chain.model_copy(update={"keep": (8, 3)})
     with pytest.raises(ValueError, match=r"keep contains a 3-step student, .* Choose from 8, 4"):
         Recipe(name="x", chain=chain).chain_plan()
     assert UNetConfig().num_train_timesteps == 1024
+
+
+def test_a_list_of_students_replaces_the_end_of_the_recipe() -> None:
+    chain = ChainConfig(start_steps=16, end_steps=4, students=(8, 2))
+    recipe = Recipe(name="x", chain=chain)
+    fitted = recipe.fitted({"chain.students"})
+    assert [stage.num_steps for stage in fitted.chain_plan().stages] == [8, 2]
+    for given in ({"chain.students", "chain.end_steps"}, set[str]()):
+        with pytest.raises(ValueError, match=r"the students end at 2 steps\. Remove end_steps 4"):
+            recipe.fitted(given)
+
+
+def test_students_of_further_stages_are_finished() -> None:
+    further = [
+        {"objective": {"type": "consistency", "num_steps": 2}, "training": {"num_updates": 4, "learning_rate": 1e-3}}
+    ]
+    settings: dict[str, Any] = {"chain": {"start_steps": 8, "end_steps": 4}, "further": further}
+    recipe = Recipe.model_validate({"name": "x", "finish": {"steps": [8, 4, 2, 1]}} | settings)
+    assert recipe.fitted(set()).finish.steps == (4, 2)
 
 
 PUBLISHED = {

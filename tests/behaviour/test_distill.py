@@ -123,6 +123,54 @@ def test_a_plan_may_guide_the_teacher_itself_but_only_once_and_a_finish_needs_th
         distill(teacher, data, start=2, to=1, null=null)
 
 
+def test_a_stage_after_matching_guides_its_teacher_in_a_run_folder_as_in_memory(tmp_path: Path) -> None:
+    """The folder of a matched stage does not contain the null condition."""
+    torch.manual_seed(0)
+    teacher = NetworkDenoiser(MLP((2,), width=16, depth=1, num_classes=3), VPCosine(), Eps())
+    data = (points(64), {"class_labels": torch.arange(64) % 2})
+    training, null = Training(2, 1e-3, batch_size=16), {"class_labels": torch.tensor(2)}
+    plan = Plan.of(Consistency(1, 4, 4, guidance=FixedGuidance(3.0), guide_teacher=True), training)
+    settings = {"plan": plan, "null": null, "matching": training}
+    alone, stored = (distill(teacher, data, out=out, **settings) for out in (None, tmp_path / "run"))  # type: ignore[arg-type]
+    assert (tmp_path / "run" / "stages" / "01-match").is_dir()
+    for one, other in zip(alone.parameters(), stored.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_lora_student_cannot_take_a_guidance_scale_that_its_network_lacks() -> None:
+    """The new input's weights would be frozen at 0, so the scale would have no effect."""
+    training = Training(2, 1e-3)
+    for guidance in (GuidanceRange(1.0, 8.0), FixedGuidance(4.0)):
+        plan = Plan.of(Consistency(2, 4, 8, guidance=guidance, guide_teacher=True), training)
+
+        def stages(start: Start, rank: int | None, plan: Plan = plan) -> Plan:
+            return course(start, Match(training), lambda _: plan, rank)
+
+        stages(Start(VPCosine(), V()), None)
+        stages(Start(VPCosine(), V(), is_embedded=True), 2)
+        if guidance.is_shown:
+            with pytest.raises(ValueError, match="LoRA needs unchanged network inputs, but a guidance range"):
+                stages(Start(VPCosine(), V()), 2)
+        else:
+            stages(Start(VPCosine(), V()), 2)
+
+
+@pytest.mark.parametrize("at_the_end", [True, False])
+def test_a_finish_keeps_to_a_teacher_whose_network_takes_the_scale(at_the_end: bool) -> None:
+    training = Training(20, 1e-3, batch_size=16)
+    halvings, finishes = Plan.halvings(4, 2, training, updates_at={}), Plan.finishes([2])
+    for is_embedded, weight in ((True, 0.0), (False, None)):
+        plan = course(
+            Start(VPCosine(), V(), is_embedded=is_embedded),
+            Match(training),
+            lambda _: halvings if at_the_end else halvings + finishes,
+            after=finishes if at_the_end else None,
+        )
+        finish = plan.stages[-1].objective
+        assert isinstance(finish, Finishing)
+        assert finish.data_weight == weight
+
+
 def test_a_finish_gets_the_guidance_that_the_chain_has_learned() -> None:
     training, guidance = Training(20, 1e-3, batch_size=16), FixedGuidance(3.0)
     plan = course(

@@ -115,8 +115,8 @@ def test_a_stage_ends_early_at_the_same_update_on_all_processes_and_on_one(
 
 
 def test_three_processes_resume_bit_for_bit(tmp_path: Path) -> None:
-    # The sum of more than two numbers depends on the order.
-    stage = halving(12)
+    # The sum of more than two numbers depends on the order. The pass that settles it must not use up dropout masks.
+    stage = halving(12, dropout=0.3)
     cases = [(kind, None, stage, cut) for kind in ("none", "full") for cut in (None, 5)]
     held = together(3, all_trainings, tmp_path, cases)[0]
     for uncut, cut in ((held[0], held[1]), (held[2], held[3])):

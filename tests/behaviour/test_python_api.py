@@ -1,6 +1,8 @@
 """`halfstep.fit`, `distill`, `sample`, `save` and `load`, called as in a researcher's script."""
 
+import contextlib
 import functools
+import gc
 import inspect
 import io
 import os
@@ -169,15 +171,62 @@ def test_a_folder_of_another_call_is_refused_and_names_what_differs(tmp_path: Pa
         with pytest.raises(ValueError, match=words):
             halfstep.fit(denoiser(), **arguments, out=tmp_path / "run")
     halfstep.distill(denoiser(), points(), **CHAIN, out=tmp_path / "chain")
+    # The same weights with another meaning.
+    for process, prediction, words in (
+        (halfstep.VPCosine(), halfstep.X0(), r"prediction\.type: x0 \(the folder has v\)"),
+        (halfstep.VPCosine(-10, 10), halfstep.V(), r"process\.digest"),
+    ):
+        other = halfstep.NetworkDenoiser(Net(), process, prediction)
+        with pytest.raises(ValueError, match=words):
+            halfstep.fit(other, points(), TRAINING, engine=CPU, out=tmp_path / "run")
+        with pytest.raises(ValueError, match=words):
+            halfstep.distill(other, points(), **CHAIN, out=tmp_path / "chain")
     moved = denoiser()
     with torch.no_grad():
         moved.network.layers[0].bias += 1e-3
     with pytest.raises(ValueError, match=r"different recipe.*teacher: "):
         halfstep.distill(moved, points(), **CHAIN, out=tmp_path / "chain")
+    labelled = (points(), {"class_labels": torch.arange(200) % 2})
+    guided = CHAIN | {"guidance": halfstep.FixedGuidance(2.0), "matching": TRAINING}
+    for null, is_refused in ((2, False), (3, True)):
+        told = guided | {"null": {"class_labels": torch.tensor(null)}, "out": tmp_path / "guided"}
+        with pytest.raises(ValueError, match="null: ") if is_refused else contextlib.nullcontext():
+            halfstep.distill(denoiser(Labelled()), labelled, **told)
     # Logging, measurements and location may change.
     (tmp_path / "run").rename(tmp_path / "moved")
     free: dict[str, Any] = {"engine": halfstep.Engine(cpu=True, trackers=()), "on_window": _raise}
     halfstep.fit(denoiser(), points(), TRAINING, out=tmp_path / "moved", **free)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_students_of_floats_are_images_of_the_same_classes_and_origin_as_their_teacher(
+    kept: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    network = MLP((1, 4, 4), width=8, depth=1, num_classes=3)
+    facts: dict[str, Any] = {"num_classes": 3, "class_names": ("a", "b", "c"), "clip": True, "is_image": True}
+    teacher = halfstep.Model.of(denoiser(network), (1, 4, 4), source="here (weights sha256 0)", **facts)
+    data = (torch.rand(40, 1, 4, 4) * 2 - 1, {"class_labels": torch.arange(40) % 2})
+    student = halfstep.distill(teacher, data, **CHAIN, out=tmp_path / "run" if kept else None)
+    assert isinstance(student, halfstep.Model)
+    found = student.manifest.model_dump()
+    assert {name: found[name] for name in facts} == facts
+    assert found["source"] == "here (weights sha256 0)"
+    # By default, only classes of the training data are sampled.
+    assert set(student.cond(range(6))["class_labels"].tolist()) == {0, 1}
+
+
+def test_a_chain_in_memory_holds_the_moments_of_one_stage_at_a_time() -> None:
+    held: list[int] = []
+
+    def count(*_: Any) -> None:
+        gc.collect()
+        held.append(sum(isinstance(each, torch.optim.Optimizer) for each in gc.get_objects()))
+
+    before = sum(isinstance(each, torch.optim.Optimizer) for each in gc.get_objects())
+    halfstep.distill(denoiser(), points(), **CHAIN, on_window=count)
+    assert len(held) > 2
+    assert max(held) - before == held[0] - before
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["folder", "memory"])
