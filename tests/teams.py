@@ -35,9 +35,11 @@ from halfstep.data import Encoder, MemoryData, Prompts, encode, training_batch
 from halfstep.measure import curve, store
 from halfstep.measure.evaluate import Evaluation
 from halfstep.models.folder import load
+from halfstep.models.model import Model
 from halfstep.nets import MLP, UNet2D, copy_denoiser, unet2d_config
 from halfstep.objectives import EarlyEnd, Finishing, Plan, Stage, Training, objectives
 from halfstep.run.events import Progress
+from halfstep.run.own_samples import samples_of
 from halfstep.run.runner import run
 from halfstep.runs import RunFolder
 from halfstep.runtime.processes import FailedElsewhere, Processes, exit_code, leave, make_accelerator
@@ -352,6 +354,22 @@ def prompted(folder: str, batch_size: int, fails_at: int | None = None) -> list[
     encoder = Encoder(lambda pixels: pixels, texts, "toy")
     encode(data, encoder, Path(folder), batch_size, 6, processes=processes)
     return mine
+
+
+def without_data(folder: str) -> tuple[int, torch.Tensor]:
+    """Return how often this process draws samples of the teacher, and a weight of a student distilled from them."""
+    count = 0
+
+    def counted(*args: Any, **kwargs: Any) -> MemoryData:
+        nonlocal count
+        count += 1
+        return samples_of(*args, **kwargs)
+
+    distilling = importlib.import_module("halfstep.run.distill")
+    vars(distilling)["samples_of"] = counted
+    teacher, training = Model.of(denoiser(), (2,)), Training(2, 1e-3, batch_size=16)
+    student = distilling.distill(teacher, start=2, to=1, training=training, engine=Engine(cpu=True), out=folder)
+    return count, next(student.parameters()).detach()
 
 
 def refusals(folder: str) -> list[str]:

@@ -198,6 +198,13 @@ def test_images_are_the_same_on_any_number_of_processes(folders: tuple[Path, lis
             assert np.allclose(file, other, atol=1e-4)
 
 
+def test_one_process_draws_the_samples_of_the_teacher(tmp_path: Path) -> None:
+    (one, a), (two, b) = together(2, teams.without_data, tmp_path / "left", str(tmp_path / "run"))
+    assert (one, two) == (1, 0)
+    assert torch.equal(a, b)
+    assert teams.load(tmp_path / "run").num_steps == 1
+
+
 def test_an_error_of_one_process_ends_all_with_its_code(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "letter.txt").write_text("dear")

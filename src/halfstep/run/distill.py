@@ -12,7 +12,7 @@ from halfstep.core.denoiser import Clipped, Cond, Denoiser, NetworkDenoiser
 from halfstep.core.door import check_instance, in_python
 from halfstep.core.noise import NoiseProcess
 from halfstep.core.prediction import Prediction, TruncatedSNR, Weighting
-from halfstep.data import Data
+from halfstep.data import Data, MemoryData
 from halfstep.measure.evaluate import Evaluation
 from halfstep.models.model import Model
 from halfstep.models.students import start_student
@@ -28,10 +28,21 @@ from halfstep.run.arguments import (
 )
 from halfstep.run.call import Call, Chain, OnStage, OnWindow, call_of
 from halfstep.run.course import IMAGE_RANGE, Match, Start, course
-from halfstep.run.own_samples import check_can_sample, check_guidance_of, samples_of
+from halfstep.run.folder import own_samples
+from halfstep.run.own_samples import (
+    check_can_sample,
+    check_guidance_of,
+    expected_from,
+    key_of,
+    read_samples,
+    samples_of,
+)
 from halfstep.run.probe import check_called
 from halfstep.run.sources import Source, StreamedBatches, conditions_of
-from halfstep.runtime.processes import make_accelerator
+from halfstep.run.spec import RunSpec
+from halfstep.runs import RunFolder
+from halfstep.runtime.files import DamagedFile
+from halfstep.runtime.processes import Processes, make_accelerator
 from halfstep.runtime.tensors import digest_of
 from halfstep.samplers import Sampler
 from halfstep.train.settings import Engine
@@ -163,7 +174,8 @@ def distill(
         engine: precision, micro batch, compilation and logging interval (`log_every`).
         device: the device to train on; by default, an accelerator if one is available.
         out: a run folder like those of the command line, with a log, checkpoints and the model of every stage. Ctrl-C
-            saves the state. To resume the run, repeat the call.
+            saves the state. To resume the run, repeat the call, on any hardware. If `data` is None, the samples of the
+            teacher are stored here before training starts, and a repeated call reads them.
         evaluation: how to measure the stages in `out`. None disables measuring.
         on_window: called every `engine.log_every` updates with a stage's name and its `Window` of statistics.
         on_stage: called with a stage's name and its model when the stage is complete, for example to evaluate it.
@@ -222,11 +234,38 @@ def distill(
         raise ValueError(
             f"a run folder only supports teachers clipped to [-1, 1], got {list(clip or ())}. Remove `out`"
         )
+
+    def model_of(samples: Data | StreamedBatches) -> Model | None:
+        made = _as_model(current, samples) if like is None else like
+        if made is None or clip != IMAGE_RANGE:
+            return made
+        return Model(made.denoiser, made.manifest.model_copy(update={"clip": True}), made.null)
+
+    def spec_of(samples: Data | StreamedBatches) -> RunSpec:
+        made = model_of(samples)
+        assert bare is not None
+        assert made is not None
+        told = {"teacher": digest_of(own_state(bare.network)), "lora_rank": lora_rank}
+        if chain.learned:
+            told["null"] = digest_of(held_null)
+        return call.spec(
+            "distill",
+            chain,
+            samples,
+            bare,
+            told,
+            teacher=Model(made.denoiser, made.manifest, held_null),
+            start_steps=chain.start_steps,
+            conditional=made.num_classes > 0,
+            clip=made.manifest.clip,
+            lora_rank=lora_rank,
+        )
+
     if data is None:
         first_stage = chain.stages[0].objective
         student = start_student(first_stage.start(current), lora_rank)
         first_stage.view(current, student, held_null)
-        data = _drawn(teacher, call)
+        data = _drawn(teacher, call, None if bare is None else spec_of(expected_from(teacher)))
     samples = call.opened(data)
     if like is not None:
         check_data(like, samples)
@@ -235,33 +274,13 @@ def distill(
     check_called(current, samples)
     if chain.learned and known.guidance is None and held_null:
         check_called(current, samples, held_null)
-    like = _as_model(current, samples) if like is None else like
-    if like is not None and clip == IMAGE_RANGE:
-        like = Model(like.denoiser, like.manifest.model_copy(update={"clip": True}), like.null)
     if bare is not None:
-        assert like is not None
-        told = {"teacher": digest_of(own_state(bare.network)), "lora_rank": lora_rank}
-        if chain.learned:
-            told["null"] = digest_of(held_null)
-        given = Model(like.denoiser, like.manifest, held_null)
-        spec = call.spec(
-            "distill",
-            chain,
-            samples,
-            bare,
-            told,
-            teacher=given,
-            start_steps=chain.start_steps,
-            conditional=like.num_classes > 0,
-            clip=like.manifest.clip,
-            lora_rank=lora_rank,
-        )
-        return call.into_folder(spec)
+        return call.into_folder(spec_of(samples))
     was_training, device_before = current.training, next(current.parameters()).device
     frozen = [parameter.requires_grad for parameter in current.parameters()]
     try:
         with in_python(), call.placed() as used:
-            trained = Chain(call, used, samples, current, known.outcome, held_null, like)
+            trained = Chain(call, used, samples, current, known.outcome, held_null, model_of(samples))
             return trained.watched(chain, lora_rank)
     finally:
         # Stages freeze the teacher, switch it to evaluation mode and move it to their device. Undo all of this, even
@@ -300,11 +319,34 @@ def _start_of(teacher: Denoiser) -> Start:
     return Start(teacher.process, None)
 
 
-def _drawn(teacher: Denoiser, call: Call) -> Data:
-    """Return samples of the teacher, generated on the call's device."""
-    before = next(teacher.parameters()).device
-    with call.placed() as used:
-        try:
-            return samples_of(teacher.to(make_accelerator(used.precision, used.cpu).device), seed=call.seed)
-        finally:
-            teacher.to(before)
+def _drawn(teacher: Denoiser, call: Call, spec: RunSpec | None) -> Data:
+    """Return samples of the teacher, generated on the call's device.
+
+    If the call has a run folder, rank 0 stores the samples there, and a repeated call reads them.
+
+    Args:
+        spec: the specification of the run in the folder, with other data; None without a folder.
+    """
+    with in_python(), call.placed() as used:
+        accelerator = make_accelerator(used.precision, used.cpu, used.timeout_minutes)
+
+        def draw() -> MemoryData:
+            before = next(teacher.parameters()).device
+            try:
+                return samples_of(teacher.to(accelerator.device), seed=call.seed)
+            finally:
+                teacher.to(before)
+
+        if spec is None:
+            return draw()
+        assert call.out is not None
+        folder, key, found = RunFolder(call.out), key_of(teacher, spec.recipe), list[MemoryData]()
+        processes = Processes(accelerator, used.timeout_minutes)
+        processes.on_main(lambda: found.append(own_samples(spec, folder, key, draw)))
+        held = found[0] if found else read_samples(folder.own_samples_path, key)
+        if held is None:
+            raise DamagedFile(
+                f"process {processes.index} of the run cannot read {folder.own_samples_path}: make `out` accessible to "
+                "all processes"
+            )
+        return held

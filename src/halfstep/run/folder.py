@@ -2,16 +2,18 @@
 
 import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from halfstep.core.warnings import HalfstepWarning
-from halfstep.data import changed_since
+from halfstep.data import MemoryData, changed_since
 from halfstep.models.model import Model
 from halfstep.objectives import Outcome
+from halfstep.run.own_samples import read_samples, write_samples
 from halfstep.run.spec import RunSpec
 from halfstep.run.trackers import chosen_trackers
 from halfstep.runs import RunFolder
@@ -27,6 +29,7 @@ from halfstep.runtime.files import (
     sweep,
     write_sealed,
 )
+from halfstep.runtime.storage import no_storage
 
 
 class DifferentRecipe(ValueError):
@@ -71,11 +74,7 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, 
     path = folder.path
     _check_folder(spec, folder)
     chosen_trackers(spec.engine.trackers)
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InUse(f"another halfstep process is writing to {path}: wait, or choose another --out") from None
+    _acquire(lock, path)
     sweep(path, *path.glob("stages/*"), *path.glob("stages/*/samples"))
     if (evaluation := path / "evaluation").is_dir():
         # Files that `halfstep evaluate` is writing are not leftovers.
@@ -106,6 +105,48 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, 
     if moved or len(held["plan"]) < len(spec.stages) or held.get("data_fingerprint") != spec.data.fingerprint:
         write_sealed(folder.recipe_path, held | described)
     return held["run"], spec.data.fingerprint
+
+
+def own_samples(spec: RunSpec, folder: RunFolder, key: str, draw: Callable[[], MemoryData]) -> MemoryData:
+    """Return the samples of the teacher in a run folder with this key, or draw and store them if there are none.
+
+    The folder is locked meanwhile, so that two processes cannot start the same run from different samples. Samples
+    that the run in the folder was not trained on are never stored.
+
+    Args:
+        spec: the specification of the run, with any data that has the form of the samples.
+
+    Raises:
+        DifferentRecipe: if the folder contains a run of a different recipe, or the drawn samples differ from its data.
+        ValueError: if the folder is neither empty nor a run folder.
+        InUse: if another process is writing to the folder.
+        NoStorage: if the disk is full or unavailable.
+    """
+    path, file = folder.path, folder.own_samples_path
+    lock = FileLock(path / ".lock")
+    try:
+        check_recipe(spec, folder)
+        _acquire(lock, path)
+        sweep(path)
+        held = read_samples(file, key)
+        if held is None:
+            held = draw()
+            _check_folder(replace(spec, data=held), folder)
+            write_samples(file, key, held)
+        return held
+    except OSError as error:
+        raise no_storage(error, path, None, has_begun=False) from None
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock, path: Path) -> None:
+    """Create and lock a run folder."""
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InUse(f"another halfstep process is writing to {path}: wait, or choose another --out") from None
 
 
 def check_recipe(spec: RunSpec, folder: RunFolder) -> None:
@@ -139,7 +180,8 @@ def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
 
 def _has_files(folder: RunFolder) -> bool:
     """Return whether a folder contains files other than those of a run that was killed before it wrote recipe.json."""
-    ours = {folder.path / ".lock", *leftovers(folder.path, "recipe.json")}
+    early = folder.own_samples_path
+    ours = {folder.path / ".lock", early, *leftovers(folder.path, "recipe.json"), *leftovers(folder.path, early.name)}
     return folder.path.is_dir() and bool(set(folder.path.iterdir()) - ours)
 
 

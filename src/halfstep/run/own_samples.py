@@ -1,22 +1,27 @@
 """Generates training data with the teacher, for distillation without a data set."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from halfstep.core.denoiser import Cond, Denoiser
+from halfstep.core.denoiser import Clipped, Cond, Denoiser
 from halfstep.core.door import check_denoiser, check_instance, check_shape, check_whole
 from halfstep.core.draw import Draw, as_seed, sample_labels
 from halfstep.core.grids import check_num_steps
-from halfstep.data import LatentData, MemoryData
+from halfstep.data import LatentData, MemoryData, StandIn
 from halfstep.models.model import Model, samples_at_once
 from halfstep.objectives import Guidance, Role
-from halfstep.samplers import DDIM, Heun, Sampler, sample
+from halfstep.runtime.files import json_digest
+from halfstep.runtime.tensors import read_cached, write_verified
+from halfstep.samplers import DDIM, Heun, Sampler, sample, samplers
 
 NUM_SAMPLES: Final = 4096
 """The number of samples generated from a teacher that is distilled without data."""
+SOURCE: Final = "samples of the teacher"
+"""The source of these samples, and the name of the random stream of their noise."""
 NUM_STEPS: Final = 32
 """The number of Heun steps for an undistilled teacher. They take 63 network calls and match the quality of 256 DDIM
 steps."""
@@ -59,8 +64,7 @@ def samples_of(
     if sampler is not None:
         check_instance("the sampler", sampler, Sampler, "halfstep.Heun()")
     model = teacher if isinstance(teacher, Model) else None
-    num_steps = num_steps or teacher.num_steps
-    method: Sampler = sampler or (teacher.num_steps and (teacher.sampler or DDIM())) or Heun()
+    num_steps, method = _sampling(teacher, num_steps, sampler)
     if method.stochastic:
         raise ValueError(f"{type(method).__name__} draws noise at each step. Choose a deterministic sampler")
     device = next((parameter.device for parameter in teacher.parameters()), torch.device("cpu"))
@@ -72,14 +76,67 @@ def samples_of(
     try:
         for first in range(0, num_samples, size):
             places = range(first, min(first + size, num_samples))
-            noise = Draw(seed, "samples of the teacher", 0, num_samples, places).normal("noise", shape)
+            noise = Draw(seed, SOURCE, 0, num_samples, places).normal("noise", shape)
             cond = {} if model is None else model.cond(places, guidance_scale=_unguided(model))
             x_1 = (teacher.process.start_scale * noise).to(device)
-            parts.append(sample(teacher, x_1, num_steps or NUM_STEPS, method, cond).float().cpu())
+            parts.append(sample(teacher, x_1, num_steps, method, cond).float().cpu())
     finally:
         teacher.train(was_training)
+    return _as_data(torch.cat(parts), labels)
+
+
+def _sampling(teacher: Denoiser, num_steps: int | None = None, sampler: Sampler | None = None) -> tuple[int, Sampler]:
+    """Return the number of steps and the sampler, by default a student's own, or 32 Heun steps for other models."""
+    method: Sampler = sampler or (teacher.num_steps and (teacher.sampler or DDIM())) or Heun()
+    return num_steps or teacher.num_steps or NUM_STEPS, method
+
+
+def _as_data(x: Tensor, labels: Tensor | None) -> MemoryData:
     classes = 0 if labels is None else int(labels.max()) + 1
-    return MemoryData("samples of the teacher", torch.cat(parts), labels, tuple(map(str, range(classes))))
+    return MemoryData(SOURCE, x, labels, tuple(map(str, range(classes))))
+
+
+def expected_from(teacher: Denoiser) -> StandIn:
+    """Return random data that replaces the default samples of the teacher until they are drawn."""
+    return StandIn(SOURCE, check_can_sample(teacher), NUM_SAMPLES, conditions={})
+
+
+def key_of(teacher: Denoiser, recipe: Mapping[str, Any]) -> str:
+    """Return a digest of everything that determines the default samples of the teacher, except the hardware.
+
+    Args:
+        recipe: the recipe of the call, which describes the teacher's network, weights, prediction and process.
+    """
+    num_steps, method = _sampling(teacher)
+    conditioning = {"num_classes", "classes_shown", "clip", "guidance", "guidance_scale"}
+    sampling = {
+        "num_samples": NUM_SAMPLES,
+        "shape": check_can_sample(teacher),
+        "num_steps": num_steps,
+        "sampler": samplers.describe(method),
+        "clip": (teacher.low, teacher.high) if isinstance(teacher, Clipped) else None,
+        "model": teacher.manifest.model_dump(mode="json", include=conditioning) if isinstance(teacher, Model) else None,
+    }
+    described = {name: recipe[name] for name in ("seed", "network", "teacher", "prediction", "process")}
+    return json_digest([described, sampling])
+
+
+def read_samples(file: Path, key: str) -> MemoryData | None:
+    """Return the samples that `write_samples` wrote with this key; None if they are missing or damaged."""
+    held = read_cached(file)
+    if not held or bytes(held["key"].tolist()).hex() != key:
+        return None
+    return _as_data(held["x"], held.get("labels"))
+
+
+def write_samples(file: Path, key: str, data: MemoryData) -> None:
+    """Write samples of the teacher and their key to a file.
+
+    Raises:
+        OSError, DamagedFile: see `write_tensors`.
+    """
+    labels = {} if data.labels is None else {"labels": data.labels}
+    write_verified(file, {"x": data.x, **labels, "key": torch.tensor(list(bytes.fromhex(key)), dtype=torch.uint8)})
 
 
 def check_can_sample(teacher: Denoiser, shape: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -129,7 +186,7 @@ def prompted_by(
 
     def sampled(places: range, conditions: Cond) -> Tensor:
         teacher.eval()
-        noise = Draw(seed, "samples of the teacher", 0, num_samples, places).normal("noise", teacher.shape)
+        noise = Draw(seed, SOURCE, 0, num_samples, places).normal("noise", teacher.shape)
         cond = teacher.cond(places, guidance_scale=scale, others=conditions)
         x_1 = (teacher.process.start_scale * noise).to(teacher.device)
         return sample(teacher, x_1, steps, method, cond).float().cpu()

@@ -142,6 +142,11 @@ class RunFolder:
         return self.path / "recipe.json"
 
     @property
+    def own_samples_path(self) -> Path:
+        """The file with the samples of the teacher that a run without data is trained on."""
+        return self.path / "teacher-samples.safetensors"
+
+    @property
     def log_path(self) -> Path:
         return self.path / "log.jsonl"
 

@@ -112,7 +112,8 @@ def check_finite(tensors: Mapping[str, Tensor], where: Path | str) -> None:
 
 
 def read_cached(file: Path | None) -> dict[str, Tensor]:
-    """Return the tensors that `write_cached` wrote to this file, or an empty dict if it is missing or damaged."""
+    """Return the tensors that `write_cached` or `write_verified` wrote to this file, or an empty dict if it is missing
+    or damaged."""
     if file is None:
         return {}
     try:
@@ -127,7 +128,16 @@ def write_cached(file: Path | None, tensors: Mapping[str, Tensor]) -> None:
     """Cache tensors with their digest. Errors are ignored, because a missing cache only costs time."""
     if file is not None:
         with contextlib.suppress(DamagedFile, OSError, SafetensorError):
-            write_tensors(file, {**tensors, DIGEST: _digest(file, tensors)})
+            write_verified(file, tensors)
+
+
+def write_verified(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors with their digest, which `read_cached` checks.
+
+    Raises:
+        OSError, DamagedFile: see `write_tensors`.
+    """
+    write_tensors(file, {**tensors, DIGEST: _digest(file, tensors)})
 
 
 def _digest(file: Path, tensors: Mapping[str, Tensor]) -> Tensor:
