@@ -296,6 +296,19 @@ def test_a_folder_of_images_and_an_npz_are_measured_equally(tmp_path: Path) -> N
     assert figures[0]["frechet"].mean == pytest.approx(frechet_distance(whole, whole[:60]), rel=1e-5)
 
 
+def test_samples_in_a_folder_named_digits_are_not_replaced_by_the_digits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("digits").mkdir()
+    for index in range(5):
+        Image.fromarray(np.full((8, 8), index, np.uint8)).save(f"digits/{index:06d}.png")
+    main(["evaluate", "digits", "--data", "digits", "--extractors", "pixels", "--out", "out"])
+    assert "not the folder" in capsys.readouterr().err
+    (table,) = _result(tmp_path / "out").tables
+    assert (table.protocol.num_samples, table.protocol.num_reference) == (5, 1797)
+
+
 def test_an_exported_pipeline_gives_the_figures_of_its_stage(digits_run: Path, tmp_path: Path) -> None:
     student = RunFolder(digits_run).stages()[-1]
     main(["export", str(student.path), "--out", str(tmp_path / "pipeline")])
