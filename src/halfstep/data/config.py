@@ -109,7 +109,9 @@ def _open(config: DataConfig) -> Data:
     if is_latents(path):
         if prepare != Preparation() or config.split != "train" or config.limit is not None:
             raise ValueError(f"{source} contains latents, which are used unchanged: remove the other --data options")
-        return open_latents(path)
+        _refuse_label_column(config)
+        latents = open_latents(path)
+        return latents if config.labels else latents.without_classes()
     if path.is_dir():
         return decoded(source, _folder(config, path), prepare, config.max_bytes, config.skip_broken)
     if _HUB_NAME.fullmatch(source) and not path.exists():
