@@ -16,7 +16,7 @@ from halfstep.cli.arguments import device_of, processes_of
 from halfstep.cli.usage import Count, Guidance, Share, Steps, Switch, UsageError, parse
 from halfstep.cli.words import Screen, print_json
 from halfstep.hub import decoder_of, release_texts, text_conditions
-from halfstep.measure.samples import grid_image, samples_array, write_png
+from halfstep.measure.samples import MOST_CHANNELS, grid_image, samples_array, write_png
 from halfstep.models.folder import load
 from halfstep.models.model import Model, samples_at_once
 from halfstep.report.words import count
@@ -171,7 +171,8 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
     """Write samples of shape `[n, *shape]` in the format given by the suffix of `out`.
 
     Raises:
-        UsageError: if the samples are not images and `out` is not a .npz file.
+        UsageError: if the samples are not images and `out` is not a .npz file, or if their channels do not fit into
+            the .png files of a folder.
     """
     is_image = model.manifest.is_image
     if out.suffix.lower() == ".npz":
@@ -186,6 +187,8 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
     if out.suffix.lower() == ".png":
         write_png(out, grid_image(pixels))
         return
+    if pixels.shape[3] > MOST_CHANNELS:
+        raise UsageError(f"samples with {pixels.shape[3]} channels cannot be saved as .png files. Write a .npz file")
     # Existing files in the folder are kept.
     is_new = not out.exists() or not any(out.iterdir())
     with replacing_folder(out) if is_new else nullcontext(out) as folder:
