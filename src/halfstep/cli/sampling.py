@@ -66,7 +66,7 @@ class SampleArguments:
     """A .png file (one grid, in which small images are enlarged), a .npz file (arr_0, uint8 [n, h, w, c]), or a folder
     of .png files."""
     overwrite: Switch = False
-    """Replace --out if it already exists."""
+    """Replace --out if it already exists; in a folder, replace only the samples (such as 000012.png)."""
     json: Switch = False
     """Print a description of the samples as one JSON document."""
 
@@ -189,9 +189,17 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
         return
     if pixels.shape[3] > MOST_CHANNELS:
         raise UsageError(f"samples with {pixels.shape[3]} channels cannot be saved as .png files. Write a .npz file")
-    # Existing files in the folder are kept.
+    # Existing files in the folder are kept, except the samples of an earlier call.
     is_new = not out.exists() or not any(out.iterdir())
     with replacing_folder(out) if is_new else nullcontext(out) as folder:
         for seed, picture in zip(seeds, pixels, strict=True):
             image = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
-            write_png(folder / f"{seed:06d}.png", image)
+            write_png(folder / _sample_name(seed), image)
+    for path in out.iterdir():
+        seed = int(path.stem) if path.stem.isdecimal() else None
+        if seed is not None and seed not in seeds and path.name == _sample_name(seed) and path.is_file():
+            path.unlink()
+
+
+def _sample_name(seed: int) -> str:
+    return f"{seed:06d}.png"
