@@ -196,8 +196,8 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
             image = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
             write_png(folder / _sample_name(seed), image)
     for path in out.iterdir():
-        seed = int(path.stem) if path.stem.isdecimal() else None
-        if seed is not None and seed not in seeds and path.name == _sample_name(seed) and path.is_file():
+        number = int(path.stem) if path.stem.isdecimal() else -1
+        if number not in seeds and path.name == _sample_name(number) and path.is_file():
             path.unlink()
 
 
