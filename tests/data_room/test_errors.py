@@ -346,7 +346,6 @@ def test_a_missing_image_in_a_table_is_found_or_skipped_when_the_data_is_opened(
     cells = [{"bytes": None, "path": str(file)} for file in files]
     if form == "bytes":
         cells = [{"bytes": file.read_bytes(), "path": None} for file in files]
-    cells[3] = None
     features = datasets.Features({"scan": datasets.Image(), "kind": datasets.ClassLabel(names=["x", "y", "z"])})
 
     def opened(**more):
@@ -354,6 +353,8 @@ def test_a_missing_image_in_a_table_is_found_or_skipped_when_the_data_is_opened(
         rows.save_to_disk(tmp_path / "rows")
         return open_data(DataConfig(source=str(tmp_path / "rows"), **settings, **more))
 
+    assert len(opened()) == 7
+    cells[3] = None
     with pytest.raises(
         ValueError, match=r"row 3 of .* is missing: remove the row; or skip it with --data\.skip-broken"
     ):

@@ -129,9 +129,8 @@ class LatentData(Data):
 
     def without_classes(self) -> "LatentData":
         """Return the same latents without their classes. Other conditions are kept."""
-        tensors, null = (
-            {name: value for name, value in held.items() if name != CLASSES} for held in (self.index.tensors, self.null)
-        )
+        tensors = {name: entry for name, entry in self.index.tensors.items() if name != CLASSES}
+        null = {name: value for name, value in self.null.items() if name != CLASSES}
         return LatentData(self.source, self.index.model_copy(update={"tensors": tensors}), null)
 
     def fetch(self, indices: Tensor) -> Batch:

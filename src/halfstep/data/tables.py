@@ -95,7 +95,7 @@ def table(source: str, split: str, labels: bool, label_column: str | None, limit
     if len(rows) == 0:
         raise ValueError(f"{source} has no samples in its split {split!r}: at least 1 sample is needed")
     encoded = rows.select_columns(images).cast_column(images[0], datasets.Image(decode=False)).with_format("arrow")
-    column = Column(source, encoded, images[0], np.arange(len(rows)))
+    column = Column(source, encoded, images[0], np.arange(len(rows), dtype=np.int64))
     first = range(len(rows) if limit is None else min(limit, len(rows)))
     if not labels or not classes:
         return Labelled(column.subset(first))
