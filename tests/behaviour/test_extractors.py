@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from halfstep.data import DataConfig, open_data
 from halfstep.metrics import Inception, RealData, extractor_for, extractors
+from halfstep.metrics.classifier import train_classifier
 from halfstep.metrics.features import conversion
 from halfstep.metrics.inception import network_module
 from halfstep.metrics.resnet20 import ResNet20
@@ -236,3 +237,12 @@ def test_the_classifiers_logits_are_those_of_its_network() -> None:
         expected = classifier.network(x)
     torch.testing.assert_close(classifier.logits(classifier.features(x)), expected)
     assert torch.equal(expected.argmax(1), labels)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 64), (2, 64, 1), (1, 1, 2), (1, 2, 2), (2, 2, 3)])
+def test_the_classifier_learns_arrays_too_small_to_pool(shape: tuple[int, ...]) -> None:
+    labels = torch.arange(100) % 2
+    x = torch.randn(100, *shape, generator=torch.Generator().manual_seed(0)) + 4 * labels[:, None, None, None]
+    classifier = train_classifier(x, labels, 2, "toy", num_updates=60)
+    assert classifier.accuracy == 1
+    assert torch.equal(classifier.network(x).argmax(1), labels)

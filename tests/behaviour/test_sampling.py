@@ -1,18 +1,22 @@
 """Sampling finds the batch size that fits into memory, and half precision stays close."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from halfstep.cli.sampling import write_samples
 from halfstep.core.denoiser import GUIDANCE
 from halfstep.core.noise import VE
 from halfstep.core.prediction import EDM
-from halfstep.measure.samples import grid_image
+from halfstep.measure.samples import grid_image, keep_samples
 from halfstep.models.folder import load
 from halfstep.models.model import Model
 from halfstep.objectives import Plan
+from halfstep.runtime.files import read_arrays
 from toys import finish, toy_plan, toy_spec
 
 
@@ -103,3 +107,16 @@ def test_a_grid_repeats_the_pixels_of_small_images_until_it_is_wide_enough_to_ju
     small = grid[::factor, ::factor]
     assert np.array_equal(np.repeat(np.repeat(small, factor, 0), factor, 1), grid)
     assert np.array_equal(small[-size:, -size:], pixels[-1])
+
+
+def test_images_with_more_channels_than_a_png_are_kept_whole_and_shown_as_their_first_three(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 13, 4, 6), np.uint8)
+    name = keep_samples(tmp_path, "steps-0004", torch.from_numpy(pixels) / 127.5 - 1, True)
+    held = read_arrays(tmp_path / name, "arr_0")["arr_0"]
+    assert np.array_equal(held, pixels.transpose(0, 2, 3, 1))
+    with Image.open((tmp_path / name).with_suffix(".png")) as shown:
+        assert np.array_equal(np.asarray(shown), np.asarray(grid_image(held[..., :3])))
+    model = SimpleNamespace(manifest=SimpleNamespace(is_image=True))
+    with pytest.raises(ValueError, match=r"13 channels cannot be saved as \.png files\. Write a \.npz file"):
+        write_samples(torch.zeros(2, 13, 4, 6), model, range(2), tmp_path / "folder")  # type: ignore[arg-type]
+    assert not (tmp_path / "folder").exists()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 from halfstep import load
 from halfstep.cli import main
 from halfstep.cli.dry_run import _lines, plan_facts
+from halfstep.cli.sampling import write_samples
 from halfstep.measure.evaluate import Evaluation
 from halfstep.registry import Registry
 from halfstep.runs import RunFolder
@@ -283,6 +285,20 @@ def test_nothing_is_overwritten_without_the_option(digits_run: Path, tmp_path: P
     assert out.read_text() == "mine"
     main(["sample", str(digits_run), "--num-samples", "2", "--out", str(out), "--overwrite"])
     assert np.load(out)["arr_0"].shape[0] == 2
+
+
+def test_overwriting_a_folder_removes_the_earlier_samples_and_no_other_file(tmp_path: Path) -> None:
+    out, model = tmp_path / "s", SimpleNamespace(manifest=SimpleNamespace(is_image=True))
+    write_samples(torch.zeros(3, 1, 4, 4), model, range(999999, 1000002), out)  # type: ignore[arg-type]
+    assert sorted(path.name for path in out.iterdir()) == ["1000000.png", "1000001.png", "999999.png"]
+    others = ["12.png", "0000012.png", "notes.txt", "000012.jpg", "a/000012.png", "000012.png/a"]
+    for name in others:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    write_samples(torch.zeros(2, 1, 4, 4), model, range(999998, 1000000), out)  # type: ignore[arg-type]
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert files == {"999998.png", "999999.png", *others}
+    assert all((out / name).read_text() == "mine" for name in others)
 
 
 @pytest.mark.parametrize("name", ["UP.NPZ", "UP.PNG", "folder"])

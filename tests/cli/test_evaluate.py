@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from halfstep.cli import main
+from halfstep.cli.evaluating import _samples
 from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.data import DataConfig, open_data
 from halfstep.metrics import frechet_distance
@@ -294,6 +295,19 @@ def test_a_folder_of_images_and_an_npz_are_measured_equally(tmp_path: Path) -> N
     assert figures[0]["precision"].mean == 1
     whole = data.fetch(torch.arange(1797)).x0.flatten(1)
     assert figures[0]["frechet"].mean == pytest.approx(frechet_distance(whole, whole[:60]), rel=1e-5)
+
+
+def test_samples_in_a_folder_named_digits_are_not_replaced_by_the_digits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    real = open_data(DataConfig(limit=20))
+    Path("digits").mkdir()
+    for index in range(5):
+        Image.fromarray(np.full((8, 8), index, np.uint8)).save(f"digits/{index:06d}.png")
+    samples = _samples(Path("digits"), real)
+    assert torch.equal(samples.fetch(torch.arange(5)).x0[:, 0, 0, 0], torch.arange(5) / 127.5 - 1)
+    assert len(samples) == 5
 
 
 def test_an_exported_pipeline_gives_the_figures_of_its_stage(digits_run: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 from halfstep.core.draw import Draw
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.data import Data, DataConfig, ImageFiles, MemoryData, open_data, training_batch
+from halfstep.run.sources import as_source
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -217,6 +218,23 @@ def test_digits_are_scikit_learns():
     assert labels(data) == bunch.target.tolist()
     x0 = data.fetch(torch.arange(1797)).x0[:, 0].double().numpy()
     assert np.abs(x0 - (bunch.images / 8 - 1)).max() <= 0.5 / 127.5 + 1e-6  # half a grey level
+
+
+def test_a_path_to_a_folder_named_digits_is_not_scikit_learns_digits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(Path("digits/0.png"), noise(4, 4))
+    for spelling in ("./digits", "digits/", "./digits/", "a/../digits", tmp_path / "digits"):
+        np.testing.assert_array_equal(pixels(opened(spelling)), noise(4, 4)[None, None])
+    assert len({DataConfig(source=spelling).source for spelling in ("./digits", "digits/", "./digits/")}) == 1
+    np.testing.assert_array_equal(pixels(as_source(Path("digits"))), noise(4, 4)[None, None])
+    with pytest.warns(HalfstepWarning, match=r"not the folder.*\./digits"):
+        assert len(opened("digits")) == 1797
+    (tmp_path / "digits").rename("other")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(opened("digits")) == 1797
+    with pytest.raises(ValueError, match=r"\./digits does not exist"):
+        opened("digits/")
 
 
 def test_numpy_images_are_those_of_a_folder(tmp_path):

@@ -337,6 +337,56 @@ def test_a_label_that_is_missing_in_a_table(tmp_path):
     refused(tmp_path, "label -1 at sample 1", "--data.no-labels")
 
 
+@pytest.mark.parametrize("settings", [LAZY, {}], ids=["lazy", "in memory"])
+@pytest.mark.parametrize("form", ["bytes", "path"])
+def test_a_missing_image_in_a_table_is_found_or_skipped_when_the_data_is_opened(tmp_path, settings, form):
+    import datasets
+
+    files = [image(tmp_path / f"images/{index}.png", 4, 4) for index in range(7)]
+    cells = [{"bytes": None, "path": str(file)} for file in files]
+    if form == "bytes":
+        cells = [{"bytes": file.read_bytes(), "path": None} for file in files]
+    features = datasets.Features({"scan": datasets.Image(), "kind": datasets.ClassLabel(names=["x", "y", "z"])})
+
+    def opened(**more):
+        rows = datasets.Dataset.from_dict({"scan": cells, "kind": [2, 0, 0, 1, 0, 2, 0]}, features=features)
+        rows.save_to_disk(tmp_path / "rows")
+        return open_data(DataConfig(source=str(tmp_path / "rows"), **settings, **more))
+
+    assert len(opened()) == 7
+    cells[3] = None
+    with pytest.raises(
+        ValueError, match=r"row 3 of .* is missing: remove the row; or skip it with --data\.skip-broken"
+    ):
+        opened()
+    cells[0] = None
+    with pytest.raises(ValueError, match=r"2 of 7 images.*skip-broken.*row 0 of.*row 3 of"):
+        opened()
+    with pytest.warns(HalfstepWarning, match="2 of 7 images.*skipped.*row 0 of.*row 3 of"):
+        data = opened(skip_broken=True)
+    batch = data.fetch(torch.arange(5))
+    assert batch.x0.shape == (5, 1, 4, 4)
+    assert batch.cond["class_labels"].tolist() == [0, 0, 0, 1, 0]
+    assert data.class_names == ("x", "z")
+    assert len(data.fingerprint) == 64
+    cells[:] = [None] * 7
+    with pytest.raises(ValueError, match=r"7 of 7 images.*repair or remove"):
+        opened(skip_broken=True)
+
+
+def test_a_row_that_is_damaged_is_named_by_its_number_in_the_table_after_others_are_skipped(tmp_path):
+    import datasets
+
+    whole = image(tmp_path / "images/0.png", 4, 4).read_bytes()
+    cells = [{"bytes": whole, "path": None}, None, {"bytes": whole, "path": None}, {"bytes": b"broken", "path": None}]
+    rows = datasets.Dataset.from_dict({"scan": cells}, features=datasets.Features({"scan": datasets.Image()}))
+    rows.save_to_disk(tmp_path / "rows")
+    with pytest.warns(HalfstepWarning, match="row 1 of"):
+        data = open_data(DataConfig(source=str(tmp_path / "rows"), skip_broken=True, **LAZY))
+    with pytest.raises(ValueError, match="row 3 of"):
+        data.fetch(torch.arange(3))
+
+
 @pytest.mark.parametrize(
     ("settings", "word"),
     [

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from halfstep.core.draw import Draw
-from halfstep.data import encoding, training_batch
+from halfstep.data import DataConfig, encoding, open_data, training_batch
 from halfstep.data.captions import CaptionedImages, Prompts, read_captions
 from halfstep.data.encoding import Encoder, encode
 from halfstep.data.forecast import forecast
@@ -247,6 +247,31 @@ def test_encoders_are_called_without_gradients_on_batches_in_order(images, tmp_p
     assert [len(x) for x in counting.shown] == [3, 2, 3, 2, 1]
     assert counting.told[0] == [""]
     assert tuple(itertools.chain(*counting.told[1:])) == images.captions
+
+
+def test_no_labels_drops_the_classes_and_keeps_everything_else(images, tmp_path):
+    encode(images, ENCODER, tmp_path / "captioned", shard_size=4)
+    names = ("cat", "dog")
+
+    def classes(captions: list[str]) -> dict[str, Tensor]:
+        return {"class_labels": torch.tensor([names.index(caption) if caption else 2 for caption in captions])}
+
+    classed = dataclasses.replace(images, captions=tuple(names[index % 2] for index in range(COUNT)))
+    encode(classed, Encoder(to_latents, classes, "classes"), tmp_path / "classed", 8, 4, class_names=names)
+    config = DataConfig(source=str(tmp_path / "classed"))
+    whole, without = open_data(config), open_data(config.model_copy(update={"labels": False}))
+    assert isinstance(without, LatentData)
+    assert (whole.num_classes, without.num_classes, dict(without.null)) == (2, 0, {})
+    assert whole.fingerprint != without.fingerprint
+    held = everything(whole)
+    assert held.pop("class_labels").tolist() == [index % 2 for index in range(COUNT)]
+    assert same(everything(without), held)
+    config = DataConfig(source=str(tmp_path / "captioned"), labels=False)
+    captioned = open_latents(tmp_path / "captioned")
+    assert open_data(config).fingerprint == captioned.fingerprint
+    assert same(everything(open_data(config)), everything(captioned))
+    config = DataConfig(source=str(tmp_path / "classed"), label_column="kind")
+    refused(lambda: open_data(config), "has no columns", "remove --data.label-column kind")
 
 
 def test_it_is_training_data(images, tmp_path):

@@ -1,5 +1,6 @@
 """`halfstep evaluate`: measures the quality curve of a run or pipeline, or the quality of a folder of images."""
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -139,7 +140,9 @@ def _split_of(data: DataConfig) -> str | None:
 def _samples(path: Path, data: Data) -> Data:
     """Load samples from files; reject them if their shape or kind differs from that of the reference data."""
     channels = data.shape[0] if data.is_image and path.is_dir() and data.shape[0] in (1, 3) else None
-    config = {"source": str(path), "labels": False, "channels": channels, "max_bytes": sys.maxsize}
+    # A trailing slash marks a path, so that a folder named digits is not replaced by scikit-learn's digits.
+    source = os.path.join(path, "")
+    config = {"source": source, "labels": False, "channels": channels, "max_bytes": sys.maxsize}
     with in_own_words():
         samples = open_data(DataConfig.model_validate(config))
     if samples.is_image != data.is_image:

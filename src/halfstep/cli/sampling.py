@@ -16,7 +16,7 @@ from halfstep.cli.arguments import device_of, processes_of
 from halfstep.cli.usage import Count, Guidance, Share, Steps, Switch, UsageError, parse
 from halfstep.cli.words import Screen, print_json
 from halfstep.hub import decoder_of, release_texts, text_conditions
-from halfstep.measure.samples import grid_image, samples_array, write_png
+from halfstep.measure.samples import MOST_CHANNELS, grid_image, samples_array, write_png
 from halfstep.models.folder import load
 from halfstep.models.model import Model, samples_at_once
 from halfstep.report.words import count
@@ -66,7 +66,7 @@ class SampleArguments:
     """A .png file (one grid, in which small images are enlarged), a .npz file (arr_0, uint8 [n, h, w, c]), or a folder
     of .png files."""
     overwrite: Switch = False
-    """Replace --out if it already exists."""
+    """Replace --out if it already exists; in a folder, replace only the samples (such as 000012.png)."""
     json: Switch = False
     """Print a description of the samples as one JSON document."""
 
@@ -171,7 +171,8 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
     """Write samples of shape `[n, *shape]` in the format given by the suffix of `out`.
 
     Raises:
-        UsageError: if the samples are not images and `out` is not a .npz file.
+        UsageError: if the samples are not images and `out` is not a .npz file, or if their channels do not fit into
+            the .png files of a folder.
     """
     is_image = model.manifest.is_image
     if out.suffix.lower() == ".npz":
@@ -186,9 +187,19 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
     if out.suffix.lower() == ".png":
         write_png(out, grid_image(pixels))
         return
-    # Existing files in the folder are kept.
+    if pixels.shape[3] > MOST_CHANNELS:
+        raise UsageError(f"samples with {pixels.shape[3]} channels cannot be saved as .png files. Write a .npz file")
+    # Existing files in the folder are kept, except the samples of an earlier call.
     is_new = not out.exists() or not any(out.iterdir())
     with replacing_folder(out) if is_new else nullcontext(out) as folder:
         for seed, picture in zip(seeds, pixels, strict=True):
             image = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
-            write_png(folder / f"{seed:06d}.png", image)
+            write_png(folder / _sample_name(seed), image)
+    for path in out.iterdir():
+        number = int(path.stem) if path.stem.isdecimal() else -1
+        if number not in seeds and path.name == _sample_name(number) and path.is_file():
+            path.unlink()
+
+
+def _sample_name(seed: int) -> str:
+    return f"{seed:06d}.png"

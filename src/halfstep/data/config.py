@@ -2,12 +2,14 @@
 
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Final
 
 from pydantic import field_validator
 
 from halfstep.core.door import check_instance, in_python
+from halfstep.core.warnings import HalfstepWarning
 from halfstep.data.arrays import array_file, digits
 from halfstep.data.base import Data, check_flip
 from halfstep.data.folders import IMAGE_SUFFIXES, files_below, image_folder, image_paths
@@ -60,7 +62,10 @@ class DataConfig(Record):
         """Remove "./" and trailing slashes from a path, so that the same data always has the same name."""
         plain = os.path.normpath(source) if source else source
         # "./owner/name" marks a path, as opposed to a name on the Hub.
-        return source if _HUB_NAME.fullmatch(plain) and not user_path(plain).exists() else plain
+        if _HUB_NAME.fullmatch(plain) and not user_path(plain).exists():
+            return source
+        # Likewise, "./digits" and "digits/" mark a path, as opposed to scikit-learn's digits.
+        return f"./{plain}" if plain == "digits" and source != plain else plain
 
 
 @in_python()
@@ -92,12 +97,21 @@ def _open(config: DataConfig) -> Data:
             raise ValueError(f"{source} has no split {config.split!r}: only --data.split train exists")
         _refuse_label_column(config)
         if source == "digits":
+            if path.is_dir() and not _is_run(path):
+                warnings.warn(
+                    "the data digits is scikit-learn's digits, not the folder of this name: to use the folder, pass "
+                    "./digits",
+                    HalfstepWarning,
+                    stacklevel=2,
+                )
             return digits(prepare, config.labels, config.limit)
         return array_file(source, prepare, config.labels, config.limit)
     if is_latents(path):
         if prepare != Preparation() or config.split != "train" or config.limit is not None:
             raise ValueError(f"{source} contains latents, which are used unchanged: remove the other --data options")
-        return open_latents(path)
+        _refuse_label_column(config)
+        latents = open_latents(path)
+        return latents if config.labels else latents.without_classes()
     if path.is_dir():
         return decoded(source, _folder(config, path), prepare, config.max_bytes, config.skip_broken)
     if _HUB_NAME.fullmatch(source) and not path.exists():
@@ -112,7 +126,7 @@ def _folder(config: DataConfig, root: Path) -> Labelled:
     """Return the images in the tables of a folder, or its image files if it has no tables."""
     if is_saved(root):
         return _table(config)
-    if (root / "recipe.json").is_file() and (root / "stages").is_dir():
+    if _is_run(root):
         raise ValueError(f"{config.source} is a run folder, not data: pass the data that the run was trained on")
     files = files_below(root)
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
@@ -126,6 +140,10 @@ def _folder(config: DataConfig, root: Path) -> Labelled:
         return _table(config)
     _refuse_label_column(config)
     return image_folder(root, image_paths(root, files), config.split, config.labels, config.limit)
+
+
+def _is_run(root: Path) -> bool:
+    return (root / "recipe.json").is_file() and (root / "stages").is_dir()
 
 
 def _table(config: DataConfig) -> Labelled:

@@ -51,6 +51,9 @@ class Files(EncodedImages):
     def read(self, indices: Sequence[int]) -> Sequence[Path | bytes]:
         return [self.root / self.paths[index] for index in indices]
 
+    def missing(self) -> Sequence[int]:
+        return ()
+
     def subset(self, indices: Sequence[int]) -> "Files":
         return Files(self.root, tuple(self.paths[index] for index in indices))
 

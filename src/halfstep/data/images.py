@@ -55,8 +55,12 @@ class EncodedImages(ABC):
         """Return the name of an image for error messages."""
 
     @abstractmethod
-    def read(self, indices: Sequence[int]) -> Sequence[Path | bytes]:
-        """Return each image either as the path of a file or as bytes."""
+    def read(self, indices: Sequence[int]) -> Sequence[Path | bytes | None]:
+        """Return each image as the path of a file, as bytes, or as None if a table has no image in its row."""
+
+    @abstractmethod
+    def missing(self) -> Sequence[int]:
+        """Return the indices of the images that `read` returns as None, without reading the others."""
 
     @abstractmethod
     def subset(self, indices: Sequence[int]) -> "EncodedImages":
@@ -157,7 +161,7 @@ def decoded(source: str, found: Labelled, prepare: Preparation, max_bytes: int, 
         _whole(source, found, broken, skip_broken)  # always raises
     assert isinstance(first, np.ndarray)
     if first.nbytes * len(images) > max_bytes:
-        kept = _whole(source, found, broken | _cut(images, prepare), skip_broken)
+        kept = _whole(source, found, broken | _cut(images, prepare, place), skip_broken)
         return ImageFiles(source, kept.images, prepare, kept.labels, kept.class_names)
     x = np.empty((len(images), *first.shape), np.uint8)
     for start in range(place, len(images), _CHUNK):
@@ -209,14 +213,19 @@ def numbered(found: Labelled) -> Labelled:
     return Labelled(found.images, places, tuple(found.class_names[number] for number in held.tolist()))
 
 
-def _cut(images: EncodedImages, prepare: Preparation) -> dict[int, ValueError]:
+def _cut(images: EncodedImages, prepare: Preparation, readable: int) -> dict[int, ValueError]:
     """Decode the files with suspicious first or last bytes, and return the errors of broken files by index.
 
-    Decoding all files would take as long as an epoch. Images in tables are not checked.
+    Decoding all files would take as long as an epoch. In tables of bytes, only missing images are found.
+
+    Args:
+        readable: the index of an image that can be read.
     """
     broken: dict[int, ValueError] = {}
-    if isinstance(images.read([0])[0], bytes):
-        return broken
+    if isinstance(images.read([readable])[0], bytes):
+        missing = images.missing()
+        errors = zip(missing, _decode(images, missing, prepare), strict=True)
+        return {index: error for index, error in errors if isinstance(error, ValueError)}
     with ThreadPoolExecutor(_workers()) as pool:
         for start in range(0, len(images), _CHUNK):
             indices = range(start, min(start + _CHUNK, len(images)))
@@ -228,8 +237,9 @@ def _cut(images: EncodedImages, prepare: Preparation) -> dict[int, ValueError]:
     return broken
 
 
-def _is_doubtful(file: Path | bytes) -> bool:
-    assert isinstance(file, Path)
+def _is_doubtful(file: Path | bytes | None) -> bool:
+    if not isinstance(file, Path):
+        return file is None
     try:
         if not file.is_file():
             return True
@@ -259,12 +269,14 @@ def _decode(
         return [pixels for part in pool.map(work, range(0, len(indices), share)) for pixels in part]
 
 
-def _open(file: Path | bytes, name: str, prepare: Preparation) -> NDArray[np.uint8] | ValueError:
+def _open(file: Path | bytes | None, name: str, prepare: Preparation) -> NDArray[np.uint8] | ValueError:
     """Return the pixels of an image, or a ValueError with a one-line message if the image cannot be read.
 
     Raises:
         OSError: if the disk is no longer available.
     """
+    if file is None:
+        return ValueError(f"{name} is missing: remove the row")
     try:
         if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):
             # Opening a FIFO would block until it has a writer.

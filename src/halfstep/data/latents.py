@@ -35,6 +35,7 @@ FORMAT: Final = 1
 INDEX: Final = "index.json"
 NULL: Final = "null.safetensors"
 LATENTS: Final = "latents"
+CLASSES: Final = "class_labels"
 
 
 class Entry(Record):
@@ -125,6 +126,12 @@ class LatentData(Data):
 
     def __len__(self) -> int:
         return self.index.images.count
+
+    def without_classes(self) -> "LatentData":
+        """Return the same latents without their classes. Other conditions are kept."""
+        tensors = {name: entry for name, entry in self.index.tensors.items() if name != CLASSES}
+        null = {name: value for name, value in self.null.items() if name != CLASSES}
+        return LatentData(self.source, self.index.model_copy(update={"tensors": tensors}), null)
 
     def fetch(self, indices: Tensor) -> Batch:
         check_indices(self, indices)

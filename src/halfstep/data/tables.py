@@ -7,48 +7,64 @@ from typing import Any, final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from halfstep.data.images import EncodedImages, Labelled, numbered
 from halfstep.runtime.files import first_line, user_path
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Column(EncodedImages):
     """A column of encoded images in a `datasets.Dataset` in arrow format."""
 
     source: str
     rows: Any
     column: str
+    numbers: NDArray[np.int64]
+    """The numbers of the rows in the source, `[len(rows)]`."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def name(self, index: int) -> str:
-        return f"the {self.column} in row {index} of {self.source}"
+        return f"the {self.column} in row {self.numbers[index]} of {self.source}"
 
-    def read(self, indices: Sequence[int]) -> Sequence[Path | bytes]:
+    def read(self, indices: Sequence[int]) -> Sequence[Path | bytes | None]:
         cells = self.rows[indices if isinstance(indices, range) else list(indices)][self.column].to_pylist()
-        return [self._file(cell, index) for cell, index in zip(cells, indices, strict=True)]
+        return [_file(cell) for cell in cells]
+
+    def missing(self) -> Sequence[int]:
+        return [
+            index
+            for start, paths, lengths in self._chunks()
+            for index, (path, length) in enumerate(zip(paths, lengths, strict=True), start)
+            if path is None and length is None
+        ]
 
     def subset(self, indices: Sequence[int]) -> "Column":
-        return Column(self.source, self.rows.select(indices), self.column)
+        return Column(self.source, self.rows.select(indices), self.column, self.numbers[np.asarray(indices)])
 
     def sizes(self) -> Iterator[tuple[str, int]]:
+        for start, paths, lengths in self._chunks():
+            for index, (path, length) in enumerate(zip(paths, lengths, strict=True), start):
+                name = str(index) if path is None else Path(path).name
+                yield name, Path(path).stat().st_size if length is None and path is not None else length or 0
+
+    def _chunks(self) -> Iterator[tuple[int, list[str | None], list[int | None]]]:
+        """Yield the first index, the paths and the sizes in bytes of each 1,024 images, without copying the images."""
         import pyarrow.compute as pc  # type: ignore[import-untyped]
 
         for start in range(0, len(self), 1024):
             cells = self.rows[start : start + 1024][self.column]
             lengths = pc.binary_length(pc.struct_field(cells, "bytes")).to_pylist()
-            paths = pc.struct_field(cells, "path").to_pylist()
-            for index, (path, length) in enumerate(zip(paths, lengths, strict=True), start):
-                name = str(index) if path is None else Path(path).name
-                yield name, Path(path).stat().st_size if length is None and path is not None else length or 0
+            yield start, pc.struct_field(cells, "path").to_pylist(), lengths
 
-    def _file(self, cell: dict[str, Any] | None, index: int) -> Path | bytes:
-        if cell is None or (cell["bytes"] is None and cell["path"] is None):
-            raise ValueError(f"{self.name(index)} is missing: remove the row")
-        return Path(cell["path"]) if cell["bytes"] is None else cell["bytes"]
+
+def _file(cell: dict[str, Any] | None) -> Path | bytes | None:
+    if cell is None or (cell["bytes"] is None and cell["path"] is None):
+        return None
+    return Path(cell["path"]) if cell["bytes"] is None else cell["bytes"]
 
 
 def table(source: str, split: str, labels: bool, label_column: str | None, limit: int | None) -> Labelled:
@@ -79,7 +95,7 @@ def table(source: str, split: str, labels: bool, label_column: str | None, limit
     if len(rows) == 0:
         raise ValueError(f"{source} has no samples in its split {split!r}: at least 1 sample is needed")
     encoded = rows.select_columns(images).cast_column(images[0], datasets.Image(decode=False)).with_format("arrow")
-    column = Column(source, encoded, images[0])
+    column = Column(source, encoded, images[0], np.arange(len(rows), dtype=np.int64))
     first = range(len(rows) if limit is None else min(limit, len(rows)))
     if not labels or not classes:
         return Labelled(column.subset(first))

@@ -14,6 +14,9 @@ from halfstep.runtime.files import replacing, write_arrays
 WIDTH: Final = 800
 """The approximate width of a grid of small images, in pixels."""
 
+MOST_CHANNELS: Final = 4
+"""The largest number of channels in a PNG file."""
+
 
 def samples_array(x0: Tensor, is_image: bool) -> np.ndarray:
     """Convert samples for an .npz file: images `[n, c, h, w]` to uint8 `[n, h, w, c]`, and other samples to float32."""
@@ -23,7 +26,12 @@ def samples_array(x0: Tensor, is_image: bool) -> np.ndarray:
 
 
 def grid_image(pixels: np.ndarray) -> Image.Image:
-    """Return a square grid of uint8 images `[n, h, w, c]`, enlarged by an integer factor to a width near `WIDTH`."""
+    """Return a square grid of uint8 images `[n, h, w, c]`, enlarged by an integer factor to a width near `WIDTH`.
+
+    If the images have more than four channels, the first three are shown as colours.
+    """
+    if pixels.shape[3] > MOST_CHANNELS:
+        pixels = pixels[..., :3]
     count, height, width, channels = pixels.shape
     across = math.ceil(math.sqrt(count))
     down = math.ceil(count / across)

@@ -62,14 +62,15 @@ class Classifier(FeatureExtractor):
 class ClassifierNetwork(nn.Module):
     """A small classifier, in which `head` maps the 64 features of `body` to logits.
 
-    For images `[n, c, h, w]`, the body has three 3x3 convolutions, two pooling layers and a dense layer. For other
-    data, it has two dense layers.
+    For images `[n, c, h, w]` of at least 2 x 2 pixels, the body has three 3x3 convolutions, two pooling layers and a
+    dense layer. For other data, it has two dense layers.
     """
 
     def __init__(self, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
         self.body: nn.Sequential
-        if len(shape) == 3:
+        # Images must have at least 2 x 2 pixels for pooling.
+        if len(shape) == 3 and min(shape[1:]) >= 2:
             self.body = nn.Sequential(
                 nn.Conv2d(shape[0], 32, 3, padding=1), nn.ReLU(),
                 nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2),

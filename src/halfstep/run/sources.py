@@ -1,6 +1,7 @@
 """Opens and checks the training data of the Python API before training starts."""
 
 import functools
+import os
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -276,7 +277,8 @@ def _opened(data: Source | StreamedBatches) -> Data | StreamedBatches:
     if isinstance(data, str | Path):
         if not str(data):
             raise ValueError("the path of the data is empty. Pass the path of a folder or file")
-        return open_data(DataConfig(source=str(data)))
+        # A trailing slash marks a path, so that Path("digits") is a folder, and "digits" is scikit-learn's digits.
+        return open_data(DataConfig(source=data if isinstance(data, str) else os.path.join(data, "")))
     if isinstance(data, Tensor | np.ndarray):
         return in_memory(data)
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor | np.ndarray):
