@@ -1,9 +1,11 @@
 """`halfstep evaluate` from outside: the curve, its files, reused samples, and one line for bad input."""
 
 import csv
+import itertools
 import json
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from halfstep.metrics import frechet_distance
 from halfstep.runs import EvaluationResult, RunFolder
 from halfstep.runs.evaluation import EvaluationTable, Row
 from halfstep.runtime.files import read_sealed, write_sealed
+from halfstep.runtime.processes import Processes
 from halfstep.samplers import sample
 from support_cli import Capture, refused
 
@@ -252,6 +255,43 @@ def test_a_second_call_draws_nothing_and_an_interrupted_one_resumes(
     assert Counter(drawn) == {1: 8, 2: 8}
     assert _result(tmp_path).tables[0].rows[0].figures == first.tables[0].rows[0].figures
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_calls_that_ranks_make_together_depend_on_no_clock(
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    agreed: list[str] = []
+    on_main, spread, check_same = Processes.on_main, Processes.spread, Processes.check_same
+
+    def noting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any) -> Any:
+            calls.append(name)
+            return call(*arguments)
+
+        return noted
+
+    def checked(self: Processes, name: str, what: str, remedy: str) -> None:
+        agreed.append(name)
+        check_same(self, name, what, remedy)
+
+    monkeypatch.setattr(Processes, "on_main", noting("on_main", on_main))
+    monkeypatch.setattr(Processes, "spread", noting("spread", spread))
+    monkeypatch.setattr(Processes, "check_same", checked)
+
+    def made(clock: Callable[[], float], *steps: str) -> tuple[list[str], list[str]]:
+        calls.clear()
+        agreed.clear()
+        monkeypatch.setattr("halfstep.measure.curve.monotonic", clock)
+        main(["evaluate", str(toy_run), "--num-steps", *steps, "--out", str(tmp_path)])
+        return calls.copy(), agreed.copy()
+
+    made(lambda: 0.0, "2", "1")
+    # Like two ranks that resume: one finds evaluation.json up to date, and the other finds it outdated after each cell.
+    still = made(lambda: 0.0, "2", "1")
+    assert made(itertools.count(10.0, 10.0).__next__, "2", "1") == still
+    # Ranks that would measure different cells are refused.
+    assert made(lambda: 0.0, "2")[1] != still[1]
 
 
 def test_gamma_is_searched_for_each_number_of_steps(toy_run: Path, tmp_path: Path) -> None:
