@@ -17,6 +17,7 @@ from PIL import Image
 from halfstep.cli import main
 from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.data import DataConfig, open_data
+from halfstep.measure import store
 from halfstep.metrics import frechet_distance
 from halfstep.runs import EvaluationResult, RunFolder
 from halfstep.runs.evaluation import EvaluationTable, Row
@@ -24,6 +25,7 @@ from halfstep.runtime.files import read_sealed, write_sealed
 from halfstep.runtime.processes import Processes
 from halfstep.samplers import sample
 from support_cli import Capture, refused
+from toys import TINY_ARRAYS
 
 
 @pytest.fixture(autouse=True)
@@ -255,6 +257,33 @@ def test_a_second_call_draws_nothing_and_an_interrupted_one_resumes(
     assert Counter(drawn) == {1: 8, 2: 8}
     assert _result(tmp_path).tables[0].rows[0].figures == first.tables[0].rows[0].figures
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_writers_of_one_store_keep_the_unfinished_files_of_each_other(
+    toy_run: Path, toy_npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(toy_run, tmp_path / "run")
+    main(["evaluate", str(run), "--num-steps", "2"])
+    write, others = store.write_arrays, [
+        ["evaluate", str(run), "--num-steps", "2"],
+        ["run", "arrays", "--data", str(toy_npy), "--out", str(run), *TINY_ARRAYS],
+    ]  # fmt: skip
+
+    def interleaved(path: Path, **arrays: Any) -> None:
+        # Other commands start while this one is writing samples, and find nothing else to do.
+        while others:
+            main(others.pop())
+        write(path, **arrays)
+
+    monkeypatch.setattr(store, "write_arrays", interleaved)
+    main(["evaluate", _stage(run, "01-halve-0002"), "--num-steps", "3"])
+    assert not others
+    assert len(list(run.glob("evaluation/cells/01-halve-0002-ddim-0003-*/samples.npz"))) == 1
+
+
+def test_an_evaluation_writes_only_to_its_folder(toy_run: Path, tmp_path: Path) -> None:
+    main(["evaluate", str(toy_run), "--num-steps", "2", "--out", str(tmp_path / "out")])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_calls_that_ranks_make_together_depend_on_no_clock(

@@ -1,6 +1,5 @@
 """The tables of an evaluation, with the stored metrics of every model at every number of steps."""
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from halfstep.measure.evaluate import Against, Evaluation, Reference
 from halfstep.measure.sources import Source
-from halfstep.measure.store import Cell, Kept, SameNoise, Store, seeds_name
+from halfstep.measure.store import Cell, Kept, SameNoise, Store, seeds_name, sweep_store
 from halfstep.metrics import METRICS
 from halfstep.runs import EvaluationResult
 from halfstep.runs.evaluation import EvaluationTable, Figure, Halves, Protocol, Row, Series
@@ -119,12 +118,8 @@ class Curve:
                 lock.acquire(timeout=0)
             except Timeout:
                 raise InUse(f"{self.out} is being written by another halfstep process: wait until it ends") from None
-            # A run in progress may be writing to the same store, and its unfinished files must be kept.
-            with (
-                contextlib.suppress(Timeout, FileNotFoundError),
-                FileLock(self.store.folder.parent / ".lock", timeout=0),
-            ):
-                sweep(self.out, self.store.folder / "cells", self.store.folder / "figures")
+            sweep(self.out)
+            sweep_store(self.store.folder)
 
         self.store.processes.on_main(take)
         try:

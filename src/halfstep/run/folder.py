@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.data import changed_since
+from halfstep.measure.store import sweep_store
 from halfstep.models.model import Model
 from halfstep.objectives import Outcome
 from halfstep.run.spec import RunSpec
@@ -77,10 +78,11 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, 
     except Timeout:
         raise InUse(f"another halfstep process is writing to {path}: wait, or choose another --out") from None
     sweep(path, *path.glob("stages/*"), *path.glob("stages/*/samples"))
-    if (evaluation := path / "evaluation").is_dir():
+    sweep_store(evaluation := folder.evaluation_path.parent)
+    if evaluation.is_dir():
         # Files that `halfstep evaluate` is writing are not leftovers.
         with contextlib.suppress(Timeout), FileLock(evaluation / ".lock", timeout=0):
-            sweep(evaluation, evaluation / "cells", evaluation / "figures")
+            sweep(evaluation)
     described: dict[str, Any] = {
         "recipe": dict(spec.recipe),
         "data_fingerprint": spec.data.fingerprint,
