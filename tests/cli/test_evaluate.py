@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import shutil
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.data import DataConfig, open_data
 from halfstep.measure import store
 from halfstep.metrics import frechet_distance
+from halfstep.models.folder import load
+from halfstep.models.model import Model
 from halfstep.runs import EvaluationResult, RunFolder
 from halfstep.runs.evaluation import EvaluationTable, Row
 from halfstep.runtime.files import read_sealed, write_sealed
@@ -220,8 +223,6 @@ def test_the_kept_samples_are_lossless_and_give_the_figures(digits_run: Path, tm
 def test_a_second_call_draws_nothing_and_an_interrupted_one_resumes(
     toy_run: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from halfstep.models.model import Model
-
     drawn: list[int] = []
     sample = Model.sample
 
@@ -284,6 +285,29 @@ def test_writers_of_one_store_keep_the_unfinished_files_of_each_other(
 def test_an_evaluation_writes_only_to_its_folder(toy_run: Path, tmp_path: Path) -> None:
     main(["evaluate", str(toy_run), "--num-steps", "2", "--out", str(tmp_path / "out")])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_models_of_a_run_are_in_memory_one_after_another(
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[tuple[str, weakref.ref[Model]]] = []
+    alive: list[int] = []
+
+    def loading(path: Path) -> Model:
+        alive.append(sum(held() is not None for _, held in loaded))
+        model = load(path)
+        loaded.append((path.name, weakref.ref(model)))
+        return model
+
+    monkeypatch.setattr("halfstep.cli.subjects.load", loading)
+    argv = ["evaluate", str(toy_run), "--num-steps", "2", "1", "--seeds", "2", "--out", str(tmp_path)]
+    main([*argv, "--against", "teacher-ddim", "student-heun"])
+    # A model is loaded once for consecutive cells, not for each batch. The reference of the same-noise comparison, the
+    # teacher at 4 steps, is drawn last.
+    students = ["01-halve-0002", "02-halve-0001"]
+    assert [name for name, _ in loaded] == [*students, "00-denoise", *students] * 2 + ["00-denoise"]
+    # At most the model that the new one replaces is still there.
+    assert max(alive) <= 1
 
 
 def test_the_calls_that_ranks_make_together_depend_on_no_clock(
@@ -406,8 +430,6 @@ def test_damaged_and_missing_parts_are_skipped_with_a_note(toy_run: Path, tmp_pa
 def test_an_interrupted_run_has_consistent_files(
     toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from halfstep.models.model import Model
-
     main(["evaluate", str(toy_run), "--num-steps", "1", "--out", str(tmp_path)])
     sample = Model.sample
 
@@ -432,8 +454,6 @@ def test_an_interrupted_run_has_consistent_files(
 def test_a_row_covers_all_sets_of_seeds_or_is_omitted(
     toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from halfstep.models.model import Model
-
     sample = Model.sample
 
     def broken(self: Model, seeds: list[int], num_steps: int | None = None, *rest: object, **more: object) -> object:

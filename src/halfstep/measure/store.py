@@ -212,6 +212,8 @@ class Store:
 
         batches = [cell.seeds[first : first + size] for first in range(0, len(cell.seeds), size)]
         parts = self.processes.spread(batches, draw, self._stop)
+        # The models of all cells may not fit into memory together.
+        cell.source.release()
         if why := self.processes.on_main(lambda: self._keep(cell, parts or [])):
             self.broken[cell.name] = why
 
