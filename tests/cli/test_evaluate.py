@@ -1,9 +1,12 @@
 """`halfstep evaluate` from outside: the curve, its files, reused samples, and one line for bad input."""
 
 import csv
+import itertools
 import json
 import shutil
+import weakref
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,17 @@ from halfstep.cli import main
 from halfstep.cli.evaluating import _samples
 from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.data import DataConfig, open_data
+from halfstep.measure import store
 from halfstep.metrics import frechet_distance
+from halfstep.models.folder import load
+from halfstep.models.model import Model
 from halfstep.runs import EvaluationResult, RunFolder
 from halfstep.runs.evaluation import EvaluationTable, Row
 from halfstep.runtime.files import read_sealed, write_sealed
+from halfstep.runtime.processes import Processes
 from halfstep.samplers import sample
 from support_cli import Capture, refused
+from toys import TINY_ARRAYS
 
 
 @pytest.fixture(autouse=True)
@@ -216,8 +224,6 @@ def test_the_kept_samples_are_lossless_and_give_the_figures(digits_run: Path, tm
 def test_a_second_call_draws_nothing_and_an_interrupted_one_resumes(
     toy_run: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from halfstep.models.model import Model
-
     drawn: list[int] = []
     sample = Model.sample
 
@@ -253,6 +259,93 @@ def test_a_second_call_draws_nothing_and_an_interrupted_one_resumes(
     assert Counter(drawn) == {1: 8, 2: 8}
     assert _result(tmp_path).tables[0].rows[0].figures == first.tables[0].rows[0].figures
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_writers_of_one_store_keep_the_unfinished_files_of_each_other(
+    toy_run: Path, toy_npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(toy_run, tmp_path / "run")
+    main(["evaluate", str(run), "--num-steps", "2"])
+    write, others = store.write_arrays, [
+        ["evaluate", str(run), "--num-steps", "2"],
+        ["run", "arrays", "--data", str(toy_npy), "--out", str(run), *TINY_ARRAYS],
+    ]  # fmt: skip
+
+    def interleaved(path: Path, **arrays: Any) -> None:
+        # Other commands start while this one is writing samples, and find nothing else to do.
+        while others:
+            main(others.pop())
+        write(path, **arrays)
+
+    monkeypatch.setattr(store, "write_arrays", interleaved)
+    main(["evaluate", _stage(run, "01-halve-0002"), "--num-steps", "3"])
+    assert not others
+    assert len(list(run.glob("evaluation/cells/01-halve-0002-ddim-0003-*/samples.npz"))) == 1
+
+
+def test_an_evaluation_writes_only_to_its_folder(toy_run: Path, tmp_path: Path) -> None:
+    main(["evaluate", str(toy_run), "--num-steps", "2", "--out", str(tmp_path / "out")])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_models_of_a_run_are_in_memory_one_after_another(
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[tuple[str, weakref.ref[Model]]] = []
+    alive: list[int] = []
+
+    def loading(path: Path) -> Model:
+        alive.append(sum(held() is not None for _, held in loaded))
+        model = load(path)
+        loaded.append((path.name, weakref.ref(model)))
+        return model
+
+    monkeypatch.setattr("halfstep.cli.subjects.load", loading)
+    argv = ["evaluate", str(toy_run), "--num-steps", "2", "1", "--seeds", "2", "--out", str(tmp_path)]
+    main([*argv, "--against", "teacher-ddim", "student-heun"])
+    # A model is loaded once for consecutive cells, not for each batch. The reference of the same-noise comparison, the
+    # teacher at 4 steps, is drawn last.
+    students = ["01-halve-0002", "02-halve-0001"]
+    assert [name for name, _ in loaded] == [*students, "00-denoise", *students] * 2 + ["00-denoise"]
+    # At most the model that the new one replaces is still there.
+    assert max(alive) <= 1
+
+
+def test_the_calls_that_ranks_make_together_depend_on_no_clock(
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    agreed: list[str] = []
+    on_main, spread, check_same = Processes.on_main, Processes.spread, Processes.check_same
+
+    def noting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any) -> Any:
+            calls.append(name)
+            return call(*arguments)
+
+        return noted
+
+    def checked(self: Processes, name: str, what: str, remedy: str) -> None:
+        agreed.append(name)
+        check_same(self, name, what, remedy)
+
+    monkeypatch.setattr(Processes, "on_main", noting("on_main", on_main))
+    monkeypatch.setattr(Processes, "spread", noting("spread", spread))
+    monkeypatch.setattr(Processes, "check_same", checked)
+
+    def made(clock: Callable[[], float], *steps: str) -> tuple[list[str], list[str]]:
+        calls.clear()
+        agreed.clear()
+        monkeypatch.setattr("halfstep.measure.curve.monotonic", clock)
+        main(["evaluate", str(toy_run), "--num-steps", *steps, "--out", str(tmp_path)])
+        return calls.copy(), agreed.copy()
+
+    made(lambda: 0.0, "2", "1")
+    # Like two ranks that resume: one finds evaluation.json up to date, and the other finds it outdated after each cell.
+    still = made(lambda: 0.0, "2", "1")
+    assert made(itertools.count(10.0, 10.0).__next__, "2", "1") == still
+    # Ranks that would measure different cells are refused.
+    assert made(lambda: 0.0, "2")[1] != still[1]
 
 
 def test_gamma_is_searched_for_each_number_of_steps(toy_run: Path, tmp_path: Path) -> None:
@@ -351,8 +444,6 @@ def test_damaged_and_missing_parts_are_skipped_with_a_note(toy_run: Path, tmp_pa
 def test_an_interrupted_run_has_consistent_files(
     toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from halfstep.models.model import Model
-
     main(["evaluate", str(toy_run), "--num-steps", "1", "--out", str(tmp_path)])
     sample = Model.sample
 
@@ -377,8 +468,6 @@ def test_an_interrupted_run_has_consistent_files(
 def test_a_row_covers_all_sets_of_seeds_or_is_omitted(
     toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from halfstep.models.model import Model
-
     sample = Model.sample
 
     def broken(self: Model, seeds: list[int], num_steps: int | None = None, *rest: object, **more: object) -> object:

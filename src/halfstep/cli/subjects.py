@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, final
 
@@ -132,6 +132,8 @@ def _run(path: Path, recipe: Recipe | None) -> Subject:
     """Return a run as the subject, with a notice for each model that is missing, damaged or not kept."""
     run, notices, teacher = RunFolder(path), [], None
     students: list[Candidate] = []
+    # Consecutive cells of one stage share its model. The models of all stages may not fit into memory together.
+    latest = lru_cache(maxsize=1)(load)
     for stage in run.stages():
         try:
             manifest = stage.manifest()
@@ -140,7 +142,7 @@ def _run(path: Path, recipe: Recipe | None) -> Subject:
         except (DamagedFile, OSError) as error:
             notices.append(f"Stage {stage.name} is damaged and was skipped: {error}.")
             continue
-        found = Candidate(stage.name, manifest, cache(partial(load, stage.path)))
+        found = Candidate(stage.name, manifest, partial(latest, stage.path))
         if not manifest.weights_kept:
             notices.append(f"Stage {stage.name} was skipped: its weights were not kept.")
         elif stage == run.start:

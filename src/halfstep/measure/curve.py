@@ -1,6 +1,5 @@
 """The tables of an evaluation, with the stored metrics of every model at every number of steps."""
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from halfstep.measure.evaluate import Against, Evaluation, Reference
 from halfstep.measure.sources import Source
-from halfstep.measure.store import Cell, Kept, SameNoise, Store, seeds_name
+from halfstep.measure.store import Cell, Kept, SameNoise, Store, seeds_name, sweep_store
 from halfstep.metrics import METRICS
 from halfstep.runs import EvaluationResult
 from halfstep.runs.evaluation import EvaluationTable, Figure, Halves, Protocol, Row, Series
@@ -90,6 +89,8 @@ class Curve:
         self._environment = environment()
         self._notices: list[str] = []
         self._seconds = 0.0
+        self._written = 0.0
+        """The time of the last write in the main loop."""
         self.cells = [(entry, spec.cells(entry)[k]) for k in range(spec.num_seeds) for entry in spec.entries]
         self.result: EvaluationResult | None = None
         """The last result written, or None on processes that do not write."""
@@ -99,9 +100,16 @@ class Curve:
 
         Raises:
             InUse: if another process is writing to the folder.
+            ValueError: if the processes measure different cells, because they see different stages or packages.
             NonFinite: if no cell has finite samples.
             Interrupted: if a stop was requested. Measured cells are kept.
         """
+        names = [cell.name for _, cell in self.cells] + [same_noise.name for _, same_noise in self._bases()]
+        self.store.processes.check_same(
+            f"{len(self.cells)} cells, {json_digest(names, 10)}",
+            "what they measure",
+            "give all processes the same files and packages, and run the same command again",
+        )
         lock = FileLock(self.out / ".lock")
 
         def take() -> None:
@@ -110,12 +118,8 @@ class Curve:
                 lock.acquire(timeout=0)
             except Timeout:
                 raise InUse(f"{self.out} is being written by another halfstep process: wait until it ends") from None
-            # A run in progress may be writing to the same store, and its unfinished files must be kept.
-            with (
-                contextlib.suppress(Timeout, FileNotFoundError),
-                FileLock(self.store.folder.parent / ".lock", timeout=0),
-            ):
-                sweep(self.out, self.store.folder / "cells", self.store.folder / "figures")
+            sweep(self.out)
+            sweep_store(self.store.folder)
 
         self.store.processes.on_main(take)
         try:
@@ -124,18 +128,14 @@ class Curve:
             lock.release(force=True)
 
     def _run(self) -> Iterator[CellDone]:
-        store, against = self.store, self.spec.references
-        written, at_once = 0.0, store.processes.count
+        store, on_main, at_once = self.store, self.store.processes.on_main, self.store.processes.count
         for first in range(0, len(self.cells), at_once):
             part = self.cells[first : first + at_once]
-            there = [store.facts(c) is not None and all(store.kept(c, one) for one in against) for _, c in part]
-            store.measure([cell for _, cell in part], against)
-            # Existing cells take no time, so writing the file after each one would dominate the run time.
-            if not all(there) or monotonic() - written > 5:
-                store.processes.on_main(partial(self._write, complete=False))
-                written = monotonic()
-            for done, ((entry, cell), was_there) in enumerate(zip(part, there, strict=True), start=first + 1):
-                found = {one.extractor.name: kept.values for one in against if (kept := store.kept(cell, one))}
+            cells = [cell for _, cell in part]
+            there = on_main(partial(self._there, cells))
+            store.measure(cells, self.spec.references)
+            figures = on_main(partial(self._updated, cells, is_due=not all(there)))
+            for done, ((entry, cell), was_there, found) in enumerate(zip(part, there, figures, strict=True), first + 1):
                 if found:
                     yield CellDone(entry, cell, found, was_there, done)
         if all(cell.name in store.broken for _, cell in self.cells):
@@ -144,7 +144,21 @@ class Curve:
             cells = [cell for _, cell in self.cells if cell.seeds == base.seeds and cell.name != base.name]
             store.measure([cell for cell in cells if cell.name not in store.broken], [same_noise])
         complete = not any(cell.name in store.broken for _, cell in self.cells)
-        store.processes.on_main(partial(self._write, complete))
+        on_main(partial(self._write, complete))
+
+    def _there(self, cells: Sequence[Cell]) -> list[bool]:
+        """Return, for each cell, whether its samples were drawn and all its metrics exist."""
+        store, against = self.store, self.spec.references
+        return [store.facts(cell) is not None and all(store.kept(cell, one) for one in against) for cell in cells]
+
+    def _updated(self, cells: Sequence[Cell], is_due: bool) -> list[dict[str, dict[str, float]]]:
+        """Update evaluation.json if it is due or older than 5 seconds, and return the metrics of the cells."""
+        # Existing cells take no time, so writing the file after each one would dominate the run time.
+        if is_due or monotonic() - self._written > 5:
+            self._write(complete=False)
+            self._written = monotonic()
+        against, kept = self.spec.references, self.store.kept
+        return [{one.extractor.name: held.values for one in against if (held := kept(cell, one))} for cell in cells]
 
     def _bases(self) -> list[tuple[Cell, SameNoise]]:
         """Return the teacher's cell for each set of seeds, and the reference for comparing other cells with it."""

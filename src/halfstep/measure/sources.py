@@ -61,13 +61,17 @@ class Source(ABC):
             batch_size: the number of samples per batch. If None, batches are halved until they fit into memory.
         """
 
+    @abstractmethod
+    def release(self) -> None:
+        """Release what `draw` has loaded. The next call of `draw` loads it again."""
+
 
 @final
 class ModelSource(Source):
     """A model with a sampler. The model is loaded only when a sample is missing.
 
     Args:
-        load: loads the model onto `device`.
+        load: loads the model onto `device`, once for each cell.
         data: the source of the model's conditions (captions, latents), if the model takes any.
         name: the model's name; by default, its stage.
     """
@@ -121,6 +125,9 @@ class ModelSource(Source):
         assert num_steps is not None
         return Drawn(x0, seconds, model.num_evals(self.sampler, num_steps, self._guidance_scale))
 
+    def release(self) -> None:
+        self._model = None
+
     def _cond(self, model: Model, seeds: range) -> dict[str, Tensor]:
         """Return the conditions of data sample `seed % len(data)` for each seed, or {} if the model takes none."""
         data = self._conditions
@@ -156,3 +163,6 @@ class DataSource(Source):
 
     def draw(self, num_steps: int | None, seeds: range, batch_size: int | None) -> Drawn:
         return Drawn(self.data.fetch(torch.tensor(list(seeds))).x0)
+
+    def release(self) -> None:
+        pass

@@ -9,9 +9,12 @@ FOLDER/
       samples.npz             arr_0: uint8 [n, h, w, c] for images, float32 [n, *dims] otherwise
   figures/NAME.json           the metrics of one cell in one protocol
 
-Each NAME contains a hash of everything that the content depends on. A run's cells are stored in RUN/evaluation.
+Each NAME contains a hash of everything that the content depends on. A run's cells are stored in RUN/evaluation, where
+the run, evaluations and studies may write at the same time. Each of them locks FOLDER/.store.lock during each write, so
+that no other process takes unfinished files for leftovers.
 """
 
+import contextlib
 import json
 import time
 import warnings
@@ -23,6 +26,7 @@ from typing import Any, Final, NamedTuple, final
 
 import numpy as np
 import torch
+from filelock import FileLock
 from pydantic import TypeAdapter
 from torch import Tensor
 
@@ -42,6 +46,7 @@ from halfstep.runtime.files import (
     read_sealed,
     replacing_folder,
     sha256_of,
+    sweep,
     write_arrays,
     write_sealed,
 )
@@ -109,6 +114,18 @@ class Kept(NamedTuple):
 KEPT: Final = TypeAdapter(Kept)
 
 
+def _lock_of(folder: Path) -> FileLock:
+    """Return the lock that is held while a file of the store in `folder` is written."""
+    return FileLock(folder / ".store.lock")
+
+
+def sweep_store(folder: Path) -> None:
+    """Remove leftover files from the store in `folder`, unless another process is writing to it or it is read-only."""
+    if folder.is_dir():
+        with contextlib.suppress(OSError), _lock_of(folder).acquire(timeout=0):
+            sweep(folder / "cells", folder / "figures")
+
+
 @final
 class Store:
     """A folder of samples and metrics, which are computed if they are missing.
@@ -131,6 +148,7 @@ class Store:
         stop: StopSignal | None = None,
     ) -> None:
         self.folder, self.batch_size, self._own_device = folder, batch_size, own_device
+        self._lock = _lock_of(folder)
         self.processes, self._stop = processes or Processes(), stop
         self.pace = [device_name(), torch.get_num_threads()]
         """The factors other than the model that affect the sampling time."""
@@ -194,6 +212,8 @@ class Store:
 
         batches = [cell.seeds[first : first + size] for first in range(0, len(cell.seeds), size)]
         parts = self.processes.spread(batches, draw, self._stop)
+        # The models of all cells may not fit into memory together.
+        cell.source.release()
         if why := self.processes.on_main(lambda: self._keep(cell, parts or [])):
             self.broken[cell.name] = why
 
@@ -235,7 +255,7 @@ class Store:
             # Existing metrics may be for samples from another device.
             for file in self.folder.glob(f"figures/{cell.name}-*.json"):
                 file.unlink()
-        with replacing_folder(self._path(cell)) as folder:
+        with self._lock, replacing_folder(self._path(cell)) as folder:
             file = folder / "samples.npz"
             write_arrays(file, arr_0=samples_array(x0, cell.source.is_image))
             write_sealed(folder / "cell.json", facts | {"files": {file.name: sha256_of(file)}})
@@ -318,7 +338,8 @@ class Store:
         return (torch.frombuffer(bytearray(json.dumps(held).encode()), dtype=torch.uint8),)
 
     def _write(self, name: str, figures: dict[str, Any]) -> None:
-        write_sealed(self._file(name), {"name": name} | figures)
+        with self._lock:
+            write_sealed(self._file(name), {"name": name} | figures)
 
     def _kept(self, name: str) -> Kept | None:
         file = self._file(name)

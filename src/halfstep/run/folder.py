@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.data import MemoryData, changed_since
+from halfstep.measure.store import sweep_store
 from halfstep.models.model import Model
 from halfstep.objectives import Outcome
 from halfstep.run.own_samples import read_samples, write_samples
@@ -76,10 +77,11 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, 
     chosen_trackers(spec.engine.trackers)
     _acquire(lock, path)
     sweep(path, *path.glob("stages/*"), *path.glob("stages/*/samples"))
-    if (evaluation := path / "evaluation").is_dir():
+    sweep_store(evaluation := folder.evaluation_path.parent)
+    if evaluation.is_dir():
         # Files that `halfstep evaluate` is writing are not leftovers.
         with contextlib.suppress(Timeout), FileLock(evaluation / ".lock", timeout=0):
-            sweep(evaluation, evaluation / "cells", evaluation / "figures")
+            sweep(evaluation)
     described: dict[str, Any] = {
         "recipe": dict(spec.recipe),
         "data_fingerprint": spec.data.fingerprint,
