@@ -118,10 +118,11 @@ def test_random_pixels_stand_in_only_where_the_data_is_not_at_hand() -> None:
     assert missing is None
     assert data.shape == (1, 8, 8)
     facts = DataFacts(shape=(3, 4, 4), num_samples=9, num_classes=5)
-    data, missing = data_or_stand_in(Recipe(name="far", data=DataConfig(source="nowhere"), facts=facts))
-    assert isinstance(data, StandIn)
-    assert missing is not None
-    assert "nowhere does not exist" in missing
+    for source in ("nowhere", "./nowhere", "/nowhere/at/all", "~/nowhere"):
+        data, missing = data_or_stand_in(Recipe(name="far", data=DataConfig(source=source), facts=facts))
+        assert isinstance(data, StandIn)
+        assert missing is not None
+        assert "does not exist" in missing
     batch = data.fetch(torch.arange(9))
     assert batch.x0.shape == (9, 3, 4, 4)
     assert float(batch.x0.abs().max()) <= 1

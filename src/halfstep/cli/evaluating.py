@@ -25,7 +25,7 @@ from halfstep.report.evaluation import protocol_words, text_table, title_of, wri
 from halfstep.report.words import count, duration, number
 from halfstep.runs.evaluation import Series
 from halfstep.runtime.failures import told_when_out_of_memory
-from halfstep.runtime.files import cache_folder, refuse_file
+from halfstep.runtime.files import cache_folder, refuse_file, user_path
 from halfstep.runtime.processes import Processes
 from halfstep.runtime.stop import StopSignal
 
@@ -132,7 +132,7 @@ def _recipe(subject: Subject, arguments: EvaluateArguments) -> Recipe:
 
 def _split_of(data: DataConfig) -> str | None:
     """Return the name of the split to read, or None if the data has no splits."""
-    path = Path(data.source)
+    path = user_path(data.source)
     whole = path.is_file() or (path.is_dir() and not any(path.glob(f"{data.split}*")))
     return None if whole or data.source == "digits" else data.split
 

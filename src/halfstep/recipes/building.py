@@ -38,7 +38,8 @@ def data_or_stand_in(recipe: Recipe) -> tuple[Data, str | None]:
     if facts is None:
         return open_data(data), None
     missing = f"{data.source} is a data set on the Hub, and a dry run downloads nothing"
-    if "/" not in data.source or user_path(data.source).exists():
+    is_path = "/" not in data.source or data.source.startswith((".", "/", "~"))
+    if is_path or user_path(data.source).exists():
         try:
             return open_data(data), None
         except ValueError as error:
