@@ -143,7 +143,11 @@ def test_a_graph_is_compared_with_the_model_in_float32(tmp_path: Path, monkeypat
     program = SimpleNamespace(model=graph, save=lambda file, external_data: file.touch())
 
     def recorded(place: int, result: object) -> Callable[..., object]:
-        return lambda *arguments, **_: (seen.append(arguments[place]), result)[1]
+        def called(*arguments: object, **_: object) -> object:
+            seen.append(arguments[place])
+            return result
+
+        return called
 
     monkeypatch.setattr(torch.onnx, "export", recorded(0, program))
     monkeypatch.setattr("halfstep.hub.onnx.distance_from_torch", recorded(1, 0.0))
