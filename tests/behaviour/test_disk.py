@@ -197,6 +197,25 @@ def test_weights_of_the_variant_fp16_are_read_if_there_are_no_others(saved: Path
         import_pipeline(folder)
 
 
+@pytest.mark.parametrize("sizes", [("20KB", "20KB"), ("20KB", "1GB"), ("1GB", "20KB")])
+def test_a_part_in_two_precisions_is_exported_with_the_shards_that_are_read(
+    saved: Path, tmp_path: Path, sizes: tuple[str, str]
+) -> None:
+    from diffusers import AutoencoderKL
+
+    folder = shutil.copytree(saved / "sd", tmp_path / "sd")
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    (folder / "vae" / WEIGHTS).unlink()
+    vae.save_pretrained(folder / "vae", max_shard_size=sizes[0])
+    vae.half().save_pretrained(folder / "vae", variant="fp16", max_shard_size=sizes[1])
+    (folder / "vae/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "pytorch_model.bin"}}))
+    out = export_pipeline(import_pipeline(folder), tmp_path / "out")
+    found, wanted = (AutoencoderKL.from_pretrained(place / "vae").state_dict() for place in (out, saved / "sd"))
+    assert_same_weights(found, wanted)
+    assert not list(out.glob("vae/*fp16*"))
+    assert len(list(out.glob("vae/*.index.json"))) == (sizes[0] == "20KB")
+
+
 def test_a_vae_that_is_not_read_is_refused_when_the_teacher_is_opened(saved: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(saved / "sd", tmp_path / "sd")
     (folder / "vae" / WEIGHTS).rename(folder / "vae" / "diffusion_pytorch_model.bin")

@@ -7,6 +7,7 @@ from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import V
 from halfstep.nets import MLP, UNet2D, build_network, describe_network, networks, set_dropout
+from halfstep.nets.stock import to_channels_last
 from halfstep.recipes import UNetConfig
 from halfstep.recipes.paper import PAPER_CIFAR10, PAPER_IMAGENET64, PAPER_LSUN128
 
@@ -40,6 +41,19 @@ def test_convolution_weights_have_the_devices_fastest_memory_format() -> None:
     network.to("cuda")
     kernels = [p for p in network.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
     assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+
+
+def test_only_weights_of_2d_convolutions_become_channels_last() -> None:
+    """The networks of videos also have 3-D convolutions."""
+    images, videos = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv3d(3, 4, 3)
+    x = torch.randn(1, 3, 4, 4)
+    before, kernels, held = images(x), list(videos.parameters()), images.weight
+    to_channels_last(torch.nn.ModuleList([images, videos]))
+    assert images.weight is held
+    assert images.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not images.weight.is_contiguous()
+    assert all(kernel.is_contiguous() for kernel in kernels)
+    torch.testing.assert_close(images(x), before)
 
 
 def test_every_power_of_two_grid_falls_on_whole_timesteps() -> None:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import numpy as np
@@ -18,12 +19,12 @@ from halfstep.core.prediction import EDM, Both, FlowVelocity, Prediction, V, pre
 from halfstep.hub import export_onnx
 from halfstep.hub.onnx import UnrolledSampler, example_conditions
 from halfstep.models.model import Model
-from halfstep.nets import MLP, describe_network
+from halfstep.nets import MLP, describe_network, with_lora
 from halfstep.recipes import UNetConfig
 from halfstep.runs import Manifest, Outcome
 from halfstep.samplers import sample
 from support import in_turn, numbers
-from support_pipelines import wake
+from support_pipelines import replay, wake
 
 
 def model(network: Any, process: NoiseProcess, prediction: Prediction, shape: tuple[int, ...], **changes: Any) -> Model:
@@ -117,6 +118,53 @@ def test_a_graph_of_points_samples_as_torch_for_batches_of_any_length(
         noise = torch.randn(length, 2, generator=torch.Generator().manual_seed(length))
         assert_same(ran(file, noise=noise), sample(made, noise * process.start_scale, num_steps))
     assert list(tmp_path.iterdir()) == [file]
+
+
+def over_bfloat16() -> Model:
+    """Return LoRA weights over weights in bfloat16."""
+    config: dict[str, Any] = {
+        "sample_size": 4, "in_channels": 1, "out_channels": 1, "block_out_channels": (8,), "layers_per_block": 1,
+        "down_block_types": ("AttnDownBlock2D",), "up_block_types": ("UpBlock2D",), "add_attention": False,
+        "norm_num_groups": 4, "attention_head_dim": 8,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    base = replay("UNet2DModel", config, {})
+    wake(base)
+    base.lower("bf16")
+    made = model(with_lora(base, 2), VPCosine(), V(), (1, 4, 4))
+    for _, parameter in made.network.own():
+        nn.init.normal_(parameter, std=0.3)
+    return made
+
+
+def test_a_graph_is_compared_with_the_model_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, noise, seen = over_bfloat16(), numbers(2, 1, 4, 4).float(), list[Any]()
+    graph = SimpleNamespace(graph=SimpleNamespace(all_nodes=list), metadata_props={})
+    program = SimpleNamespace(model=graph, save=lambda file, external_data: file.touch())
+
+    def recorded(place: int, result: object) -> Callable[..., object]:
+        def called(*arguments: object, **_: object) -> object:
+            seen.append(arguments[place])
+            return result
+
+        return called
+
+    monkeypatch.setattr(torch.onnx, "export", recorded(0, program))
+    monkeypatch.setattr("halfstep.hub.onnx.distance_from_torch", recorded(1, 0.0))
+    before = sample(made, noise, 1)
+    export_onnx(made, tmp_path / "sampler.onnx", 1)
+    sampler, compared = seen
+    with torch.no_grad():
+        assert_same(sampler(noise), sample(compared, noise, 1))
+    assert float((sample(compared, noise, 1) - before).abs().max()) > 1e-3
+    assert torch.equal(sample(made, noise, 1), before)
+
+
+@pytest.mark.slow
+def test_a_graph_of_lora_weights_over_bfloat16_ones_samples_as_the_merged_model(tmp_path: Path) -> None:
+    made, noise = over_bfloat16(), numbers(2, 1, 4, 4).float()
+    found = ran(export_onnx(made, tmp_path / "sampler.onnx", 1), noise=noise)
+    assert_same(found, sample(made.merged(), noise, 1))
 
 
 def classes() -> Model:

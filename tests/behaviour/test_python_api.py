@@ -1,6 +1,7 @@
 """`halfstep.fit`, `distill`, `sample`, `save` and `load`, called as in a researcher's script."""
 
 import contextlib
+import errno
 import functools
 import gc
 import inspect
@@ -513,6 +514,37 @@ def test_save_overwrites_models_only(tmp_path: Path, student: halfstep.Model) ->
         with pytest.raises(ValueError, match=f"{words}.*Choose another path"):
             halfstep.save(student, path)
     assert halfstep.load(stage, network=Net()).role == "teacher"
+
+
+def test_a_save_that_fails_keeps_the_old_model_and_one_that_was_killed_does_not_block_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def model(weight: float, **changes: Any) -> halfstep.Model:
+        network = MLP((2,), width=8, depth=1, num_classes=3)
+        with torch.no_grad():
+            network.time.weight.fill_(weight)
+        return halfstep.Model.of(denoiser(network), (2,), num_classes=3, **changes)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    good, place = model(1.0, null={"class_labels": torch.tensor(2)}), tmp_path / "best"
+    halfstep.save(good, place)
+    with pytest.raises(DamagedFile, match="not finite"):
+        halfstep.save(model(float("nan")), place)
+    for name in ("save_file", "check_written"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"halfstep.runtime.tensors.{name}", full)
+            with pytest.raises(OSError, match="No space left"):
+                halfstep.save(model(2.0), place)
+    again = halfstep.load(place)
+    assert equal(again, good)
+    assert again.null
+    (place / ".model.safetensors.0123456789ab.tmp").mkdir()
+    (place / ".null.safetensors.0123456789ab.tmp").write_text("half")
+    halfstep.save(other := model(3.0), place)
+    assert equal(halfstep.load(place), other)
+    assert sorted(path.name for path in place.iterdir()) == ["manifest.json", "model.safetensors"]
 
 
 def test_a_saved_model_that_was_altered_is_refused(tmp_path: Path, student: halfstep.Model) -> None:

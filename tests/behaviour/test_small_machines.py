@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.denoiser import GUIDANCE, Denoiser, NetworkDenoiser
 from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import V
 from halfstep.data import DataConfig, MemoryData, open_data
@@ -28,13 +28,23 @@ from halfstep.nets import (
     unet2d_config,
     with_lora,
 )
-from halfstep.objectives import Denoising, Finishing, Matching, Plan, Training
+from halfstep.objectives import (
+    Denoising,
+    Finishing,
+    FixedGuidance,
+    Guidance,
+    GuidanceRange,
+    Matching,
+    Plan,
+    Stage,
+    Training,
+)
 from halfstep.run import runner as pipeline
 from halfstep.run.cost import count_forward, memory_of_update
 from halfstep.run.events import StageStart
 from halfstep.run.runner import run
 from halfstep.run.spec import RunSpec
-from halfstep.run.start import trainer_for
+from halfstep.run.start import student_and_teacher, trainer_for
 from halfstep.runs import StageFolder
 from halfstep.runtime.processes import make_accelerator
 from halfstep.train.checkpoint import CheckpointWriter, resume
@@ -285,6 +295,29 @@ def test_networks_of_arrays_are_called_in_half_precision_too() -> None:
     x_t, time, scale = torch.randn(16, 3), torch.linspace(0.05, 1, 16), torch.linspace(1, 8, 16)
     found, wanted = InHalf(plain)(x_t, time, guidance_scale=scale), plain(x_t, time, guidance_scale=scale)
     assert float((found - wanted).square().mean().sqrt()) < 0.02 * float(wanted.square().mean().sqrt())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_teacher_that_takes_the_scale_is_not_guided_twice_in_any_precision(precision: str) -> None:
+    torch.manual_seed(0)
+    teacher = NetworkDenoiser(MLP((3,), width=32, depth=2, num_classes=3, guided=True), VPCosine(), V())
+    null, training = {"class_labels": torch.tensor(2)}, Training(1, 1e-3)
+    engine = Engine(teacher_precision=precision)  # type: ignore[arg-type]
+
+    def seen_by(guidance: Guidance) -> Denoiser:
+        return student_and_teacher(
+            Stage(Matching(8, guidance=guidance), training), teacher, teacher, null, None, engine
+        )[1]
+
+    x_t, labels, scale = torch.randn(16, 3), torch.arange(16) % 2, torch.linspace(1, 8, 16)
+    found, wanted = (
+        denoiser(x_t, 0.5, {"class_labels": labels, GUIDANCE: scale}).x0
+        for denoiser in (seen_by(GuidanceRange(1.0, 8.0)), teacher)
+    )
+    assert float((found - wanted).square().mean().sqrt()) < 0.02 * float(wanted.square().mean().sqrt())
+    with pytest.raises(ValueError, match="a fixed scale of 3 cannot be matched"):
+        seen_by(FixedGuidance(3.0))
 
 
 def test_the_memory_that_is_counted_is_that_of_the_tensors_that_are_there(teacher_run: Path) -> None:

@@ -17,13 +17,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from halfstep import load
+from halfstep import NetworkDenoiser, load, save
 from halfstep.cli import main
+from halfstep.core.prediction import Denoised
 from halfstep.data import open_latents
-from halfstep.hub import import_pipeline, text_conditions
+from halfstep.hub import import_pipeline, prompts_of, text_conditions
 from halfstep.hub.pipelines import _check_options
-from halfstep.runs import RunFolder
+from halfstep.models.model import Model
+from halfstep.runs import Outcome, RunFolder
 from support_cli import Capture, refused
 from support_pipelines import assert_same, save_ddpm, save_dit, save_sd, save_sd3, tiny_unet, tiny_vae
 from toys import TINY_ARRAYS, points
@@ -711,6 +714,54 @@ def test_a_plan_that_cannot_be_carried_out_is_rejected_before_prompts_are_sample
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "prompts.txt"]
     with pytest.raises(pytest.fail.Exception, match="prompts were sampled"):
         main([*argv, *out])
+
+
+def test_a_student_draws_the_samples_for_prompts_in_its_own_number_of_steps(
+    here: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, prompts, times = import_pipeline(here / "sd3"), tmp_path / "prompts.txt", list[float]()
+    outcome = Outcome(role="student", num_steps=4, sampler={"type": "ddim"})
+    manifest = teacher.manifest.model_copy(update={"outcome": outcome})
+    save(Model(teacher.denoiser, manifest, teacher.null), tmp_path / "student")
+    prompts.write_text("a\n")
+    argv = [
+        "distill",
+        str(tmp_path / "student"),
+        "--prompts",
+        str(prompts),
+        "--to",
+        "2",
+        "--evaluation.no-enabled",
+        "--dry-run",
+    ]
+    main([*argv, "--out", str(tmp_path / "out")])
+    assert "with 4 network calls each" in re.sub(r"\s+", " ", capsys.readouterr().out)
+
+    def forward(self: NetworkDenoiser, x_t: Tensor, t: float, cond: object = None) -> Denoised:
+        times.append(float(torch.as_tensor(t).flatten()[0]))
+        return Denoised(x_t, x_t)
+
+    monkeypatch.setattr(NetworkDenoiser, "forward", forward)
+    monkeypatch.setattr("halfstep.cli.training._carry_out", lambda *_, **__: None)
+    main([*argv[:-1], "--out", str(tmp_path / "out"), "--engine.cpu"])
+    assert times == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_samples_drawn_with_another_schedule_or_text_encoder_are_not_used_again(here: Path, tmp_path: Path) -> None:
+    def changed(file: Path, **changes: object) -> None:
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    folder = tmp_path / "sd"
+    shutil.copytree(here / "sd", folder)
+    model = import_pipeline(folder)
+    trained = model.manifest.model_copy(update={"files": {"model.safetensors": "0" * 64}})
+    keys = [prompts_of(made).key for made in (model, model, Model(model.denoiser, trained))]
+    assert keys[0] == keys[1]
+    changed(folder / "tokenizer" / "tokenizer_config.json", padding_side="left")
+    keys.append(prompts_of(model).key)
+    changed(folder / "scheduler" / "scheduler_config.json", beta_end=0.02)
+    keys.append(prompts_of(import_pipeline(folder)).key)
+    assert len(set(keys)) == 4
 
 
 def test_the_data_of_prompts_lies_next_to_a_run_in_the_working_folder(

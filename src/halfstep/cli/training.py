@@ -258,8 +258,9 @@ def _chain_of(recipe: Recipe, model: Manifest | None = None) -> Recipe:
 def _sample_prompts(prompts: Path, recipe: Recipe, model: Model, folder: Path, screen: Screen) -> None:
     """Sample the training data from the teacher and write it to a folder."""
     learned, processes = recipe.matching.guidance, processes_of(recipe.engine.cpu)
+    scale, num_steps = None if learned is None else learned.default_scale, model.num_steps or NUM_STEPS
     sample_prompts(
-        model, prompts, folder, None if learned is None else learned.default_scale, NUM_STEPS, recipe.seed, 8,
+        model, prompts, folder, scale, num_steps, recipe.seed, 8,
         device_of("cpu" if recipe.engine.cpu else None, processes), processes, screen,
     )  # fmt: skip
 
@@ -269,7 +270,8 @@ def _not_sampled(prompts: Path | None, model: Model, folder: Path) -> tuple[Data
     number, why = NUM_SAMPLES, f"the weights of {model.manifest.source} are not on this machine"
     if prompts is not None:
         number = len(read_prompts(prompts))
-        calls = model.num_evals(Heun(), NUM_STEPS)
+        sampler = model.sampler if model.num_steps else Heun()
+        calls = model.num_evals(sampler, model.num_steps or NUM_STEPS)
         why = (
             f"{count(number, 'sample')} for the prompts in {prompts} would be drawn first, with {calls} network calls "
             "each"

@@ -106,6 +106,17 @@ def weights_of(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.glob("*.safetensors")) if _variant(file.name) == variant]
 
 
+def unused_indices(folder: Path) -> list[Path]:
+    """Return a part's indices of shards that are not read: pickled shards, and those of other variants."""
+    read = {file.name for file in weights_of(folder)}
+    others = [
+        file
+        for file in folder.glob("*.safetensors.index*.json")
+        if not read.issuperset(read_config(file).get("weight_map", {}).values())
+    ]
+    return [*folder.glob("*.bin.index*.json"), *others]
+
+
 def variant_of(folder: Path) -> str | None:
     """Return the variant to read, or None to read files without a variant."""
     held = {_variant(file.name) for file in folder.glob("*.safetensors")}

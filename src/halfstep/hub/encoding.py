@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -20,7 +20,10 @@ from halfstep.hub.stock import check_transformers
 from halfstep.hub.trace import first_arguments, prompted
 from halfstep.models.model import Model
 from halfstep.runs import Manifest, Pipeline
-from halfstep.runtime.files import sha256_of
+from halfstep.runtime.files import json_digest, sha256_of
+
+TEXT_PARTS: Final = ("text_encoder*", "tokenizer*", "projection_model*")
+"""The folders of the parts that encode texts."""
 
 
 def autoencoder_of(model: Model, device: str | torch.device = "cpu") -> Autoencoder:
@@ -57,39 +60,45 @@ def encoder_of(
             f"the network in {folder} has {manifest.num_classes} classes, but the images have {len(class_names)}"
         )
     numbers = {name: number for number, name in enumerate(class_names)} | {"": manifest.num_classes}
-    plain = prompts_of(model, device)
 
     def texts(captions: list[str]) -> dict[str, Tensor]:
         if class_names:
             return {"class_labels": torch.tensor([numbers[name] for name in captions])}
-        return plain.texts(captions)
+        return text_conditions(manifest, captions, device=device)
 
-    names = ("vae", "text_encoder*", "tokenizer*", "projection_model*")
-    parts = sorted(file for name in names for file in folder.glob(f"{name}/*.*"))
-    key = " ".join(f"{file.relative_to(folder)}:{sha256_of(file)[:12]}" for file in parts)
     options = json.dumps(pipeline.options, sort_keys=True)
-    key = f"{pipeline.kind} {key} {options}"
+    key = f"{pipeline.kind} {_hashes(folder, 'vae', *TEXT_PARTS)} {options}"
+    null = model.null or None
     if pipeline.end is None:
-        return Encoder(autoencoder.encode, texts, key, plain.null)
-    return Encoder(autoencoder.encode, texts, key, plain.null, partial(text_conditions, manifest, device=device))
+        return Encoder(autoencoder.encode, texts, key, null)
+    return Encoder(autoencoder.encode, texts, key, null, partial(text_conditions, manifest, device=device))
 
 
 def prompts_of(model: Model, device: str | torch.device = "cpu") -> Encoder:
-    """Return the text-only encoder of an imported model's pipeline.
+    """Return the text-only encoder of an imported model's pipeline, whose key also identifies the model.
 
     Raises:
-        ValueError: when the encoder is called, if a text encoder is missing.
+        ValueError: if the pipeline is missing or, when the encoder is called, if a text encoder is missing.
     """
+    manifest, pipeline = model.manifest, _pipeline_of(model.manifest)
 
     def texts(captions: list[str]) -> dict[str, Tensor]:
-        return text_conditions(model.manifest, captions, device=device)
+        return text_conditions(manifest, captions, device=device)
 
     def images(pixels: Tensor) -> Tensor:
         raise NotImplementedError("a text-only encoder cannot encode images")
 
-    options = json.dumps(_pipeline_of(model.manifest).options, sort_keys=True)
-    key = f"{_pipeline_of(model.manifest).kind} {model.manifest.source} {options}"
+    # The source identifies only the weights of the imported network.
+    facts = json_digest([manifest.process, manifest.prediction, manifest.clip, manifest.files], 12)
+    options = json.dumps(pipeline.options, sort_keys=True)
+    key = f"{pipeline.kind} {manifest.source} {facts} {_hashes(fetch(pipeline.folder), *TEXT_PARTS)} {options}"
     return Encoder(images, texts, key, model.null or None)
+
+
+def _hashes(folder: Path, *parts: str) -> str:
+    """Return the files of a pipeline's parts with their hashes."""
+    files = sorted(file for part in parts for file in folder.glob(f"{part}/*.*"))
+    return " ".join(f"{file.relative_to(folder)}:{sha256_of(file)[:12]}" for file in files)
 
 
 def _pipeline_of(manifest: Manifest) -> Pipeline:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from halfstep.hub.card import call_of, lora_card, model_card
-from halfstep.hub.disk import check_files, weights_of, without_variant
+from halfstep.hub.disk import check_files, unused_indices, weights_of, without_variant
 from halfstep.hub.pipelines import OPTIONAL, fetch, is_light, load_pipeline
 from halfstep.hub.recording import verify_export
 from halfstep.hub.schedulers import (
@@ -91,7 +91,8 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
         for part, folder in copies.items():
             (into / part).mkdir()
             kept = [file for file in folder.iterdir() if file.suffix in (".json", ".txt", ".model", ".jinja")]
-            for file in (*kept, *weights_of(folder)):
+            unused = unused_indices(folder)
+            for file in (*(file for file in kept if file not in unused), *weights_of(folder)):
                 plain = without_variant(file.name, folder)
                 if plain.endswith(".index.json"):
                     write_text(into / part / plain, without_variant(file.read_text(), folder))

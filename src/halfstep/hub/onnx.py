@@ -4,6 +4,7 @@ A sampler is linear in the network's outputs and in the noise drawn at each step
 calls and a few sums. The times of all steps are computed in float64 and stored as constants.
 """
 
+import copy
 import functools
 import itertools
 import logging
@@ -159,7 +160,7 @@ def export_onnx(
         if find_spec(name) is None:
             raise ValueError(f"ONNX export needs the package {name}: pip install 'halfstep[onnx]'")
     steps = model.check_steps(num_steps)
-    model = model.cpu().eval()
+    model = whole_on_cpu(model)
     cond = example_conditions(model, 2) if example is None else dict(example)
     noise = _normal(0, 2, *model.shape)
     inputs = step_noise(model, steps, 2) | cond
@@ -203,6 +204,14 @@ def export_onnx(
             with replacing(out.parent / file.name) as temporary:
                 file.rename(temporary)
     return out
+
+
+def whole_on_cpu(model: Model) -> Model:
+    """Return the model on the CPU in float32, with its LoRA weights merged, without moving the given model."""
+    whole = model.merged()
+    if whole is model and model.device.type != "cpu":
+        whole = copy.deepcopy(model)
+    return whole.cpu().eval()
 
 
 def _normal(seed: int, *shape: int) -> Tensor:

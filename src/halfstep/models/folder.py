@@ -18,7 +18,17 @@ from halfstep.models.model import Model
 from halfstep.nets import OWN, LoRA, build_network, load_own_state, own_state
 from halfstep.runs import Manifest, RunFolder, StageFolder
 from halfstep.runtime.devices import existing_device
-from halfstep.runtime.files import DamagedFile, last_line, refuse_file, user_path, write_sealed
+from halfstep.runtime.files import (
+    DamagedFile,
+    last_line,
+    leftovers,
+    refuse_file,
+    scratch,
+    sweep,
+    sync,
+    user_path,
+    write_sealed,
+)
 from halfstep.runtime.tensors import check_finite, read_tensors, write_tensors
 
 PRETRAINED: Final = Path(__file__).parent.parent / "pretrained"
@@ -145,6 +155,7 @@ def save(model: Model, path: str | Path) -> None:
 
     Raises:
         ValueError: if `model` is not a `Model`, or if `path` contains anything other than a saved model.
+        DamagedFile: if a weight is not finite. In this case and if the disk is full, the old model remains.
         OSError: if the disk is full or no longer available.
     """
     if not isinstance(model, Model):
@@ -158,16 +169,23 @@ def save(model: Model, path: str | Path) -> None:
     refuse_file(folder.path, "Choose another path")
     if folder.path.parent.name == "stages" and (folder.path.parent.parent / "recipe.json").exists():
         raise ValueError(f"{path} is a stage of a run, and other stages depend on it. Choose another path")
-    ours = {folder.manifest_path, folder.model, folder.null}
+    ours = {folder.manifest_path, folder.model, folder.null, *leftovers(folder.path)}
     if folder.path.is_dir() and (foreign := sorted(set(folder.path.iterdir()) - ours)):
         raise ValueError(f"{path} contains {foreign[0].name}, which is not part of a saved model. Choose another path")
-    folder.path.mkdir(parents=True, exist_ok=True)
-    # The manifest is deleted first and written last, so an incomplete folder never counts as a model.
-    folder.manifest_path.unlink(missing_ok=True)
-    folder.null.unlink(missing_ok=True)
     whole = model.merged()
     manifest = whole.manifest.model_copy(update={"run": None, "stage": folder.name})
-    save_stage(folder, whole.denoiser, manifest, whole.null)
+    sweep(folder.path)
+    with scratch(folder.model) as place:
+        place.mkdir()
+        new = StageFolder(place)
+        save_stage(new, whole.denoiser, manifest, whole.null)
+        # The manifest is deleted first and moved last, so an incomplete folder never counts as a model.
+        folder.manifest_path.unlink(missing_ok=True)
+        folder.null.unlink(missing_ok=True)
+        for file in (new.model, new.null, new.manifest_path):
+            if file.exists():
+                file.replace(folder.path / file.name)
+                sync(folder.path)
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from halfstep.nets.lora import (
     weight_bytes_of,
     with_lora,
 )
-from halfstep.nets.lowered import CONFIGS, BasePrecision, InHalf
+from halfstep.nets.lowered import CONFIGS, BasePrecision, InHalf, unwrapped
 from halfstep.nets.mlp import MLP
 from halfstep.nets.replay import LENGTH, Replay, conditions_of, nodes_of, read_output, takes_scale
 from halfstep.nets.stock import StockNetwork, UNet2D, unet2d_config

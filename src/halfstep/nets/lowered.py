@@ -46,6 +46,12 @@ class InHalf(nn.Module):
             return called_in_half(self.network, x_t, time, cond)
 
 
+def unwrapped(network: nn.Module) -> nn.Module:
+    """Return the network inside an `InHalf`, or any other network unchanged."""
+    inner: nn.Module = network.network if isinstance(network, InHalf) else network
+    return inner
+
+
 def called_in_half(network: Callable[..., Tensor], x_t: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
     """Call a network in bfloat16, with times and guidance scales in float32, and return its output in x_t's dtype."""
     shown = {

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfstep.nets.base import Network, networks
 
@@ -56,7 +56,7 @@ class StockNetwork(Network):
         """
         super()._apply(fn, recurse)
         if next(self.parameters()).device.type == "cuda":
-            self.model.to(memory_format=torch.channels_last)
+            to_channels_last(self.model)
         return self
 
     @abstractmethod
@@ -66,6 +66,16 @@ class StockNetwork(Network):
     @abstractmethod
     def on_table(self, num_train_timesteps: int) -> dict[str, Any]:
         """Return the constructor arguments that change if this network switches to the clock T t - 1."""
+
+
+def to_channels_last(module: nn.Module) -> None:
+    """Store the weights of 2-D convolutions in the channels-last format in place.
+
+    `module.to(memory_format=torch.channels_last)` fails for 3-D convolutions, whose weights have 5 axes.
+    """
+    for parameter in module.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 @final

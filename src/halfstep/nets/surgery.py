@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from halfstep.core.noise import NoiseProcess, as_clock, per_sample
 from halfstep.nets.base import Network, build_network, describe_network
 from halfstep.nets.lora import base_of
+from halfstep.nets.lowered import unwrapped
 from halfstep.nets.mlp import MLP
 from halfstep.nets.replay import Replay, takes_scale
 from halfstep.nets.stock import StockNetwork
@@ -30,7 +31,7 @@ TABLE_SIZE: Final = 1024
 
 def takes_guidance(network: nn.Module) -> bool:
     """Return whether the network has an input for a guidance scale."""
-    network = base_of(network)
+    network = base_of(unwrapped(network))
     if isinstance(network, MLP):
         return network.guided
     return isinstance(network, Replay) and takes_scale(network.call)

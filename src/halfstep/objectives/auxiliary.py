@@ -14,6 +14,7 @@ from halfstep.nets import (
     load_own_state,
     own_state,
     takes_guidance,
+    unwrapped,
     with_guidance,
 )
 from halfstep.objectives.base import Models
@@ -46,7 +47,7 @@ def _copied(teacher: Denoiser, student: Denoiser) -> Denoiser:
         return Reprocessed(_copied(teacher.denoiser, student), teacher.process)
     if not isinstance(teacher, NetworkDenoiser):
         return copy.deepcopy(teacher).requires_grad_(True)
-    network = teacher.network.network if isinstance(teacher.network, InHalf) else teacher.network
+    network = unwrapped(teacher.network)
     beside = student.network if isinstance(student, NetworkDenoiser) else None
     if isinstance(beside, LoRA):
         twin: Any = bare(beside)

@@ -16,7 +16,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from halfstep.core.denoiser import GUIDANCE
-from halfstep.hub.onnx import distance_from_torch, example_conditions, export_onnx, step_noise
+from halfstep.hub.onnx import distance_from_torch, example_conditions, export_onnx, step_noise, whole_on_cpu
 from halfstep.hub.web import runtime
 from halfstep.models.model import Model
 from halfstep.objectives import GuidanceRange
@@ -94,6 +94,7 @@ def _graph(model: Model, num_steps: int) -> bytes:
     """Return the sampler as a graph, with 16-bit weights unless they change the samples too much."""
     with TemporaryDirectory() as folder:
         whole, halved = Path(folder) / "whole.onnx", Path(folder) / "halved.onnx"
+        model = whole_on_cpu(model)
         export_onnx(model, whole, num_steps)
         halve_weights(whole, halved)
         distance = distance_from_torch(halved, model, num_steps, example_conditions(model, 2), (16,))
