@@ -24,6 +24,7 @@ from halfstep.runtime.files import (
     refuse_taken,
     replacing,
     replacing_folder,
+    rounded_digest,
     sweep,
     write_arrays,
     write_json,
@@ -33,6 +34,15 @@ from halfstep.runtime.tensors import read_cached, read_tensors, write_cached, wr
 from toys import file_size_limit
 
 SIZE = 4096
+
+
+def test_a_rounded_digest_ignores_the_last_bits_of_computed_numbers_and_nothing_else() -> None:
+    schedule = {"type": "vp_table", "betas": [0.1, 0.02, 1 / 3]}
+    nearby = schedule | {"betas": [np.nextafter(0.1, 1), np.nextafter(0.02, 0), 0.3333333333333334]}
+    assert json_digest(nearby) != json_digest(schedule)
+    assert rounded_digest(nearby) == rounded_digest(schedule)
+    for other in ({"betas": [0.1, 0.02, 0.333333334]}, {"betas": [0.02, 0.1, 1 / 3]}, {"type": "other"}):
+        assert rounded_digest(schedule | other) != rounded_digest(schedule)
 
 
 def write_folder(path: Path, value: int) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from halfstep.cli.sampling import write_samples
+from halfstep.cli.sampling import check_writable
 from halfstep.core.denoiser import GUIDANCE
 from halfstep.core.noise import VE
 from halfstep.core.prediction import EDM
@@ -116,7 +116,8 @@ def test_images_with_more_channels_than_a_png_are_kept_whole_and_shown_as_their_
     assert np.array_equal(held, pixels.transpose(0, 2, 3, 1))
     with Image.open((tmp_path / name).with_suffix(".png")) as shown:
         assert np.array_equal(np.asarray(shown), np.asarray(grid_image(held[..., :3])))
-    model = SimpleNamespace(manifest=SimpleNamespace(is_image=True))
+    model = SimpleNamespace(manifest=SimpleNamespace(is_image=True), shape=(13, 4, 6))
     with pytest.raises(ValueError, match=r"13 channels cannot be saved as \.png files\. Write a \.npz file"):
-        write_samples(torch.zeros(2, 13, 4, 6), model, range(2), tmp_path / "folder")  # type: ignore[arg-type]
-    assert not (tmp_path / "folder").exists()
+        check_writable(model, tmp_path / "folder")  # type: ignore[arg-type]
+    for name in ("grid.png", "arrays.npz"):
+        check_writable(model, tmp_path / name)  # type: ignore[arg-type]

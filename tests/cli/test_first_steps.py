@@ -1,6 +1,7 @@
 """The first steps of a new user with a diffusers checkpoint."""
 
 import io
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,10 @@ from halfstep.hub.schedulers import StockSchedule
 from halfstep.models.model import Model
 from halfstep.objectives import Role
 from halfstep.runs import Outcome, Pipeline
+from halfstep.runtime.files import read_sealed, write_sealed
 from support_cli import Capture, refused
 from support_pipelines import save_ddpm
+from toys import TINY_ARRAYS, points
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +138,27 @@ def test_a_run_is_not_resumed_from_a_teacher_with_another_scheduler(
     words += ["--matching.num-updates", "1", "--matching.batch-size", "2", "--chain.num-updates", "1"]
     words += ["--chain.batch-size", "2", "--evaluation.no-enabled"]
     main(words)
+    # Recipes of earlier versions do not describe the scheduler.
+    recipe = read_sealed(run / "recipe.json")
+    del recipe["recipe"]["parent"]["scheduler"]
+    write_sealed(run / "recipe.json", recipe)
+    main(words)
+    shutil.rmtree(run)
     main(words)
     config = teacher / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace('"prediction_type": "epsilon"', '"prediction_type": "v_prediction"'))
     assert "parent.scheduler: " in refused(words, capsys)
+
+
+def test_a_list_of_students_replaces_the_end_of_the_recipe_of_a_run(tmp_path: Path, capsys: Capture) -> None:
+    np.save(tmp_path / "toy.npy", points().numpy())
+    words = ["--data", str(tmp_path / "toy.npy"), "--out", str(tmp_path / "run"), *TINY_ARRAYS]
+    main(["run", "arrays", *words, "--to", "2", "--evaluation.no-enabled"])
+    again = ["distill", str(tmp_path / "run" / "stages" / "00-denoise"), "--start", "8", "--chain.students", "4", "1"]
+    capsys.readouterr()
+    main([*again, "--dry-run", "--json"])
+    assert [row["num_steps"] for row in json.loads(capsys.readouterr().out)["stages"]] == [4, 1]
+    assert "the students end at 1 steps. Remove end_steps 2" in refused([*again, "--to", "2", "--dry-run"], capsys)
 
 
 def test_a_folder_without_a_name_of_its_own_is_imported_under_the_name_that_it_has(

@@ -86,6 +86,7 @@ def sample(argv: Sequence[str]) -> None:
         refuse_taken(out, as_file, "choose another --out, or add --overwrite")
     processes = processes_of(arguments.device == "cpu")
     model = load(arguments.model, device_of(arguments.device, processes))
+    check_writable(model, out)
     method = _sampler(arguments.sampler, arguments.gamma, model.sampler)
     seeds = range(arguments.seed, arguments.seed + arguments.num_samples)
     cond = _prompted(model, arguments.prompt, len(seeds))
@@ -167,28 +168,30 @@ def _prompted(model: Model, prompt: str | None, number: int) -> dict[str, torch.
     return {name: value.expand(number, *value.shape[1:]) for name, value in shown.items()}
 
 
-def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> None:
-    """Write samples of shape `[n, *shape]` in the format given by the suffix of `out`.
+def check_writable(model: Model, out: Path) -> None:
+    """Raise UsageError if the model's samples are not images and `out` is not a .npz file, or if their channels do not
+    fit into the .png files of a folder."""
+    if out.suffix.lower() == ".npz":
+        return
+    if not model.manifest.is_image and (model.manifest.pipeline is None or len(model.shape) != 3):
+        raise UsageError(f"samples of shape {list(model.shape)} are not images. Write a .npz file")
+    if model.manifest.is_image and model.shape[0] > MOST_CHANNELS and not out.suffix:
+        raise UsageError(f"samples with {model.shape[0]} channels cannot be saved as .png files. Write a .npz file")
 
-    Raises:
-        UsageError: if the samples are not images and `out` is not a .npz file, or if their channels do not fit into
-            the .png files of a folder.
-    """
+
+def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> None:
+    """Write samples of shape `[n, *shape]` in the format given by the suffix of `out` (see `check_writable`)."""
     is_image = model.manifest.is_image
     if out.suffix.lower() == ".npz":
         write_arrays(out, arr_0=samples_array(x0, is_image))
         return
     if not is_image:
-        if model.manifest.pipeline is None or len(model.shape) != 3:
-            raise UsageError(f"samples of shape {list(model.shape)} are not images. Write a .npz file")
         decode = decoder_of(model.manifest)
         x0 = torch.cat([decode(part) for part in x0.split(8)])
     pixels = samples_array(x0, is_image=True)
     if out.suffix.lower() == ".png":
         write_png(out, grid_image(pixels))
         return
-    if pixels.shape[3] > MOST_CHANNELS:
-        raise UsageError(f"samples with {pixels.shape[3]} channels cannot be saved as .png files. Write a .npz file")
     # Existing files in the folder are kept, except the samples of an earlier call.
     is_new = not out.exists() or not any(out.iterdir())
     with replacing_folder(out) if is_new else nullcontext(out) as folder:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, final
 
@@ -132,8 +132,15 @@ def _run(path: Path, recipe: Recipe | None) -> Subject:
     """Return a run as the subject, with a notice for each model that is missing, damaged or not kept."""
     run, notices, teacher = RunFolder(path), [], None
     students: list[Candidate] = []
-    # Consecutive cells of one stage share its model. The models of all stages may not fit into memory together.
-    latest = lru_cache(maxsize=1)(load)
+    held: dict[Path, Model] = {}
+
+    def latest(stage: Path) -> Model:
+        """Load a stage, and keep it until another is loaded. The models of all stages may not fit into memory."""
+        if stage not in held:
+            held.clear()
+            held[stage] = load(stage)
+        return held[stage]
+
     for stage in run.stages():
         try:
             manifest = stage.manifest()

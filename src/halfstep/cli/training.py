@@ -152,7 +152,13 @@ def distill(argv: Sequence[str]) -> None:
 
     def parsed(manifest: Manifest | None) -> DistillArguments:
         default = DistillArguments(_chain_of(before, manifest))
-        return parse(DistillArguments, rest, f"halfstep distill {name}", default, SHORT)
+        arguments = parse(DistillArguments, rest, f"halfstep distill {name}", default, SHORT)
+        chain, given = arguments.recipe.chain, _given(rest, SHORT)
+        if "chain.students" not in given or "chain.end_steps" in given:
+            return arguments
+        # The list replaces the end of the recipe.
+        changes = {"chain": chain.model_copy(update={"end_steps": 1})}
+        return replace(arguments, recipe=arguments.recipe.model_copy(update=changes))
 
     arguments = parsed(None if stage is None else stage.manifest(verify=False))
     if arguments.prompts is not None:

@@ -20,7 +20,7 @@ from halfstep.hub.stock import check_transformers
 from halfstep.hub.trace import first_arguments, prompted
 from halfstep.models.model import Model
 from halfstep.runs import Manifest, Pipeline
-from halfstep.runtime.files import json_digest, sha256_of
+from halfstep.runtime.files import rounded_digest, sha256_of
 
 TEXT_PARTS: Final = ("text_encoder*", "tokenizer*", "projection_model*")
 """The folders of the parts that encode texts."""
@@ -89,7 +89,7 @@ def prompts_of(model: Model, device: str | torch.device = "cpu") -> Encoder:
         raise NotImplementedError("a text-only encoder cannot encode images")
 
     # The source identifies only the weights of the imported network.
-    facts = json_digest([manifest.process, manifest.prediction, manifest.clip, manifest.files], 12)
+    facts = rounded_digest([manifest.process, manifest.prediction, manifest.clip, manifest.files], 12)
     options = json.dumps(pipeline.options, sort_keys=True)
     key = f"{pipeline.kind} {manifest.source} {facts} {_hashes(fetch(pipeline.folder), *TEXT_PARTS)} {options}"
     return Encoder(images, texts, key, model.null or None)

@@ -210,8 +210,15 @@ def whole_on_cpu(model: Model) -> Model:
     """Return the model on the CPU in float32, with its LoRA weights merged, without moving the given model."""
     whole = model.merged()
     if whole is model and model.device.type != "cpu":
-        whole = copy.deepcopy(model)
+        # Copy to the CPU at once, because the device may not have memory for two models.
+        tensors = [*model.parameters(), *model.buffers()]
+        whole = copy.deepcopy(model, {id(tensor): _on_cpu(tensor) for tensor in tensors})
     return whole.cpu().eval()
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    moved = tensor.detach().cpu()
+    return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
 
 
 def _normal(seed: int, *shape: int) -> Tensor:

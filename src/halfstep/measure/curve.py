@@ -91,7 +91,8 @@ class Curve:
         self._seconds = 0.0
         self._written = 0.0
         """The time of the last write in the main loop."""
-        self.cells = [(entry, spec.cells(entry)[k]) for k in range(spec.num_seeds) for entry in spec.entries]
+        # The cells of a model are consecutive, so that the model is loaded once.
+        self.cells = [(entry, cell) for entry in spec.entries for cell in spec.cells(entry)]
         self.result: EvaluationResult | None = None
         """The last result written, or None on processes that do not write."""
 

@@ -251,11 +251,11 @@ class Store:
             "pace": self.pace,
         }
         self._held.pop(cell.name, None)
-        if self.facts(cell) is None:
-            # Existing metrics may be for samples from another device.
-            for file in self.folder.glob(f"figures/{cell.name}-*.json"):
-                file.unlink()
         with self._lock, replacing_folder(self._path(cell)) as folder:
+            if self.facts(cell) is None:
+                # Existing metrics may be for samples from another device.
+                for old in self.folder.glob(f"figures/{cell.name}-*.json"):
+                    old.unlink(missing_ok=True)
             file = folder / "samples.npz"
             write_arrays(file, arr_0=samples_array(x0, cell.source.is_image))
             write_sealed(folder / "cell.json", facts | {"files": {file.name: sha256_of(file)}})

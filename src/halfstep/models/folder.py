@@ -173,6 +173,7 @@ def save(model: Model, path: str | Path) -> None:
     if folder.path.is_dir() and (foreign := sorted(set(folder.path.iterdir()) - ours)):
         raise ValueError(f"{path} contains {foreign[0].name}, which is not part of a saved model. Choose another path")
     whole = model.merged()
+    check_finite(own_state(whole.denoiser.network), whole.manifest.source or "the model")
     manifest = whole.manifest.model_copy(update={"run": None, "stage": folder.name})
     sweep(folder.path)
     with scratch(folder.model) as place:

@@ -17,7 +17,7 @@ from halfstep.run.preflight import preflight
 from halfstep.run.spec import FREE_SETTINGS, RunSpec
 from halfstep.runs import Manifest
 from halfstep.runs.schema import shortened
-from halfstep.runtime.files import cache_folder, json_digest, user_path
+from halfstep.runtime.files import cache_folder, rounded_digest, user_path
 
 FREE_FIELDS: Final = (
     *("chain.keep", "data.source", "data.skip_broken", "data.accept_changed"),
@@ -85,6 +85,9 @@ def build(
         teacher = _with_null(teacher, recipe.matching, opened)
         # Runs from different teachers are different runs, even with the same settings.
         origin["parent"] = _identity(teacher.manifest) if parent is None else dict(parent)
+    defaults = Recipe(name=recipe.name).model_dump(mode="json")
+    # Runs of earlier versions lack these facts.
+    later = {name: value for name, value in origin.get("parent", {}).items() if name in ("scheduler", "call")}
     plan = recipe.teacher_plan() if what in ("all", "teacher") else Plan()
     if what in ("all", "chain"):
         further = [Stage(objectives.rebuild(config.objective), config.training) for config in recipe.further]
@@ -113,7 +116,7 @@ def build(
         evaluation=recipe.evaluation,
         cache=cache_folder(),
         free=FREE_FIELDS,
-        defaults=Recipe(name=recipe.name).model_dump(mode="json"),
+        defaults=defaults | ({"parent": later} if later else {}),
     )
     preflight(spec)
     return spec
@@ -126,7 +129,7 @@ def _identity(teacher: Manifest) -> dict[str, Any]:
         return own
     # The weights of a pipeline do not determine the noise levels and the prediction, which belong to its scheduler, or
     # the arguments with which its call was recorded.
-    scheduler = json_digest([teacher.process, teacher.prediction, teacher.clip], 16)
+    scheduler = rounded_digest([teacher.process, teacher.prediction, teacher.clip], 16)
     call = {} if teacher.pipeline is None else dict(teacher.pipeline.options)
     return own | {"source": teacher.source, "scheduler": scheduler} | ({"call": call} if call else {})
 

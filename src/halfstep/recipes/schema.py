@@ -219,14 +219,14 @@ class FinishConfig(Record):
         for name in ("map_weight", "data_weight", "auxiliary_turns", "critic_weight"):
             if getattr(self, name) is not None and not self.steps:
                 raise ValueError(f"{name} {getattr(self, name)} has no effect without finish.steps. Add finish.steps")
-        if self.training.early_end.patience:
-            raise ValueError("early_end has no effect on a finish, whose losses may rise. Remove it")
         # `Recipe.fitted` can still remove settings for students that are not finished, so only `plan` rejects them.
         self._stages()
         return self
 
     def plan(self) -> Plan:
         """Return the finishing stages, or raise ValueError if the settings contradict each other."""
+        if self.steps and self.training.early_end.patience:
+            raise ValueError("early_end has no effect on a finish, whose losses may rise. Remove it")
         for name in ("updates_at", "learning_rate_at"):
             foreign = sorted(set(getattr(self, name) or {}) - set(self.steps))
             if foreign:

@@ -32,7 +32,7 @@ from halfstep.run.spec import FREE_SETTINGS, RunSpec
 from halfstep.run.start import facts_of, student_and_teacher
 from halfstep.runs import RunFolder
 from halfstep.runtime.devices import existing_device
-from halfstep.runtime.files import cache_folder, json_digest, refuse_file, user_path
+from halfstep.runtime.files import cache_folder, refuse_file, rounded_digest, user_path
 from halfstep.runtime.launch import rank, world_size
 from halfstep.runtime.processes import make_accelerator
 from halfstep.runtime.stop import Interrupted, StopSignal
@@ -171,9 +171,9 @@ class Call:
         evaluation = self.evaluation or Evaluation(enabled=False)
         # The weights do not determine the meaning of the network's output and input.
         process = processes.describe(denoiser.process)
-        told |= {
+        told = told | {
             "prediction": predictions.describe(denoiser.prediction),
-            "process": {"type": process["type"], "digest": json_digest(process, 16)},
+            "process": {"type": process["type"], "digest": rounded_digest(process, 16)},
         }
         recipe = {
             "name": self.out.name,

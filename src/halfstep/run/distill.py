@@ -241,13 +241,16 @@ def distill(
             return made
         return Model(made.denoiser, made.manifest.model_copy(update={"clip": True}), made.null)
 
+    told: dict[str, Any] = {"lora_rank": lora_rank}
+    if bare is not None:
+        told["teacher"] = digest_of(own_state(bare.network))
+    if chain.learned:
+        told["null"] = digest_of(held_null)
+
     def spec_of(samples: Data | StreamedBatches) -> RunSpec:
         made = model_of(samples)
         assert bare is not None
         assert made is not None
-        told = {"teacher": digest_of(own_state(bare.network)), "lora_rank": lora_rank}
-        if chain.learned:
-            told["null"] = digest_of(held_null)
         return call.spec(
             "distill",
             chain,

@@ -61,6 +61,22 @@ def json_digest(value: Any, length: int = 64) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
 
 
+def rounded_digest(value: Any, length: int = 64) -> str:
+    """Return the `json_digest` of `value` with all floats rounded to 10 digits.
+
+    The last bits of computed numbers, such as a noise schedule, can differ between machines.
+    """
+
+    def rounded(part: Any) -> Any:
+        if isinstance(part, float):
+            return float(f"{part:.10g}")
+        if isinstance(part, Mapping):
+            return {name: rounded(each) for name, each in part.items()}
+        return [rounded(each) for each in part] if isinstance(part, list | tuple) else part
+
+    return json_digest(rounded(value), length)
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
