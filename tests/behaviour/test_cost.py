@@ -164,7 +164,7 @@ def test_settings_of_a_chain_without_effect_are_rejected() -> None:
         with pytest.raises(ValueError, match=said):
             Recipe(name="x", chain=recipes["arrays"]().chain.model_validate(settings)).chain_plan()
     with pytest.raises(ValueError, match="early_end has no effect on a finish"):
-        FinishConfig(steps=(1,), training=Training(5, 1e-3, early_end=EarlyEnd(patience=2))).plan()
+        FinishConfig(steps=(1,), training=Training(200, 1e-3, early_end=EarlyEnd(patience=2))).plan()
     chain = recipes["arrays"]().chain.model_copy(update={"keep": (8, 3)})
     with pytest.raises(ValueError, match=r"keep contains a 3-step student, .* Choose from 8, 4"):
         Recipe(name="x", chain=chain).chain_plan()
