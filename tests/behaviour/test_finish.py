@@ -370,6 +370,11 @@ def test_a_dry_run_counts_every_call_and_copy_of_a_finish(trained: Path, capsys:
         # the start once. A backward pass costs two.
         assert row["update_flops"] == (4 + 2 * 1 + 4 + 7 + 2 * 6 + 1) * 8 * facts["forward_flops"]
         assert row["samples_seen"] == row["num_updates"] * 8
+    # The stages of the run are complete and take no more time.
+    assert [(row["complete"], row["estimated_seconds"] == 0) for row in facts["stages"]] == [
+        *[(True, True)] * 3,
+        *[(False, False)] * 2,
+    ]
     memory = facts["memory_bytes"]
     assert (memory["weights"], memory["teacher"], memory["helpers"]) == (weights_, weights_, 2 * weights_)
     assert (memory["gradients"], memory["moments"], memory["average"]) == (2 * weights_, 4 * weights_, weights_)

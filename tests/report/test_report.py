@@ -225,6 +225,19 @@ def test_an_unreliable_frechet_distance_is_not_in_the_headline(tmp_path: Path) -
     assert "Frechet distance of the teacher at its best" not in page.text
 
 
+def test_students_that_kid_cannot_tell_from_the_data_are_all_good_enough(tmp_path: Path) -> None:
+    """A multiple of a negative KID would be a limit below the teacher's best."""
+    run = write_fake_run(tmp_path / "run")
+    rewritten(run, kid=-0.002)
+    for path in run.glob("stages/*/metrics.json"):
+        held = json.loads(path.read_text())
+        for row in held["results"]:
+            if row["sampler"] == "ddim":
+                row["kid"] = {8: -0.0009, 4: -0.0005}.get(row["num_steps"], 0.02) if "halve" in str(path) else 0.03
+        write_sealed(path, held)
+    assert "A student with 4 network calls instead of" in reported(run).text
+
+
 def test_a_terminal_shows_kid_where_the_frechet_distance_is_unreliable(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run")
     best = result(256, False)

@@ -14,8 +14,10 @@ from halfstep.models.model import Model
 from halfstep.objectives import Role, guidances
 from halfstep.report.words import count, duration, number
 from halfstep.run.cost import count_forward, helper_sizes, memory_of_update, time_updates, update_flops
+from halfstep.run.folder import check_recipe
 from halfstep.run.measuring import calls_of_measuring
 from halfstep.run.spec import RunSpec
+from halfstep.runs import RunFolder
 from halfstep.runs.schema import shortened
 from halfstep.runtime.launch import world_size
 
@@ -54,8 +56,23 @@ def show_encoding(found: Forecast, num_samples: int, source: str, verb: str) -> 
     screen.say("nothing was written")
 
 
+def _complete(spec: RunSpec, out: Path) -> set[str]:
+    """Return the names of the run's stages that are already complete in the folder `out`."""
+    folder = RunFolder(out)
+    try:
+        check_recipe(spec, folder)
+    except ValueError:
+        # The folder contains another run.
+        return set()
+    return {name for name, _ in spec.stages if folder.stage(name).is_complete()}
+
+
 def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str, Any]:
-    """Return the plan of a run and its cost in bytes, seconds and FLOPs (multiplications and additions)."""
+    """Return the plan of a run and its cost in bytes, seconds and FLOPs (multiplications and additions).
+
+    The times do not include stages that are already complete in the folder `out`.
+    """
+    complete = _complete(spec, out)
     forward = count_forward(spec)
     stages = [(name, stage, helper_sizes(spec, stage)) for name, stage in spec.stages if stage is not None]
     memory = max((memory_of_update(stage, forward, spec.engine, helpers) for _, stage, helpers in stages), key=sum)
@@ -75,14 +92,15 @@ def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str
             "samples_seen": stage.training.num_updates * stage.training.batch_size,
             "learning_rate": stage.training.learning_rate,
             "update_flops": flops_of_update,
+            "complete": name in complete,
             "estimated_seconds": None
             if seconds_a_flop is None
-            else stage.training.num_updates * flops_of_update * seconds_a_flop,
+            else (name not in complete) * stage.training.num_updates * flops_of_update * seconds_a_flop,
         }
         for (name, stage, _), flops_of_update in zip(stages, flops, strict=True)
     ]
     # Sampling accounts for most of the measuring time.
-    measuring = spec.evaluation.num_samples * calls_of_measuring(spec) * forward.flops
+    measuring = spec.evaluation.num_samples * calls_of_measuring(spec, complete) * forward.flops
     matched = [stage.objective for _, stage, _ in stages if stage.objective.outcome.role is Role.MATCHED]
     guidance = matched[0].guidance if matched else None
     return {
@@ -133,7 +151,7 @@ def _stage_table(facts: dict[str, Any]) -> Table:
     table = Table("stage", *columns, title=f"{facts['name']} -> {facts['out']}", title_justify="left")
     for stage in facts["stages"]:
         table.add_row(
-            stage["stage"],
+            stage["stage"] + " (complete)" * stage["complete"],
             f"{stage['evals']['teacher']['forward']:g}" if "teacher" in stage["evals"] else "-",
             f"{stage['num_updates']:,}",
             f"{stage['batch_size']:,}",
@@ -176,7 +194,8 @@ def _lines(facts: dict[str, Any], spec: RunSpec) -> Iterator[str]:
         measuring = facts["estimated_seconds_of_measuring"]
         time = duration(facts["estimated_seconds"] + measuring)
         share = f"of which {duration(measuring)} to measure the models; " if measuring else ""
-        yield f"estimated time on this machine: {time} ({share}{seconds})"
+        without = "without the complete stages; " if any(stage["complete"] for stage in stages) else ""
+        yield f"estimated time on this machine: {time} ({without}{share}{seconds})"
     if (facts["estimated_seconds"] or 0) + (facts["estimated_seconds_of_measuring"] or 0) > LONG_SECONDS:
         advice = shorter([stage["role"] for stage in stages], spec.teacher)
         yield f"warning: this will take more than a day. Use a GPU, or {advice}"

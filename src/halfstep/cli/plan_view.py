@@ -108,7 +108,7 @@ class PlanView:
         ]
         left = status.seconds_left
         if status.current is None:
-            parts[0] = "all stages trained"
+            parts[0], parts[2] = "all stages trained", f"{duration(spent)} of training"
         if (status.current is not None or left) and not math.isnan(left):
             parts.append(f"{duration(left)} left")
             if status.state == "running" and left < 30 * 86400:

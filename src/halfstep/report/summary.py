@@ -77,7 +77,8 @@ def summarise(facts: RunFacts, groups: Sequence[Group]) -> Summary:
     if found is None:
         return Summary(_unrated(facts), tiles=tiles if facts.students else [])
     fewest = min(found.students, key=lambda student: student.steps)
-    kept = [student for student in found.students if student.quality <= KEPT * found.quality]
+    # A KID is unbiased, so it can be negative. It then cannot tell the samples from the data.
+    kept = [student for student in found.students if student.quality <= max(0.0, KEPT * found.quality)]
     if kept:
         best = min(kept, key=lambda student: (not student.gains, student.steps))
     else:

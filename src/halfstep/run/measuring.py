@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import final
 
@@ -49,10 +49,13 @@ def methods_of(spec: RunSpec, outcome: Outcome, is_first: bool) -> list[Method]:
     return teacher_methods(outcome.sampler, numbers, spec.evaluation)
 
 
-def calls_of_measuring(spec: RunSpec) -> int:
-    """Return the number of network calls per sample that a run uses to measure all its models."""
+def calls_of_measuring(spec: RunSpec, complete: Container[str] = ()) -> int:
+    """Return the number of network calls per sample that a run uses to measure its models, except those of the stages
+    in `complete`."""
     calls = 0
-    for place, (_, stage) in enumerate(spec.stages):
+    for place, (name, stage) in enumerate(spec.stages):
+        if name in complete:
+            continue
         if stage is not None:
             calls += sum(one.num_evals for one in methods_of(spec, stage.objective.outcome, is_first=place == 0))
         elif (teacher := spec.teacher) is not None:
