@@ -214,7 +214,7 @@ def test_a_folder_and_a_file_contain_the_same(quick: None, tmp_path: Path) -> No
         ({"is_image": False}, r"samples of shape \[1, 4, 6\] are not grey or colour images"),
         ({"shape": (4, 8, 8)}, r"samples of shape \[4, 8, 8\] are not grey or colour images"),
         ({"conditions": {"prompt": (4, 8)}}, "the page has no field for the condition prompt"),
-        ({"outcome": {"role": "teacher"}}, "works with any number of steps. Pass num_steps"),
+        ({"outcome": {"role": "teacher"}}, "works with any number of steps. Choose one"),
     ],
 )
 def test_models_without_a_page_are_refused(quick: None, tmp_path: Path, changes: dict[str, Any], said: str) -> None:

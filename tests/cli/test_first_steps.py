@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from halfstep import load
+from halfstep import NetworkDenoiser, Training, V, VPCosine, distill, load
 from halfstep.cli import main
 from halfstep.cli.dry_run import shorter
 from halfstep.cli.exporting import progress_of
@@ -225,3 +226,13 @@ def test_a_source_becomes_public_without_the_folders_around_it(text: str) -> Non
     assert text.endswith(public(text))
     assert public("me/sd") == "me/sd"
     assert public("digits, 1,797 samples") == "digits, 1,797 samples"
+
+
+def test_a_run_of_an_own_network_is_measured_in_python(tmp_path: Path, capsys: Capture) -> None:
+    network = torch.nn.Linear(2, 2)
+    teacher = NetworkDenoiser(lambda x_t, time: network(x_t), VPCosine(), V())
+    distill(teacher, points(), start=2, to=1, training=Training(1, 1e-3, batch_size=4), out=tmp_path / "run")
+    for words in (["evaluate", str(tmp_path / "run")], ["distill", str(tmp_path / "run"), "--to", "1"]):
+        said = refused(words, capsys)
+        assert "a run of your own network" in said
+        assert "evaluation=halfstep.Evaluation()" in said

@@ -8,6 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from halfstep.cli.usage import UsageError, first_line
+from halfstep.nets import OWN
 from halfstep.recipes import Recipe, recipes
 from halfstep.runs import RunFolder, StageFolder
 from halfstep.runtime.devices import existing_device
@@ -48,6 +49,12 @@ def _recipe_in(data: Any, file: Path) -> Recipe:
         data = data["recipe"]
     if not isinstance(data, dict):
         raise DamagedFile(f"{file} does not contain a recipe")
+    network = data.get("network")
+    if isinstance(network, dict) and network.get("type") == OWN:
+        raise UsageError(
+            f"{file} belongs to a run of your own network, which the command line cannot build. In Python, repeat the "
+            "call; to measure the models, add evaluation=halfstep.Evaluation()"
+        )
     try:
         return Recipe.model_validate({key: value for key, value in data.items() if key not in ("what", "parent")})
     except ValidationError as error:

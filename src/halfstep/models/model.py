@@ -261,7 +261,10 @@ class Model(Denoiser):
         own = self.num_steps
         if num_steps is None:
             if own is None:
-                raise ValueError(f"this {self.role} model works with any number of steps. Pass num_steps to choose one")
+                raise ValueError(
+                    f"this {self.role} model works with any number of steps. Choose one with num_steps (--num-steps), "
+                    "such as 32"
+                )
             return own
         check_num_steps(num_steps)
         if own is not None and num_steps != own:
