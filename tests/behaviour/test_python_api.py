@@ -562,7 +562,7 @@ def test_sample_uses_the_steps_and_the_sampler_of_a_student(student: halfstep.Mo
     assert torch.equal(halfstep.sample(student, noise), halfstep.sample(student, noise, 1, halfstep.DDIM()))
     for wrapper in (halfstep.Clipped(student), halfstep.Clipped(halfstep.Clipped(student))):
         assert len(list(halfstep.trajectory(wrapper, noise))) == 1
-    with pytest.raises(ValueError, match=r"works with any number of steps\. Choose one"):
+    with pytest.raises(ValueError, match=r"works with any number of steps\. Pass num_steps"):
         halfstep.sample(denoiser(), noise)
 
 

@@ -348,7 +348,7 @@ def test_bad_sampling_options_get_one_line(
 
 def test_a_teacher_needs_a_number_of_steps(digits_run: Path, tmp_path: Path, capsys: Capture) -> None:
     teacher = digits_run / "stages" / "00-denoise"
-    assert "Pass num_steps" in refused(["sample", str(teacher), "--out", str(tmp_path / "x.png")], capsys)
+    assert "--num-steps" in refused(["sample", str(teacher), "--out", str(tmp_path / "x.png")], capsys)
 
 
 def test_more_steps_than_the_model_was_distilled_for_warn(digits_run: Path, tmp_path: Path, capsys: Capture) -> None:
