@@ -235,7 +235,9 @@ def test_students_that_kid_cannot_tell_from_the_data_are_all_good_enough(tmp_pat
             if row["sampler"] == "ddim":
                 row["kid"] = {8: -0.0009, 4: -0.0005}.get(row["num_steps"], 0.02) if "halve" in str(path) else 0.03
         write_sealed(path, held)
-    assert "A student with 4 network calls instead of" in reported(run).text
+    text = reported(run).text
+    assert "A student with 4 network calls instead of" in text
+    assert "a KID of at most 1.5 times the teacher’s best, or of at most 0 (" in text
 
 
 def test_a_terminal_shows_kid_where_the_frechet_distance_is_unreliable(tmp_path: Path) -> None:
@@ -253,12 +255,12 @@ def test_a_terminal_shows_kid_where_the_frechet_distance_is_unreliable(tmp_path:
     assert "samples of the last model" not in printed()
     picture.touch()
     assert f"samples of the last model: {picture}\n" in printed()
-    assert "Frechet distance in" in printed()
+    assert "Frechet distance (features: " in printed()
     assert f"{result(32, True).frechet:.4g}" in printed()
     # By its Frechet distance, Heun would be the teacher at its best.
     rewritten(run, kid=0.5)
     found = printed()
-    assert "KID in" in found
+    assert "KID (features: " in found
     assert f"{result(32, True).kid:.3g}" in found
     assert f"{result(32, True).frechet:.4g}" not in found
     assert f"teacher's best: DDIM, 256 steps (256 calls), KID {number(best.kid)}\n" in re.sub(" +\n", "\n", found)

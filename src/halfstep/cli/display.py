@@ -57,7 +57,7 @@ def show_results(path: Path, screen: Screen) -> None:
     start = next((stage for stage in stages if run.start is not None and stage.name == run.start.name), None)
     for group in quality_groups(stages, start):
         metric = "KID" if group.too_few else "Frechet distance"
-        title = f"{metric} in the features {group.protocol.get('features', '?')}"
+        title = f"{metric} (features: {group.protocol.get('features', '?')})"
         print_table(text_table(group), title, screen)
     if pictures := sorted(run.stages()[-1].samples.glob("*.png")):
         screen.say(f"samples of the last model: {pictures[-1]}")

@@ -85,7 +85,8 @@ def summarise(facts: RunFacts, groups: Sequence[Group]) -> Summary:
         best = min(found.students, key=lambda student: (student.quality, student.steps))
     choice = (
         f"with the fewest steps and a {'KID' if found.by_kid else 'Frechet distance'} of at most {KEPT} times the "
-        "teacher’s best (preferably one that gains from distillation), or the best student if none qualifies"
+        f"teacher’s best{', or of at most 0' * found.by_kid} (preferably one that gains from distillation), or the "
+        "best student if none qualifies"
         + (". It compares KID because there are too few samples for a reliable Frechet distance" * found.by_kid)
     )
     calls, saved = count(best.num_evals, "network call"), found.teacher.num_evals / max(1, best.num_evals)
