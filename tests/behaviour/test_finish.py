@@ -195,12 +195,19 @@ def test_weights_that_a_later_finish_needs_are_kept_until_then(tmp_path: Path) -
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def halved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose students have no finish. No test may change it."""
     folder = tmp_path_factory.mktemp("verb")
     np.save(folder / "points.npy", points(64).numpy())
     data = str(folder / "points.npy")
     main(["run", "arrays", "--data", data, "--out", str(folder / "run"), *TINY_ARRAYS])
     return folder / "run"
+
+
+@pytest.fixture
+def trained(halved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the run for one test."""
+    return Path(shutil.copytree(halved, tmp_path_factory.mktemp("copy") / "run"))
 
 
 BRIEF = ["--finish.num-updates", "4", "--finish.batch-size", "8", "--finish.lead-updates", "2"]
@@ -378,6 +385,23 @@ def test_a_dry_run_counts_every_call_and_copy_of_a_finish(trained: Path, capsys:
     memory = facts["memory_bytes"]
     assert (memory["weights"], memory["teacher"], memory["helpers"]) == (weights_, weights_, 2 * weights_)
     assert (memory["gradients"], memory["moments"], memory["average"]) == (2 * weights_, 4 * weights_, weights_)
+
+
+def test_a_dry_run_says_that_the_folder_contains_a_run_with_other_settings(trained: Path, capsys: Capture) -> None:
+    main(["finish", str(trained), "--steps", "1", *BRIEF])
+    other = ["finish", str(trained), "--steps", "1", *BRIEF, "--finish.map-weight", "3"]
+    message = refused(other, capsys)
+    assert "Differences: finish.map_weight" in message
+    main([*other, "--dry-run", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["conflict"] in message
+    assert not any(row["complete"] for row in facts["stages"])
+    main([*other, "--dry-run"])
+    assert f"warning: without --dry-run, this command is refused: {facts['conflict']}" in capsys.readouterr().out
+    main(["finish", str(trained), "--steps", "1", *BRIEF, "--dry-run", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["conflict"] is None
+    assert all(row["complete"] for row in facts["stages"])
 
 
 def test_a_finish_whose_student_has_had_no_turn_yet_is_shown_without_a_loss(

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from halfstep import NetworkDenoiser, load, save
@@ -293,6 +294,14 @@ def test_another_teacher_in_the_same_folder_makes_another_run(here: Path, tmp_pa
     save_ddpm(folder, in_channels=1, out_channels=1, seed=5)
     argv = ["distill", str(folder), "--data", "digits", "--to", "4", "--out", str(run), *UNMEASURED]
     assert "contains a run of a different recipe" in refused(argv, capsys)
+
+
+def test_other_settings_of_the_network_make_another_teacher(here: Path, tmp_path: Path, capsys: Capture) -> None:
+    folder = shutil.copytree(here / "ddpm", tmp_path / "ddpm")
+    run = distil(folder, "digits", tmp_path / "run")
+    edit("unet/config.json", norm_eps=1e-2)(folder)
+    argv = ["distill", str(folder), "--data", "digits", "--to", "4", "--out", str(run), *UNMEASURED]
+    assert "Differences: parent.network" in refused(argv, capsys)
 
 
 def test_a_dit_with_baked_in_guidance_needs_half_the_calls(dit_run: Path, tmp_path: Path) -> None:
@@ -761,7 +770,22 @@ def test_samples_drawn_with_another_schedule_or_text_encoder_are_not_used_again(
     keys.append(prompts_of(model).key)
     changed(folder / "scheduler" / "scheduler_config.json", beta_end=0.02)
     keys.append(prompts_of(import_pipeline(folder)).key)
-    assert len(set(keys)) == 4
+    changed(folder / "unet" / "config.json", norm_eps=1e-3)
+    keys.append(prompts_of(import_pipeline(folder)).key)
+    assert len(set(keys)) == 5
+
+
+def test_only_files_that_are_read_identify_an_encoder(here: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(here / "sd", tmp_path / "sd")
+    model, (encoder,) = import_pipeline(folder), (folder / "text_encoder").glob("*.safetensors")
+    before = prompts_of(model).key
+    for unread in ("model.fp16.safetensors", "pytorch_model.bin"):
+        (encoder.parent / unread).write_bytes(b"0")
+    assert prompts_of(model).key == before
+    weights = load_file(encoder)
+    name = next(iter(weights))
+    save_file(weights | {name: weights[name] + 1}, encoder, {"format": "pt"})
+    assert prompts_of(model).key != before
 
 
 def test_the_data_of_prompts_lies_next_to_a_run_in_the_working_folder(

@@ -56,23 +56,23 @@ def show_encoding(found: Forecast, num_samples: int, source: str, verb: str) -> 
     screen.say("nothing was written")
 
 
-def _complete(spec: RunSpec, out: Path) -> set[str]:
-    """Return the names of the run's stages that are already complete in the folder `out`."""
-    folder = RunFolder(out)
+def _conflict(spec: RunSpec, out: Path) -> str | None:
+    """Return the reason why the run cannot use the folder `out`, or None if it can."""
     try:
-        check_recipe(spec, folder)
-    except ValueError:
-        # The folder contains another run.
-        return set()
-    return {name for name, _ in spec.stages if folder.stage(name).is_complete()}
+        check_recipe(spec, RunFolder(out))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str, Any]:
     """Return the plan of a run and its cost in bytes, seconds and FLOPs (multiplications and additions).
 
-    The times do not include stages that are already complete in the folder `out`.
+    The times do not include stages that are already complete in the folder `out`. If the folder contains another run,
+    no stage counts as complete, and "conflict" is the message that the run itself would end with.
     """
-    complete = _complete(spec, out)
+    folder, conflict = RunFolder(out), _conflict(spec, out)
+    complete = {name for name, _ in spec.stages if conflict is None and folder.stage(name).is_complete()}
     forward = count_forward(spec)
     stages = [(name, stage, helper_sizes(spec, stage)) for name, stage in spec.stages if stage is not None]
     memory = max((memory_of_update(stage, forward, spec.engine, helpers) for _, stage, helpers in stages), key=sum)
@@ -106,6 +106,7 @@ def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str
     return {
         "name": spec.recipe["name"],
         "out": str(out),
+        "conflict": conflict,
         "stages": rows,
         "data": {
             "source": spec.data.source,
@@ -205,6 +206,8 @@ def _lines(facts: dict[str, Any], spec: RunSpec) -> Iterator[str]:
             f"warning: a stage sees each of the {data['num_samples']:,} samples {passes:,.0f} times, so models may "
             "memorise them (to check, see the nearest training samples in the report). Use more data or fewer updates"
         )
+    if facts["conflict"] is not None:
+        yield f"warning: without --dry-run, this command is refused: {facts['conflict']}"
 
 
 def shorter(roles: Sequence[str], teacher: Model | None) -> str:

@@ -117,6 +117,12 @@ def unused_indices(folder: Path) -> list[Path]:
     return [*folder.glob("*.bin.index*.json"), *others]
 
 
+def read_files(folder: Path) -> list[Path]:
+    """Return the files that a part is loaded from, such as weights (see `weights_of`), configs and vocabularies."""
+    unread = {*folder.glob("*.safetensors"), *unused_indices(folder)} - {*weights_of(folder)}
+    return [file for file in folder.glob("*.*") if file not in unread and file.suffix not in PICKLED]
+
+
 def variant_of(folder: Path) -> str | None:
     """Return the variant to read, or None to read files without a variant."""
     held = {_variant(file.name) for file in folder.glob("*.safetensors")}

@@ -13,7 +13,7 @@ from torch import Tensor
 from halfstep.data import Encoder
 from halfstep.hub.autoencoder import Autoencoder, autoencoder_in
 from halfstep.hub.calls import call_in, conditions_in
-from halfstep.hub.disk import open_part
+from halfstep.hub.disk import open_part, read_files
 from halfstep.hub.pipelines import fetch, load_pipeline
 from halfstep.hub.recording import GUIDANCES
 from halfstep.hub.stock import check_transformers
@@ -89,15 +89,16 @@ def prompts_of(model: Model, device: str | torch.device = "cpu") -> Encoder:
         raise NotImplementedError("a text-only encoder cannot encode images")
 
     # The source identifies only the weights of the imported network.
-    facts = rounded_digest([manifest.process, manifest.prediction, manifest.clip, manifest.files], 12)
+    identity = [manifest.network, manifest.process, manifest.prediction, manifest.clip, manifest.files]
+    facts = rounded_digest(identity, 12)
     options = json.dumps(pipeline.options, sort_keys=True)
     key = f"{pipeline.kind} {manifest.source} {facts} {_hashes(fetch(pipeline.folder), *TEXT_PARTS)} {options}"
     return Encoder(images, texts, key, model.null or None)
 
 
 def _hashes(folder: Path, *parts: str) -> str:
-    """Return the files of a pipeline's parts with their hashes."""
-    files = sorted(file for part in parts for file in folder.glob(f"{part}/*.*"))
+    """Return the files of a pipeline's parts with their hashes, without weights that are not read."""
+    files = sorted(file for part in parts for place in folder.glob(part) for file in read_files(place))
     return " ".join(f"{file.relative_to(folder)}:{sha256_of(file)[:12]}" for file in files)
 
 

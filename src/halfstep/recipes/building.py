@@ -26,6 +26,8 @@ FREE_FIELDS: Final = (
 """Fields that may change when a run resumes, because they do not change the trained models. Data is identified by its
 samples, not by its source. Models are re-evaluated if the evaluation protocol changes.
 """
+LATER_FACTS: Final = ("scheduler", "network", "call")
+"""Facts of a teacher that runs of earlier versions lack."""
 
 
 def data_or_stand_in(recipe: Recipe) -> tuple[Data, str | None]:
@@ -86,8 +88,7 @@ def build(
         # Runs from different teachers are different runs, even with the same settings.
         origin["parent"] = _identity(teacher.manifest) if parent is None else dict(parent)
     defaults = Recipe(name=recipe.name).model_dump(mode="json")
-    # Runs of earlier versions lack these facts.
-    later = {name: value for name, value in origin.get("parent", {}).items() if name in ("scheduler", "call")}
+    later = {name: value for name, value in origin.get("parent", {}).items() if name in LATER_FACTS}
     plan = recipe.teacher_plan() if what in ("all", "teacher") else Plan()
     if what in ("all", "chain"):
         further = [Stage(objectives.rebuild(config.objective), config.training) for config in recipe.further]
@@ -127,11 +128,14 @@ def _identity(teacher: Manifest) -> dict[str, Any]:
     own: dict[str, Any] = {"stage": teacher.stage, **teacher.files}
     if teacher.source is None:
         return own
-    # The weights of a pipeline do not determine the noise levels and the prediction, which belong to its scheduler, or
-    # the arguments with which its call was recorded.
-    scheduler = rounded_digest([teacher.process, teacher.prediction, teacher.clip], 16)
+    # The weights of a pipeline do not determine the noise levels and the prediction, which belong to its scheduler,
+    # the settings of its network, or the arguments with which its call was recorded.
+    digests = {
+        "scheduler": rounded_digest([teacher.process, teacher.prediction, teacher.clip], 16),
+        "network": rounded_digest(teacher.network, 16),
+    }
     call = {} if teacher.pipeline is None else dict(teacher.pipeline.options)
-    return own | {"source": teacher.source, "scheduler": scheduler} | ({"call": call} if call else {})
+    return own | {"source": teacher.source} | digests | ({"call": call} if call else {})
 
 
 def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
