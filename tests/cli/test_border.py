@@ -28,6 +28,7 @@ from halfstep.hub import import_pipeline, prompts_of, text_conditions
 from halfstep.hub.pipelines import _check_options
 from halfstep.models.model import Model
 from halfstep.runs import Outcome, RunFolder
+from halfstep.samplers import Ancestral, samplers
 from support_cli import Capture, refused
 from support_pipelines import assert_same, save_ddpm, save_dit, save_sd, save_sd3, tiny_unet, tiny_vae
 from toys import TINY_ARRAYS, points
@@ -754,6 +755,31 @@ def test_a_student_draws_the_samples_for_prompts_in_its_own_number_of_steps(
     monkeypatch.setattr("halfstep.cli.training._carry_out", lambda *_, **__: None)
     main([*argv[:-1], "--out", str(tmp_path / "out"), "--engine.cpu"])
     assert times == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_a_student_that_draws_noise_at_each_step_draws_no_samples_for_prompts(
+    here: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    teacher, prompts = import_pipeline(here / "sd3"), tmp_path / "prompts.txt"
+    outcome = Outcome(role="student", num_steps=4, sampler=samplers.describe(Ancestral(0.5)))
+    save(
+        Model(teacher.denoiser, teacher.manifest.model_copy(update={"outcome": outcome}), teacher.null), tmp_path / "s"
+    )
+    prompts.write_text("a\n")
+    argv = ["distill", str(tmp_path / "s"), "--prompts", str(prompts), "--to", "2", "--out", str(tmp_path / "out")]
+    for words in ([], ["--dry-run"]):
+        said = refused([*argv, *words, "--evaluation.no-enabled"], capsys)
+        assert "Ancestral draws noise at each step. Draw the samples from another model" in said
+
+
+@pytest.mark.parametrize(("words", "calls"), [([], 63), (["--matching.guidance-scale", "3"], 126)])
+def test_guided_samples_for_prompts_take_twice_the_calls(
+    words: list[str], calls: int, here: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a\n")
+    argv = ["distill", str(here / "sd"), "--prompts", str(tmp_path / "prompts.txt"), "--to", "4", *UNMEASURED]
+    main([*argv, *words, "--out", str(tmp_path / "out"), "--dry-run"])
+    assert f"with {calls} network calls each" in re.sub(r"\s+", " ", capsys.readouterr().out)
 
 
 def test_samples_drawn_with_another_schedule_or_text_encoder_are_not_used_again(here: Path, tmp_path: Path) -> None:

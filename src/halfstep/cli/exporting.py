@@ -48,11 +48,10 @@ from halfstep.models.folder import find_stage, load
 from halfstep.models.model import Model
 from halfstep.nets import BasePrecision, precision_of
 from halfstep.report.words import count, duration
-from halfstep.run.own_samples import NUM_STEPS, effective_scale, prompted_by
+from halfstep.run.own_samples import NUM_STEPS, effective_scale, prompted_by, sampling_of
 from halfstep.runs import RunFolder, StageFolder
 from halfstep.runtime.files import read_json, refuse_file, refuse_taken
 from halfstep.runtime.processes import Processes
-from halfstep.samplers import Heun
 
 
 @dataclass
@@ -315,7 +314,8 @@ def _show_prompts(model: Model, prompts: Path, arguments: EncodeArguments, devic
     scale, num_steps, seed = arguments.guidance_scale, arguments.num_steps, arguments.seed
     texts = _prompts_for(model.to(device), prompts, scale, 1, seed)
     encoder = _encoder_of_prompts(model, scale, num_steps, seed, device)
-    repeats = model.num_evals(Heun(), num_steps) / model.num_evals(Heun(), 1)
+    _, sampler = sampling_of(model)
+    repeats = sampler.num_evals(num_steps) / sampler.num_evals(1)
     cost = forecast(texts, encoder, arguments.out, arguments.batch_size, repeats=repeats)
     show_encoding(cost, len(texts), texts.source, "sampled")
 

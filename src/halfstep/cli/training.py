@@ -30,14 +30,13 @@ from halfstep.recipes.building import data_or_stand_in, encode_first
 from halfstep.recipes.schema import SECOND_ORDER, MatchingConfig
 from halfstep.report.words import count, duration
 from halfstep.run.folder import check_recipe
-from halfstep.run.own_samples import NUM_SAMPLES, NUM_STEPS
+from halfstep.run.own_samples import NUM_SAMPLES, effective_scale, sampling_of
 from halfstep.run.runner import run as run_spec
 from halfstep.run.spec import GIVEN_TEACHER, RunSpec
 from halfstep.runs import Manifest, RunFolder, StageFolder, read_status
 from halfstep.runtime.files import refuse_file, user_path
 from halfstep.runtime.launch import world_size
 from halfstep.runtime.stop import Interrupted, StopSignal, at_once
-from halfstep.samplers import Heun
 
 SHORT: Final = {"--data": "--data.source", "--to": "--chain.end-steps", "--start": "--chain.start-steps"}
 """The short names of some recipe options."""
@@ -198,11 +197,11 @@ def distill(argv: Sequence[str]) -> None:
     place = out.resolve() if out.name in ("", "..") else out
     data_folder, stand_in = place.with_name(f"{place.name}-data"), None
     if arguments.dry_run and (arguments.prompts is not None or is_published):
-        stand_in = _not_sampled(arguments.prompts, model, data_folder)
+        stand_in = _not_sampled(arguments.prompts, recipe, model, data_folder)
     elif arguments.prompts is not None:
         # Sampling can take hours, so an invalid plan is reported first.
         with as_typed(rest, SHORT):
-            data, _ = _not_sampled(arguments.prompts, model, data_folder)
+            data, _ = _not_sampled(arguments.prompts, recipe, model, data_folder)
             check_recipe(build(recipe, what="chain", teacher=model, data=data), RunFolder(out))
         _sample_prompts(arguments.prompts, recipe, model, data_folder, Screen(arguments.json))
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": str(data_folder)})})
@@ -263,21 +262,27 @@ def _chain_of(recipe: Recipe, model: Manifest | None = None) -> Recipe:
 
 def _sample_prompts(prompts: Path, recipe: Recipe, model: Model, folder: Path, screen: Screen) -> None:
     """Sample the training data from the teacher and write it to a folder."""
-    learned, processes = recipe.matching.guidance, processes_of(recipe.engine.cpu)
-    scale, num_steps = None if learned is None else learned.default_scale, model.num_steps or NUM_STEPS
+    processes = processes_of(recipe.engine.cpu)
+    num_steps, _ = sampling_of(model)
     sample_prompts(
-        model, prompts, folder, scale, num_steps, recipe.seed, 8,
+        model, prompts, folder, _scale_of_samples(recipe), num_steps, recipe.seed, 8,
         device_of("cpu" if recipe.engine.cpu else None, processes), processes, screen,
     )  # fmt: skip
 
 
-def _not_sampled(prompts: Path | None, model: Model, folder: Path) -> tuple[Data, str]:
+def _scale_of_samples(recipe: Recipe) -> float | None:
+    """Return the guidance scale at which the samples for prompts are drawn, or None for the teacher's own scale."""
+    learned = recipe.matching.guidance
+    return None if learned is None else learned.default_scale
+
+
+def _not_sampled(prompts: Path | None, recipe: Recipe, model: Model, folder: Path) -> tuple[Data, str]:
     """Return data that replaces the teacher's samples in a dry run, and the reason why they are missing."""
     number, why = NUM_SAMPLES, f"the weights of {model.manifest.source} are not on this machine"
     if prompts is not None:
         number = len(read_prompts(prompts))
-        sampler = model.sampler if model.num_steps else Heun()
-        calls = model.num_evals(sampler, model.num_steps or NUM_STEPS)
+        num_steps, sampler = sampling_of(model)
+        calls = model.num_evals(sampler, num_steps, effective_scale(model, _scale_of_samples(recipe)))
         why = (
             f"{count(number, 'sample')} for the prompts in {prompts} would be drawn first, with {calls} network calls "
             "each"

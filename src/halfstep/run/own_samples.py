@@ -64,9 +64,7 @@ def samples_of(
     if sampler is not None:
         check_instance("the sampler", sampler, Sampler, "halfstep.Heun()")
     model = teacher if isinstance(teacher, Model) else None
-    num_steps, method = _sampling(teacher, num_steps, sampler)
-    if method.stochastic:
-        raise ValueError(f"{type(method).__name__} draws noise at each step. Choose a deterministic sampler")
+    num_steps, method = sampling_of(teacher, num_steps, sampler)
     device = next((parameter.device for parameter in teacher.parameters()), torch.device("cpu"))
     labels = None
     if model is not None and model.num_classes:
@@ -85,9 +83,16 @@ def samples_of(
     return _as_data(torch.cat(parts), labels)
 
 
-def _sampling(teacher: Denoiser, num_steps: int | None = None, sampler: Sampler | None = None) -> tuple[int, Sampler]:
-    """Return the number of steps and the sampler, by default a student's own, or 32 Heun steps for other models."""
+def sampling_of(teacher: Denoiser, num_steps: int | None = None, sampler: Sampler | None = None) -> tuple[int, Sampler]:
+    """Return the number of steps and the sampler, by default a student's own, or 32 Heun steps for other models.
+
+    Raises:
+        ValueError: if the sampler draws noise at each step, because training data must depend only on the seed.
+    """
     method: Sampler = sampler or (teacher.num_steps and (teacher.sampler or DDIM())) or Heun()
+    if method.stochastic:
+        remedy = "Choose a deterministic sampler" if sampler else "Draw the samples from another model"
+        raise ValueError(f"{type(method).__name__} draws noise at each step. {remedy}")
     return num_steps or teacher.num_steps or NUM_STEPS, method
 
 
@@ -107,7 +112,7 @@ def key_of(teacher: Denoiser, recipe: Mapping[str, Any]) -> str:
     Args:
         recipe: the recipe of the call, which describes the teacher's network, weights, prediction and process.
     """
-    num_steps, method = _sampling(teacher)
+    num_steps, method = sampling_of(teacher)
     conditioning = {"num_classes", "classes_shown", "clip", "guidance", "guidance_scale"}
     sampling = {
         "num_samples": NUM_SAMPLES,
@@ -179,9 +184,11 @@ def prompted_by(
         num_steps: the number of Heun steps. By default, a student's own number of steps, or 32 for other models.
         guidance_scale: the guidance scale. None disables guidance.
         seed: the seed of the noise.
+
+    Raises:
+        ValueError: if the sampler of a student draws noise at each step.
     """
-    steps = num_steps or teacher.num_steps or NUM_STEPS
-    method = teacher.sampler if teacher.num_steps else Heun()
+    steps, method = sampling_of(teacher, num_steps)
     scale = _unguided(teacher) if guidance_scale is None else guidance_scale
 
     def sampled(places: range, conditions: Cond) -> Tensor:
