@@ -165,7 +165,10 @@ def test_a_folder_of_another_call_is_refused_and_names_what_differs(tmp_path: Pa
     halfstep.fit(denoiser(), points(), TRAINING, engine=CPU, out=tmp_path / "run")
     for changes, words in (
         ({"seed": 1}, "seed: 1"),
-        ({"training": halfstep.Training(10, 1e-3, batch_size=8, ema_decay=0.9)}, "learning_rate"),
+        (
+            {"training": halfstep.Training(10, 1e-3, batch_size=8, ema_decay=0.9)},
+            r"stages\.0\.learning_rate: 0\.001 \(the",
+        ),
         ({"data": points() + 1}, "different data.*choose another"),
     ):
         arguments: dict[str, Any] = {"data": points(), "training": TRAINING, "engine": CPU} | changes

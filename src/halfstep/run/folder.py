@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,16 +45,31 @@ def differences(
 ) -> list[str]:
     """Return the fields in which two recipes differ, as "name: new value (the folder has old value)".
 
+    The entries of a list, such as stages, are compared one by one and named by their index.
+
     Args:
         defaults: values of fields that the old recipe may lack.
     """
-    b = flatten(new)
-    a = {name: value for name, value in flatten(defaults or {}).items() if name in b} | flatten(old)
+    b = flatten(_indexed(new))
+    a = {name: value for name, value in flatten(defaults or {}).items() if name in b} | flatten(_indexed(old))
     return [
         f"{name}: {b.get(name, 'nothing')} (the folder has {a.get(name, 'nothing')})"
         for name in sorted(a.keys() | b.keys())
         if a.get(name) != b.get(name) and name not in free
     ]
+
+
+def _indexed(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe in which mappings from indices to entries replace the lists of mappings."""
+
+    def indexed(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: indexed(entry) for name, entry in value.items()}
+        if isinstance(value, Sequence) and value and all(isinstance(entry, Mapping) for entry in value):
+            return {index: indexed(entry) for index, entry in enumerate(value)}
+        return value
+
+    return dict(indexed(recipe))
 
 
 def identity(spec: RunSpec) -> str:
