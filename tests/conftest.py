@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -98,3 +98,11 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of the session, the same one in each worker of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_cache(shared: Path) -> Iterator[None]:
+    """Set the session's cache folder, so that the classifier of the digits is trained once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HALFSTEP_CACHE", str(shared / "cache"))
+        yield

@@ -116,7 +116,7 @@ class Ordeal:
         began = self._context.Event()
         process = self._context.Process(target=child, args=(str(path or self.path), began, str(self.said)))
         process.start()
-        assert began.wait(60)
+        assert began.wait(180)
         return process
 
     @staticmethod

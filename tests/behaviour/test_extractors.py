@@ -76,6 +76,7 @@ def test_a_resnet_of_other_weights_has_another_name_and_damaged_ones_are_refused
 
 
 def test_grey_images_of_other_sizes_are_shown_to_the_resnet_as_large_rgb(tmp_path: Path) -> None:
+    torch.manual_seed(0)
     save_file(ResNet20().state_dict(), tmp_path / "w.safetensors")
     extractor = extractor_for(f"resnet20-cifar10={tmp_path}/w.safetensors", _real_data())
     # A constant image stays constant under any resizing.

@@ -184,7 +184,7 @@ class _Slow(Data):
         return Batch(points()[indices], {})
 
 
-@pytest.mark.parametrize(("reading", "computing", "is_told"), [(0.03, 0.0, True), (0.0, 0.03, False)])
+@pytest.mark.parametrize(("reading", "computing", "is_told"), [(0.1, 0.0, True), (0.0, 0.1, False)])
 def test_a_run_that_waits_for_its_data_gets_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reading: float, computing: float, is_told: bool
 ) -> None:

@@ -1,7 +1,6 @@
 """An imported checkpoint is an ordinary stage. Any other file gives a one-line error and leaves nothing behind."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -212,8 +211,10 @@ def test_a_transposed_array_is_not_taken_for_the_other(tmp_path: Path) -> None:
         convert(held, TINY)
 
 
-def test_bad_arguments_get_one_line(checkpoint: Path, config: Path, tmp_path: Path, capsys: Capture) -> None:
-    os.chdir(tmp_path)
+def test_bad_arguments_get_one_line(
+    checkpoint: Path, config: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     file, out = str(checkpoint), str(tmp_path / "s")
     assert "--config is missing. Use cifar10, imagenet64" in refused(["import", "google-pd", file], capsys)
     assert "did you mean 'cifar10'?" in refused(["import", "google-pd", file, "--config", "cifar"], capsys)

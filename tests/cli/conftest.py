@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +11,6 @@ from filelock import FileLock
 
 from halfstep.cli import main
 from toys import TINY_ARRAYS, TINY_DEMO, TINY_DIGITS, points
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_cache(shared: Path) -> Iterator[None]:
-    """Set the session's cache folder, so that the classifier of the digits is trained once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HALFSTEP_CACHE", str(shared / "cache"))
-        yield
 
 
 def copied(shared: Path, name: str, make: Callable[[Path], None], to: Path) -> Path:

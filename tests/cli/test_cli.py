@@ -1,7 +1,6 @@
 """The command line from outside: its results, and a clear line with exit code 2 for bad input."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -101,14 +100,18 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
         (["ls", "sampler"], "did you mean 'samplers'?"),
     ],
 )
-def test_bad_commands_get_one_line(argv: list[str], said: str, tmp_path: Path, capsys: Capture) -> None:
-    os.chdir(tmp_path)
+def test_bad_commands_get_one_line(
+    argv: list[str], said: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert said in refused(argv, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_no_run_leads_to_the_recipe_for_images(tmp_path: Path, capsys: Capture) -> None:
-    os.chdir(tmp_path)
+def test_a_folder_that_is_no_run_leads_to_the_recipe_for_images(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "my photos").mkdir()
     said = refused(["run", "my photos", "--data", "my photos"], capsys)
     assert said.startswith("my photos is neither a recipe (")
@@ -215,7 +218,7 @@ def test_dry_run_of_a_paper_recipe_needs_none_of_its_data(
     name: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Use a reduced network that can be timed in a moment; tests/behaviour counts the full ones."""
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     # Timed with batches of a few samples, whose time is the basis of an estimate.
     monkeypatch.setattr("halfstep.run.cost.FLOPS_OF_A_TRIAL", 1e8)
     monkeypatch.setattr("halfstep.run.cost.SECONDS_OF_A_TRIAL", 0.1)
@@ -339,9 +342,9 @@ def test_samples_are_written_under_their_own_name_or_not_at_all(
     ],
 )
 def test_bad_sampling_options_get_one_line(
-    options: list[str], said: str, digits_run: Path, tmp_path: Path, capsys: Capture
+    options: list[str], said: str, digits_run: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert said in refused(["sample", str(digits_run), *options], capsys)
     assert list(tmp_path.iterdir()) == []
 
@@ -431,8 +434,8 @@ def test_every_sampler_draws_samples_that_depend_on_their_own_seeds(
     np.testing.assert_allclose(together[5:8], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_a_study_lists_its_cells(capsys: Capture, tmp_path: Path) -> None:
-    os.chdir(tmp_path)
+def test_a_study_lists_its_cells(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     main(["study", "table1", "--dry-run", "--seeds", "1"])
     printed = capsys.readouterr().out
     assert "12 cells -> studies/smoke/table1" in printed
@@ -440,8 +443,10 @@ def test_a_study_lists_its_cells(capsys: Capture, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_study_at_equal_cost_says_what_it_costs(capsys: Capture, tmp_path: Path) -> None:
-    os.chdir(tmp_path)
+def test_a_study_at_equal_cost_says_what_it_costs(
+    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     passes = {}
     for seeds in (1, 3):
         main(["study", "roads", "--dry-run", "--json", "--seeds", str(seeds)])

@@ -190,7 +190,7 @@ def test_ends_are_distinguished(tmp_path: Path) -> None:
     assert ended(OSError("no space"))["message"] == "no space"
 
 
-def wait_for(path: Path, state: str, seconds: float = 60.0) -> RunStatus:
+def wait_for(path: Path, state: str, seconds: float = 180.0) -> RunStatus:
     """Return the status once it is `state`."""
     end = time.monotonic() + seconds
     while True:
