@@ -12,7 +12,7 @@ from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import V
 from halfstep.data import MemoryData, training_batch
 from halfstep.nets import MLP
-from halfstep.objectives import Batch, Denoising, Models, Plan, Stage, Training
+from halfstep.objectives import Batch, Consistency, Denoising, Models, Plan, Stage, Training
 from halfstep.runs import StageFolder
 from halfstep.runtime.failures import NonFinite
 from halfstep.runtime.processes import make_accelerator
@@ -21,6 +21,7 @@ from halfstep.train.engine import StageTrainer
 from halfstep.train.optimizers import make_optimizer
 from halfstep.train.player import EMA
 from halfstep.train.settings import Engine
+from halfstep.train.sharding import fill, load_whole, skeleton
 from toys import finish, points, toy_plan, toy_spec, tuned, weights
 
 
@@ -104,6 +105,54 @@ def test_the_moving_average_is_the_weighted_mean_of_all_weights() -> None:
         decay = min(0.9, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * module.weight.detach().double()
     assert torch.allclose(ema.state_dict()["weight"].double(), expected, rtol=0, atol=1e-5)
+
+
+def test_the_average_of_a_tied_weight_replaces_it_under_all_its_names() -> None:
+    tied = torch.nn.ModuleDict({"one": torch.nn.Linear(2, 2), "two": torch.nn.Linear(2, 2)})
+    tied["two"].weight = tied["one"].weight
+    ema = EMA(tied, decay=0.9)
+    with torch.no_grad():
+        tied["one"].weight += 1
+    ema.update(1)
+    state = ema.state_dict()
+    assert torch.equal(state["two.weight"], state["one.weight"])
+    assert not torch.equal(state["two.weight"], tied["two"].weight)
+    # As when a sharded stage ends.
+    twin = skeleton(tied)
+    load_whole(tied, {name: value.clone() for name, value in state.items()})
+    fill(twin, tied)
+    assert twin["two"].weight is twin["one"].weight
+    assert torch.equal(twin["two"].weight, state["one.weight"])
+    assert all(parameter.requires_grad for parameter in twin.parameters())
+
+
+class _Normalised(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.norm, self.leave = torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2)
+
+    def forward(self, x_t: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.leave(self.norm(self.enter(torch.cat([x_t, time[:, None]], 1))).relu())
+        return found
+
+
+def test_a_resumed_average_has_the_buffers_of_its_network() -> None:
+    def made() -> StageTrainer:
+        torch.manual_seed(0)
+        student, teacher = (NetworkDenoiser(_Normalised(), VPCosine(), V()) for _ in range(2))
+        stage = Stage(Consistency(1, 8, 8, self_teacher=0.9), Training(6, 1e-2, batch_size=16))
+        accelerator = make_accelerator(cpu=True)
+        return StageTrainer(student, teacher, stage, _batches, (2,), seed=0, stream="01", accelerator=accelerator)
+
+    whole, again = made(), made()
+    for update in whole.run():
+        if update == 3:
+            again.load_state(whole.state(), 3, 0.0)
+            held, expected = (dict(trainer._copies["reference"].named_buffers()) for trainer in (again, whole))
+            assert all(torch.equal(held[name], expected[name]) for name in expected)
+    list(again.run())
+    expected, found = whole.finish().state_dict(), again.finish().state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_stage_averages_its_weights_as_they_are_after_each_update() -> None:

@@ -104,6 +104,29 @@ def test_dropout_is_set_in_every_layer() -> None:
     assert {layer.p for layer in layers} == {0.3}
 
 
+def test_dropout_is_set_in_layers_without_a_dropout_layer_of_their_own() -> None:
+    class Mixed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.block = torch.nn.TransformerEncoderLayer(4, 2, 8, dropout=0.5, batch_first=True)
+            self.recurrent = torch.nn.GRU(4, 4, num_layers=2, dropout=0.5, batch_first=True)
+            self.channels, self.alpha = torch.nn.Dropout2d(0.5), torch.nn.AlphaDropout(0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.recurrent(self.block(x))[0]
+            return self.alpha(self.channels(x[..., None]))
+
+    network, x = Mixed().double(), torch.randn(3, 5, 4, dtype=torch.float64)
+    assert not torch.allclose(network.train()(x), network.eval()(x))
+    set_dropout(network, 0.0)
+    torch.testing.assert_close(network.train()(x), network.eval()(x))
+    set_dropout(network, 0.3)
+    block = network.block
+    layers = [block.dropout, block.dropout1, block.dropout2, network.channels, network.alpha]
+    assert {layer.p for layer in layers} | {block.self_attn.dropout, network.recurrent.dropout} == {0.3}
+
+
 @pytest.mark.parametrize(
     ("changes", "shape", "said"),
     [

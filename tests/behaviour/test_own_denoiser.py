@@ -1,6 +1,7 @@
 """A user's own `Denoiser`, based only on `process.alpha_sigma(t)`, can be trained, distilled and sampled."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -78,3 +79,22 @@ def test_a_student_is_distilled_from_it_and_it_stays_as_it_was(fitted: Linear) -
 def test_options_that_need_a_network_are_rejected(fitted: Linear) -> None:
     with pytest.raises(ValueError, match="the teacher has no prediction to match: pass a NetworkDenoiser"):
         halfstep.distill(fitted, points(), start=4, to=2, prediction=halfstep.X0())
+
+
+def test_engine_settings_that_need_a_network_are_rejected(fitted: Linear) -> None:
+    training = halfstep.Training(2, 1e-2, batch_size=8)
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"gradient_checkpointing": True}, r"Linear does not support .*Remove --engine\.gradient-checkpointing"),
+        ({"compile": True}, r"can be compiled, got a Linear\. Remove --engine\.compile"),
+        ({"teacher_precision": "bf16"}, r"stored in bf16, but .* is a Linear\. Remove --engine\.teacher-precision"),
+    )
+    for settings, words in cases:
+        engine = halfstep.Engine(cpu=True, **settings)
+        with pytest.raises(ValueError, match=words) as caught:
+            halfstep.distill(fitted, points(), start=4, to=2, training=training, engine=engine)
+        assert "\n" not in str(caught.value)
+        if "teacher_precision" not in settings:
+            own = Linear(VPCosine())
+            with pytest.raises(ValueError, match=words):
+                halfstep.fit(own, points(), training, engine=engine)
+            assert not own.mean.any(), "it was rejected before training"

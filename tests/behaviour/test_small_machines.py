@@ -298,6 +298,35 @@ def test_networks_of_arrays_are_called_in_half_precision_too() -> None:
 
 
 @torch.no_grad()
+def test_half_precision_keeps_complex_tensors_and_the_frequencies_of_the_time() -> None:
+    class Rotary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Linear(8, 8)
+            self.register_buffer("turns", torch.polar(torch.ones(4), torch.linspace(0.1, 3, 4)))
+
+        def forward(self, x_t: Tensor, time: Tensor) -> Tensor:
+            pairs = torch.view_as_complex(self.layer(x_t).float().unflatten(1, (4, 2)))
+            return torch.view_as_real(pairs * self.turns).flatten(1)
+
+    plain = Rotary()
+    half = InHalf(plain)
+    assert torch.equal(half.network.turns, plain.turns)
+    assert half.network.layer.weight.dtype == torch.bfloat16
+    x_t, time = torch.randn(16, 8), torch.linspace(0.05, 1, 16)
+    found, wanted = half(x_t, time), plain(x_t, time)
+    assert float((found - wanted).square().mean().sqrt()) < 0.02 * float(wanted.square().mean().sqrt())
+
+    mlp = MLP((3,), width=8, depth=1)
+    held = InHalf(mlp).network
+    assert held.frequencies.dtype == torch.float32
+    assert torch.equal(held.frequencies, mlp.frequencies)
+    assert held.enter.weight.dtype == torch.bfloat16
+    assert held.to("meta").frequencies.is_meta
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_a_teacher_that_takes_the_scale_is_not_guided_twice_in_any_precision(precision: str) -> None:
     torch.manual_seed(0)

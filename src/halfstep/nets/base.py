@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from halfstep.core.callable import CallableNetwork
 from halfstep.registry import Registry
@@ -60,5 +61,8 @@ def set_dropout(network: nn.Module, probability: float) -> None:
     The probability depends on the stage and is not stored with the weights.
     """
     for module in network.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, _DropoutNd):
             module.p = probability
+        elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+            # These layers apply dropout themselves, without a dropout layer.
+            module.dropout = probability

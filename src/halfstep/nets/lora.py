@@ -130,8 +130,11 @@ def base_of(network: nn.Module) -> nn.Module:
 
 
 def trainable(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return the trainable parameters with their names: the LoRA weights of a `LoRA`, else all parameters."""
-    return network.own() if isinstance(network, LoRA) else list(network.named_parameters())
+    """Return the trainable parameters with their names: the LoRA weights of a `LoRA`, else all floating-point
+    parameters."""
+    if isinstance(network, LoRA):
+        return network.own()
+    return [(name, parameter) for name, parameter in network.named_parameters() if parameter.is_floating_point()]
 
 
 def own_state(network: nn.Module) -> dict[str, Tensor]:
@@ -217,13 +220,21 @@ def checkpoints_gradients(network: nn.Module) -> bool:
 
 def copy_network(network: nn.Module) -> nn.Module:
     """Return a copy of a network with its own trainable weights. A copy of a `LoRA` shares the frozen weights."""
-    own = {id(parameter) for _, parameter in trainable(network)}
     shared = shared_layers(network)
-    shared |= {id(parameter): parameter for parameter in network.parameters() if id(parameter) not in own}
-    twin: nn.Module = copy.deepcopy(network, shared)
-    for _, parameter in trainable(twin):
-        parameter.requires_grad_(True)
-    return twin
+    if isinstance(network, LoRA):
+        own = {id(parameter) for _, parameter in network.own()}
+        shared |= {id(parameter): parameter for parameter in network.parameters() if id(parameter) not in own}
+    return _thawed(copy.deepcopy(network, shared))
+
+
+def _thawed(network: nn.Module) -> nn.Module:
+    """Make the weights of a network require gradients, in place: the LoRA weights of a `LoRA`, else all weights."""
+    weights = [p for _, p in network.own()] if isinstance(network, LoRA) else list(network.parameters())
+    for parameter in weights:
+        # Integers cannot require gradients.
+        if parameter.is_floating_point() or parameter.is_complex():
+            parameter.requires_grad_(True)
+    return network
 
 
 def copy_denoiser(denoiser: Denoiser) -> Denoiser:
@@ -231,4 +242,6 @@ def copy_denoiser(denoiser: Denoiser) -> Denoiser:
     check_denoiser("the model to copy", denoiser, Denoiser)
     if isinstance(denoiser, NetworkDenoiser):
         return NetworkDenoiser(copy_network(denoiser.network), denoiser.process, denoiser.prediction)
-    return copy.deepcopy(denoiser).requires_grad_(True)
+    twin = copy.deepcopy(denoiser)
+    _thawed(twin)
+    return twin

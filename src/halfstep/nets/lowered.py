@@ -35,7 +35,8 @@ class InHalf(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network = copy.deepcopy(network).to(torch.bfloat16)
+        # Unlike `to(torch.bfloat16)`, this leaves complex tensors unchanged.
+        self.network = copy.deepcopy(network).bfloat16()
         self.restores_norm = bool(getattr(network, "restores_norm", False))
 
     def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """A residual multilayer perceptron for points, features and actions."""
 
 import math
-from collections.abc import Sequence
-from typing import final
+from collections.abc import Callable, Sequence
+from typing import Self, final
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,14 @@ class MLP(Network):
         self.shifts = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.drop = nn.Dropout(dropout)
         self.leave: nn.Module = nn.Linear(width, entries * channels)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = self.frequencies
+        super()._apply(fn, recurse)
+        if self.frequencies.dtype != exact.dtype:
+            # These constants must keep their precision.
+            self.frequencies = exact.to(self.frequencies.device)
+        return self
 
     def forward(
         self,

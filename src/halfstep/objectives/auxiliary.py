@@ -1,6 +1,5 @@
 """The auxiliary denoiser, which starts from the teacher and is trained on the student's samples."""
 
-import copy
 from typing import Any, Final
 
 from halfstep.core.denoiser import Denoiser, Guided, NetworkDenoiser, Reprocessed
@@ -10,6 +9,7 @@ from halfstep.nets import (
     bare,
     checkpoint_gradients,
     checkpoints_gradients,
+    copy_denoiser,
     copy_network,
     load_own_state,
     own_state,
@@ -46,7 +46,7 @@ def _copied(teacher: Denoiser, student: Denoiser) -> Denoiser:
     if isinstance(teacher, Reprocessed):
         return Reprocessed(_copied(teacher.denoiser, student), teacher.process)
     if not isinstance(teacher, NetworkDenoiser):
-        return copy.deepcopy(teacher).requires_grad_(True)
+        return copy_denoiser(teacher)
     network = unwrapped(teacher.network)
     beside = student.network if isinstance(student, NetworkDenoiser) else None
     if isinstance(beside, LoRA):

@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from halfstep.core.denoiser import Cond, Denoiser, NetworkDenoiser
+from halfstep.core.door import got
 from halfstep.core.draw import generator_for
 from halfstep.models.model import Model
 from halfstep.models.students import in_precision, start_student
@@ -35,10 +36,19 @@ def fresh_denoiser(spec: RunSpec) -> NetworkDenoiser:
 def student_and_teacher(
     stage: Stage, start: Denoiser, teacher: Denoiser, null: Cond, lora_rank: int | None, engine: Engine
 ) -> tuple[Denoiser, Denoiser]:
-    """Return a stage's student, initialised from `start`, and the teacher, wrapped by `Objective.view`."""
+    """Return a stage's student, initialised from `start`, and the teacher, wrapped by `Objective.view`.
+
+    Raises:
+        ValueError: if the student cannot be built, or the teacher cannot be stored in the engine's `teacher_precision`.
+    """
     student = start_student(stage.objective.start(start), lora_rank)
     if isinstance(teacher, NetworkDenoiser):
         teacher = in_precision(teacher, engine.teacher_precision)
+    elif engine.teacher_precision != "float32":
+        raise ValueError(
+            f"only the network of a NetworkDenoiser can be stored in {engine.teacher_precision}, but the teacher is "
+            f"{got(teacher)}. Remove --engine.teacher-precision"
+        )
     return student, stage.objective.view(teacher, student, null)
 
 

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from halfstep.core.denoiser import Denoiser, NetworkDenoiser
+from halfstep.core.door import got
 from halfstep.core.draw import Draw, generator_for
 from halfstep.data.base import Batches, Fed, Feed, Place
 from halfstep.nets import checkpoint_gradients
@@ -28,7 +29,15 @@ from halfstep.runtime.processes import Processes
 from halfstep.runtime.stop import Interrupted, StopSignal
 from halfstep.train.helpers import make_helpers
 from halfstep.train.memory import does_not_fit
-from halfstep.train.player import EMA, Player, compile_networks, unchanged_buffers
+from halfstep.train.player import (
+    EMA,
+    Player,
+    compile_networks,
+    keep_buffers,
+    network_of,
+    unchanged_buffers,
+    with_buffers,
+)
 from halfstep.train.recent import in_words
 from halfstep.train.settings import Engine
 from halfstep.train.sharding import check_sharding, is_sharded, shard, unsynced, whole
@@ -54,7 +63,8 @@ class StageTrainer:
 
     Raises:
         ValueError: if the objective needs a teacher but none is given, a helper contradicts the stage, the global batch
-            cannot be split evenly across the processes, or the networks cannot be sharded.
+            cannot be split evenly across the processes, a weight is complex, or the networks do not support sharding,
+            compilation or gradient checkpointing.
     """
 
     def __init__(
@@ -87,8 +97,12 @@ class StageTrainer:
         """Number of finished updates."""
         if teacher is not None:
             teacher = teacher.eval().requires_grad_(False)
-        if engine.gradient_checkpointing and isinstance(student, NetworkDenoiser):
-            checkpoint_gradients(student.network)
+        if engine.gradient_checkpointing:
+            checkpoint_gradients(network_of(student))
+        if engine.compile and not any(isinstance(part, NetworkDenoiser) for part in student.modules()):
+            raise ValueError(
+                f"only the network of a NetworkDenoiser can be compiled, got {got(student)}. Remove --engine.compile"
+            )
         sharded = engine.sharding == "full"
         auxiliaries, followers = make_helpers(stage, Models(student, teacher), shape, seed, stream)
         if teacher is not None:
@@ -160,8 +174,8 @@ class StageTrainer:
 
         Args:
             stop: a signal that ends the iteration. An update that has not changed the weights yet is abandoned, so the
-                state is that of the previous update. With several processes, the update is finished instead, and all
-                processes end together.
+                state, including buffers, is that of the previous update. With several processes, the update is finished
+                instead, and all processes end together.
 
         Raises:
             OutOfMemory: if an update does not fit in memory.
@@ -169,7 +183,9 @@ class StageTrainer:
         self._stop = stop if self.accelerator.num_processes == 1 else None
         self._clock = time.perf_counter()
         feed = self._feed.updates(self.update, lambda: self.last_update)
+        changing = [] if self._stop is None else with_buffers(self.players.values())
         while True:
+            restore_buffers = keep_buffers(changing)
             try:
                 with contextlib.nullcontext() if self._stop is None else self._stop.at_once():
                     waits_since = time.perf_counter()
@@ -181,6 +197,8 @@ class StageTrainer:
             except Interrupted:
                 for player in self.players.values():
                     player.clear()
+                # The forward passes of the abandoned update have changed buffers, such as BatchNorm statistics.
+                restore_buffers()
                 return
             except Exception as error:
                 if not is_out_of_memory(error):

@@ -18,8 +18,8 @@ def fit_micro_batch(trainer: "StageTrainer", largest: int | None = None) -> list
     """Split a rank's share into the largest micro batches that fit in memory, and return the sizes that did not fit.
 
     The search tries the whole share first, and then smaller powers of two. Each try runs the forward and backward
-    passes of an update, with the optimisers' moments in memory. The search changes no weights, buffers, moments or
-    random numbers.
+    passes of the next update and, if its turns differ, of the last update, with the optimisers' moments in memory. The
+    search changes no weights, buffers, moments or random numbers.
 
     Args:
         largest: the first size to try, or None to start with the whole share.
@@ -53,27 +53,40 @@ def fit_micro_batch(trainer: "StageTrainer", largest: int | None = None) -> list
 
 
 def _passes_fit(trainer: "StageTrainer") -> bool:
-    """Return whether two micro batches per turn fit into memory, the second alongside the gradients of the first."""
+    """Return whether the turns of the next and of the last update fit into memory."""
+    turns, last = trainer.stage.objective.turns, trainer.stage.training.num_updates - 1
     try:
         held = [player.place_for_moments() for player in trainer.players.values()]
-        first = trainer.update
-        feed = Feed(trainer.batches, trainer.places_of, trainer.accelerator.device)
-        ahead = list(feed.updates(first, lambda: min(first + 1 + trainer.ahead, trainer.stage.training.num_updates)))
-        # The networks run uncompiled, because torch would recompile them for each size and give up after a few sizes. A
-        # resumed run, which skips this search, would then behave differently.
-        with torch.compiler.set_stance("force_eager"):
-            for parts in ahead[0]:
-                player = trainer.players[parts[0].place.turn.trains]
-                with player.alone(trainer.players.values()), unsynced(player.wrapped):
-                    for part in parts[:2]:
-                        trainer.gradient(player, part)
-                player.clear()
-        del held, ahead
+        _try_update(trainer, trainer.update)
+        # Later turns may need more memory, for example once the student learns from a critic.
+        if turns(last) != turns(trainer.update):
+            _try_update(trainer, last)
+        del held
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         return False
     return True
+
+
+def _try_update(trainer: "StageTrainer", update: int) -> None:
+    """Run two micro batches of each turn, the second alongside the gradients of the first.
+
+    As during training, the updates that are prepared in advance are in memory.
+    """
+    end = trainer.stage.training.num_updates
+    first = max(trainer.update, min(update, end - 1 - trainer.ahead))
+    feed = Feed(trainer.batches, trainer.places_of, trainer.accelerator.device)
+    ahead = list(feed.updates(first, lambda: min(first + 1 + trainer.ahead, end)))
+    # The networks run uncompiled, because torch would recompile them for each size and give up after a few sizes. A
+    # resumed run, which skips this search, would then behave differently.
+    with torch.compiler.set_stance("force_eager"):
+        for parts in ahead[update - first]:
+            player = trainer.players[parts[0].place.turn.trains]
+            with player.alone(trainer.players.values()), unsynced(player.wrapped):
+                for part in parts[:2]:
+                    trainer.gradient(player, part)
+            player.clear()
 
 
 def does_not_fit(trainer: "StageTrainer") -> str:

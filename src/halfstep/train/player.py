@@ -6,7 +6,7 @@ players alike.
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, final
 
 import torch
@@ -33,14 +33,36 @@ from halfstep.train.sharding import (
 )
 
 
+def with_buffers(players: Iterable["Player"]) -> list[nn.Module]:
+    """Return the modules of the players' networks that have buffers of their own, such as BatchNorm."""
+    modules = (module for player in players for module in player.network.modules())
+    return [module for module in modules if any(True for _ in module.buffers(recurse=False))]
+
+
+def keep_buffers(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """Copy the modules' own buffers, and return a function that restores them."""
+    held = [
+        (module, name, buffer, buffer.clone())
+        for module in modules
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for module, name, buffer, before in held:
+            buffer.copy_(before)
+            # The module may have assigned a new tensor instead of changing this one.
+            setattr(module, name, buffer)
+
+    return restore
+
+
 @contextlib.contextmanager
 def unchanged_buffers(players: Iterable["Player"]) -> Iterator[None]:
-    """Restore the buffers of the players' networks, such as BatchNorm statistics, after passes that are discarded."""
-    buffers = [(buffer, buffer.clone()) for player in players for buffer in player.network.buffers()]
+    """Restore the buffers of the players' networks after passes that are discarded."""
+    restore = keep_buffers(with_buffers(players))
     yield
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
+    restore()
 
 
 def network_of(model: nn.Module) -> nn.Module:
@@ -99,7 +121,11 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float, into: nn.Module | None = None) -> None:
         self.decay = decay
         self._module, self._into = module, into
-        self._names = [name for name, _ in trainable(module)]
+        # A tied weight has several names in the state.
+        names: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            names.setdefault(parameter, []).append(name)
+        self._names = [names[p] for _, p in trainable(module)]
         self._weights = [p.detach() for _, p in trainable(module)]
         # Each process averages only its own slices of sharded weights.
         self._parameters = [local(p) for p in self._weights]
@@ -114,6 +140,9 @@ class EMA:
         weight = 1 - min(self.decay, (1 + num_steps) / (10 + num_steps))
         current = [p if p.dtype == torch.float32 else p.float() for p in self._parameters]
         torch._foreach_lerp_(self._averages, current, weight)
+        self._copy_buffers()
+
+    def _copy_buffers(self) -> None:
         if self._into is not None:
             for own, buffer in zip(self._into.buffers(), self._module.buffers(), strict=True):
                 own.copy_(buffer)
@@ -121,15 +150,18 @@ class EMA:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the module's state, with the averages instead of the parameters."""
         state = own_state(self._module)
-        for name, weight, average in zip(self._names, self._weights, self._averages, strict=True):
-            state[name] = joined(average.to(weight.dtype), weight)
+        for names, weight, average in zip(self._names, self._weights, self._averages, strict=True):
+            value = joined(average.to(weight.dtype), weight)
+            state.update({name: value for name in names if name in state})
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the averages from an unsharded result of `state_dict`."""
-        for name, weight, average in zip(self._names, self._weights, self._averages, strict=True):
-            average.copy_(local(spread_as(state[name], weight)))
+        """Load the averages from an unsharded result of `state_dict`, and copy the buffers, which the module has loaded
+        before."""
+        for names, weight, average in zip(self._names, self._weights, self._averages, strict=True):
+            average.copy_(local(spread_as(state[names[0]], weight)))
+        self._copy_buffers()
 
 
 @final
@@ -158,6 +190,9 @@ class Player:
         training: the hyperparameters of this network.
         optimizer: the name of the optimiser, as in `make_optimizer`.
         sharded: whether the weights are sharded across the processes.
+
+    Raises:
+        ValueError: if a trainable weight is complex.
     """
 
     def __init__(
@@ -166,6 +201,12 @@ class Player:
         self.name, self.model, self.training = name, model, training
         self._accelerator = accelerator
         network = network_of(model)
+        odd = (path for path, weight in network.named_parameters() if weight.requires_grad and weight.is_complex())
+        if (path := next(odd, None)) is not None:
+            raise ValueError(
+                f"the weight {path} is complex, which the optimizer does not support. Store torch.view_as_real of it, "
+                "or make it a buffer if it is constant"
+            )
         set_dropout(network, training.dropout)
         network.train()
         self._skeleton = skeleton(network) if sharded else None

@@ -135,8 +135,14 @@ def skeleton(network: nn.Module) -> nn.Module:
 @torch.no_grad()
 def fill(twin: nn.Module, network: nn.Module) -> None:
     """Fill the `skeleton` of a network with the network's unsharded weights, on the CPU of every process."""
-    full = {name: whole(value.detach()).cpu() for name, value in network.state_dict().items()}
-    twin.load_state_dict(full, assign=True)
+    state = network.state_dict(keep_vars=True)
+    full: dict[int, Tensor] = {}
+    for value in state.values():
+        if id(value) not in full:
+            gathered = whole(value.detach()).cpu()
+            full[id(value)] = nn.Parameter(gathered, False) if isinstance(value, nn.Parameter) else gathered
+    # Tied weights stay tied, because they are one object under several names.
+    twin.load_state_dict({name: full[id(value)] for name, value in state.items()}, assign=True)
     for parameter, like in zip(twin.parameters(), network.parameters(), strict=True):
         parameter.requires_grad_(like.requires_grad)
 
