@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from halfstep.cli import main
 from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import V
 from halfstep.data import MemoryData
+from halfstep.measure import sources
 from halfstep.measure.evaluate import Evaluation, Method, Reference, finest, teacher_methods
 from halfstep.measure.sources import ModelSource
 from halfstep.measure.store import Cell, SameNoise, Store
@@ -199,6 +201,72 @@ def test_the_identity_of_a_cell_contains_everything_its_samples_depend_on() -> N
     names = {one.name for one in [cell(), *others]}
     assert len(names) == 1 + len(others)
     assert cell().name in names
+
+
+class Listener(nn.Module):
+    """A network that records its conditions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+        self.heard: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x_t: Tensor, time: Tensor, class_labels: Tensor, observation: Tensor) -> Tensor:
+        self.heard.append((class_labels, observation))
+        return self.gain * x_t
+
+
+def sorted_data(labelled: bool = True) -> MemoryData:
+    """Return data that is sorted by class, with a condition that equals the class."""
+    labels = torch.arange(8).repeat_interleave(50)
+    observed = {"observation": labels.float()[:, None]}
+    if not labelled:
+        return MemoryData("unlabelled", points(400), conditions=observed)
+    return MemoryData("sorted", points(400), labels, tuple("abcdefgh"), observed)
+
+
+def listening(data: MemoryData) -> tuple[ModelSource, Listener]:
+    network = Listener()
+    denoiser = NetworkDenoiser(network, VPCosine(), V())
+    made = Model.of(denoiser, (2,), num_classes=8, conditions={"observation": (1,)})
+    return ModelSource(made.manifest, lambda: made, DDIM(), torch.device("cpu"), data), network
+
+
+def test_each_seed_is_sampled_with_the_conditions_and_the_class_of_one_random_row() -> None:
+    source, network = listening(sorted_data())
+    source.draw(2, range(64), None)
+    # The first call only warms the network up.
+    (classes, observed), second = network.heard[1:]
+    assert torch.equal(classes, second[0])
+    assert torch.equal(classes.float()[:, None], observed)
+    assert set(classes.tolist()) == set(range(8))
+    # A seed's row depends neither on its batch nor on the source, and repeats after all rows have been used.
+    again, other = listening(sorted_data())
+    again.draw(1, range(410, 420), None)
+    assert torch.equal(other.heard[-1][0], classes[10:20])
+    every, last = listening(sorted_data())
+    every.draw(1, range(400), 400)
+    assert last.heard[-1][0].bincount().tolist() == [50] * 8
+
+
+def test_data_without_the_classes_of_its_conditions_is_refused() -> None:
+    source, _ = listening(sorted_data(labelled=False))
+    with pytest.raises(ValueError, match=r"conditioned on class_labels, which unlabelled lacks\. Use data with"):
+        source.draw(1, range(4), None)
+
+
+def test_another_choice_of_rows_redraws_and_measures_only_where_conditions_come_from_data(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain, conditional = cell().name, Cell(listening(sorted_data())[0], 2, range(4)).name
+    monkeypatch.setattr(sources, "CONDITIONS_FORMAT", sources.CONDITIONS_FORMAT + 1)
+    assert cell().name == plain
+    assert Cell(listening(sorted_data())[0], 2, range(4)).name != conditional
+    assert cell().source.content["conditions"] is None
+    # The protocol of metrics.json decides whether a run measures a stage again.
+    assert "condition_rows" in Reference(sorted_data(), EVALUATION).protocol
+    labelled = MemoryData("labelled", points(400), torch.arange(400) % 2, ("a", "b"))
+    assert "condition_rows" not in Reference(labelled, EVALUATION).protocol
 
 
 def test_samples_of_another_device_are_drawn_again_only_where_that_matters(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfstep.core.prediction import SNRPlusOne, TruncatedSNR
-from halfstep.objectives import Denoising, EarlyEnd, Halving, Objective, Plan, Stage, Training
+from halfstep.objectives import Adversarial, Denoising, EarlyEnd, Halving, Objective, Plan, Stage, Training
 from halfstep.recipes import Recipe
 from halfstep.samplers import Heun
 
@@ -283,3 +283,6 @@ def test_a_plan_knows_how_many_steps_its_first_halving_asks_of_the_teacher() -> 
     assert Plan.halvings(16, 2, teacher_sampler=Heun(), teacher_steps=3).start_steps == 24
     assert (Plan.finishes([2]) + Plan.halvings(8, 4)).start_steps == 8
     assert Plan.finishes([2, 1]).start_steps is None
+    with_critic = Plan.halvings(16, 1, training_of()).changed(Adversarial)
+    assert with_critic.start_steps == Plan.halvings(16, 1, training_of()).start_steps
+    assert Plan.finishes([2, 1]).changed(Adversarial).start_steps is None

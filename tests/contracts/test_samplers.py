@@ -464,6 +464,52 @@ def test_another_grid_is_followed_and_leads_to_the_same_flow(sampler: Sampler) -
     assert errors[1] < 5e-3
 
 
+def grid_of(*times: float) -> Grid:
+    """Return a grid that ignores the number of steps."""
+    return lambda _: clock(*times)
+
+
+@every_sampler
+@every_process
+@in_turn("kind", ["mixture", "x0", "clipped"])
+@in_turn(
+    "times",
+    [
+        (1.0, 0.7, 0.4, 0.0, 0.0),
+        (1.0, 0.7, 0.7, 0.4, 0.0),
+        (1.0, 1.0, 0.7, 0.4, 0.0),
+        (1.0 + 1e-7, 0.7, 0.4, -1e-7),
+        (1.0 + 1e-6, 1.0, 0.7, 0.4, -1e-7, -1e-6),
+    ],
+)
+def test_steps_of_length_0_and_times_just_outside_the_clock_change_no_sample(
+    process: NoiseProcess, sampler: Sampler, kind: str, times: tuple[float, ...]
+) -> None:
+    toy = toy_denoiser(process, X0())
+    denoisers: dict[str, Denoiser] = {"mixture": mixture(process), "x0": toy, "clipped": Clipped(toy, -0.5, 0.5)}
+    x_1 = pure_noise(process, 4, 2)
+
+    def sampled(*path: float) -> Tensor:
+        noise = noise_for(sampler, range(4), 2)
+        return sample(denoisers[kind], x_1, len(path) - 1, sampler, grid=grid_of(*path), noise=noise)
+
+    expected = sampled(1.0, 0.7, 0.4, 0.0)
+    assert bool(expected.isfinite().all())
+    assert torch.equal(sampled(*times), expected)
+
+
+@every_sampler
+def test_a_step_of_length_0_is_yielded_without_a_call(sampler: Sampler) -> None:
+    denoiser, x_1, times = Watched(mixture(FlowMatching())), numbers(4, 2), (1.0, 1.0, 0.7, 0.7, 0.4, 0.0, 0.0)
+    noise = noise_for(sampler, range(4), 2)
+    steps = list(trajectory(denoiser, x_1, 6, sampler, grid=grid_of(*times), noise=noise))
+    assert [(step.number, step.t, step.s) for step in steps] == list(zip(range(6), times, times[1:], strict=False))
+    assert torch.equal(steps[0].x_s, x_1)
+    assert torch.equal(steps[2].x_s, steps[1].x_s)
+    assert torch.equal(steps[5].x_s, steps[4].x_s)
+    assert len(denoiser.times) == sampler.num_evals(3)
+
+
 @every_prediction
 def test_clipped_sampling_ends_within_the_range(prediction: Prediction) -> None:
     denoiser, x_1 = toy_denoiser(VPCosine(), prediction), 2 * numbers(64, 3)

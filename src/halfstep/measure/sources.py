@@ -1,20 +1,33 @@
 """Sources of samples: a model with a sampler, or existing files."""
 
+import functools
 import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple, final
+from typing import Any, Final, NamedTuple, final
 
 import torch
 from torch import Tensor
 
+from halfstep.core.draw import generator_for
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.data import Data
 from halfstep.models.model import Model, samples_at_once
 from halfstep.runs import Manifest
 from halfstep.runtime.files import json_digest
 from halfstep.samplers import Sampler, samplers
+
+CONDITIONS_FORMAT: Final = 1
+"""The version of the rule that chooses the conditions of a seed. Increment it when the rule changes, so that samples
+with other conditions are redrawn."""
+
+
+@functools.lru_cache(maxsize=1)
+def _order(length: int) -> Tensor:
+    """Return the order in which seeds use the conditions of `length` data samples, int64 `[length]`."""
+    # Folders are sorted by class, so the first samples would cover only a few classes.
+    return torch.randperm(length, generator=generator_for("conditions"))
 
 
 def weights_of(manifest: Manifest) -> str:
@@ -72,7 +85,8 @@ class ModelSource(Source):
 
     Args:
         load: loads the model onto `device`, once for each cell.
-        data: the source of the model's conditions (captions, latents), if the model takes any.
+        data: the source of the model's conditions (captions, latents), if the model takes any. If it also takes
+            classes, they come from the same data samples.
         name: the model's name; by default, its stage.
     """
 
@@ -101,7 +115,7 @@ class ModelSource(Source):
             "weights": self.weights,
             "sampler": repr(self.sampler),
             "guidance_scale": self._guidance_scale,
-            "conditions": None if self._conditions is None else self._conditions.fingerprint,
+            "conditions": None if self._conditions is None else [self._conditions.fingerprint, CONDITIONS_FORMAT],
         }
         return said if self._precision == "float32" else said | {"precision": self._precision}
 
@@ -110,12 +124,13 @@ class ModelSource(Source):
         with warnings.catch_warnings():
             # Models are also measured at step counts that they were not distilled for.
             warnings.simplefilter("ignore", HalfstepWarning)
-            cond = self._cond(model, seeds)
+            cond, labels = self._cond(model, seeds)
             start = time.perf_counter()
             x0 = model.sample(
                 list(seeds),
                 num_steps,
                 self.sampler,
+                class_label=labels,
                 batch_size=batch_size,
                 cond=cond,
                 guidance_scale=self._guidance_scale,
@@ -128,22 +143,28 @@ class ModelSource(Source):
     def release(self) -> None:
         self._model = None
 
-    def _cond(self, model: Model, seeds: range) -> dict[str, Tensor]:
-        """Return the conditions of data sample `seed % len(data)` for each seed, or {} if the model takes none."""
+    def _cond(self, model: Model, seeds: range) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Return the conditions and the classes `[len(seeds)]` of one data sample for each seed.
+
+        If the model takes no conditions other than classes, return ({}, None), because its classes then depend only on
+        the seeds.
+        """
         data = self._conditions
         if data is None:
-            return {}
-        cond = data.fetch(torch.tensor([seed % len(data) for seed in seeds])).cond
-        for name in model.manifest.conditions:
-            if name not in cond:
+            return {}, None
+        places = torch.tensor([seed % len(data) for seed in seeds])
+        found = data.fetch(_order(len(data))[places]).cond
+        classes = ["class_labels"] if model.num_classes else []
+        for name in (*model.manifest.conditions, *classes):
+            if name not in found:
                 raise ValueError(f"the model is conditioned on {name}, which {data.source} lacks. Use data with {name}")
-        return {name: cond[name] for name in model.manifest.conditions}
+        return {name: found[name] for name in model.manifest.conditions}, found["class_labels"] if classes else None
 
     def _ready(self, seeds: range) -> Model:
         """Return the model, loaded and warmed up on first use so that the slower first call is not timed."""
         if self._model is None:
             self._model = self._load()
-            self._model.warm_up(self._cond(self._model, seeds), self._precision)
+            self._model.warm_up(self._cond(self._model, seeds)[0], self._precision)
         return self._model
 
 

@@ -1,11 +1,23 @@
 """Create the student and the teacher of a stage from the model of the previous stage."""
 
 from halfstep.core.denoiser import Denoiser, NetworkDenoiser
-from halfstep.nets import InHalf, LoRA, Network, copy_denoiser, with_lora
+from halfstep.nets import InHalf, LoRA, Network, copy_denoiser, merged, with_lora
+
+
+def without_lora(teacher: Denoiser) -> Denoiser:
+    """Return the given teacher of a chain with its LoRA weights merged, or the teacher itself if it has none.
+
+    Otherwise, `start_student` would continue the training of these LoRA weights, whatever `lora_rank` is.
+    """
+    if not isinstance(teacher, NetworkDenoiser) or not isinstance(teacher.network, LoRA):
+        return teacher
+    return NetworkDenoiser(merged(teacher.network), teacher.process, teacher.prediction).eval()
 
 
 def start_student(teacher: Denoiser, lora_rank: int | None = None) -> Denoiser:
     """Return a student that starts with the teacher's weights: a copy, or LoRA on shared weights.
+
+    If the teacher is itself a LoRA student of the chain, the student is a copy of it with the same rank.
 
     Raises:
         ValueError: if the teacher's network does not support LoRA.

@@ -105,7 +105,7 @@ def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | Non
                 "chain from that student's teacher"
             )
         teacher = whole[-1]
-    inner = objective.objective if isinstance(objective, Adversarial) else objective
+    inner = _without_critic(objective)
     role, known_steps, known_sampler = models[teacher]
     if role is Role.STUDENT and isinstance(inner, Halving):
         asked_steps, asked_sampler = inner.num_steps * inner.num_teacher_steps, inner.teacher_sampler
@@ -151,7 +151,8 @@ class Plan:
     @property
     def start_steps(self) -> int | None:
         """The number of teacher steps per sample in the first halving stage, or None if no stage halves."""
-        first = next((stage.objective for stage in self.stages if isinstance(stage.objective, Halving)), None)
+        objectives = (_without_critic(stage.objective) for stage in self.stages)
+        first = next((objective for objective in objectives if isinstance(objective, Halving)), None)
         return None if first is None else first.num_steps * first.num_teacher_steps
 
     @property
@@ -264,6 +265,11 @@ class Plan:
                 f"a student can be finished only once, got {', '.join(map(str, steps))}. List each number once"
             )
         return cls(tuple(Stage(finishing(number), training) for number in steps))
+
+
+def _without_critic(objective: Objective) -> Objective:
+    """Return the objective inside an `Adversarial`, or any other objective unchanged."""
+    return objective.objective if isinstance(objective, Adversarial) else objective
 
 
 def _guided(objective: Objective, guidance: Guidance) -> Objective:

@@ -14,10 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from halfstep.core.denoiser import GUIDANCE, Denoiser, NetworkDenoiser
+from halfstep.core.denoiser import GUIDANCE, Denoiser
 from halfstep.models.folder import blank_denoiser
-from halfstep.models.students import start_student
-from halfstep.nets import checkpoint_gradients, copy_denoiser, takes_guidance, trainable, weight_bytes_of
+from halfstep.models.students import start_student, without_lora
+from halfstep.nets import LoRA, checkpoint_gradients, copy_denoiser, takes_guidance, trainable, weight_bytes_of
 from halfstep.objectives import Evals, Models, Stage
 from halfstep.run.spec import RunSpec
 from halfstep.run.start import fresh_denoiser, trainer_for
@@ -140,10 +140,10 @@ def _student(spec: RunSpec) -> Denoiser:
     """Return a student of the plan on the current device."""
     if spec.teacher is None:
         return fresh_denoiser(spec)
-    denoiser = blank_denoiser(spec.teacher.manifest)
+    # A run merges the LoRA weights of its teacher.
+    denoiser = without_lora(blank_denoiser(spec.teacher.manifest))
     for stage in spec.plan.stages:
         started = stage.objective.start(denoiser)
-        assert isinstance(started, NetworkDenoiser)
         denoiser = started
     return start_student(denoiser, spec.lora_rank)
 
@@ -277,7 +277,10 @@ def _seconds(spec: RunSpec, stage: Stage, num_updates: int = 3) -> float:
     accelerator = make_accelerator(spec.engine.precision, spec.engine.cpu)
     # A single process is timed, so weights are not sharded.
     alone = replace(spec, engine=replace(spec.engine, sharding="none"))
-    trainer = trainer_for(alone, stage, "timing", spec.teacher, accelerator)
+    teacher = spec.teacher
+    if teacher is not None and isinstance(teacher.network, LoRA):
+        teacher = teacher.merged()
+    trainer = trainer_for(alone, stage, "timing", teacher, accelerator)
     times = []
     start = time.perf_counter()
     for update in trainer.run():

@@ -12,12 +12,13 @@ from typing import Final, final
 
 import torch
 
-from halfstep.core.denoiser import NetworkDenoiser, output_gain, warn_of_gain
+from halfstep.core.denoiser import output_gain, warn_of_gain
 from halfstep.core.noise import NoiseProcess, VPCosine, VPTable
 from halfstep.core.prediction import Prediction, V
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.models.folder import blank_denoiser
 from halfstep.models.model import Model
+from halfstep.models.students import without_lora
 from halfstep.nets import StockNetwork, has_movable_clock
 from halfstep.objectives import Guidance, Matching, Objective, Outcome, Plan, Role, Training, parents_of
 from halfstep.samplers import DDIM, Sampler
@@ -245,6 +246,6 @@ def check_start(teacher: Model, plan: Plan) -> None:
         ValueError: as for `Objective.start`.
     """
     with torch.device("meta"):
-        denoiser: NetworkDenoiser = blank_denoiser(teacher.manifest)
+        denoiser = without_lora(blank_denoiser(teacher.manifest))
         for stage in plan.stages[:1]:
             stage.objective.start(denoiser)

@@ -15,9 +15,9 @@ from halfstep.core.prediction import Prediction, TruncatedSNR, Weighting
 from halfstep.data import Data, MemoryData
 from halfstep.measure.evaluate import Evaluation
 from halfstep.models.model import Model
-from halfstep.models.students import start_student
+from halfstep.models.students import start_student, without_lora
 from halfstep.nets import has_movable_clock, own_state
-from halfstep.objectives import Denoising, Guidance, Outcome, Plan, Role, Training
+from halfstep.objectives import Denoising, Guidance, Objective, Outcome, Plan, Role, Training
 from halfstep.run.arguments import (
     A_TRAINING,
     check_bare,
@@ -143,7 +143,7 @@ def distill(
 
     Args:
         teacher: a denoiser or a model, which is not changed. If the teacher is `Clipped`, a student is first matched to
-            its clipped x0.
+            its clipped x0. The students of a LoRA teacher start from its merged weights.
         data: the clean samples: a tensor or an array `[n, *dims]` (floats are used as they are, uint8 values as
             images), (samples, {name: condition}) with conditions `[n, ...]`, opened data, a path such as a folder of
             images, or an iterable of batches such as a DataLoader. Each batch is x0 `[batch, *dims]` or (x0, {name:
@@ -265,9 +265,7 @@ def distill(
         )
 
     if data is None:
-        first_stage = chain.stages[0].objective
-        student = start_student(first_stage.start(current), lora_rank)
-        first_stage.view(current, student, held_null)
+        _check_first_stage(chain.stages[0].objective, without_lora(current), lora_rank, held_null)
         data = _drawn(teacher, call, None if bare is None else spec_of(expected_from(teacher)))
     samples = call.opened(data)
     if like is not None:
@@ -283,7 +281,8 @@ def distill(
     frozen = [parameter.requires_grad for parameter in current.parameters()]
     try:
         with in_python(), call.placed() as used:
-            trained = Chain(call, used, samples, current, known.outcome, held_null, model_of(samples))
+            first = without_lora(current)
+            trained = Chain(call, used, samples, first, known.outcome, held_null, model_of(samples))
             return trained.watched(chain, lora_rank)
     finally:
         # Stages freeze the teacher, switch it to evaluation mode and move it to their device. Undo all of this, even
@@ -292,6 +291,12 @@ def distill(
         for parameter, needed in zip(current.parameters(), frozen, strict=True):
             parameter.requires_grad_(needed)
         current.to(device_before)
+
+
+def _check_first_stage(objective: Objective, teacher: Denoiser, lora_rank: int | None, null: Cond) -> None:
+    """Raise ValueError if the first stage of a chain cannot build its student from the teacher."""
+    student = start_student(objective.start(teacher), lora_rank)
+    objective.view(teacher, student, null)
 
 
 def _as_model(denoiser: Denoiser, data: Data | StreamedBatches) -> Model | None:

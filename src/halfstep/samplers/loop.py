@@ -34,19 +34,19 @@ ROUNDING: Final = 1e-6
 
 
 def _times(times: Tensor, num_steps: int) -> list[float]:
-    """Return the times of a grid as floats.
+    """Return the times of a grid as floats in [0, 1].
 
     Raises:
         ValueError: if the grid does not consist of `num_steps + 1` decreasing times in [0, 1]. Times that lie outside
-            [0, 1] by at most `ROUNDING` are accepted. Steps of length 0 are also accepted, because some schedulers end
-            with such a step.
+            [0, 1] by at most `ROUNDING` are moved to 0 or 1. Steps of length 0 are also accepted, because some
+            schedulers end with such a step.
     """
     found = torch.as_tensor(times, dtype=torch.float64).flatten().tolist()
     within = [min(max(t, 0.0), 1.0) for t in found]
     is_near = all(abs(t - time) <= ROUNDING for t, time in zip(found, within, strict=True))
     falls = all(s <= t for t, s in itertools.pairwise(within)) and len(set(within)) > 1
     if is_near and falls and len(found) == num_steps + 1:
-        return found
+        return within
     raise ValueError(
         f"the grid of {num_steps} steps must consist of {num_steps + 1} decreasing times in [0, 1], got {found[:8]}. "
         "Remove grid to use the default, or pass a function such as lambda n: torch.linspace(1, 0, n + 1)"
@@ -69,8 +69,10 @@ def trajectory(
         num_steps: the number of sampler steps, at least 1; None uses the number that a student was distilled for.
         sampler: the sampler; None uses the sampler that a student was distilled for, or else DDIM().
         cond: the conditions, keyed by name, each `[batch, ...]`.
-        grid: a function that maps `num_steps` to `num_steps + 1` decreasing times.
-        noise: the noise that a stochastic sampler adds at each step, or None for a deterministic sampler.
+        grid: a function that maps `num_steps` to `num_steps + 1` decreasing times. A step between equal times returns
+            its samples unchanged, without a call of the sampler.
+        noise: the noise that a stochastic sampler adds at each step, or None for a deterministic sampler. Steps between
+            equal times add no noise and are not counted.
 
     Raises:
         ValueError: if `num_steps` is unknown or not a whole number of at least 1, if noise is missing or would not be
@@ -115,8 +117,13 @@ def trajectory(
             )
     times = _times(grid(num_steps), num_steps)
     memory: Memory = None
+    taken = 0
     for number, (t, s) in enumerate(itertools.pairwise(times)):
-        drawn = None if noise is None else noise(number).to(x_t)
+        if t == s:
+            # In a step of length 0, many formulas are 0 / 0.
+            yield SamplerStep(number, t, s, x_t)
+            continue
+        drawn = None if noise is None else noise(taken).to(x_t)
         if drawn is not None and drawn.shape != x_t.shape:
             raise ValueError(f"the noise of a step must have the shape {list(x_t.shape)}, got {list(drawn.shape)}")
         try:
@@ -124,10 +131,11 @@ def trajectory(
         except Exception as error:
             # Invalid inputs raise exactly these types. A subclass of RuntimeError has a different cause, such as
             # running out of memory.
-            if number or type(error) not in (TypeError, RuntimeError, IndexError, AttributeError):
+            if taken or type(error) not in (TypeError, RuntimeError, IndexError, AttributeError):
                 raise
             remedy = "Pass the same kind of noise and conditions as in training, in the dtype of the model"
             raise failed_call(type(denoiser).__name__, x_t, cond, error, remedy) from error
+        taken += 1
         yield SamplerStep(number, t, s, x_t)
 
 
