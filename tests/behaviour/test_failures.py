@@ -38,10 +38,11 @@ from halfstep.objectives import (
     Outcome,
     Plan,
     Role,
+    Turn,
     objectives,
 )
 from halfstep.run import runner as pipeline
-from halfstep.run.events import Progress
+from halfstep.run.events import Measuring, Progress
 from halfstep.run.runner import run
 from halfstep.run.start import trainer_for
 from halfstep.runs import RunFolder, StageFolder, read_log
@@ -70,9 +71,10 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Hungry(Objective):
-    """Denoising that allocates a petabyte for more than `fitting` samples."""
+    """Denoising that allocates a petabyte for more than `fitting` samples in the turns of update `since` and later."""
 
     fitting: int
+    since: int = 0
     needs_teacher: ClassVar[bool] = False
 
     @property
@@ -83,6 +85,9 @@ class Hungry(Objective):
     def evals(self) -> Mapping[str, Evals]:
         return {STUDENT: Evals(1, 1)}
 
+    def turns(self, update: int) -> tuple[Turn, ...]:
+        return (Turn(STUDENT, Denoising().loss if update < self.since else self.loss),)
+
     def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
         losses = Denoising().loss(models, batch, draw)
         if len(draw.places) > self.fitting:
@@ -92,7 +97,8 @@ class Hungry(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class Slow(Objective):
-    """Denoising that, while `slow` is set, takes minutes from one update on; `reached` signals its start."""
+    """Denoising that, while `slow` is set, takes minutes from one update on; `reached` signals that it has called the
+    network once."""
 
     update: int
     needs_teacher: ClassVar[bool] = False
@@ -108,10 +114,26 @@ class Slow(Objective):
         return {STUDENT: Evals(1, 1)}
 
     def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
+        losses = Denoising().loss(models, batch, draw)
         if draw.update >= self.update and self.slow.is_set():
             self.reached.set()
             time.sleep(100)
-        return Denoising().loss(models, batch, draw)
+        return losses
+
+
+class Normalised(torch.nn.Module):
+    """A network with buffers that every forward pass changes, in place or by assignment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.norm, self.leave = torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x_t: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.calls = self.calls + 1
+        found: torch.Tensor = self.leave(self.norm(self.enter(torch.cat([x_t, time[:, None]], 1))).relu())
+        return found
 
 
 @pytest.fixture(autouse=True)
@@ -296,6 +318,11 @@ def test_the_largest_micro_batch_that_fits_is_found_and_the_result_is_that_of_th
     assert 0 < torch.linalg.norm(results[0] - results[1]) < 1e-5 * torch.linalg.norm(results[1])
 
 
+def test_a_micro_batch_that_is_found_also_fits_the_larger_turns_of_later_updates(tmp_path: Path) -> None:
+    told = finish(toy_spec(plan=one_stage(Hungry(5, since=5)), micro_batch="auto"), tmp_path)
+    assert told == ["00-hungry: the micro batch is 4 samples, because 16 and 8 did not fit into memory"]
+
+
 def test_trying_leaves_no_trace_in_the_result(tmp_path: Path) -> None:
     plain, tried = trainer(Denoising()), trainer(Denoising())
     assert fit_micro_batch(tried) == []
@@ -394,9 +421,15 @@ def _sent(number: int, when: Callable[[], bool]) -> Iterator[None]:
     thread.join()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_in_the_middle_of_a_long_update_saves_the_state_before_it_at_once(tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "own_network"), [(signal.SIGTERM, None), (signal.SIGUSR1, Normalised)], ids=["MLP", "BatchNorm"]
+)
+def test_a_signal_in_the_middle_of_a_long_update_saves_the_state_before_it_at_once(
+    tmp_path: Path, number: int, own_network: Callable[[], torch.nn.Module] | None
+) -> None:
     spec = toy_spec(plan=one_stage(Slow(7)), checkpoint_updates=1000, micro_batch=6)
+    if own_network is not None:
+        spec = dataclasses.replace(spec, network=own_network, own_network=own_network())
     Slow.slow.set()
     Slow.reached.clear()
     begun = time.monotonic()
@@ -503,6 +536,19 @@ def test_a_vanished_folder_is_not_recreated_and_the_message_gives_the_last_good_
     assert weights(path) == weights(uncut)
 
 
+def test_a_folder_that_vanishes_during_a_measurement_is_not_recreated(tmp_path: Path) -> None:
+    path, away = tmp_path / "disk" / "run", tmp_path / "away"
+    spec = toy_spec(evaluation=Evaluation(num_samples=64, num_compared=4, num_shown=4))
+    with pytest.raises(NoStorage, match="disk/run can no longer be") as error:  # noqa: PT012 (it goes in the middle)
+        for event in run(spec, path):
+            if isinstance(event, Measuring) and event.name == "01-halve-0002":
+                path.rename(away)
+    assert exit_code(error.value) == 3
+    assert not path.exists()
+    away.rename(path)
+    finish(spec, path)
+
+
 @pytest.mark.parametrize("part", ["first", "second"])
 def test_a_folder_that_vanishes_during_a_checkpoint_is_not_recreated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
@@ -542,6 +588,18 @@ def test_a_disk_error_is_distinguished_from_errors_of_other_files() -> None:
     assert "the last complete stage is runs/x/00-a" in str(within.strerror)
     missing = FileNotFoundError(errno.ENOENT, "No such file", "photos/1.png")
     assert no_storage(missing, run_path, None) is missing
+
+
+def test_a_disk_error_is_one_of_the_run_folder_however_its_path_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "link").symlink_to("scratch")
+    monkeypatch.chdir(tmp_path)
+    error = OSError(errno.EROFS, "Read-only file system", str(tmp_path / "scratch" / "run" / ".store.lock"))
+    for run_path in (Path("scratch/run"), Path("link/run"), tmp_path / "link" / "run"):
+        assert isinstance(no_storage(error, run_path, None), NoStorage)
+    assert no_storage(error, Path("link/other"), None) is error
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import tomllib
+import types
 import warnings
 from collections.abc import Callable
 from importlib.resources import files
@@ -24,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import halfstep
-from halfstep.nets import MLP, UNet2D, unet2d_config
+from halfstep.nets import MLP, LoRA, UNet2D, unet2d_config
 from halfstep.runtime.files import DamagedFile
 from support import in_turn
 from toys import points, weights
@@ -401,6 +402,8 @@ def test_a_scale_far_from_the_noise_gives_a_warning() -> None:
 # Callables.
 
 GLOBAL = Net()
+FIRST, LAST = GLOBAL.layers[0], GLOBAL.layers[2]
+NETS = types.ModuleType("nets")
 
 
 def _global(x_t: Tensor, time: Tensor) -> Tensor:
@@ -435,6 +438,53 @@ def _closure(network: nn.Module) -> Callable[..., Tensor]:
     return lambda x_t, time: inner(x_t, time)
 
 
+def _embedded(x_t: Tensor, time: Tensor) -> Tensor:
+    found: Tensor = FIRST(torch.cat([x_t, time[:, None]], 1))
+    return nn.functional.silu(found)
+
+
+def _through_a_function(x_t: Tensor, time: Tensor) -> Tensor:
+    hidden = _embedded(x_t, time)
+    found: Tensor = LAST(hidden)
+    return found
+
+
+def _through_inner_functions(x_t: Tensor, time: Tensor) -> Tensor:
+    def inner() -> Tensor:
+        return functools.reduce(lambda hidden, layer: layer(hidden), [_embedded(x_t, time), *[LAST for _ in range(1)]])
+
+    return inner()
+
+
+def _in_a_circle(x_t: Tensor, time: Tensor, left: int = 2) -> Tensor:
+    return _in_a_circle(x_t, time, left - 1) if left else _global(x_t, time)
+
+
+def _by_default(network: nn.Module) -> Callable[..., Tensor]:
+    def inner(x_t: Tensor, time: Tensor, network: nn.Module = network) -> Tensor:
+        found: Tensor = network(x_t, time)
+        return found
+
+    return inner
+
+
+class Half:
+    """An object that has one of its modules in a global variable."""
+
+    def __init__(self) -> None:
+        self.first = FIRST
+
+    def run(self, x_t: Tensor, time: Tensor) -> Tensor:
+        hidden = nn.functional.silu(self.first(torch.cat([x_t, time[:, None]], 1)))
+        found: Tensor = LAST(hidden)
+        return found
+
+
+def _of_a_python_module(x_t: Tensor, time: Tensor) -> Tensor:
+    found: Tensor = NETS.unet(x_t, time)
+    return found
+
+
 @in_turn(
     "make",
     [
@@ -444,6 +494,13 @@ def _closure(network: nn.Module) -> Callable[..., Tensor]:
         lambda: Caller(Net()).run,
         lambda: Caller(Net()),
         lambda: functools.partial(_called, Net()),
+        lambda: _through_a_function,
+        lambda: _through_inner_functions,
+        lambda: _in_a_circle,
+        lambda: _by_default(Net()),
+        lambda: Half().run,
+        lambda: functools.partial(_closure(Net())),
+        lambda: _closure(_through_a_function),
     ],
 )
 def test_any_callable_is_trained_as_the_module_that_it_calls(make: Callable[[], Any]) -> None:
@@ -461,9 +518,14 @@ def test_any_callable_is_trained_as_the_module_that_it_calls(make: Callable[[], 
 def test_a_callable_whose_modules_cannot_be_found_or_copied_is_refused() -> None:
     with pytest.raises(ValueError, match=r"has no weights to train.*Make the network an nn.Module"):
         halfstep.fit(denoiser(lambda x_t, time: x_t), points(), TRAINING)
-    hidden = functools.partial(_closure(Net()))
-    with pytest.raises(ValueError, match=r"modules cannot be copied. Make it an nn.Module"):
-        halfstep.distill(denoiser(hidden), points(), **CHAIN)
+    NETS.unet = Net()  # type: ignore[attr-defined]
+    hidden = Caller(_closure(Net()))  # type: ignore[arg-type]
+    for function, network in ((_of_a_python_module, NETS.unet), (hidden, denoiser(hidden).network)):
+        before = state(network)
+        with pytest.raises(ValueError, match=r"modules cannot be copied. Make it an nn.Module"):
+            halfstep.distill(denoiser(function), points(), **CHAIN)
+        halfstep.fit(denoiser(function), points(), TRAINING, engine=CPU)
+        assert not any(map(torch.equal, state(network), before)), "training needs no copy"
 
 
 # Models.
@@ -502,6 +564,25 @@ def test_lora_weights_are_merged_when_saved(tmp_path: Path) -> None:
     halfstep.save(student, tmp_path / "student")
     again = halfstep.load(tmp_path / "student")
     torch.testing.assert_close(again.sample(range(4)), student.sample(range(4)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora_rank", [None, 3])
+def test_a_lora_teacher_is_merged_in_memory_as_in_a_folder(tmp_path: Path, lora_rank: int | None) -> None:
+    images = torch.randn(20, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    told: dict[str, Any] = {"training": halfstep.Training(3, 1e-2, batch_size=4), "engine": CPU}
+    halfstep.distill(denoiser(unet()), images, start=4, to=2, lora_rank=2, out=tmp_path / "teacher", **told)
+    teacher = halfstep.load(tmp_path / "teacher")
+    assert isinstance(teacher.network, LoRA)
+    before, frozen = state(teacher), [parameter.requires_grad for parameter in teacher.parameters()]
+    more: dict[str, Any] = told | {"start": 2, "to": 1, "lora_rank": lora_rank}
+    stored = halfstep.distill(teacher, images, out=tmp_path / "student", **more)
+    student = halfstep.distill(teacher, images, **more)
+    assert isinstance(student.network, UNet2D)
+    assert list(student.state_dict()) == list(stored.state_dict())
+    assert all(map(torch.allclose, state(student), state(stored)))
+    assert not all(map(torch.allclose, state(student), state(teacher.merged())))
+    assert all(map(torch.equal, state(teacher), before))
+    assert [parameter.requires_grad for parameter in teacher.parameters()] == frozen
 
 
 def test_save_overwrites_models_only(tmp_path: Path, student: halfstep.Model) -> None:
@@ -738,3 +819,18 @@ def test_an_error_that_names_options_notes_what_they_are_in_python(tmp_path: Pat
     with pytest.raises(ValueError, match=r"mine is a file, so it cannot be a folder\. Choose another path"):
         halfstep.fit(denoiser(), points(), TRAINING, engine=CPU, out=tmp_path / "mine")
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("callback", ["on_window", "on_stage"])
+def test_a_failed_callback_does_not_keep_the_run_locked(tmp_path: Path, callback: str) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    told: dict[str, Any] = CHAIN | {"out": tmp_path / "run"}
+    try:
+        halfstep.distill(denoiser(), points(), **told, **{callback: fail})
+    except ZeroDivisionError as error:
+        # Like a notebook, this keeps the frames of the failed call.
+        kept = error
+        halfstep.distill(denoiser(), points(), **told)
+    assert kept.__traceback__ is not None

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from halfstep.run.events import Progress
+from halfstep.run.events import Progress, StageEnd, StageStart
 from halfstep.run.folder import DifferentRecipe
 from halfstep.run.runner import run
-from halfstep.runs import RunFolder, read_log
+from halfstep.runs import RunFolder, read_log, read_status
 from halfstep.runtime import files as run_files
 from halfstep.runtime.files import InUse
 from halfstep.runtime.processes import exit_code
@@ -50,6 +50,46 @@ def test_an_interruption_changes_neither_the_weights_nor_the_log(
     rows = read_log(RunFolder(tmp_path / "run").log_path)
     keys = [(row["stage"], row["update"]) for row in rows]
     assert keys == sorted(set(keys)), "a row was lost, doubled or out of order"
+
+
+@pytest.mark.parametrize(("until", "done"), [(StageStart, 40), (StageEnd, 70)])
+def test_a_removed_stage_has_not_begun_when_an_earlier_one_is_trained_again(
+    tmp_path: Path, uncut: Path, until: type[StageStart | StageEnd], done: int
+) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(uncut, path)
+    for name in ("01-halve-0002", "02-halve-0001"):
+        shutil.rmtree(RunFolder(path).stage(name).path)
+    events = run(toy_spec(), path)
+    next(event for event in events if isinstance(event, until) and event.name == "01-halve-0002")
+    status = read_status(path)
+    events.close()  # type: ignore[attr-defined]
+    last = status.stages[-1]
+    assert (last.state, last.update, last.seconds, last.loss) == ("to come", 0, 0.0, None)
+    assert status.updates == (done, 100)
+    assert status.seconds_left_of(last) > 0
+    finish(toy_spec(), path)
+    assert weights(path) == weights(uncut)
+
+
+@pytest.mark.parametrize(("update", "logged"), [(13, 12), (None, 30)])
+def test_a_later_stage_that_is_not_trained_from_its_beginning_keeps_its_log(
+    tmp_path: Path, uncut: Path, update: int | None, logged: int
+) -> None:
+    """The later stage is complete, or resumes from the checkpoint at update 12."""
+    path = tmp_path / "run"
+    if update is None:
+        shutil.copytree(uncut, path)
+    else:
+        _cut(path, "02-halve-0001", update)
+    shutil.rmtree(RunFolder(path).stage("01-halve-0002").path)
+    events = run(toy_spec(), path)
+    next(event for event in events if isinstance(event, StageStart) and event.name == "01-halve-0002")
+    events.close()  # type: ignore[attr-defined]
+    rows = [row["update"] for row in read_log(RunFolder(path).log_path) if row["stage"] == "02-halve-0001"]
+    assert logged in rows
+    finish(toy_spec(), path)
+    assert weights(path) == weights(uncut)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "bit flipped", "manifest cut", "update altered", "file missing"])

@@ -136,6 +136,7 @@ class Store:
         batch_size: the number of samples per batch; by default, an eighth of a cell, but at most `Source.at_once`. The
             default is reduced if a batch does not fit into memory.
         own_device: whether to redraw cells that were drawn on another kind of device.
+        check: a function that is called before each write and raises OSError if nothing may be written.
     """
 
     def __init__(
@@ -146,7 +147,9 @@ class Store:
         own_device: bool = False,
         processes: Processes | None = None,
         stop: StopSignal | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
+        self._check = check
         self.folder, self.batch_size, self._own_device = folder, batch_size, own_device
         self._lock = _lock_of(folder)
         self.processes, self._stop = processes or Processes(), stop
@@ -251,6 +254,7 @@ class Store:
             "pace": self.pace,
         }
         self._held.pop(cell.name, None)
+        self._check()
         with self._lock, replacing_folder(self._path(cell)) as folder:
             if self.facts(cell) is None:
                 # Existing metrics may be for samples from another device.
@@ -338,6 +342,7 @@ class Store:
         return (torch.frombuffer(bytearray(json.dumps(held).encode()), dtype=torch.uint8),)
 
     def _write(self, name: str, figures: dict[str, Any]) -> None:
+        self._check()
         with self._lock:
             write_sealed(self._file(name), {"name": name} | figures)
 

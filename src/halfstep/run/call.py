@@ -143,7 +143,9 @@ class Call:
         try:
             with in_python(), self.placed() as engine, StopSignal() if alone else contextlib.nullcontext() as stop:
                 made = dataclasses.replace(spec, engine=engine)
-                self.watch(run(made, out, stop), made.stages, model_of)
+                # If a callback fails, its traceback would keep the run, and with it the folder's lock.
+                with contextlib.closing(run(made, out, stop)) as events:
+                    self.watch(events, made.stages, model_of)
                 device = make_accelerator(engine.precision, engine.cpu).device
         except Interrupted as stopped:
             if stopped.code == 130:

@@ -83,7 +83,8 @@ class Measuring:
         self.spec, self.evaluation, self.device = spec, spec.evaluation, device
         self.processes, self.trackers, self._stop = processes, trackers, stop
         place, size = folder.evaluation_path.parent, spec.evaluation.batch_size
-        self.store = Store(place, batch_size=size, own_device=True, processes=processes, stop=stop)
+        check = self._check = folder.check_there
+        self.store = Store(place, batch_size=size, own_device=True, processes=processes, stop=stop, check=check)
         self._base: Cell | None = None
         """The finest samples of the chain's first model, which are the reference for all other models' samples."""
 
@@ -127,6 +128,7 @@ class Measuring:
             by = "" if method.sampler == model.sampler else f"-{sampler}"
             name = f"steps-{method.num_steps:04d}{by}"
             with self.processes.at_once(self._stop):
+                self.processes.on_main(self._check)
                 result = self._result(folder, self._cell(model, method), name)
             results.append(result)
             self._track(folder, name, result, updates_before)
@@ -135,6 +137,7 @@ class Measuring:
         spent = round(time.monotonic() - began, 3)
 
         def write() -> None:
+            self._check()
             kept = [folder.path / str(result.samples) for result in results]
             files = [file for samples in kept for file in (samples, samples.with_suffix(".png")) if file.is_file()]
             figures = Metrics(
@@ -171,6 +174,7 @@ class Measuring:
 
         def look() -> dict[str, object]:
             """Compare the cell's samples with those of the first model, and save the first few samples of the cell."""
+            self._check()
             samples, count = self.store.samples(cell), self.evaluation.num_compared
             apart = None if cell.name == base.name else rmse(samples[:count], self.store.samples(base)[:count])
             shown = samples[: self.evaluation.num_shown]

@@ -5,10 +5,9 @@ its latest good checkpoint, and existing metrics are reused.
 """
 
 import contextlib
-import errno
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn, final
 
@@ -19,7 +18,8 @@ from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.data import Data, MemoryData
 from halfstep.models.folder import drop_weights, load, save_stage
 from halfstep.models.model import Model
-from halfstep.nets import LoRA, describe_network, merged
+from halfstep.models.students import without_lora
+from halfstep.nets import LoRA, describe_network
 from halfstep.objectives import Role, Stage
 from halfstep.run.events import Event, Notice, Progress, StageEnd, StageStart
 from halfstep.run.folder import take_folder
@@ -41,7 +41,7 @@ from halfstep.train.recent import KEPT
 from halfstep.train.window import Window
 
 
-def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[Event]:
+def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Generator[Event]:
     """Run or resume a plan in the run folder `path`: train, halve and measure.
 
     With several processes, each of them must call this function and have access to the folder. Only rank 0 writes to
@@ -182,7 +182,7 @@ class _Runner:
 
     def _found(self, folder: StageFolder, stage: Stage | None, needed: list[StageFolder]) -> str:
         """Return "complete" or "absent" for a stage, or "dropped" if its weights were removed."""
-        self._still_there()
+        self.folder.check_there()
         if folder.is_complete() and not folder.manifest().weights_kept:
             # The stage was measured before its weights were dropped. Complete the removal if it was interrupted.
             drop_weights(folder)
@@ -214,10 +214,10 @@ class _Runner:
         if teacher.num_classes:
             changes["classes_shown"] = self.spec.data.num_classes
             changes["class_names"] = self._class_names(teacher.manifest)
-        denoiser = teacher.denoiser
-        if isinstance(denoiser.network, LoRA):
-            # The base weights of the teacher's LoRA are in another run.
-            denoiser = NetworkDenoiser(merged(denoiser.network).eval(), denoiser.process, denoiser.prediction)
+        # The base weights of the teacher's LoRA are in another run.
+        denoiser = without_lora(teacher.denoiser)
+        assert isinstance(denoiser, NetworkDenoiser)
+        if denoiser is not teacher.denoiser:
             changes |= {"network": describe_network(denoiser.network), "base": None}
         save_stage(folder, denoiser, teacher.manifest.model_copy(update=changes), teacher.null)
 
@@ -255,9 +255,19 @@ class _Runner:
                 raise
         yield from map(Notice, notices)
         resumed = trainer.update
-        self.processes.on_main(
-            lambda: self.log.keep(lambda row: row.get("stage") != folder.name or _is_before(row, resumed))
-        )
+
+        def keep_rows() -> None:
+            later = [self.folder.stage(name) for name, _ in spec.stages[index + 1 :]]
+            # These stages will start from the beginning, so rows of an earlier training would be false progress.
+            absent = [one.name for one in later if not one.is_complete() and not one.checkpoints()]
+
+            def wanted(row: Mapping[str, Any]) -> bool:
+                name = row.get("stage")
+                return _is_before(row, resumed) if name == folder.name else name not in absent
+
+            self.log.keep(wanted)
+
+        self.processes.on_main(keep_rows)
         self.trackers.start(self._updates_before + resumed)
         yield StageStart(folder.name, index, stage, resumed, trainer.seconds)
         if spec.engine.micro_batch == "auto":
@@ -286,7 +296,7 @@ class _Runner:
         assert isinstance(denoiser, NetworkDenoiser)
 
         def write() -> None:
-            self._still_there()
+            self.folder.check_there()
             save_stage(folder, denoiser, self._manifest(trainer, denoiser, start, teacher))
             remove_checkpoints(folder)
             _statistics_path(folder).unlink(missing_ok=True)
@@ -342,13 +352,6 @@ class _Runner:
         self.processes.on_main(lambda: self._write_log(trainer.stream, window))
         return Progress(trainer.stream, trainer.last_update, window)
 
-    def _still_there(self) -> None:
-        """Raise OSError if the run folder is gone. If its disk was unmounted, a write would recreate the folder on
-        another disk, under the mount point.
-        """
-        if not self.folder.recipe_path.exists():
-            raise OSError(errno.ESTALE, "the run folder no longer exists", str(self.folder.path))
-
     def _keep_statistics(self, folder: StageFolder, error: NonFinite, last: Path | None) -> NoReturn:
         """Write the batch's statistics to the stage's folder, and raise the error with the last good state."""
         kept, file, statistics = "", _statistics_path(folder), error.statistics
@@ -362,7 +365,7 @@ class _Runner:
         ) from None
 
     def _write_log(self, stage: str, window: Window) -> None:
-        self._still_there()
+        self.folder.check_there()
         figures = {
             "loss": window.loss,
             "learning_rate": window.learning_rate,

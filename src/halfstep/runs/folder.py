@@ -1,6 +1,7 @@
 """The layout of a run folder: the paths of its files, and readers that verify them."""
 
 import contextlib
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -234,6 +235,14 @@ class RunFolder:
         """Return the names of the plan's stages, or of the existing folders if the plan cannot be read."""
         names = [row.name for row in self.plan]
         return names or sorted(path.name for path in (self.path / "stages").glob("[!.]*") if path.is_dir())
+
+    def check_there(self) -> None:
+        """Raise OSError if the folder of a run is gone.
+
+        If its disk was unmounted, a write would recreate the folder on another disk, under the mount point.
+        """
+        if not self.recipe_path.exists():
+            raise OSError(errno.ESTALE, "the run folder no longer exists", str(self.path))
 
     def recipe(self) -> dict[str, Any]:
         """Return the content of recipe.json: {"run": ..., "recipe": ..., "plan": ..., "environment": ...}.

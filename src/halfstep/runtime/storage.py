@@ -53,7 +53,9 @@ def no_storage(error: OSError, path: Path, last: Path | None, has_begun: bool = 
     Args:
         has_begun: whether this process has already written to the run folder.
     """
-    within = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(path)
+    # Some libraries report the absolute path, without links.
+    real = os.path.realpath
+    within = error.filename is not None and Path(real(os.fsdecode(error.filename))).is_relative_to(real(path))
     if within and error.errno in TAKEN:
         return DamagedFile(
             f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}): something else has that name. Remove it "
