@@ -93,16 +93,20 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         coverage.pause()
 
 
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of the session, the same one in each worker of pytest-xdist."""
+def _session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of the session, the same one in each worker of pytest-xdist."""
+    return _session_folder(tmp_path_factory)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _one_cache(shared: Path) -> Iterator[None]:
+def _one_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Set the session's cache folder, so that the classifier of the digits is trained once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HALFSTEP_CACHE", str(shared / "cache"))
+        patch.setenv("HALFSTEP_CACHE", str(_session_folder(tmp_path_factory) / "cache"))
         yield

@@ -4,9 +4,12 @@ Unsupported ones give a clear one-line error.
 """
 
 import json
+import os
 import re
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -813,6 +816,63 @@ def test_only_files_that_are_read_identify_an_encoder(here: Path, tmp_path: Path
     name = next(iter(weights))
     save_file(weights | {name: weights[name] + 1}, encoder, {"format": "pt"})
     assert prompts_of(model).key != before
+
+
+@pytest.mark.parametrize("where", ["imported", "sample_prompts"])
+def test_a_signal_before_training_ends_with_the_requested_code(
+    where: str, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(30)
+
+    monkeypatch.setattr(f"halfstep.cli.training.{where}", stopped)
+    (tmp_path / "prompts.txt").write_text("a\n")
+    argv = ["distill", str(here / "sd3"), "--prompts", str(tmp_path / "prompts.txt"), "--to", "4", *UNMEASURED]
+    with pytest.raises(SystemExit) as end:
+        main([*argv, "--out", str(tmp_path / "out"), "--engine.requeue-code", "85"])
+    assert end.value.code == 85
+
+
+def test_prompts_that_do_not_fit_into_memory_get_one_line(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def hungry(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("halfstep.cli.exporting.encode_images", hungry)
+    (tmp_path / "prompts.txt").write_text("a\n")
+    argv = ["distill", str(here / "sd3"), "--prompts", str(tmp_path / "prompts.txt"), "--to", "4", *UNMEASURED]
+    said = refused([*argv, "--out", str(tmp_path / "out")], capsys, code=1)
+    assert "out of memory while sampling 8 prompts at once" in said
+    argv = ["encode", str(here / "sd"), "--data", str(here / "captioned"), "--out", str(tmp_path / "latents")]
+    assert "out of memory (CUDA out of memory. Tried to" in refused(argv, capsys, code=1)
+
+
+def test_a_missing_decoder_is_reported_before_sampling(
+    dit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(Model, "sample", lambda *_, **__: pytest.fail("samples were drawn"))
+    monkeypatch.setattr("halfstep.hub.encoding.fetch", lambda folder: tmp_path)
+    argv = ["sample", str(dit_run), "--num-samples", "2", "--out", str(tmp_path / "a.png")]
+    assert "has no vae, which is needed to encode and decode images" in refused(argv, capsys)
+
+
+def test_a_dry_run_from_a_lora_student_counts_the_new_lora(lora_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    argv = ["distill", str(lora_run), "--to", "2", "--evaluation.no-enabled", "--out", str(tmp_path / "out")]
+    argv += ["--chain.lora-rank", "3"]
+    main([*argv, "--dry-run", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    main(argv)
+    last = load(RunFolder(tmp_path / "out").stages()[-1].path)
+    assert facts["trainable_parameters"] == sum(p.numel() for _, p in last.network.own())
+    assert facts["parameters"] == sum(p.numel() for p in last.network.parameters())
+
+
+def test_a_run_from_a_given_teacher_is_no_recipe(ddpm_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    said = refused(["run", str(ddpm_run), "--out", str(tmp_path / "out")], capsys)
+    assert "is a run from a given teacher. To resume it, rerun its command" in said
+    assert f"halfstep distill {ddpm_run}/stages/00-teacher" in said
 
 
 def test_the_data_of_prompts_lies_next_to_a_run_in_the_working_folder(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import halfstep
 from halfstep import load
 from halfstep.cli import main
 from halfstep.cli.dry_run import _lines, plan_facts
@@ -512,3 +514,37 @@ def test_ctrl_c_saves_prints_how_to_resume_and_exits_130(toy_npy: Path, tmp_path
     assert "the state is saved. Run the same command again to resume" in errors
     assert "Traceback" not in errors
     assert list(out.glob("stages/00-denoise/checkpoint-*/manifest.json"))
+
+
+def test_the_home_folder_in_an_option_is_expanded(
+    toy_npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    main(["run", "arrays", "--data", str(toy_npy), "--out=~/deep/run", "--dry-run", "--json", *TINY_ARRAYS])
+    assert json.loads(capsys.readouterr().out)["out"] == str(tmp_path / "deep" / "run")
+
+
+def test_a_run_that_has_the_name_of_a_recipe_is_finished(
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    shutil.copytree(toy_run, tmp_path / "images")
+    monkeypatch.chdir(tmp_path)
+    main(["finish", "images", "--steps", "1", "--dry-run", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["name"] == "arrays"
+    assert facts["conflict"] is None
+
+
+def test_the_command_line_uses_a_run_of_a_python_call_with_one_of_our_networks(
+    toy_run: Path, toy_npy: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    run, data = tmp_path / "python", torch.from_numpy(np.load(toy_npy))
+    training = halfstep.Training(2, 1e-3, batch_size=8)
+    halfstep.distill(halfstep.load(toy_run / "stages" / "00-denoise"), data, start=4, to=2, training=training, out=run)
+    measured = ["--data", str(toy_npy), "--num-samples", "20", "--out", str(tmp_path / "evaluation"), "--json"]
+    capsys.readouterr()
+    main(["evaluate", str(run), *measured])
+    assert json.loads(capsys.readouterr().out)
+    main(["distill", str(run), "--data", str(toy_npy), "--to", "1", "--dry-run", "--out", str(tmp_path / "next")])
+    for argv in (["run", str(run)], ["finish", str(run), "--steps", "2"]):
+        assert "belongs to a run of halfstep.distill. Repeat the call in Python" in refused(argv, capsys)

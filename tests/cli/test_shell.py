@@ -232,6 +232,10 @@ def test_one_folder_has_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert DataConfig(source="./owner/name").source == "./owner/name"
     (tmp_path / "owner" / "name").mkdir(parents=True)
     assert DataConfig(source="./owner/name").source == "owner/name"
+    # The parent of the linked folder is not the working folder.
+    (tmp_path / "far" / "current").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("far/current")
+    assert DataConfig(source="link/../pics").source == "link/../pics"
 
 
 def test_a_text_with_bytes_of_a_name_is_written(tmp_path: Path) -> None:

@@ -223,6 +223,7 @@ def test_digits_are_scikit_learns():
 def test_a_path_to_a_folder_named_digits_is_not_scikit_learns_digits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(Path("digits/0.png"), noise(4, 4))
+    Path("a").mkdir()
     for spelling in ("./digits", "digits/", "./digits/", "a/../digits", tmp_path / "digits"):
         np.testing.assert_array_equal(pixels(opened(spelling)), noise(4, 4)[None, None])
     assert len({DataConfig(source=spelling).source for spelling in ("./digits", "digits/", "./digits/")}) == 1

@@ -1,5 +1,6 @@
 """Every error is a single line that names the cause and the remedy."""
 
+import errno
 import os
 import socket
 import struct
@@ -68,6 +69,20 @@ def test_the_folder_of_a_run_is_no_data(tmp_path):
     refused(tmp_path, str(tmp_path), "is a run folder, not data")
 
 
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    for name in ("cats/0.png", "dogs/1.png"):
+        image(tmp_path / name, 4, 4)
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("dogs"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    refused(tmp_path, "dogs cannot be read (Permission denied)", "Make it readable")
+
+
 def test_an_empty_folder(tmp_path):
     refused(tmp_path, str(tmp_path), "no images", ".png", ".webp")
 
@@ -134,12 +149,17 @@ def test_a_link_to_nothing(tmp_path):
     refused(tmp_path, "b.png is missing")
 
 
-def test_deep_images(tmp_path):
+@pytest.mark.parametrize("settings", [LAZY, {}], ids=["lazy", "in memory"])
+def test_deep_images(tmp_path, settings):
+    image(tmp_path / "0.png", 4, 4)
     Image.fromarray(np.full((4, 4), 1000, np.uint16)).save(tmp_path / "a.png")
-    refused(tmp_path, "a.png", "8 bits", "I;16")
+    refused(tmp_path, "a.png", "8 bits", "I;16", **settings)
 
 
-def test_deep_colour(tmp_path):
+@pytest.mark.parametrize("settings", [LAZY, {}], ids=["lazy", "in memory"])
+def test_deep_colour(tmp_path, settings):
+    image(tmp_path / "0.png", 1, 1)
+
     # Pillow cannot write it: one row of one white pixel, 3 x 16 bits.
     def part(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -149,13 +169,15 @@ def test_deep_colour(tmp_path):
     (tmp_path / "a.png").write_bytes(
         b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", pixels) + part(b"IEND", b"")
     )
-    refused(tmp_path, "a.png", "8 bits", "16-bit colour")
+    refused(tmp_path, "a.png", "8 bits", "16-bit colour", **settings)
 
 
-def test_a_scene_with_more_pixels_than_pillow_decodes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("settings", [LAZY, {}], ids=["lazy", "in memory"])
+def test_a_scene_with_more_pixels_than_pillow_decodes(tmp_path, monkeypatch, settings):
+    image(tmp_path / "0.png", 20, 20)
     image(tmp_path / "a.png", 40, 40)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
-    refused(tmp_path, "a.png has 1,600 pixels", "scale it down")
+    refused(tmp_path, "a.png has 1,600 pixels", "scale it down", **settings)
 
 
 @pytest.mark.parametrize(

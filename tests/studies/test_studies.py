@@ -1,6 +1,7 @@
 """Every study, at a size of seconds: its plan runs, resumes after an interruption, and its results are shown."""
 
 import dataclasses
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,12 +9,15 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from halfstep.data import DataConfig
 from halfstep.measure.evaluate import Evaluation
 from halfstep.objectives import Finishing, Halving, Training
 from halfstep.recipes import MLPConfig, Recipe
 from halfstep.recipes.schema import ChainConfig
+from halfstep.report.figures import Curve
+from halfstep.report.study_figure import Panel, draw_panels
 from halfstep.report.words import number
 from halfstep.runs import RunFolder
 from halfstep.runtime.failures import NonFinite
@@ -426,3 +430,19 @@ def test_numbers_are_shown_to_three_digits_and_means_with_their_spread() -> None
     assert spread([]) == "–"
     assert spread([2.0]) == "2.00"
     assert spread([1.0, 3.0]) == "2.00 ± 1.41"
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    panels = [Panel("title", "x", "y", [Curve("curve", [1, 2], [3, 4])])]
+    draw_panels(panels, tmp_path / "figure")
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    assert {file.name for file in before} == {"figure.png", "figure.svg"}
+
+    def half(self: Figure, file: Any, **_: object) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
+
+    monkeypatch.setattr(Figure, "savefig", half)
+    with pytest.raises(OSError, match="No space left"):
+        draw_panels(panels, tmp_path / "figure")
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before

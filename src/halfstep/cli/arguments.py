@@ -55,6 +55,8 @@ def _recipe_in(data: Any, file: Path) -> Recipe:
             f"{file} belongs to a run of your own network, which the command line cannot build. In Python, repeat the "
             "call; to measure the models, add evaluation=halfstep.Evaluation()"
         )
+    if "call" in data:
+        raise UsageError(f"{file} belongs to a run of {data['call']}. Repeat the call in Python to resume or change it")
     try:
         return Recipe.model_validate({key: value for key, value in data.items() if key not in ("what", "parent")})
     except ValidationError as error:
@@ -62,8 +64,16 @@ def _recipe_in(data: Any, file: Path) -> Recipe:
 
 
 def recipe_of_stage(stage: StageFolder) -> Recipe | None:
-    """Return the recipe of the run that contains a stage, or None if the stage is not part of a run."""
-    return None if stage.run is None or not stage.run.recipe_path.exists() else recipe_of_run(stage.run)
+    """Return the recipe of the run that contains a stage.
+
+    Return None if the stage is not part of a run, or of a run that a call in Python started with one of halfstep's
+    networks, because such a run has no recipe.
+    """
+    if stage.run is None or not stage.run.recipe_path.exists():
+        return None
+    held = stage.run.recipe()["recipe"]
+    has_own_network = held.get("network", {}).get("type") == OWN
+    return None if "call" in held and not has_own_network else recipe_of_run(stage.run)
 
 
 def processes_of(cpu: bool = False) -> Processes:

@@ -50,6 +50,7 @@ from halfstep.nets import BasePrecision, precision_of
 from halfstep.report.words import count, duration
 from halfstep.run.own_samples import NUM_STEPS, effective_scale, prompted_by, sampling_of
 from halfstep.runs import RunFolder, StageFolder
+from halfstep.runtime.failures import told_when_out_of_memory
 from halfstep.runtime.files import read_json, refuse_file, refuse_taken
 from halfstep.runtime.processes import Processes
 
@@ -330,17 +331,22 @@ def sample_prompts(
     Raises:
         ValueError: if there are no prompts, the model does not take prompts, or the folder contains other data.
     """
-    texts = _prompts_for(model.to(device), prompts, guidance_scale, num_steps, seed)
-    encoder = _encoder_of_prompts(model, guidance_scale, num_steps, seed, device)
+    told = (
+        f"out of memory while sampling {count(batch_size, 'prompt')} at once. Sample them with halfstep encode "
+        "--prompts, with a smaller --batch-size or on the CPU, and pass its folder to halfstep distill as --data"
+    )
     try:
-        return encode_images(
-            texts,
-            encoder,
-            out,
-            batch_size,
-            on_progress=progress_of("sampled", screen),
-            processes=processes,
-        )
+        with told_when_out_of_memory(told):
+            texts = _prompts_for(model.to(device), prompts, guidance_scale, num_steps, seed)
+            encoder = _encoder_of_prompts(model, guidance_scale, num_steps, seed, device)
+            return encode_images(
+                texts,
+                encoder,
+                out,
+                batch_size,
+                on_progress=progress_of("sampled", screen),
+                processes=processes,
+            )
     finally:
         release_texts()
         model.to("cpu")

@@ -17,10 +17,13 @@ from typing import Any, Final, NoReturn
 from halfstep.cli.verbs import VERBS, Verb, overview
 from halfstep.registry import nearest
 from halfstep.runtime.allocator import keep_freed_memory
+from halfstep.runtime.files import first_line
 from halfstep.runtime.launch import check_launch, rank, world_size
 from halfstep.runtime.storage import FULL, GONE, exit_code
 from halfstep.runtime.terminal import Output, one_line, safe_outputs, warn
 
+LESS_MEMORY: Final = "Reduce the size, or free some memory"
+"""The advice for a command that ran out of memory."""
 REMEDIES: Final = {
     **dict.fromkeys((errno.ENOENT, errno.EINVAL, errno.ELOOP), "Check the path"),
     **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS), "Choose another path"),
@@ -178,7 +181,7 @@ def _dispatch(verb: Verb, rest: Sequence[str]) -> None:
             )
         fail(error.strerror if isinstance(error, OSError) and error.strerror else error, code)
     except MemoryError as error:
-        fail(f"out of memory ({one_line(error) or 'malloc failed'}). Reduce the size, or free some memory", 1)
+        fail(f"out of memory ({one_line(error) or 'malloc failed'}). {LESS_MEMORY}", 1)
 
 
 def _function_of(verb: Verb) -> Any:
@@ -192,7 +195,7 @@ def _call_heavy(verb: Verb, rest: Sequence[str]) -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     keep_freed_memory()
     from halfstep.core.warnings import HalfstepWarning
-    from halfstep.runtime.failures import NonFinite, OutOfMemory
+    from halfstep.runtime.failures import NonFinite, OutOfMemory, is_out_of_memory
     from halfstep.runtime.processes import FailedElsewhere, LostProcess
     from halfstep.runtime.stop import Interrupted
 
@@ -214,3 +217,7 @@ def _call_heavy(verb: Verb, rest: Sequence[str]) -> None:
             raise SystemExit(error.code) from None
         except (NonFinite, OutOfMemory, LostProcess) as error:
             fail(error, code=1)
+        except Exception as error:
+            if not is_out_of_memory(error) or os.environ.get("HALFSTEP_TRACEBACK"):
+                raise
+            fail(f"out of memory ({first_line(error)}). {LESS_MEMORY}", code=1)

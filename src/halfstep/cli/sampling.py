@@ -1,7 +1,7 @@
 """`halfstep sample`: draws samples from a model and writes them to an image grid, an array file or a folder."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -87,6 +87,8 @@ def sample(argv: Sequence[str]) -> None:
     processes = processes_of(arguments.device == "cpu")
     model = load(arguments.model, device_of(arguments.device, processes))
     check_writable(model, out)
+    # Sampling can take long, so a missing decoder is reported first.
+    decode = decoder_for(model, out)
     method = _sampler(arguments.sampler, arguments.gamma, model.sampler)
     seeds = range(arguments.seed, arguments.seed + arguments.num_samples)
     cond = _prompted(model, arguments.prompt, len(seeds))
@@ -119,7 +121,7 @@ def sample(argv: Sequence[str]) -> None:
             "number of steps"
         )
     seconds = time.perf_counter() - started
-    write_samples(x0, model, seeds, out)
+    write_samples(x0, model, seeds, out, decode)
     steps = model.check_steps(arguments.num_steps)
     if arguments.json:
         print_json(
@@ -179,14 +181,31 @@ def check_writable(model: Model, out: Path) -> None:
         raise UsageError(f"samples with {model.shape[0]} channels cannot be saved as .png files. Write a .npz file")
 
 
-def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> None:
-    """Write samples of shape `[n, *shape]` in the format given by the suffix of `out` (see `check_writable`)."""
-    is_image = model.manifest.is_image
+def decoder_for(model: Model, out: Path) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Return the decoder of a model's latents, or None if `out` needs no decoded images.
+
+    Raises:
+        ValueError: if the decoder is missing or not supported.
+    """
+    return None if model.manifest.is_image or out.suffix.lower() == ".npz" else decoder_of(model.manifest)
+
+
+def write_samples(
+    x0: torch.Tensor,
+    model: Model,
+    seeds: range,
+    out: Path,
+    decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> None:
+    """Write samples of shape `[n, *shape]` in the format given by the suffix of `out` (see `check_writable`).
+
+    Args:
+        decode: the result of `decoder_for`.
+    """
     if out.suffix.lower() == ".npz":
-        write_arrays(out, arr_0=samples_array(x0, is_image))
+        write_arrays(out, arr_0=samples_array(x0, model.manifest.is_image))
         return
-    if not is_image:
-        decode = decoder_of(model.manifest)
+    if decode is not None:
         x0 = torch.cat([decode(part) for part in x0.split(8)])
     pixels = samples_array(x0, is_image=True)
     if out.suffix.lower() == ".png":

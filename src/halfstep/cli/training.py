@@ -1,8 +1,9 @@
 """The verbs that execute a training plan: run, train, demo, distill and finish."""
 
+import contextlib
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 import torch
 import tyro
 
-from halfstep.cli.arguments import device_of, processes_of, recipe_from, recipe_of_stage
+from halfstep.cli.arguments import device_of, processes_of, recipe_from, recipe_of_run, recipe_of_stage
 from halfstep.cli.display import RunDisplay, show_results
 from halfstep.cli.dry_run import check_alone, data_line, show_plan
 from halfstep.cli.exporting import sample_prompts
@@ -123,6 +124,13 @@ def _run(argv: Sequence[str], kind: type[RunArguments], verb: str, what: Literal
     name, *rest = argv
     prog = f"halfstep {verb}" if verb == "demo" else f"halfstep {verb} {name}"
     default = recipe_from(name)
+    folder = RunFolder(Path(name))
+    is_run = name not in recipes and folder.recipe_path.is_file()
+    if is_run and folder.recipe()["recipe"].get("what") == "chain":
+        raise UsageError(
+            f"{name} is a run from a given teacher. To resume it, rerun its command. To train other students of this "
+            f"teacher: halfstep distill {folder.stage(GIVEN_TEACHER).path}"
+        )
     # Check the recipe's own settings first: `fitted` later removes those that the options make redundant.
     default.finish.plan()
     arguments = parse(kind, rest, prog, kind(default), SHORT)
@@ -176,7 +184,8 @@ def distill(argv: Sequence[str]) -> None:
     elif is_published:
         model, label = published(name, arguments.base_precision), name
     else:
-        model = imported(name, arguments.call, Screen(arguments.json), precision=arguments.base_precision)
+        with _requeued(arguments.recipe):
+            model = imported(name, arguments.call, Screen(arguments.json), precision=arguments.base_precision)
         label = model.manifest.stage
     if arguments.recipe.data.source == NO_DATA and arguments.prompts is None and not is_published:
         raise UsageError(
@@ -203,7 +212,8 @@ def distill(argv: Sequence[str]) -> None:
         with as_typed(rest, SHORT):
             data, _ = _not_sampled(arguments.prompts, recipe, model, data_folder)
             check_recipe(build(recipe, what="chain", teacher=model, data=data), RunFolder(out))
-        _sample_prompts(arguments.prompts, recipe, model, data_folder, Screen(arguments.json))
+        with _requeued(recipe):
+            _sample_prompts(arguments.prompts, recipe, model, data_folder, Screen(arguments.json))
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": str(data_folder)})})
     with as_typed(rest, SHORT):
         _carry_out(replace(arguments, recipe=recipe), out, "chain", model, stand_in=stand_in)
@@ -311,7 +321,7 @@ def finish(argv: Sequence[str]) -> None:
     folder = RunFolder(Path(name))
     if not folder.recipe_path.is_file():
         raise UsageError(f"{name} is not a run (it has no recipe.json). Use the folder of a run")
-    recipe, held = recipe_from(name), folder.recipe()["recipe"]
+    recipe, held = recipe_of_run(folder), folder.recipe()["recipe"]
     arguments = parse(FinishArguments, rest, f"halfstep finish {name}", FinishArguments(recipe), SHORT_OF_FINISH)
     asked = arguments.recipe.finish
     if not asked.steps:
@@ -356,28 +366,42 @@ def _carry_out(
     show_plan(make(data=data), out, arguments.json, missing)
 
 
+@contextlib.contextmanager
+def _requeued(recipe: Recipe) -> Iterator[None]:
+    """Replace the exit code of a command that SIGTERM or SIGUSR1 stops, if the recipe has a `requeue_code`."""
+    code, stops = recipe.engine.requeue_code, (signal.SIGTERM, signal.SIGUSR1)
+    try:
+        yield
+    except Interrupted as stopped:
+        if code is not None and stopped.signal in stops:
+            stopped.code = code
+        raise
+    except SystemExit as end:
+        # Outside of a run, the handler of a signal ends the process.
+        if code is not None and end.code in [128 + number for number in stops]:
+            raise SystemExit(code) from None
+        raise
+
+
 def _execute(recipe: Recipe, make: Callable[[], RunSpec], out: Path, json: bool) -> None:
     """Build a run, train it and show the results. A signal stops any of these phases cleanly."""
     screen = Screen(json)
     started = time.monotonic()
-    try:
-        with StopSignal() as stop:
-            # Several processes stop together, once all of them have agreed to stop.
-            alone = stop if world_size() == 1 else None
-            with at_once(alone):
-                spec = make()
-            screen.say(f"halfstep: {recipe.name} -> {out}")
-            screen.say(data_line(spec.data))
-            RunDisplay(spec.stages, screen).show(run_spec(spec, out, stop))
-            if screen.quiet:
-                return
-            show_results(out, screen)
-            with at_once(alone):
-                screen.say(f"report: {make_report(out, spec.data)}")
-    except Interrupted as stopped:
-        if recipe.engine.requeue_code is not None and stopped.signal in (signal.SIGTERM, signal.SIGUSR1):
-            stopped.code = recipe.engine.requeue_code
-        raise
+    with _requeued(recipe), StopSignal() as stop:
+        # Several processes stop together, once all of them have agreed to stop.
+        alone = stop if world_size() == 1 else None
+        with at_once(alone):
+            spec = make()
+        screen.say(f"halfstep: {recipe.name} -> {out}")
+        screen.say(data_line(spec.data))
+        # If the output fails, the traceback would keep the run, and with it the folder's lock.
+        with contextlib.closing(run_spec(spec, out, stop)) as events:
+            RunDisplay(spec.stages, screen).show(events)
+        if screen.quiet:
+            return
+        show_results(out, screen)
+        with at_once(alone):
+            screen.say(f"report: {make_report(out, spec.data)}")
     screen.say(f"finished in {duration(time.monotonic() - started)}")
     if json:
         print_json(read_status(out).as_json())

@@ -17,6 +17,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from halfstep.cli.help import HELP, help_text
 from halfstep.registry import family_of, nearest
+from halfstep.runtime.files import user_path
 
 Arguments = TypeVar("Arguments")
 
@@ -52,8 +53,11 @@ def _plain(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         if text in words or (text == "None" and NoneType in kinds):
             return None if text == "None" else text
         try:
-            return kind(text)
+            # Shells do not expand ~ in --out=~/runs, and without a shell nothing does.
+            return user_path(text) if kind is Path else kind(text)
         except ValueError:
+            if kind not in NEEDED:
+                raise
             raise ValueError(f"needs {' or '.join([NEEDED[kind], *words])}, got {text!r}") from None
 
     return PrimitiveConstructorSpec(

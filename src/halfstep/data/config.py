@@ -1,9 +1,8 @@
 """The data configuration, and the function that opens the data."""
 
-import os
 import re
 import warnings
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Final
 
 from pydantic import field_validator
@@ -60,7 +59,8 @@ class DataConfig(Record):
     @classmethod
     def _plain(cls, source: str) -> str:
         """Remove "./" and trailing slashes from a path, so that the same data always has the same name."""
-        plain = os.path.normpath(source) if source else source
+        # "link/../data" is not "data" if link is a symbolic link, so ".." is kept.
+        plain = str(PurePath(source)) if source else source
         # "./owner/name" marks a path, as opposed to a name on the Hub.
         if _HUB_NAME.fullmatch(plain) and not user_path(plain).exists():
             return source

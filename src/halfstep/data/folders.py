@@ -18,6 +18,7 @@ from halfstep.core.warnings import HalfstepWarning
 from halfstep.data.images import EncodedImages, Labelled
 from halfstep.data.labels import check_not_identifiers, classes_of
 from halfstep.runtime.files import read_json
+from halfstep.runtime.storage import GONE
 
 IMAGE_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 VIDEO_SUFFIXES: Final = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi", ".gif")
@@ -171,14 +172,25 @@ def changed_since(source: str, moment: float) -> list[Path]:
     return found
 
 
+def _unread(error: OSError) -> None:
+    if error.errno in GONE:
+        raise error
+    folder = os.fsdecode(error.filename)
+    raise ValueError(f"{folder} cannot be read ({error.strerror}). Make it readable, or move it out of the data")
+
+
 def files_below(root: Path) -> list[PurePath]:
     """Return the sorted files below `root`, except hidden files and files in run folders, such as generated samples.
 
     Symbolic links to folders are followed, but each folder is visited only once.
+
+    Raises:
+        ValueError: if a folder cannot be read.
+        OSError: if the disk is gone.
     """
     found: list[PurePath] = []
     seen: set[str] = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=_unread):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.data.base import Data, MemoryData, check_labels, to_batch
-from halfstep.data.preparation import Preparation, TooDeep
+from halfstep.data.preparation import Preparation, TooDeep, deep_mode
 from halfstep.objectives.base import Batch
 from halfstep.runtime.files import first_line
 from halfstep.runtime.storage import GONE
@@ -214,9 +214,10 @@ def numbered(found: Labelled) -> Labelled:
 
 
 def _cut(images: EncodedImages, prepare: Preparation, readable: int) -> dict[int, ValueError]:
-    """Decode the files with suspicious first or last bytes, and return the errors of broken files by index.
+    """Decode the files with a suspicious header or end, and return the errors of broken files by index.
 
-    Decoding all files would take as long as an epoch. In tables of bytes, only missing images are found.
+    Decoding all files would take as long as an epoch, so damage in the middle of a file is not found. In tables of
+    bytes, only missing images are found.
 
     Args:
         readable: the index of an image that can be read.
@@ -250,7 +251,16 @@ def _is_doubtful(file: Path | bytes | None) -> bool:
     except OSError:
         return True
     end = next((end for start, end in _ENDS if head.startswith(start)), None)
-    return end is None or end not in tail
+    return end is None or end not in tail or _has_doubtful_header(file)
+
+
+def _has_doubtful_header(file: Path) -> bool:
+    try:
+        # Pillow already raises an error here if the image has too many pixels.
+        with Image.open(file, formats=_FORMATS) as image:
+            return deep_mode(image) is not None
+    except Exception:  # as in `_open`
+        return True
 
 
 def _decode(

@@ -57,10 +57,7 @@ class Preparation:
         Raises:
             TooDeep: if the image has more than 8 bits per channel. Pillow would keep only the upper 8 bits.
         """
-        is_deep = image.mode in ("I", "F") or image.mode.startswith("I;")
-        # Pillow converts 16-bit colour to 8 bits; only its decoder's raw mode shows the original depth.
-        if is_deep or (image.format in ("PNG", "TIFF") and any(";16" in str(tile.args) for tile in image.tile)):
-            mode = image.mode if is_deep else "16-bit colour"
+        if mode := deep_mode(image):
             raise TooDeep(f"has more than 8 bits per channel (mode {mode}): scale it to 8 bits, or remove it")
         image = _upright(image)
         channels = self.channels or (1 if image.mode in _GREY else 3)
@@ -80,6 +77,15 @@ class Preparation:
         side = min(width, height)
         left, upper = (width - side) // 2, (height - side) // 2
         return left, upper, left + side, upper + side
+
+
+def deep_mode(image: Image.Image) -> str | None:
+    """Return the mode of an opened image with more than 8 bits per channel, or None. No pixels are decoded."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        return image.mode
+    # Pillow converts 16-bit colour to 8 bits; only its decoder's raw mode shows the original depth.
+    is_deep = image.format in ("PNG", "TIFF") and any(";16" in str(tile.args) for tile in image.tile)
+    return "16-bit colour" if is_deep else None
 
 
 def _upright(image: Image.Image) -> Image.Image:

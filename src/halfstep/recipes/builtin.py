@@ -111,7 +111,7 @@ def fashion_mnist() -> Recipe:
         finish=FinishConfig(
             steps=(8, 4, 2, 1),
             training=replace(FINISHING, num_updates=250, learning_rate=1e-4),
-            updates_at={4: 350, 2: 500, 1: 450},
+            updates_at={4: 500, 2: 500, 1: 450},
             lead_updates=30,
         ),
         evaluation=Evaluation(num_samples=4000, batch_size=500),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from halfstep.report.figures import COLOURS, STYLE, Curve, log_axis, powers_of_two
+from halfstep.runtime.files import replacing
 
 MARKERS: Final = "osD^vPX*"
 """Markers of curves, one for each colour."""
@@ -40,8 +41,10 @@ def draw_panels(panels: Sequence[Panel], path: Path) -> None:
         for index, panel in enumerate(shown):
             _draw(figure.add_subplot(1, len(shown), index + 1), panel)
         _add_legend(figure, max((len(panel.series) for panel in shown), default=0) > MOST_INSIDE)
-        figure.savefig(path.with_suffix(".png"), dpi=120, metadata={"Software": None})
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+        with replacing(path.with_suffix(".png")) as temporary:
+            figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
+        with replacing(path.with_suffix(".svg")) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
 
 
 def _draw(axes: Any, panel: Panel) -> None:
