@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from halfstep.run.events import Progress, StageEnd, StageStart
+from halfstep.run.progress import Lines
 from halfstep.run.folder import DifferentRecipe
 from halfstep.run.runner import run
 from halfstep.runs import RunFolder, read_log, read_status
@@ -37,7 +38,7 @@ def _cut(path: Path, stage: str, update: int) -> None:
     for event in events:
         if isinstance(event, Progress) and event.name == stage and event.window.update == update:
             break
-    events.close()  # type: ignore[attr-defined]
+    events.close()
 
 
 @pytest.mark.parametrize(("stage", "update"), [("00-denoise", 13), ("01-halve-0002", 1), ("02-halve-0001", 30)])
@@ -63,7 +64,7 @@ def test_a_removed_stage_has_not_begun_when_an_earlier_one_is_trained_again(
     events = run(toy_spec(), path)
     next(event for event in events if isinstance(event, until) and event.name == "01-halve-0002")
     status = read_status(path)
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     last = status.stages[-1]
     assert (last.state, last.update, last.seconds, last.loss) == ("to come", 0, 0.0, None)
     assert status.updates == (done, 100)
@@ -85,10 +86,26 @@ def test_a_later_stage_that_is_not_trained_from_its_beginning_keeps_its_log(
     shutil.rmtree(RunFolder(path).stage("01-halve-0002").path)
     events = run(toy_spec(), path)
     next(event for event in events if isinstance(event, StageStart) and event.name == "01-halve-0002")
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     rows = [row["update"] for row in read_log(RunFolder(path).log_path) if row["stage"] == "02-halve-0001"]
     assert logged in rows
     finish(toy_spec(), path)
+    assert weights(path) == weights(uncut)
+
+
+def test_the_time_left_does_not_include_later_stages_that_are_complete(tmp_path: Path, uncut: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(uncut, path)
+    shutil.rmtree(RunFolder(path).stage("01-halve-0002").path)
+    lines = Lines(toy_spec().stages, lambda _: None)
+    shares = []
+    for event in run(toy_spec(), path):
+        lines.take(event)
+        if isinstance(event, Progress):
+            shares.append(lines.status.share)
+            *_, last = lines.status.stages
+            assert (last.state, lines.status.seconds_left_of(last)) == ("done", 0)
+    assert shares[-1] == 1
     assert weights(path) == weights(uncut)
 
 
@@ -115,7 +132,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(tmp_path: Pa
     assert target.name in notice.text  # type: ignore[attr-defined]
     assert str(latest) in notice.text  # type: ignore[attr-defined]
     assert start.resumed_at == int(before.name.rpartition("-")[2])  # type: ignore[attr-defined]
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     finish(toy_spec(), path)
     assert weights(path) == weights(uncut)
 
@@ -214,7 +231,7 @@ def test_a_resumed_run_in_either_precision_is_the_uncut_one(tmp_path: Path, prec
     finish(spec, tmp_path / "uncut")
     events = run(spec, tmp_path / "cut")
     next(e for e in events if isinstance(e, Progress) and (e.name, e.window.update) == ("01-halve-0002", 13))
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     finish(spec, tmp_path / "cut")
     assert weights(tmp_path / "cut") == weights(tmp_path / "uncut")
 
@@ -237,7 +254,7 @@ def test_an_unreadable_checkpoint_is_skipped_and_kept(
     monkeypatch.setattr(checkpoint, "check_files", failing)
     events = run(toy_spec(), path)
     notice, start = next(events), next(events)
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     assert notice.text.startswith(f"{latest} cannot be read (Input/output error)")  # type: ignore[attr-defined]
     assert start.resumed_at == int(before.name.rpartition("-")[2])  # type: ignore[attr-defined]
     assert latest.with_name(f"damaged-{latest.name}").is_dir()

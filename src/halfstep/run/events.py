@@ -22,6 +22,8 @@ class StageStart(Event):
     """The update of the checkpoint from which the stage resumed, or 0 if the stage started from scratch."""
     seconds: float
     """The training time of the stage up to this update, in seconds."""
+    complete: tuple[str, ...] = ()
+    """The names of later stages that are already complete, for example because only this stage was removed."""
 
 
 @final

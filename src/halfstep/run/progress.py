@@ -62,6 +62,9 @@ class Lines:
         match event:
             case StageStart(resumed_at=resumed_at):
                 stage.state = "training"
+                for later in self.status.stages:
+                    if later.name in event.complete:
+                        later.update, later.state = later.num_updates, "done"
                 # Updates made before the run was resumed do not count towards the pace.
                 stage.take({"update": resumed_at, "seconds": event.seconds})
                 at = f", resuming at update {resumed_at}" if resumed_at else ""

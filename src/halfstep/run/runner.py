@@ -256,7 +256,7 @@ class _Runner:
         yield from map(Notice, notices)
         resumed = trainer.update
 
-        def keep_rows() -> None:
+        def keep_rows() -> list[str]:
             later = [self.folder.stage(name) for name, _ in spec.stages[index + 1 :]]
             # These stages will start from the beginning, so rows of an earlier training would be false progress.
             absent = [one.name for one in later if not one.is_complete() and not one.checkpoints()]
@@ -266,10 +266,11 @@ class _Runner:
                 return _is_before(row, resumed) if name == folder.name else name not in absent
 
             self.log.keep(wanted)
+            return [one.name for one in later if one.is_complete()]
 
-        self.processes.on_main(keep_rows)
+        complete = tuple(self.processes.on_main(keep_rows))
         self.trackers.start(self._updates_before + resumed)
-        yield StageStart(folder.name, index, stage, resumed, trainer.seconds)
+        yield StageStart(folder.name, index, stage, resumed, trainer.seconds, complete)
         if spec.engine.micro_batch == "auto":
             with self.processes.at_once(self.stop):
                 refused = fit_micro_batch(trainer, micro_batch_of(held))
