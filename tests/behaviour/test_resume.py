@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from halfstep.run.events import Progress, StageEnd, StageStart
-from halfstep.run.progress import Lines
 from halfstep.run.folder import DifferentRecipe
+from halfstep.run.progress import Lines
 from halfstep.run.runner import run
 from halfstep.runs import RunFolder, read_log, read_status
 from halfstep.runtime import files as run_files
