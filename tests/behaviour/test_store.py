@@ -255,7 +255,7 @@ def test_data_without_the_classes_of_its_conditions_is_refused() -> None:
         source.draw(1, range(4), None)
 
 
-def test_another_choice_of_rows_redraws_and_measures_only_where_conditions_come_from_data(
+def test_another_choice_of_rows_redraws_only_where_conditions_come_from_data(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plain, conditional = cell().name, Cell(listening(sorted_data())[0], 2, range(4)).name
@@ -263,10 +263,6 @@ def test_another_choice_of_rows_redraws_and_measures_only_where_conditions_come_
     assert cell().name == plain
     assert Cell(listening(sorted_data())[0], 2, range(4)).name != conditional
     assert cell().source.content["conditions"] is None
-    # The protocol of metrics.json decides whether a run measures a stage again.
-    assert "condition_rows" in Reference(sorted_data(), EVALUATION).protocol
-    labelled = MemoryData("labelled", points(400), torch.arange(400) % 2, ("a", "b"))
-    assert "condition_rows" not in Reference(labelled, EVALUATION).protocol
 
 
 def test_samples_of_another_device_are_drawn_again_only_where_that_matters(

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from halfstep import NetworkDenoiser, load, save
-from halfstep.cli import main
+from halfstep.cli import exporting, main
 from halfstep.core.prediction import Denoised
 from halfstep.data import open_latents
 from halfstep.hub import import_pipeline, prompts_of, text_conditions
@@ -834,6 +834,36 @@ def test_a_signal_before_training_ends_with_the_requested_code(
     assert end.value.code == 85
 
 
+def test_only_models_with_conditions_are_measured_again_with_other_rows(sd_run: Path, ddpm_run: Path) -> None:
+    """The protocol of metrics.json decides whether a run measures a stage again."""
+    for run, is_conditional in ((sd_run, True), (ddpm_run, False)):
+        for stage in RunFolder(run).stages():
+            metrics = stage.metrics()
+            assert metrics is not None
+            assert ("condition_rows" in metrics.protocol) == is_conditional
+
+
+def test_prompts_are_sampled_in_batches_that_fit_into_memory(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    tried: list[int] = []
+    encode = exporting.encode_images
+
+    def hungry(texts: Any, encoder: Any, out: Path, batch_size: int, **settings: Any) -> Any:
+        tried.append(batch_size)
+        if batch_size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return encode(texts, encoder, out, batch_size, **settings)
+
+    monkeypatch.setattr(exporting, "encode_images", hungry)
+    (tmp_path / "prompts.txt").write_text("a\nb\na b\nb a\n")
+    argv = ["distill", str(here / "sd3"), "--prompts", str(tmp_path / "prompts.txt"), "--to", "4", *UNMEASURED]
+    main([*argv, "--out", str(tmp_path / "run")])
+    assert tried == [8, 4, 2]
+    assert "8 prompts at once did not fit into memory, so 4 are tried" in capsys.readouterr().out
+    assert len(open_latents(tmp_path / "run-data")) == 4
+
+
 def test_prompts_that_do_not_fit_into_memory_get_one_line(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -844,7 +874,7 @@ def test_prompts_that_do_not_fit_into_memory_get_one_line(
     (tmp_path / "prompts.txt").write_text("a\n")
     argv = ["distill", str(here / "sd3"), "--prompts", str(tmp_path / "prompts.txt"), "--to", "4", *UNMEASURED]
     said = refused([*argv, "--out", str(tmp_path / "out")], capsys, code=1)
-    assert "out of memory while sampling 8 prompts at once" in said
+    assert "out of memory while sampling 1 prompt at once. Free some memory, or use the CPU (--engine.cpu)" in said
     argv = ["encode", str(here / "sd"), "--data", str(here / "captioned"), "--out", str(tmp_path / "latents")]
     assert "out of memory (CUDA out of memory. Tried to" in refused(argv, capsys, code=1)
 
@@ -870,9 +900,10 @@ def test_a_dry_run_from_a_lora_student_counts_the_new_lora(lora_run: Path, tmp_p
 
 
 def test_a_run_from_a_given_teacher_is_no_recipe(ddpm_run: Path, tmp_path: Path, capsys: Capture) -> None:
-    said = refused(["run", str(ddpm_run), "--out", str(tmp_path / "out")], capsys)
-    assert "is a run from a given teacher. To resume it, rerun its command" in said
-    assert f"halfstep distill {ddpm_run}/stages/00-teacher" in said
+    for name in (ddpm_run, ddpm_run / "recipe.json"):
+        said = refused(["run", str(name), "--out", str(tmp_path / "out")], capsys)
+        assert "is a run from a given teacher. To resume it, rerun its command" in said
+        assert f"halfstep distill {ddpm_run}/stages/00-teacher" in said
 
 
 def test_the_data_of_prompts_lies_next_to_a_run_in_the_working_folder(

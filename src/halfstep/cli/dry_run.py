@@ -69,7 +69,8 @@ def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str
     """Return the plan of a run and its cost in bytes, seconds and FLOPs (multiplications and additions).
 
     The times do not include stages that are already complete in the folder `out`. If the folder contains another run,
-    no stage counts as complete, and "conflict" is the message that the run itself would end with.
+    no stage counts as complete, and "conflict" is the message that the run itself would end with. Whether the run was
+    trained on the same data is not checked.
     """
     folder, conflict = RunFolder(out), _conflict(spec, out)
     complete = {name for name, _ in spec.stages if conflict is None and folder.stage(name).is_complete()}

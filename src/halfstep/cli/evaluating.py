@@ -121,11 +121,12 @@ def _recipe(subject: Subject, arguments: EvaluateArguments) -> Recipe:
     if subject.recipe is None and arguments.data is None:
         raise UsageError(f"{arguments.subject} is not part of a run, so its data is unknown. Add --data SOURCE")
     recipe = subject.recipe or Recipe(name="evaluate")
-    source = {} if arguments.data is None else {"source": arguments.data}
+    # These settings of the run apply only to its own data.
+    source = {} if arguments.data is None else {"source": arguments.data, "label_column": None, "limit": None}
     settings = _given(arguments, "split", "image_size", "channels", "label_column", "max_bytes")
     settings |= {"labels": False} if arguments.no_labels else {}
     settings |= {"skip_broken": True} if arguments.skip_broken else {}
-    data = recipe.data.model_copy(update={**settings, **source})
+    data = recipe.data.model_copy(update={**source, **settings})
     evaluation = replace(recipe.evaluation, **_given(arguments, "num_samples", "batch_size", "precision"))
     return recipe.model_copy(update={"data": data, "evaluation": evaluation})
 

@@ -212,7 +212,7 @@ def encode(argv: Sequence[str]) -> None:
         assert arguments.out is not None
         found = sample_prompts(
             model, arguments.prompts, arguments.out, arguments.guidance_scale, arguments.num_steps, arguments.seed,
-            arguments.batch_size, device, processes, screen,
+            arguments.batch_size, device, processes, screen, "Lower --batch-size, or use the CPU (--device cpu)",
         )  # fmt: skip
         latents = count(len(found), "latent")
         screen.say(f"{arguments.out}: {latents} of shape {list(found.shape)} sampled from the prompts")
@@ -323,20 +323,20 @@ def _show_prompts(model: Model, prompts: Path, arguments: EncodeArguments, devic
 
 def sample_prompts(
     model: Model, prompts: Path, out: Path, guidance_scale: float | None, num_steps: int, seed: int, batch_size: int,
-    device: torch.device, processes: Processes, screen: Screen,
+    device: torch.device, processes: Processes, screen: Screen, remedy: str,
 ) -> LatentData:  # fmt: skip
     """Sample latents from prompts with a teacher and write them to a folder, skipping samples that already exist.
     Afterwards, the text encoders are freed.
 
+    Args:
+        remedy: what the user can do if `batch_size` samples do not fit in memory.
+
     Raises:
         ValueError: if there are no prompts, the model does not take prompts, or the folder contains other data.
+        OutOfMemory: if a batch does not fit in memory.
     """
-    told = (
-        f"out of memory while sampling {count(batch_size, 'prompt')} at once. Sample them with halfstep encode "
-        "--prompts, with a smaller --batch-size or on the CPU, and pass its folder to halfstep distill as --data"
-    )
     try:
-        with told_when_out_of_memory(told):
+        with told_when_out_of_memory(f"out of memory while sampling {count(batch_size, 'prompt')} at once. {remedy}"):
             texts = _prompts_for(model.to(device), prompts, guidance_scale, num_steps, seed)
             encoder = _encoder_of_prompts(model, guidance_scale, num_steps, seed, device)
             return encode_images(

@@ -88,7 +88,7 @@ def sample(argv: Sequence[str]) -> None:
     model = load(arguments.model, device_of(arguments.device, processes))
     check_writable(model, out)
     # Sampling can take long, so a missing decoder is reported first.
-    decode = decoder_for(model, out)
+    decode = decoder_for(model, out) if processes.is_main else None
     method = _sampler(arguments.sampler, arguments.gamma, model.sampler)
     seeds = range(arguments.seed, arguments.seed + arguments.num_samples)
     cond = _prompted(model, arguments.prompt, len(seeds))

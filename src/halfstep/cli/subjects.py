@@ -261,6 +261,8 @@ class Rows:
             levels = [(Ancestral(one), one) for one in tried]
         is_foreign = subject.kind == "pipeline"
         label = f"{'model' if is_foreign else who}, {sampler_label(sampler)}"
+        if gamma is not None and arguments.gamma is not None:
+            label += f", gamma {gamma:g}"
         role: Literal["student", "teacher", "other"]
         role = "other" if is_foreign else "teacher" if who == "teacher" else "student"
         self.series.append(Series(name=name, label=label, role=role, sampler=sampler, gamma=gamma))

@@ -35,6 +35,7 @@ from halfstep.run.own_samples import NUM_SAMPLES, effective_scale, sampling_of
 from halfstep.run.runner import run as run_spec
 from halfstep.run.spec import GIVEN_TEACHER, RunSpec
 from halfstep.runs import Manifest, RunFolder, StageFolder, read_status
+from halfstep.runtime.failures import OutOfMemory
 from halfstep.runtime.files import refuse_file, user_path
 from halfstep.runtime.launch import world_size
 from halfstep.runtime.stop import Interrupted, StopSignal, at_once
@@ -43,6 +44,8 @@ SHORT: Final = {"--data": "--data.source", "--to": "--chain.end-steps", "--start
 """The short names of some recipe options."""
 SHORT_OF_FINISH: Final = {"--steps": "--finish.steps"}
 """The short names of some options of `finish`."""
+PROMPTS_AT_ONCE: Final = (8, 4, 2, 1)
+"""The numbers of prompts to sample at once, in the order in which they are tried until one fits in memory."""
 NO_DATA: Final = "required"
 """The data source that the help shows if the teacher is not part of a run."""
 
@@ -124,7 +127,8 @@ def _run(argv: Sequence[str], kind: type[RunArguments], verb: str, what: Literal
     name, *rest = argv
     prog = f"halfstep {verb}" if verb == "demo" else f"halfstep {verb} {name}"
     default = recipe_from(name)
-    folder = RunFolder(Path(name))
+    place = Path(name)
+    folder = RunFolder(place.parent if place.name == "recipe.json" else place)
     is_run = name not in recipes and folder.recipe_path.is_file()
     if is_run and folder.recipe()["recipe"].get("what") == "chain":
         raise UsageError(
@@ -168,6 +172,26 @@ def distill(argv: Sequence[str]) -> None:
         return replace(arguments, recipe=arguments.recipe.model_copy(update=changes))
 
     arguments = parsed(None if stage is None else stage.manifest(verify=False))
+    with _requeued(arguments.recipe):
+        _distil(name, rest, stage, before, arguments, parsed)
+
+
+def _distil(
+    name: str,
+    rest: Sequence[str],
+    stage: StageFolder | None,
+    before: Recipe,
+    arguments: DistillArguments,
+    parsed: Callable[[Manifest | None], DistillArguments],
+) -> None:
+    """Load or import the model, draw its samples for prompts, and carry out the chain.
+
+    Args:
+        rest: the command's words after the model.
+        stage: the model's stage, or None for a pipeline.
+        before: the recipe that the options change.
+        parsed: parses `rest` with the defaults for a model, or for a pipeline that has not been imported yet.
+    """
     if arguments.prompts is not None:
         if any(word.partition("=")[0] == SHORT["--data"] for word in expand_short(rest, SHORT)):
             raise UsageError("--data and --prompts cannot be combined. Remove one of them")
@@ -184,8 +208,7 @@ def distill(argv: Sequence[str]) -> None:
     elif is_published:
         model, label = published(name, arguments.base_precision), name
     else:
-        with _requeued(arguments.recipe):
-            model = imported(name, arguments.call, Screen(arguments.json), precision=arguments.base_precision)
+        model = imported(name, arguments.call, Screen(arguments.json), precision=arguments.base_precision)
         label = model.manifest.stage
     if arguments.recipe.data.source == NO_DATA and arguments.prompts is None and not is_published:
         raise UsageError(
@@ -212,8 +235,7 @@ def distill(argv: Sequence[str]) -> None:
         with as_typed(rest, SHORT):
             data, _ = _not_sampled(arguments.prompts, recipe, model, data_folder)
             check_recipe(build(recipe, what="chain", teacher=model, data=data), RunFolder(out))
-        with _requeued(recipe):
-            _sample_prompts(arguments.prompts, recipe, model, data_folder, Screen(arguments.json))
+        _sample_prompts(arguments.prompts, recipe, model, data_folder, Screen(arguments.json))
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": str(data_folder)})})
     with as_typed(rest, SHORT):
         _carry_out(replace(arguments, recipe=recipe), out, "chain", model, stand_in=stand_in)
@@ -271,13 +293,23 @@ def _chain_of(recipe: Recipe, model: Manifest | None = None) -> Recipe:
 
 
 def _sample_prompts(prompts: Path, recipe: Recipe, model: Model, folder: Path, screen: Screen) -> None:
-    """Sample the training data from the teacher and write it to a folder."""
+    """Sample the training data from the teacher and write it to a folder, in batches that fit in memory."""
     processes = processes_of(recipe.engine.cpu)
     num_steps, _ = sampling_of(model)
-    sample_prompts(
-        model, prompts, folder, _scale_of_samples(recipe), num_steps, recipe.seed, 8,
-        device_of("cpu" if recipe.engine.cpu else None, processes), processes, screen,
-    )  # fmt: skip
+    # If one of several processes runs out of memory, the others cannot try another size.
+    sizes = PROMPTS_AT_ONCE if processes.count == 1 else PROMPTS_AT_ONCE[:1]
+    for size in sizes:
+        try:
+            sample_prompts(
+                model, prompts, folder, _scale_of_samples(recipe), num_steps, recipe.seed, size,
+                device_of("cpu" if recipe.engine.cpu else None, processes), processes, screen,
+                "Free some memory, or use the CPU (--engine.cpu)",
+            )  # fmt: skip
+            return
+        except OutOfMemory:
+            if size == sizes[-1]:
+                raise
+            screen.note(f"{size} prompts at once did not fit into memory, so {size // 2} are tried")
 
 
 def _scale_of_samples(recipe: Recipe) -> float | None:
@@ -335,8 +367,9 @@ def finish(argv: Sequence[str]) -> None:
     what, parent = held.get("what", "all"), held.get("parent")
     if what == "teacher":
         raise UsageError(f"{name} contains only a teacher. Distil it first: halfstep distill {name}")
-    teacher = None if parent is None else load(folder.stage(GIVEN_TEACHER).path)
-    _carry_out(arguments, folder.path, what, teacher, parent)
+    with _requeued(arguments.recipe):
+        teacher = None if parent is None else load(folder.stage(GIVEN_TEACHER).path)
+        _carry_out(arguments, folder.path, what, teacher, parent)
 
 
 def _carry_out(

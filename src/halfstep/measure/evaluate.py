@@ -211,9 +211,6 @@ class Reference(Against):
         """A warning about too few samples, or None (see `few_samples`)."""
         self.too_few = too_few(*counts)
         """Whether there are too few samples for a reliable Frechet distance."""
-        if set(data.fetch(torch.arange(1)).cond) - ({"class_labels"} if data.num_classes else set()):
-            # Without this entry, a run would keep metrics of samples with the conditions of the first rows.
-            self.protocol["condition_rows"] = "a fixed random choice"
         if evaluation.precision != "float32":
             self.protocol["precision"] = evaluation.precision
         if isinstance(self.extractor, Classifier):

@@ -44,18 +44,27 @@ def last_good(last: Path | None) -> str:
     return f"the last {kind} is {last}"
 
 
+def _is_within(file: str, folder: Path) -> bool:
+    """Return whether a file is in a folder, also if some library has reported its absolute path without links."""
+    if Path(file).is_relative_to(folder):
+        return True
+    try:
+        return Path(file).is_relative_to(os.path.realpath(folder))
+    except OSError:
+        # The working folder is gone.
+        return False
+
+
 def no_storage(error: OSError, path: Path, last: Path | None, has_begun: bool = True) -> Exception:
     """Return NoStorage with the last good state if the run folder caused the error, otherwise the error itself.
 
-    If a folder was found where a file is expected, or vice versa, return DamagedFile. The run folder is not read,
-    because it may be gone.
+    If a folder was found where a file is expected, or vice versa, return DamagedFile. No file of the run folder is
+    read, because it may be gone.
 
     Args:
         has_begun: whether this process has already written to the run folder.
     """
-    # Some libraries report the absolute path, without links.
-    real = os.path.realpath
-    within = error.filename is not None and Path(real(os.fsdecode(error.filename))).is_relative_to(real(path))
+    within = error.filename is not None and _is_within(os.fsdecode(error.filename), path)
     if within and error.errno in TAKEN:
         return DamagedFile(
             f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}): something else has that name. Remove it "
