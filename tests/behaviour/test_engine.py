@@ -2,9 +2,12 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.draw import Draw
@@ -16,10 +19,11 @@ from halfstep.objectives import Batch, Consistency, Denoising, Models, Plan, Sta
 from halfstep.runs import StageFolder
 from halfstep.runtime.failures import NonFinite
 from halfstep.runtime.processes import make_accelerator
+from halfstep.train import player
 from halfstep.train.checkpoint import resume, write_checkpoint
 from halfstep.train.engine import StageTrainer
 from halfstep.train.optimizers import make_optimizer
-from halfstep.train.player import EMA
+from halfstep.train.player import EMA, KeptBuffers
 from halfstep.train.settings import Engine
 from halfstep.train.sharding import fill, load_whole, skeleton
 from toys import finish, points, toy_plan, toy_spec, tuned, weights
@@ -153,6 +157,106 @@ def test_a_resumed_average_has_the_buffers_of_its_network() -> None:
     list(again.run())
     expected, found = whole.finish().state_dict(), again.finish().state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class _Buffered(torch.nn.Module):
+    """A network with a constant and with buffers that calls change in each possible way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+        self.norms = torch.nn.ModuleList(torch.nn.BatchNorm1d(2) for _ in range(3))
+        self.constant, self.late = torch.nn.Module(), torch.nn.Module()
+        self.constant.register_buffer("table", torch.randn(10_000))
+        self.late.register_buffer("value", torch.zeros(5_000))
+        for name in ("added", "assigned", "hidden", "grows"):
+            held = torch.nn.Module()
+            held.register_buffer("value", torch.zeros(3))
+            self.add_module(name, held)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.added.value += 1
+        self.assigned.value = self.assigned.value + 1
+        self.hidden.value.data += 1
+        self.grows.value = torch.full((self.calls + 3,), float(self.calls))
+        if self.calls > 4:
+            self.late.value += 1
+        for norm in self.norms:
+            x = norm(x)
+        return x * self.weight
+
+
+class _Copied(TorchDispatchMode):
+    """Records the functions that copy tensors, with the size of the largest tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("clone", "copy_", "_foreach_copy_"):
+            held = args[0] if isinstance(args[0], list) else [args[0]]
+            self.copies.append((name, max(tensor.numel() for tensor in held)))
+        return func(*args, **kwargs or {})
+
+
+def _kept(network: torch.nn.Module) -> KeptBuffers:
+    player: Any = SimpleNamespace(network=network)
+    return KeptBuffers([player])
+
+
+@pytest.mark.parametrize("abandoned", range(8))
+def test_the_buffers_of_an_abandoned_update_are_restored_bit_for_bit(abandoned: int) -> None:
+    network = _Buffered()
+    kept = _kept(network)
+    for _ in range(abandoned):
+        kept.keep()
+        network(torch.randn(4, 2))
+    kept.keep()
+    before = {name: value.clone() for name, value in network.named_buffers()}
+    for _ in range(2):
+        network(torch.randn(4, 2))
+        kept.restore()
+        after = dict(network.named_buffers())
+        assert before.keys() == after.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_constant_buffers_are_copied_once_and_changing_ones_together() -> None:
+    network = _Buffered()
+    kept, found = _kept(network), []
+    for _ in range(7):
+        with _Copied() as copied:
+            kept.keep()
+        found.append(copied.copies)
+        network(torch.randn(4, 2))
+    assert [name for name, _ in found[0]] == ["clone"] * 15
+    # Only the buffer that grows needs a new copy. The others are copied into their old copies, together for each dtype.
+    assert [sorted(name for name, _ in copies) for copies in found[1:]] == [["_foreach_copy_"] * 2 + ["clone"]] * 6
+    assert [max(size for _, size in copies) for copies in found] == [10_000, 4, 5, 6, 7, 5_000, 5_000]
+
+
+def test_buffers_that_cannot_change_need_no_version() -> None:
+    with torch.inference_mode():
+        table = torch.ones(3)
+    network = torch.nn.Module()
+    network.register_buffer("table", table)
+    kept = _kept(network)
+    for _ in range(3):
+        kept.keep()
+    assert network.table is table
+
+
+def test_a_tied_weight_that_the_state_lacks_is_still_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = torch.nn.ModuleDict({"one": torch.nn.Linear(2, 2, bias=False), "two": torch.nn.Linear(2, 2, bias=False)})
+    network["two"].weight = network["one"].weight
+    average = EMA(network, 0.9)
+    assert set(average.state_dict()) == {"one.weight", "two.weight"}
+    monkeypatch.setattr(player, "own_state", lambda module: {})
+    assert set(average.state_dict()) == {"one.weight"}
 
 
 def test_a_stage_averages_its_weights_as_they_are_after_each_update() -> None:

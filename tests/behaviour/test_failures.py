@@ -519,7 +519,9 @@ def test_a_vanished_folder_is_not_recreated_and_the_message_gives_the_last_good_
         for event in run(spec, path):
             if isinstance(event, Progress) and (event.name, event.window.update) == ("01-halve-0002", 8):
                 # A checkpoint that is still being written would disappear from the copy under its temporary name.
-                while list(path.glob("stages/*/.*.tmp")):
+                for _ in range(3000):
+                    if not list(path.glob("stages/*/.*.tmp")):
+                        break
                     time.sleep(0.01)
                 # The mount returns with its old contents.
                 shutil.copytree(path, away) if how == "unmounted" else path.rename(away)
@@ -600,6 +602,13 @@ def test_a_disk_error_is_one_of_the_run_folder_however_its_path_is_written(
     for run_path in (Path("scratch/run"), Path("link/run"), tmp_path / "link" / "run"):
         assert isinstance(no_storage(error, run_path, None), NoStorage)
     assert no_storage(error, Path("link/other"), None) is error
+    # Without a working folder, a relative path still names the run.
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    error = OSError(errno.ENOENT, "No such file or directory", "runs/x/log.jsonl")
+    assert isinstance(no_storage(error, Path("runs/x"), None), NoStorage)
+    assert no_storage(error, Path("runs/y"), None) is error
 
 
 @pytest.mark.parametrize(

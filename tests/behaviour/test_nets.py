@@ -112,6 +112,9 @@ def test_dropout_is_set_in_layers_without_a_dropout_layer_of_their_own() -> None
             self.block = torch.nn.TransformerEncoderLayer(4, 2, 8, dropout=0.5, batch_first=True)
             self.recurrent = torch.nn.GRU(4, 4, num_layers=2, dropout=0.5, batch_first=True)
             self.channels, self.alpha = torch.nn.Dropout2d(0.5), torch.nn.AlphaDropout(0.5)
+            self.others = torch.nn.ModuleList(
+                kind(0.5) for kind in (torch.nn.Dropout1d, torch.nn.Dropout3d, torch.nn.FeatureAlphaDropout)
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = self.recurrent(self.block(x))[0]
@@ -123,7 +126,7 @@ def test_dropout_is_set_in_layers_without_a_dropout_layer_of_their_own() -> None
     torch.testing.assert_close(network.train()(x), network.eval()(x))
     set_dropout(network, 0.3)
     block = network.block
-    layers = [block.dropout, block.dropout1, block.dropout2, network.channels, network.alpha]
+    layers = [block.dropout, block.dropout1, block.dropout2, network.channels, network.alpha, *network.others]
     assert {layer.p for layer in layers} | {block.self_attn.dropout, network.recurrent.dropout} == {0.3}
 
 

@@ -1,6 +1,7 @@
 """`halfstep.fit`, `distill`, `sample`, `save` and `load`, called as in a researcher's script."""
 
 import contextlib
+import copy
 import errno
 import functools
 import gc
@@ -13,10 +14,10 @@ import sys
 import tomllib
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import halfstep
+from halfstep.core import callable as callables
 from halfstep.nets import MLP, LoRA, UNet2D, unet2d_config
 from halfstep.runtime.files import DamagedFile
 from support import in_turn
@@ -485,6 +487,83 @@ def _of_a_python_module(x_t: Tensor, time: Tensor) -> Tensor:
     return found
 
 
+class Nets:
+    """A class that only holds modules."""
+
+    first = Net()
+    called: ClassVar = staticmethod(_closure(Net()))
+
+
+def _of_a_class(x_t: Tensor, time: Tensor) -> Tensor:
+    found: Tensor = Nets.first(x_t, time)
+    return found
+
+
+def _by_a_static_method(x_t: Tensor, time: Tensor) -> Tensor:
+    found: Tensor = Nets.called(x_t, time)
+    return found
+
+
+def _of_a_class_in_a_closure() -> Callable[..., Tensor]:
+    class Held:
+        first = Net()
+
+    def inner(x_t: Tensor, time: Tensor) -> Tensor:
+        found: Tensor = Held.first(x_t, time)
+        return found
+
+    return inner
+
+
+class Classy:
+    """An object whose module is an attribute of its class."""
+
+    first = Net()
+
+    def __call__(self, x_t: Tensor, time: Tensor) -> Tensor:
+        found: Tensor = self.first(x_t, time)
+        return found
+
+
+def _of_an_alias(x_t: Tensor, time: Tensor) -> Tensor:
+    nets = NETS
+    found: Tensor = nets.unet(x_t, time)
+    return found
+
+
+def _imported(x_t: Tensor, time: Tensor) -> Tensor:
+    import held_nets.inner  # type: ignore[import-not-found]
+
+    found: Tensor = held_nets.inner.unet(x_t, time)
+    return found
+
+
+def _imported_under_another_name(x_t: Tensor, time: Tensor) -> Tensor:
+    import held_nets.inner as nets
+
+    found: Tensor = nets.unet(x_t, time)
+    return found
+
+
+def _imported_from(x_t: Tensor, time: Tensor) -> Tensor:
+    from held_nets.inner import unet
+
+    def inner() -> Tensor:
+        found: Tensor = unet(x_t, time)
+        return found
+
+    return inner()
+
+
+def _by_attribute() -> Callable[..., Tensor]:
+    def inner(x_t: Tensor, time: Tensor) -> Tensor:
+        found: Tensor = inner.network(x_t, time)  # type: ignore[attr-defined]
+        return found
+
+    inner.network = Net()  # type: ignore[attr-defined]
+    return inner
+
+
 @in_turn(
     "make",
     [
@@ -498,6 +577,7 @@ def _of_a_python_module(x_t: Tensor, time: Tensor) -> Tensor:
         lambda: _through_inner_functions,
         lambda: _in_a_circle,
         lambda: _by_default(Net()),
+        lambda: _by_attribute(),
         lambda: Half().run,
         lambda: functools.partial(_closure(Net())),
         lambda: _closure(_through_a_function),
@@ -526,6 +606,81 @@ def test_a_callable_whose_modules_cannot_be_found_or_copied_is_refused() -> None
             halfstep.distill(denoiser(function), points(), **CHAIN)
         halfstep.fit(denoiser(function), points(), TRAINING, engine=CPU)
         assert not any(map(torch.equal, state(network), before)), "training needs no copy"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        _of_a_class,
+        _by_a_static_method,
+        _of_a_class_in_a_closure(),
+        Classy(),
+        _of_an_alias,
+        _imported,
+        _imported_under_another_name,
+        _imported_from,
+    ],
+)
+def test_modules_that_are_found_but_cannot_be_copied_are_never_shared(
+    monkeypatch: pytest.MonkeyPatch, function: Callable[..., Tensor]
+) -> None:
+    for name in ("held_nets", "held_nets.inner"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["held_nets"].inner = sys.modules["held_nets.inner"]  # type: ignore[attr-defined]
+    NETS.unet = sys.modules["held_nets.inner"].unet = Net()  # type: ignore[attr-defined]
+    network = denoiser(function).network
+    assert [type(part) for part in network.parts] == [Net]
+    with pytest.raises(ValueError, match="modules cannot be copied"):
+        copy.deepcopy(network)
+
+
+def test_relative_imports_in_a_function_are_found() -> None:
+    package, unet = types.ModuleType("held_nets"), Net()
+    package.unet = unet  # type: ignore[attr-defined]
+    names: dict[str, Any] = {"__package__": "held_nets", "__name__": "held_nets.calls"}
+    exec("def called(x_t, time):\n    from . import other, unet\n    return unet(x_t, time)\n", names)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "held_nets", package)
+        assert list(denoiser(names["called"]).network.parts) == [unet]
+    assert not list(denoiser(names["called"]).network.parts)
+
+
+class Counted(list[float]):
+    """A list that counts how often it is read."""
+
+    reads = 0
+
+    def __iter__(self) -> Iterator[float]:
+        self.reads += 1
+        return super().__iter__()
+
+
+NUMBERS = Counted([0.5])
+
+
+def _reads_numbers(inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def outer(x_t: Tensor, time: Tensor) -> Tensor:
+        return inner(x_t, time) + NUMBERS[0]
+
+    return outer
+
+
+def test_long_lists_are_read_once_in_each_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers, searched, parts_of = Counted([0.5]), [], callables._parts
+    numbers *= 10**6
+    monkeypatch.setitem(globals(), "NUMBERS", numbers)
+
+    def parts(value: Any) -> Any:
+        searched.append(value)
+        return parts_of(value)
+
+    monkeypatch.setattr(callables, "_parts", parts)
+    network = denoiser(functools.reduce(lambda inner, _: _reads_numbers(inner), range(20), _global)).network
+    assert numbers.reads == 1
+    assert len(searched) < 30
+    copy.deepcopy(network)
+    assert numbers.reads == 3, "once for the original and once for the copy"
+    assert len(searched) < 90
 
 
 # Models.

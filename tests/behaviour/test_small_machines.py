@@ -323,7 +323,10 @@ def test_half_precision_keeps_complex_tensors_and_the_frequencies_of_the_time() 
     assert held.frequencies.dtype == torch.float32
     assert torch.equal(held.frequencies, mlp.frequencies)
     assert held.enter.weight.dtype == torch.bfloat16
-    assert held.to("meta").frequencies.is_meta
+    cast = held.to("meta", torch.float64)
+    assert cast.frequencies.is_meta
+    assert cast.frequencies.dtype == torch.float32
+    assert cast.enter.weight.dtype == torch.float64
 
 
 @torch.no_grad()

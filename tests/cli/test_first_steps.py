@@ -139,9 +139,9 @@ def test_a_run_is_not_resumed_from_a_teacher_with_another_scheduler(
     words += ["--matching.num-updates", "1", "--matching.batch-size", "2", "--chain.num-updates", "1"]
     words += ["--chain.batch-size", "2", "--evaluation.no-enabled"]
     main(words)
-    # Recipes of earlier versions do not describe the scheduler.
+    # Recipes of earlier versions do not describe the scheduler and the network.
     recipe = read_sealed(run / "recipe.json")
-    del recipe["recipe"]["parent"]["scheduler"]
+    del recipe["recipe"]["parent"]["scheduler"], recipe["recipe"]["parent"]["network"]
     write_sealed(run / "recipe.json", recipe)
     main(words)
     shutil.rmtree(run)

@@ -1,7 +1,10 @@
 """Every error is a single line that names the cause and the remedy."""
 
+import builtins
 import errno
+import io
 import os
+import shutil
 import socket
 import struct
 import zipfile
@@ -16,6 +19,8 @@ from PIL import Image
 from halfstep.core.draw import Draw
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.data import DataConfig, MemoryData, open_data, training_batch
+from halfstep.data.folders import files_below
+from halfstep.data.images import _is_doubtful
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -81,6 +86,38 @@ def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", scandir)
     refused(tmp_path, "dogs cannot be read (Permission denied)", "Make it readable")
+
+
+def test_folders_of_a_file_system_and_folders_that_were_removed_are_skipped(tmp_path, monkeypatch):
+    for name in ("cats/0.png", "dogs/1.png", "lost+found/2.png"):
+        image(tmp_path / name, 4, 4)
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("lost+found"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        if str(path).endswith("dogs"):
+            shutil.rmtree(path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert files_below(tmp_path) == [Path("cats/0.png")]
+    with pytest.raises(ValueError, match="none cannot be read"):
+        files_below(tmp_path / "none")
+
+
+def test_each_image_is_opened_once_by_the_check(tmp_path, monkeypatch):
+    image(tmp_path / "a.png", 4, 4)
+    opened, io_open = [], io.open
+
+    def counted(file, *arguments, **keywords):
+        opened.append(file)
+        return io_open(file, *arguments, **keywords)
+
+    monkeypatch.setattr(io, "open", counted)
+    monkeypatch.setattr(builtins, "open", counted)
+    assert not _is_doubtful(tmp_path / "a.png")
+    assert len(opened) == 1
 
 
 def test_an_empty_folder(tmp_path):

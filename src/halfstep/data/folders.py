@@ -1,6 +1,7 @@
 """Data from folders of image files, which may have sub-folders for splits and classes."""
 
 import contextlib
+import errno
 import itertools
 import os
 import re
@@ -172,25 +173,29 @@ def changed_since(source: str, moment: float) -> list[Path]:
     return found
 
 
-def _unread(error: OSError) -> None:
-    if error.errno in GONE:
-        raise error
-    folder = os.fsdecode(error.filename)
-    raise ValueError(f"{folder} cannot be read ({error.strerror}). Make it readable, or move it out of the data")
-
-
 def files_below(root: Path) -> list[PurePath]:
-    """Return the sorted files below `root`, except hidden files and files in run folders, such as generated samples.
+    """Return the sorted files below `root`, except hidden files, files in `lost+found`, and files in run folders, such
+    as generated samples.
 
-    Symbolic links to folders are followed, but each folder is visited only once.
+    Symbolic links to folders are followed, but each folder is visited only once. A folder that is removed during the
+    search counts as empty.
 
     Raises:
         ValueError: if a folder cannot be read.
         OSError: if the disk is gone.
     """
+
+    def unread(error: OSError) -> None:
+        folder = os.fsdecode(error.filename)
+        if error.errno == errno.ENOENT and folder != str(root):
+            return
+        if error.errno in GONE:
+            raise error
+        raise ValueError(f"{folder} cannot be read ({error.strerror}). Make it readable, or move it out of the data")
+
     found: list[PurePath] = []
     seen: set[str] = set()
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=_unread):
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=unread):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
@@ -199,6 +204,6 @@ def files_below(root: Path) -> list[PurePath]:
         if folder != str(root) and "recipe.json" in names and "stages" in folders:
             folders.clear()
             continue
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "lost+found")
         found += [Path(folder, name).relative_to(root) for name in names if not name.startswith(".")]
     return sorted(found, key=lambda path: path.parts)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Final, NamedTuple, final
+from typing import BinaryIO, ClassVar, Final, NamedTuple, final
 
 import numpy as np
 import torch
@@ -248,16 +248,16 @@ def _is_doubtful(file: Path | bytes | None) -> bool:
             head = stream.read(8)
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - 4096))
             tail = stream.read()
+            end = next((end for start, end in _ENDS if head.startswith(start)), None)
+            return end is None or end not in tail or _has_doubtful_header(stream)
     except OSError:
         return True
-    end = next((end for start, end in _ENDS if head.startswith(start)), None)
-    return end is None or end not in tail or _has_doubtful_header(file)
 
 
-def _has_doubtful_header(file: Path) -> bool:
+def _has_doubtful_header(stream: BinaryIO) -> bool:
     try:
-        # Pillow already raises an error here if the image has too many pixels.
-        with Image.open(file, formats=_FORMATS) as image:
+        # Pillow starts at the beginning of the file, and already raises an error here if the image has too many pixels.
+        with Image.open(stream, formats=_FORMATS) as image:
             return deep_mode(image) is not None
     except Exception:  # as in `_open`
         return True

@@ -2,11 +2,10 @@
 
 import inspect
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
+from torch import Tensor, nn
 
 from halfstep.core.callable import CallableNetwork
 from halfstep.registry import Registry
@@ -55,14 +54,33 @@ def build_network(description: Mapping[str, Any]) -> Network:
         raise ValueError(f"the arguments of this network do not match {kind.__name__}: {error}") from None
 
 
+_DROPOUT: Final = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+
+
 def set_dropout(network: nn.Module, probability: float) -> None:
     """Set the dropout probability of all layers.
 
     The probability depends on the stage and is not stored with the weights.
     """
     for module in network.modules():
-        if isinstance(module, _DropoutNd):
+        if isinstance(module, _DROPOUT):
             module.p = probability
         elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
             # These layers apply dropout themselves, without a dropout layer.
             module.dropout = probability
+
+
+def moved(fn: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+    """Return `fn(value)`, or `value` on the device of the result if `fn` changes the dtype.
+
+    Modules use this function in `_apply` for constants that must keep their precision.
+    """
+    result = fn(value)
+    return result if result.dtype == value.dtype else value.to(result.device)

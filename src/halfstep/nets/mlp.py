@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from halfstep.nets.base import Network, networks
+from halfstep.nets.base import Network, moved, networks
 
 
 @final
@@ -61,9 +61,7 @@ class MLP(Network):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         exact = self.frequencies
         super()._apply(fn, recurse)
-        if self.frequencies.dtype != exact.dtype:
-            # These constants must keep their precision.
-            self.frequencies = exact.to(self.frequencies.device)
+        self.frequencies = moved(fn, exact)
         return self
 
     def forward(

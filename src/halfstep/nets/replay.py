@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from halfstep.core.denoiser import GUIDANCE
 from halfstep.core.noise import processes
-from halfstep.nets.base import networks
+from halfstep.nets.base import moved, networks
 from halfstep.nets.lowered import BasePrecision, called_in_half, lower, restore, settle
 from halfstep.nets.stock import StockNetwork
 
@@ -82,8 +82,7 @@ class Constants(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for name, value in list(self.named_buffers()):
-            moved = fn(value)
-            setattr(self, name, moved if moved.dtype == value.dtype else value.to(moved.device))
+            setattr(self, name, moved(fn, value))
         return self
 
 

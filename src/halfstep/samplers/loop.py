@@ -14,7 +14,8 @@ from halfstep.samplers.base import Memory, Sampler
 from halfstep.samplers.ddim import DDIM
 
 StepNoise = Callable[[int], Tensor]
-"""A function that maps a step number, starting at 0, to standard normal noise `[batch, *dims]`; see `step_noise`."""
+"""A function that maps a step number to standard normal noise `[batch, *dims]`; see `step_noise`. The numbers start
+at 0 and, unlike `SamplerStep.number`, do not count steps of length 0."""
 
 
 class SamplerStep(NamedTuple):

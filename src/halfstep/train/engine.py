@@ -29,15 +29,7 @@ from halfstep.runtime.processes import Processes
 from halfstep.runtime.stop import Interrupted, StopSignal
 from halfstep.train.helpers import make_helpers
 from halfstep.train.memory import does_not_fit
-from halfstep.train.player import (
-    EMA,
-    Player,
-    compile_networks,
-    keep_buffers,
-    network_of,
-    unchanged_buffers,
-    with_buffers,
-)
+from halfstep.train.player import EMA, KeptBuffers, Player, compile_networks, network_of, unchanged_buffers
 from halfstep.train.recent import in_words
 from halfstep.train.settings import Engine
 from halfstep.train.sharding import check_sharding, is_sharded, shard, unsynced, whole
@@ -183,9 +175,9 @@ class StageTrainer:
         self._stop = stop if self.accelerator.num_processes == 1 else None
         self._clock = time.perf_counter()
         feed = self._feed.updates(self.update, lambda: self.last_update)
-        changing = [] if self._stop is None else with_buffers(self.players.values())
+        buffers = KeptBuffers(() if self._stop is None else self.players.values())
         while True:
-            restore_buffers = keep_buffers(changing)
+            buffers.keep()
             try:
                 with contextlib.nullcontext() if self._stop is None else self._stop.at_once():
                     waits_since = time.perf_counter()
@@ -198,7 +190,7 @@ class StageTrainer:
                 for player in self.players.values():
                     player.clear()
                 # The forward passes of the abandoned update have changed buffers, such as BatchNorm statistics.
-                restore_buffers()
+                buffers.restore()
                 return
             except Exception as error:
                 if not is_out_of_memory(error):

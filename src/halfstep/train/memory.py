@@ -18,8 +18,10 @@ def fit_micro_batch(trainer: "StageTrainer", largest: int | None = None) -> list
     """Split a rank's share into the largest micro batches that fit in memory, and return the sizes that did not fit.
 
     The search tries the whole share first, and then smaller powers of two. Each try runs the forward and backward
-    passes of the next update and, if its turns differ, of the last update, with the optimisers' moments in memory. The
-    search changes no weights, buffers, moments or random numbers.
+    passes of the next update and, if its turns differ, of the last update, with the optimisers' moments in memory.
+    Turns always differ if their loss is a new lambda or partial in each call of `Objective.turns`. Updates between
+    these two are not tried, even if their turns need more memory. The search changes no weights, buffers, moments or
+    random numbers.
 
     Args:
         largest: the first size to try, or None to start with the whole share.

@@ -6,8 +6,8 @@ players alike.
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, final
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, final
 
 import torch
 from accelerate import Accelerator
@@ -33,36 +33,94 @@ from halfstep.train.sharding import (
 )
 
 
-def with_buffers(players: Iterable["Player"]) -> list[nn.Module]:
-    """Return the modules of the players' networks that have buffers of their own, such as BatchNorm."""
-    modules = (module for player in players for module in player.network.modules())
-    return [module for module in modules if any(True for _ in module.buffers(recurse=False))]
+@final
+class KeptBuffers:
+    """Copies of the buffers of the players' networks, such as BatchNorm statistics, to undo discarded passes.
 
+    Constants are copied only once. The buffers of a module are copied again if one of them has been changed. Each
+    tensor counts its changes, but batch norm and `Tensor.data` change tensors without increasing this count, so the
+    second call of `keep` also compares the values, which waits for the device.
+    """
 
-def keep_buffers(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """Copy the modules' own buffers, and return a function that restores them."""
-    held = [
-        (module, name, buffer, buffer.clone())
-        for module in modules
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
+    def __init__(self, players: Iterable["Player"]) -> None:
+        modules = (module for player in players for module in player.network.modules())
+        self._held: dict[nn.Module, dict[str, _KeptBuffer]] = {
+            module: {} for module in modules if any(True for _ in module.buffers(recurse=False))
+        }
+        self._changing: set[nn.Module] = set()
+        self._calls = 0
 
     @torch.no_grad()
-    def restore() -> None:
-        for module, name, buffer, before in held:
-            buffer.copy_(before)
-            # The module may have assigned a new tensor instead of changing this one.
-            setattr(module, name, buffer)
+    def keep(self) -> None:
+        """Copy the buffers that have changed since the last call."""
+        # torch copies tensors of one device and dtype together.
+        again: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        for module, held in self._held.items():
+            buffers = dict(module.named_buffers(recurse=False))
+            if module not in self._changing:
+                if held.keys() == buffers.keys() and all(
+                    held[name].is_current(buffer) and (self._calls > 1 or torch.equal(buffer, held[name].copy))
+                    for name, buffer in buffers.items()
+                ):
+                    continue
+                if self._calls:
+                    self._changing.add(module)
+            # The memory of the old copies is used again or freed before new copies are made.
+            old = {
+                name: held[name].copy for name, buffer in buffers.items() if name in held and held[name].fits(buffer)
+            }
+            held.clear()
+            for name, buffer in buffers.items():
+                if name in old:
+                    copies, changed = again.setdefault((buffer.device, buffer.dtype), ([], []))
+                    copies.append(old[name])
+                    changed.append(buffer)
+                else:
+                    old[name] = buffer.clone()
+                held[name] = _KeptBuffer(buffer, _version(buffer), old[name])
+        for copies, changed in again.values():
+            torch._foreach_copy_(copies, changed)
+        self._calls += 1
 
-    return restore
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Restore the buffers to their values at the last call of `keep`."""
+        for module, held in self._held.items():
+            for name, kept in held.items():
+                kept.buffer.copy_(kept.copy)
+                # The module may have assigned a new tensor instead of changing this one.
+                setattr(module, name, kept.buffer)
+
+
+class _KeptBuffer(NamedTuple):
+    """A buffer with its version and its values at the same moment."""
+
+    buffer: Tensor
+    version: int
+    copy: Tensor
+
+    def is_current(self, buffer: Tensor) -> bool:
+        """Return whether `buffer` is this tensor, without changes that its version counts."""
+        return buffer is self.buffer and _version(buffer) == self.version
+
+    def fits(self, buffer: Tensor) -> bool:
+        """Return whether the values of `buffer` fit into the memory of the copy."""
+        copy = self.copy
+        return (copy.shape, copy.dtype, copy.device) == (buffer.shape, buffer.dtype, buffer.device)
+
+
+def _version(tensor: Tensor) -> int:
+    """Return the number of changes of a tensor, or 0 for an inference tensor, which cannot be changed."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @contextlib.contextmanager
 def unchanged_buffers(players: Iterable["Player"]) -> Iterator[None]:
     """Restore the buffers of the players' networks after passes that are discarded."""
-    restore = keep_buffers(with_buffers(players))
+    kept = KeptBuffers(players)
+    kept.keep()
     yield
-    restore()
+    kept.restore()
 
 
 def network_of(model: nn.Module) -> nn.Module:
@@ -152,7 +210,9 @@ class EMA:
         state = own_state(self._module)
         for names, weight, average in zip(self._names, self._weights, self._averages, strict=True):
             value = joined(average.to(weight.dtype), weight)
-            state.update({name: value for name in names if name in state})
+            state[names[0]] = value
+            # The state may contain only one of the names of a tied weight.
+            state.update({name: value for name in names[1:] if name in state})
         return state
 
     @torch.no_grad()
