@@ -1,6 +1,6 @@
 """The exported folder gives our samples in plain diffusers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from halfstep.core.denoiser import NetworkDenoiser
-from halfstep.core.noise import VPCosine, processes
-from halfstep.core.prediction import V, predictions
+from halfstep.core.noise import FlowMatching, VPCosine, processes
+from halfstep.core.prediction import FlowVelocity, V, predictions
 from halfstep.hub import export_pipeline, import_pipeline, text_conditions
 from halfstep.models.model import Model
 from halfstep.nets import describe_network, with_guidance
 from halfstep.objectives import guidances
 from halfstep.recipes import UNetConfig
-from halfstep.runs import Manifest, Outcome
+from halfstep.runs import Manifest, Metrics, Outcome
 from halfstep.samplers import sample
 from support_pipelines import assert_same, noise, quietly, save_ddpm, save_dit, save_sd, save_sd3, wake
 
@@ -54,14 +54,16 @@ def digits_student(clip: bool, num_classes: int) -> Model:
     return Model(NetworkDenoiser(network, VPCosine(), V()), manifest)
 
 
-def ddim_images(folder: Path, x_1: Tensor, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, Tensor]]:
+def ddim_images(
+    folder: Path, x_1: Tensor, monkeypatch: pytest.MonkeyPatch, steps: Sequence[int] = STEPS
+) -> Iterator[tuple[int, Tensor]]:
     """Return each number of steps, with the samples of the stock pipeline in the folder from `x_1`."""
     from diffusers.pipelines.ddim import pipeline_ddim
 
     pipe = quietly(diffusers.DDIMPipeline.from_pretrained(folder))
     monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *args, **kwargs: x_1.clone())
     options = {"use_clipped_model_output": True, "output_type": "np"}
-    for num_steps in STEPS:
+    for num_steps in steps:
         images = pipe(len(x_1), num_inference_steps=num_steps, **options).images
         yield num_steps, torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
 
@@ -73,6 +75,43 @@ def test_an_image_model_on_the_cosine_process(monkeypatch: pytest.MonkeyPatch, t
     x_1 = noise(2, 3, 8, 8)
     for num_steps, images in ddim_images(folder, x_1, monkeypatch):
         assert_same(sample(model, x_1, num_steps).clamp(-1, 1), images)
+
+
+def test_a_student_of_many_steps_is_exported_if_they_divide_the_timesteps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = as_student(digits_student(False, 0), outcome=Outcome(role="student", num_steps=128))
+    folder = export_pipeline(model, tmp_path / "out")
+    x_1 = noise(1, 3, 8, 8)
+    ((_, images),) = ddim_images(folder, x_1, monkeypatch, [128])
+    assert_same(sample(model, x_1, 128).clamp(-1, 1), images)
+    # The card does not say that 64 steps are the most.
+    assert "32, 64, ... steps, the exported scheduler uses the exact times" in (folder / "README.md").read_text()
+    odd = as_student(digits_student(False, 0), outcome=Outcome(role="student", num_steps=96))
+    with pytest.raises(ValueError, match=r"represent 96 steps exactly; it can only represent 1, 2, .*, 64, \.\.\.\."):
+        export_pipeline(odd, tmp_path / "odd")
+
+
+@pytest.mark.parametrize("num_classes", [0, 5])
+def test_an_image_model_on_the_flow_matching_path_is_refused(tmp_path: Path, num_classes: int) -> None:
+    """Its pipeline would replace the scheduler by a `DDIMScheduler` with default settings."""
+    model = digits_student(False, num_classes)
+    changes = {"process": processes.describe(FlowMatching()), "prediction": predictions.describe(FlowVelocity())}
+    manifest = model.manifest.model_copy(update=changes)
+    flow = Model(NetworkDenoiser(model.denoiser.network, FlowMatching(), FlowVelocity()), manifest)
+    with pytest.raises(ValueError, match=r"no pipeline for a UNet2DModel on the flow-matching path\. Use"):
+        export_pipeline(flow, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_card_contains_no_path_of_the_machine(tmp_path: Path) -> None:
+    model = digits_student(False, 0)
+    row = {"sampler": "ddim", "num_steps": 4, "num_evals": 4, "frechet": 1.0, "kid": 0.1, "seconds_per_1000": 1.0}
+    protocol = {"features": "pixels", "reference": "/home/me/private/photos", "num_samples": 50}
+    metrics = Metrics.model_validate({"stage": "s", "protocol": protocol, "results": [row]})
+    card = (export_pipeline(model, tmp_path / "out", metrics) / "README.md").read_text()
+    assert "features: pixels; reference: photos; num samples: 50." in card
+    assert "/home/me" not in card
 
 
 @pytest.mark.parametrize("settings", [{}, {"beta_schedule": "squaredcos_cap_v2"}, {"rescale_betas_zero_snr": True}])

@@ -86,7 +86,7 @@ def test_grey_images_of_other_sizes_are_shown_to_the_resnet_as_large_rgb(tmp_pat
         extractor.features(torch.zeros(2, 5))
 
 
-def test_dinov2_is_the_class_token_of_transformers_model(tmp_path: Path) -> None:
+def test_dinov2_is_the_class_token_of_transformers_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     config = transformers.Dinov2Config(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
@@ -105,6 +105,8 @@ def test_dinov2_is_the_class_token_of_transformers_model(tmp_path: Path) -> None
         expected = model(shown).pooler_output
     torch.testing.assert_close(extractor.features(images), expected, rtol=1e-4, atol=1e-4)
     assert extractor.logits(expected) is None
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert extractor_for(f"dinov2=~/{tmp_path.name}", _real_data()).name == extractor.name
     with pytest.raises(ValueError, match="cannot load a DINOv2 model"):
         extractor_for(f"dinov2={tmp_path}/none", _real_data())
     # If the network differs, transformers draws missing weights at random.

@@ -19,7 +19,7 @@ from halfstep.core.prediction import V
 from halfstep.data import MemoryData
 from halfstep.measure import sources
 from halfstep.measure.evaluate import Evaluation, Method, Reference, finest, teacher_methods
-from halfstep.measure.sources import ModelSource
+from halfstep.measure.sources import DataSource, ModelSource
 from halfstep.measure.store import Cell, SameNoise, Store
 from halfstep.models.model import Model
 from halfstep.nets import MLP
@@ -247,6 +247,20 @@ def test_each_seed_is_sampled_with_the_conditions_and_the_class_of_one_random_ro
     every, last = listening(sorted_data())
     every.draw(1, range(400), 400)
     assert last.heard[-1][0].bincount().tolist() == [50] * 8
+
+
+def test_files_are_measured_in_a_random_order_that_is_always_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.arange(400.0)[:, None]
+    source = DataSource(MemoryData("sorted", rows))
+    first = source.draw(None, range(64), None).x0
+    # If there are 50 files of each class, the first seeds cover all classes.
+    assert set((first // 50).flatten().tolist()) == set(range(8))
+    again = DataSource(MemoryData("sorted", rows))
+    assert torch.equal(again.draw(None, range(10, 20), None).x0, first[10:20])
+    assert torch.equal(source.draw(None, range(400), None).x0.sort(dim=0).values, rows)
+    before = Cell(source, None, range(64)).name
+    monkeypatch.setattr(sources, "SAMPLES_FORMAT", sources.SAMPLES_FORMAT + 1)
+    assert Cell(source, None, range(64)).name != before
 
 
 def test_data_without_the_classes_of_its_conditions_is_refused() -> None:

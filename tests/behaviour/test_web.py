@@ -121,6 +121,19 @@ def test_another_package_is_refused_and_never_cached(
         runtime.read_runtime(tmp_path / "nothing.tgz")
 
 
+@pytest.mark.parametrize("spoil", ["cut", "overwrite"])
+def test_a_damaged_package_is_refused_in_one_line(registry: Path, spoil: str) -> None:
+    # Digits are compressed, unlike random bytes. The damage is in the second file.
+    contents = {name: np.random.default_rng(0).bytes(25_000).hex().encode() for name in CONTENTS}
+    whole = write_package(registry, contents).read_bytes()
+    place = len(whole) * 3 // 4
+    registry.write_bytes(whole[:place] if spoil == "cut" else whole[:place] + b"\xff" * 200 + whole[place + 200 :])
+    for source in (registry, None):
+        with pytest.raises(ValueError, match=r"--runtime\.$") as refusal:
+            runtime.read_runtime(source)
+        assert "\n" not in str(refusal.value)
+
+
 # --- Weights ---
 
 

@@ -16,13 +16,15 @@ import torch
 from PIL import Image
 
 from halfstep.cli import main
-from halfstep.cli.evaluating import _samples
+from halfstep.cli.evaluating import _recipe, _samples
+from halfstep.cli.subjects import EvaluateArguments, Subject
 from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.data import DataConfig, open_data
 from halfstep.measure import store
 from halfstep.metrics import frechet_distance
 from halfstep.models.folder import load
 from halfstep.models.model import Model
+from halfstep.recipes import Recipe
 from halfstep.runs import EvaluationResult, RunFolder
 from halfstep.runs.evaluation import EvaluationTable, Row
 from halfstep.runtime.files import read_sealed, write_sealed
@@ -355,6 +357,12 @@ def test_gamma_is_searched_for_each_number_of_steps(toy_run: Path, tmp_path: Pat
         out = tmp_path / gamma
         main(["evaluate", teacher, *ancestral, "--gamma", gamma, "--out", str(out)])
         assert _result(out).series[0].gamma == float(gamma)
+        # The same results as text state gamma too.
+        assert _result(out).series[0].label.endswith(f", gamma {gamma}")
+        assert f", gamma {gamma} | 4 |" in (out / "evaluation.md").read_text()
+        with (out / "evaluation.csv").open() as file:
+            rows = [row for row in csv.DictReader(file) if row["series"] == "teacher-ancestral"]
+        assert {float(row["gamma"]) for row in rows} == {float(gamma)}
         for steps in (4, 2):
             tried[steps, float(gamma)] = (
                 _row(_result(out).tables[0], "teacher-ancestral", steps).figures["frechet"].mean
@@ -506,6 +514,19 @@ def test_photos_of_mixed_sizes_are_resized_to_the_samples(tmp_path: Path) -> Non
     main(["evaluate", str(tmp_path / "samples"), *words, "--out", str(tmp_path / "out")])
     (table,) = _result(tmp_path / "out").tables
     assert (table.protocol.num_reference, table.protocol.reference_split) == (12, None)
+
+
+def test_other_data_is_read_without_the_limit_and_the_column_of_the_runs_data(tmp_path: Path) -> None:
+    own = DataConfig(source="photos", label_column="kind", limit=10, image_size=8)
+    subject = Subject("run", tmp_path, Recipe(name="r", data=own))
+
+    def data(**asked: Any) -> DataConfig:
+        return _recipe(subject, EvaluateArguments(subject="run", **asked)).data
+
+    assert data() == own
+    assert data(data="others") == DataConfig(source="others", image_size=8)
+    assert data(data="others", label_column="part").label_column == "part"
+    assert data(label_column="part") == own.model_copy(update={"label_column": "part"})
 
 
 def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_path: Path, capsys: Capture) -> None:

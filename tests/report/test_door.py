@@ -1,12 +1,13 @@
 """The explorer's server: host names, prefixes, slow clients, and its output."""
 
 import asyncio
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import pytest
 
 from halfstep.explore import door as door_module
+from halfstep.explore import page as page_module
 from halfstep.explore.door import Door
 
 Message = MutableMapping[str, Any]
@@ -44,6 +45,21 @@ def test_a_refused_name_gets_a_remedy_and_an_allowed_one_the_page() -> None:
     assert "--allow-host hub.example.org" in text
     assert "ssh -L" in text
     assert asked(Door(inner, ("127.0.0.1", "hub.example.org"), {}), host="Hub.example.org:80") == (200, "/")
+
+
+def test_names_are_accepted_whatever_their_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    accepted: list[str] = []
+
+    def page(explorer: Any, hosts: Sequence[str], root_path: str) -> None:
+        accepted.extend(hosts)
+        raise InterruptedError
+
+    monkeypatch.setattr(page_module, "page", page)
+    explorer: Any = None
+    with pytest.raises(InterruptedError):
+        page_module.serve(explorer, "MyBox.local", allowed=["Hub.example.org"])
+    for host in ("MyBox.local:7860", "mybox.local", "hub.example.org"):
+        assert asked(Door(inner, accepted, {}), host=host) == (200, "/")
 
 
 def test_a_prefix_is_cut_off_whether_the_proxy_did_so_or_not() -> None:

@@ -2,13 +2,15 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from halfstep import load
-from halfstep.core.draw import between
+from halfstep.core.draw import between, sample_noise
 from halfstep.explore.explorer import Bounds, Explorer
 from halfstep.measure.samples import samples_array
 from halfstep.runtime.files import read_json, write_sealed
@@ -79,6 +81,25 @@ def test_the_path_between_two_noises_is_an_arc_of_constant_speed() -> None:
     whole = math.acos(float((a * b).sum()))
     torch.testing.assert_close(angles, whole * torch.tensor(shares, dtype=torch.float64), rtol=0, atol=1e-7)
     assert torch.linalg.matrix_rank(unit) == 2
+
+
+class Elsewhere(Tensor):
+    """A tensor on a device that can only copy to and from the CPU."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (Tensor.cpu, Tensor.to, Tensor.shape.__get__):  # type: ignore[attr-defined]
+            raise RuntimeError(f"this device cannot compute {func}")
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **(kwargs or {}))
+            return found.as_subclass(Tensor if func is Tensor.cpu else cls) if isinstance(found, Tensor) else found
+
+
+def test_noise_on_a_device_is_interpolated_on_the_cpu_and_returned_there() -> None:
+    ends = sample_noise([3, 8], (1, 4))
+    found = between(*(end.as_subclass(Elsewhere) for end in ends), [0.25, 1.0])
+    assert isinstance(found, Elsewhere)
+    assert torch.equal(found.as_subclass(Tensor), between(*ends, [0.25, 1.0]))
 
 
 def test_a_path_from_a_noise_to_itself_is_constant_and_to_its_opposite_is_rejected() -> None:
@@ -226,6 +247,10 @@ def test_unsupported_models_are_reported_immediately(tmp_path: Path) -> None:
     write_sealed(manifest, held | {"is_image": False, "shape": [1, 160]})
     with pytest.raises(ValueError, match=r"samples of shape \[1, 160\] are not supported"):
         Explorer(run)
+    for channels in (2, 4):
+        write_sealed(manifest, held | {"shape": [channels, 8, 8]})
+        with pytest.raises(ValueError, match=rf"samples of shape \[{channels}, 8, 8\] are not supported"):
+            Explorer(run)
     write_sealed(manifest, held | {"conditions": {"prompt": [4, 8]}})
     with pytest.raises(ValueError, match="need prompt, for which the explorer has no field"):
         Explorer(run)

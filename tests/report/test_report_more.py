@@ -133,6 +133,29 @@ def test_an_evaluation_is_shown_one_table_for_each_protocol(tmp_path: Path) -> N
         assert text in page.text
 
 
+def test_unreliable_frechet_distances_have_no_ratios(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run")
+    for path in run.glob("stages/*/metrics.json"):
+        write_sealed(path, json.loads(path.read_text()) | {"too_few": True})
+    content = fake_evaluation()
+    for row in content["tables"][0]["rows"]:
+        # KID chooses the teacher at its best.
+        row["figures"]["kid"] = figure(row["figures"]["frechet"]["mean"] / 10)
+    headings = []
+    for dimension in (64, 1797):
+        content["tables"][0]["protocol"]["extractor_facts"]["dimension"] = dimension
+        evaluation = EvaluationResult.model_validate(content)
+        headings.append(evaluation_table(evaluation.tables[0], evaluation).headings)
+    assert set(headings[0]) - set(headings[1]) == {"ratio"}
+    write_sealed(RunFolder(run).evaluation_path, content)
+    page = reported(run)
+    assert {row[4] for row in page.table("Steps")[2:]} == {"–"}
+    assert not any("Ratio" in table[0] for table in page.tables if table)
+    assert "Ratio and speed-up are" not in page.text
+    assert "The ratio is" not in page.text
+    assert "Speed-up is relative to the teacher at its best" in page.text
+
+
 @pytest.mark.parametrize(("further", "said"), [(3, ""), (4, ", and 1 more series that are not in the chart")])
 def test_series_for_which_the_chart_has_no_colour_are_counted(tmp_path: Path, further: int, said: str) -> None:
     run = write_fake_run(tmp_path / "run")

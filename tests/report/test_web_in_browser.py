@@ -262,6 +262,53 @@ def test_the_walk_goes_from_one_seed_to_the_other(window: Any, pages: dict[str, 
     page.close()
 
 
+def test_of_many_moves_of_the_slider_only_the_last_is_drawn(window: Any, pages: dict[str, str]) -> None:
+    page = opened(window, pages["disk"]).page
+    page.evaluate(
+        "() => { window.runs = 0; const post = worker.postMessage.bind(worker); "
+        "worker.postMessage = (message, ...rest) => { runs += message.call === 'run'; post(message, ...rest); }; }"
+    )
+    move = (
+        "async (places) => { for (const place of places) { share.value = place; "
+        "share.dispatchEvent(new Event('input', { bubbles: true })); await null; } }"
+    )
+    page.evaluate(f"async (places) => {{ const share = element('share'); await ({move})(places); }}", list(range(40)))
+    settle(page)
+    way = between(*STUDENTS[0].noise([0, 1]), [0.39])
+    picture = pixels(sample(STUDENTS[0], way, 1, cond=STUDENTS[0].cond([0])))
+    np.testing.assert_allclose(shown(page.locator("#frame")), picture, rtol=0, atol=1)
+    # The first was running when the others came.
+    assert page.evaluate("runs") <= 2
+    page.close()
+
+
+def test_pausing_and_playing_again_leaves_one_walk(window: Any, pages: dict[str, str]) -> None:
+    page = opened(window, pages["disk"]).page
+    page.evaluate(
+        "() => { window.timers = []; window.setTimeout = (call, time, ...rest) => timers.push(() => call(...rest)); }"
+    )
+    page.evaluate("() => { for (let click = 0; click < 3; click++) element('play').click(); }")
+    for _ in range(3):
+        settle(page)
+        place = int(page.get_by_label("Position").input_value())
+        page.evaluate("timers.splice(0).forEach((call) => call())")
+        assert int(page.get_by_label("Position").input_value()) == place + 1
+    page.close()
+
+
+def test_a_download_that_failed_is_tried_again(window: Any, pages: dict[str, str]) -> None:
+    page = window.new_page()
+    page.route("**/sampler-*", lambda route: route.abort())
+    page.goto(pages["served"])
+    page.get_by_role("alert").wait_for()
+    settle(page)
+    page.unroute("**/sampler-*")
+    page.get_by_role("button", name="Next seeds").click()
+    assert_grid(page, GAME, 12)
+    assert page.locator("#alert").is_hidden()
+    page.close()
+
+
 def test_it_is_quiet_fits_and_is_accessible(window: Any, pages: dict[str, str]) -> None:
     watched = opened(window, pages["served"])
     page = watched.page

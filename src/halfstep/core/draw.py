@@ -203,6 +203,8 @@ def sample_labels(seeds: int | Sequence[int], num_classes: int) -> Tensor:
 def between(first: Tensor, second: Tensor, shares: Sequence[float]) -> Tensor:
     """Return noise `[len(shares), *shape]`, interpolated from `first` (share 0) to `second` (share 1), both `[*shape]`.
 
+    The noise has the dtype and the device of `first`.
+
     Spherical interpolation preserves the norm of the noise, whereas linear interpolation would shrink the norm by a
     factor of sqrt(2) at the midpoint. Parallel noise tensors are interpolated linearly.
 
@@ -213,7 +215,8 @@ def between(first: Tensor, second: Tensor, shares: Sequence[float]) -> Tensor:
         raise ValueError(
             f"cannot interpolate between noise tensors of shapes {list(first.shape)} and {list(second.shape)}"
         )
-    a, b = first.double().flatten(), second.double().flatten()
+    # Some devices have no float64.
+    a, b = first.cpu().double().flatten(), second.cpu().double().flatten()
     cosine = torch.dot(a, b) / (a.norm() * b.norm())
     angle = torch.arccos(cosine.clamp(-1, 1))
     share = torch.tensor(list(shares), dtype=torch.float64)[:, None]
@@ -226,4 +229,4 @@ def between(first: Tensor, second: Tensor, shares: Sequence[float]) -> Tensor:
         mixed = (1 - share) * a + share * b
     else:
         mixed = (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()
-    return mixed.to(first.dtype).view(-1, *first.shape)
+    return mixed.view(-1, *first.shape).to(first)

@@ -78,7 +78,7 @@ class Explorer:
         path: the folder of a run or of a stage, or the name of a packaged student.
 
     Raises:
-        ValueError: if no model can be sampled, or if the samples are neither images nor 2-D points.
+        ValueError: if no model can be sampled, or if the samples are neither grey or colour images nor 2-D points.
     """
 
     def __init__(self, path: Path, device: str | torch.device = "cpu", bounds: Bounds | None = None) -> None:
@@ -99,7 +99,8 @@ class Explorer:
                 f"the models of {path} need {', '.join(self.manifest.conditions)}, for which the explorer has no "
                 "field. Use halfstep sample --prompt"
             )
-        if not self.manifest.is_image and self.shape != (2,):
+        is_picture = self.manifest.is_image and len(self.shape) == 3 and self.shape[0] in (1, 3)
+        if not is_picture and self.shape != (2,):
             raise ValueError(
                 f"samples of shape {list(self.shape)} are not supported: the explorer shows only images and 2-D "
                 "points. Use halfstep sample --out samples.npz"

@@ -52,7 +52,7 @@ def serve(
         ValueError: if gradio is not installed, or if the address cannot be bound.
     """
     everywhere = host in ("0.0.0.0", "::", "")
-    names = (*LOCAL, f"[{host}]" if ":" in host else host, *(name.lower() for name in allowed))
+    names = [name.lower() for name in (*LOCAL, f"[{host}]" if ":" in host else host, *allowed)]
     app = page(explorer, None if everywhere else names, root_path)
     import uvicorn
 

@@ -122,7 +122,8 @@ def model_card(
     classes = f"{manifest.num_classes} classes" if manifest.num_classes else "no classes"
     conditions = f"; conditions {', '.join(manifest.conditions)}" if manifest.conditions else ""
     steps = f"Distilled for **{own}**." if own else f"A {manifest.outcome.role} model: more steps improve the samples."
-    exactly = ", ".join(map(str, exact[:12])) + ", ..." * (len(exact) > 12)
+    listed = exact[:12]
+    exactly = ", ".join(map(str, listed)) + ", ..." * (listed[-1] < schedule.config["num_train_timesteps"])
     refines = manifest.parent not in (None, manifest.teacher)
     started = f" and started from `{manifest.parent}`" if refines else ""
     imports, line, notes = _usage(manifest, kind, schedule, own or max(exact))
@@ -214,7 +215,8 @@ def _quality(metrics: Metrics) -> str:
         rmse = "" if result.teacher_rmse is None else f"{result.teacher_rmse:.4f}"
         figures = f"{result.frechet:.4g} | {result.kid:.4g} | {rmse}"
         rows.append(f"| {result.sampler} | {result.num_steps} | {result.num_evals} | {figures} |\n")
-    protocol = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in metrics.protocol.items())
+    said = {name: public(value) if isinstance(value, str) else value for name, value in metrics.protocol.items()}
+    protocol = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in said.items())
     return f"""
 ## Quality
 

@@ -23,6 +23,7 @@ from halfstep.hub.schedulers import (
     USE_ONNX,
     StockSchedule,
     exact_steps,
+    is_exact,
     multistep,
     write_schedule,
 )
@@ -195,13 +196,16 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
             f"a {network.stock} does not use the timesteps of a table, and every diffusers scheduler that supports its "
             "times draws noise in each step. Use --format onnx"
         )
+    if isinstance(network, UNet2D) and schedule.kind == FLOW:
+        raise ValueError(f"diffusers has no pipeline for a UNet2DModel on the flow-matching path. {USE_ONNX}")
     is_plain_image, sampler = manifest.is_image and not manifest.num_classes, model.sampler
     solver = SOLVERS.get(sampler)
     if solver is None or (solver["solver_order"] == 2 and is_plain_image):
         missing = "pipeline" if solver else "scheduler"
         raise ValueError(f"diffusers has no {missing} for this model's sampler {sampler}. {USE_ONNX}")
-    exact = exact_steps(schedule)
-    if model.num_steps is not None and model.num_steps not in exact:
+    if model.num_steps is not None and not is_exact(schedule, model.num_steps):
+        exact = exact_steps(schedule)
+        more = ", ..." * (exact[-1] < network.num_train_timesteps)
         remedy = "Export a stage with one of these numbers of steps, "
         if has_movable_clock(model.denoiser.network):
             remedy += (
@@ -210,7 +214,7 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
             )
         raise ValueError(
             f"with {network.num_train_timesteps} timesteps, the exported grid cannot represent {model.num_steps} steps "
-            f"exactly; it can only represent {', '.join(map(str, exact))}. {remedy}or use --format onnx"
+            f"exactly; it can only represent {', '.join(map(str, exact))}{more}. {remedy}or use --format onnx"
         )
     if is_plain_image and not sampler.stochastic:
         return schedule, "DDIMPipeline", "unet"

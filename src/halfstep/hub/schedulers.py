@@ -323,7 +323,11 @@ def multistep(schedule: StockSchedule, solver: Mapping[str, Any], clip: bool) ->
     return StockSchedule("DPMSolverMultistepScheduler", config)
 
 
+def is_exact(schedule: StockSchedule, num_steps: int) -> bool:
+    """Return whether the scheduler's times match our grid of `num_steps` steps exactly."""
+    return schedule.kind == FLOW or int(schedule.config["num_train_timesteps"]) % num_steps == 0
+
+
 def exact_steps(schedule: StockSchedule) -> list[int]:
     """Return the numbers of steps, up to 64, for which the scheduler's times match our grid exactly."""
-    num = int(schedule.config["num_train_timesteps"])
-    return [steps for steps in range(1, 65) if schedule.kind == FLOW or num % steps == 0]
+    return [num_steps for num_steps in range(1, 65) if is_exact(schedule, num_steps)]

@@ -21,13 +21,16 @@ from halfstep.samplers import Sampler, samplers
 CONDITIONS_FORMAT: Final = 1
 """The version of the rule that chooses the conditions of a seed. Increment it when the rule changes, so that samples
 with other conditions are redrawn."""
+SAMPLES_FORMAT: Final = 1
+"""The version of the rule that chooses the file of a seed. Increment it when the rule changes, so that cells with other
+files are measured again."""
 
 
-@functools.lru_cache(maxsize=1)
-def _order(length: int) -> Tensor:
-    """Return the order in which seeds use the conditions of `length` data samples, int64 `[length]`."""
+@functools.lru_cache(maxsize=2)
+def _order(stream: str, length: int) -> Tensor:
+    """Return the order in which seeds use `length` data samples, int64 `[length]`. Each stream has its own order."""
     # Folders are sorted by class, so the first samples would cover only a few classes.
-    return torch.randperm(length, generator=generator_for("conditions"))
+    return torch.randperm(length, generator=generator_for(stream))
 
 
 def weights_of(manifest: Manifest) -> str:
@@ -153,7 +156,7 @@ class ModelSource(Source):
         if data is None:
             return {}, None
         places = torch.tensor([seed % len(data) for seed in seeds])
-        found = data.fetch(_order(len(data))[places]).cond
+        found = data.fetch(_order("conditions", len(data))[places]).cond
         classes = ["class_labels"] if model.num_classes else []
         for name in (*model.manifest.conditions, *classes):
             if name not in found:
@@ -170,7 +173,7 @@ class ModelSource(Source):
 
 @final
 class DataSource(Source):
-    """Samples in files. A seed is the index of a sample."""
+    """Samples in files. A seed is a position in a fixed random order of the samples."""
 
     name = "samples"
     at_once = 256
@@ -180,10 +183,11 @@ class DataSource(Source):
 
     @property
     def content(self) -> dict[str, Any]:
-        return {"samples": self.data.fingerprint}
+        return {"samples": [self.data.fingerprint, SAMPLES_FORMAT]}
 
     def draw(self, num_steps: int | None, seeds: range, batch_size: int | None) -> Drawn:
-        return Drawn(self.data.fetch(torch.tensor(list(seeds))).x0)
+        places = _order("samples", len(self.data))[list(seeds)]
+        return Drawn(self.data.fetch(places).x0)
 
     def release(self) -> None:
         pass

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from halfstep.metrics.features import NetworkFeatures, RealData, extractors
 from halfstep.metrics.images import normalised
-from halfstep.runtime.files import first_line
+from halfstep.runtime.files import first_line, user_path
 
 DEFAULT: Final = "facebook/dinov2-large"
 """The model size that Stein et al. used."""
@@ -34,6 +34,8 @@ class DINOv2(NetworkFeatures):
 
     def __init__(self, path: str | None, measured: RealData) -> None:
         source = path or DEFAULT
+        if source.startswith("~"):
+            source = str(user_path(source))
         try:
             from transformers import Dinov2Model
         except ImportError:

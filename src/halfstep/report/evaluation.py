@@ -55,6 +55,13 @@ def best_of_table(table: EvaluationTable, result: EvaluationResult) -> Best | No
     return teacher_best(cells_of(table, teachers), is_too_few(table))
 
 
+def ratio_base(table: EvaluationTable, result: EvaluationResult) -> Best | None:
+    """Return the teacher's best cell, to which the table's ratios of Frechet distances refer, or None if there are no
+    ratios.
+    """
+    return None if is_too_few(table) else best_of_table(table, result)
+
+
 def earlier_rows(table: EvaluationTable) -> list[bool]:
     """Return, for each row, whether a later stage of its series has the same number of steps."""
     return are_earlier([(row.series, row.num_steps, row.gamma) for row in table.rows])
@@ -77,7 +84,7 @@ def rows_of(table: EvaluationTable, result: EvaluationResult) -> list[list[Cell]
     A row's label consists of its series, its gamma if gamma was tuned, and its stage if a later stage has the same
     number of steps.
     """
-    names, best = metrics_of(table, result), best_of_table(table, result)
+    names, best = metrics_of(table, result), ratio_base(table, result)
     labels = {series.name: series.label for series in result.series}
     rows = []
     for row, is_earlier in zip(table.rows, earlier_rows(table), strict=True):
@@ -96,7 +103,7 @@ def rows_of(table: EvaluationTable, result: EvaluationResult) -> list[list[Cell]
 
 def text_table(table: EvaluationTable, result: EvaluationResult) -> Table:
     """Return the table as text."""
-    best = best_of_table(table, result)
+    best = ratio_base(table, result)
     rows = [[text for text, _ in row] for row in rows_of(table, result)]
     headings = ["series", "steps", "network calls", *([] if best is None else ["ratio"])]
     headings += [*(result.metrics[name].label for name in metrics_of(table, result)), "s per 1,000"]
@@ -198,14 +205,16 @@ def comma_separated(result: EvaluationResult) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     writer.writeheader()
+    gammas = {series.name: series.gamma for series in result.series}
     for table in result.tables:
         protocol = table.protocol.model_dump(exclude={"extractor_facts", "reference_rows"})
         protocol["seeds"] = " ".join(table.protocol.seeds)
         for row in table.rows:
+            gamma = gammas.get(row.series) if row.gamma is None else row.gamma
             for name, figure in row.figures.items():
                 values = " ".join(map(repr, figure.values))
                 said = {"metric": name, "mean": figure.mean, "spread": figure.spread, "values": values}
-                writer.writerow(protocol | row.model_dump(exclude={"figures"}) | said)
+                writer.writerow(protocol | row.model_dump(exclude={"figures"}) | {"gamma": gamma} | said)
     return out.getvalue()
 
 

@@ -43,11 +43,14 @@ worker.onmessage = ({ data: { id, value, error } }) => {
 };
 worker.onerror = (event) => fail(event.message || "The worker of this page cannot start.");
 
-// Return a function that caches the result of `make` for each name.
+// Return a function that caches the result of `make` for each name, unless it fails.
 const once = (make) => {
   const made = new Map();
   return (name) => {
-    if (!made.has(name)) made.set(name, make(name));
+    if (!made.has(name)) {
+      made.set(name, make(name));
+      made.get(name).catch(() => made.delete(name));
+    }
     return made.get(name);
   };
 };
@@ -121,18 +124,26 @@ const paint = (canvas, x0, label) => {
   canvas.setAttribute("aria-label", label);
 };
 
-// Return a function that cancels its earlier calls and starts `task`, which fills the element `id`.
+// Return a function that cancels its earlier calls and starts `task`, which fills the element `id`. A call waits until
+// the previous one has stopped, and does not start if there is a later call by then.
 const newest = (id, task) => {
   let last = 0;
-  return async () => {
+  let previous = Promise.resolve();
+  const start = async (isNewest) => {
+    if (!isNewest()) return;
+    try {
+      await task(isNewest);
+      if (isNewest()) element("alert").hidden = true;
+    } catch (error) {
+      if (isNewest()) fail(error.message);
+    }
+    if (isNewest()) element(id).setAttribute("aria-busy", false);
+  };
+  return () => {
     const mine = ++last;
     element(id).setAttribute("aria-busy", true);
-    try {
-      await task(() => mine === last);
-    } catch (error) {
-      if (mine === last) fail(error.message);
-    }
-    if (mine === last) element(id).setAttribute("aria-busy", false);
+    previous = previous.then(() => start(() => mine === last));
+    return previous;
   };
 };
 
@@ -150,13 +161,13 @@ const drawSamples = newest("samples", async (isNewest) => {
   element("time").textContent = `${count(steps, "step")}, ${rounded(median)} ms per image`;
 });
 
-const drawFrame = newest("frame", async (isNewest) => {
+const drawFrame = newest("frame", async () => {
   const [from, to, share] = ["from", "to", "share"].map((id) => element(id).valueAsNumber);
   const steps = chosenSteps();
   const { x0, milliseconds } = await sampleFrom(
     between(noiseOf(from, size), noiseOf(to, size), share / 100), from, steps, options(),
   );
-  if (!isNewest()) return;
+  // While the slider is dragged, outdated frames are shown, too. They are drawn one after another, so the last one stays.
   paint(element("frame"), x0, `Sample ${share} % of the way from seed ${from} to seed ${to}`);
   element("share").setAttribute("aria-valuetext", `${share} %`);
   element("frame-time").textContent = `${share} % of the way, ${count(steps, "step")}, ${rounded(milliseconds)} ms`;
@@ -165,19 +176,22 @@ const drawFrame = newest("frame", async (isNewest) => {
 const play = () => {
   const [slider, button] = [element("share"), element("play")];
   let direction = 1;
-  const move = async () => {
-    if (button.getAttribute("aria-pressed") !== "true") return;
+  let loop = 0;
+  const move = async (mine) => {
+    if (mine !== loop) return;
     const place = slider.valueAsNumber + direction;
     if (place < 0 || place > 100) direction = -direction;
     else slider.value = place;
     await drawFrame();
-    setTimeout(move, 40);
+    setTimeout(move, 40, mine);
   };
   button.addEventListener("click", () => {
     const isOn = button.getAttribute("aria-pressed") !== "true";
     button.setAttribute("aria-pressed", isOn);
     button.textContent = isOn ? "Pause" : "Play";
-    if (isOn) move();
+    // The loop of the previous click ends.
+    loop++;
+    if (isOn) move(loop);
   });
 };
 

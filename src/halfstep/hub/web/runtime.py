@@ -4,6 +4,7 @@ import hashlib
 import io
 import tarfile
 import urllib.request
+import zlib
 from collections.abc import Mapping
 from http.client import HTTPException
 from importlib.metadata import distribution
@@ -57,7 +58,7 @@ def _read(source: Path) -> dict[str, bytes]:
             found = {name: (source / "dist" / name).read_bytes() for name in SHA256}
         else:
             found = _unpacked(source.read_bytes())
-    except (OSError, KeyError, tarfile.TarError) as error:
+    except (OSError, KeyError, EOFError, zlib.error, tarfile.TarError) as error:
         raise ValueError(f"{source} is not the npm package onnxruntime-web ({first_line(error)}): {REMEDY}") from None
     for name, content in found.items():
         if hashlib.sha256(content).hexdigest() != SHA256[name]:
@@ -81,7 +82,7 @@ def _fetch(folder: Path) -> dict[str, bytes]:
     try:
         with urllib.request.urlopen(URL, timeout=TIMEOUT) as answer:
             found = _unpacked(answer.read())
-    except (OSError, HTTPException, KeyError, tarfile.TarError) as error:
+    except (OSError, HTTPException, KeyError, EOFError, zlib.error, tarfile.TarError) as error:
         reason = first_line(error)
         raise ValueError(f"onnxruntime-web cannot be downloaded ({reason}). On another machine, {REMEDY}") from None
     with replacing_folder(folder) as into:
