@@ -47,7 +47,12 @@ def _times(times: Tensor, num_steps: int) -> list[float]:
     is_near = all(abs(t - time) <= ROUNDING for t, time in zip(found, within, strict=True))
     falls = all(s <= t for t, s in itertools.pairwise(within)) and len(set(within)) > 1
     if is_near and falls and len(found) == num_steps + 1:
-        return within
+        # At time 0, samples are clean. A scheduler that ends with a small noise level and then 0 needs both steps, even
+        # if this level has been rounded to a time below 0.
+        return [
+            min(-t, within[place - 1]) if t < 0 and place < num_steps else within[place]
+            for place, t in enumerate(found)
+        ]
     raise ValueError(
         f"the grid of {num_steps} steps must consist of {num_steps + 1} decreasing times in [0, 1], got {found[:8]}. "
         "Remove grid to use the default, or pass a function such as lambda n: torch.linspace(1, 0, n + 1)"
