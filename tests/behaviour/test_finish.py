@@ -299,16 +299,16 @@ def test_a_finish_cannot_change_existing_stages(tmp_path: Path) -> None:
 
 
 def test_a_recipe_finishes_the_students_that_its_chain_has(tmp_path: Path, capsys: Capture) -> None:
-    """The demo finishes its students with 4, 2 and 1 steps. A chain that ends earlier skips the students that it lacks,
-    unless they are requested."""
+    """The demo finishes all its students. A chain that ends earlier skips the students that it lacks, unless they are
+    requested."""
 
     def planned(*words: str) -> list[str]:
         capsys.readouterr()
         main(["run", "digits", "--dry-run", "--json", "--out", str(tmp_path / "x"), "--engine.threads", "1", *words])
         return [row["stage"] for row in json.loads(capsys.readouterr().out)["stages"]]
 
-    assert planned()[-4:] == ["04-halve-0001", "05-finish-0004", "06-finish-0002", "07-finish-0001"]
-    assert planned("--to", "4")[-2:] == ["02-halve-0004", "03-finish-0004"]
+    assert planned()[-4:] == ["05-finish-0008", "06-finish-0004", "07-finish-0002", "08-finish-0001"]
+    assert planned("--to", "4")[-3:] == ["02-halve-0004", "03-finish-0008", "04-finish-0004"]
     assert planned("--to", "2", "--finish.steps", "4", "2")[-2:] == ["04-finish-0004", "05-finish-0002"]
     asked = ["run", "digits", "--dry-run", "--to", "2", "--finish.steps", "1", "--out", str(tmp_path / "x")]
     assert "refines a 1-step student, but the students before it take 8, 4, 2" in refused(asked, capsys)
