@@ -88,7 +88,9 @@ def test_a_student_of_many_steps_is_exported_if_they_divide_the_timesteps(
     # The card does not say that 64 steps are the most.
     assert "32, 64, ... steps, the exported scheduler uses the exact times" in (folder / "README.md").read_text()
     odd = as_student(digits_student(False, 0), outcome=Outcome(role="student", num_steps=96))
-    with pytest.raises(ValueError, match=r"represent 96 steps exactly; it can only represent 1, 2, .*, 64, \.\.\.\."):
+    with pytest.raises(
+        ValueError, match=r"96 steps exactly; it can only represent 1, .*, 64 and some larger numbers\."
+    ):
         export_pipeline(odd, tmp_path / "odd")
 
 

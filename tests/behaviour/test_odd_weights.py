@@ -80,7 +80,7 @@ def test_integer_parameters_of_a_custom_denoiser_are_copied() -> None:
 
 
 def test_complex_weights_are_rejected_unless_they_are_constant() -> None:
-    words = r"the weight turn is complex, .*Store torch\.view_as_real of it, or make it a buffer if it is constant"
+    words = r"the weight turn is complex, .*Store torch\.view_as_real\(weight\), or make it a buffer if it is constant"
     for call in (
         lambda: halfstep.fit(denoiser(Turned(True)), points(), TRAINING, engine=CPU),
         # Distillation trains all weights of a copy, even if those of the teacher are frozen.

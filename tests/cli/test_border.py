@@ -860,7 +860,7 @@ def test_prompts_are_sampled_in_batches_that_fit_into_memory(
     argv = ["distill", str(here / "sd3"), "--prompts", str(tmp_path / "prompts.txt"), "--to", "4", *UNMEASURED]
     main([*argv, "--out", str(tmp_path / "run")])
     assert tried == [8, 4, 2]
-    assert "8 prompts at once did not fit into memory, so 4 are tried" in capsys.readouterr().out
+    assert "a batch of 8 prompts does not fit in memory; retrying with a batch size of 4" in capsys.readouterr().out
     assert len(open_latents(tmp_path / "run-data")) == 4
 
 
@@ -902,7 +902,7 @@ def test_a_dry_run_from_a_lora_student_counts_the_new_lora(lora_run: Path, tmp_p
 def test_a_run_from_a_given_teacher_is_no_recipe(ddpm_run: Path, tmp_path: Path, capsys: Capture) -> None:
     for name in (ddpm_run, ddpm_run / "recipe.json"):
         said = refused(["run", str(name), "--out", str(tmp_path / "out")], capsys)
-        assert "is a run from a given teacher. To resume it, rerun its command" in said
+        assert "was distilled from a given teacher. To resume it, rerun its command" in said
         assert f"halfstep distill {ddpm_run}/stages/00-teacher" in said
 
 

@@ -22,7 +22,7 @@ from halfstep.runtime.launch import check_launch, rank, world_size
 from halfstep.runtime.storage import FULL, GONE, exit_code
 from halfstep.runtime.terminal import Output, one_line, safe_outputs, warn
 
-LESS_MEMORY: Final = "Reduce the size, or free some memory"
+LESS_MEMORY: Final = "Use a smaller batch, or free some memory"
 """The advice for a command that ran out of memory."""
 REMEDIES: Final = {
     **dict.fromkeys((errno.ENOENT, errno.EINVAL, errno.ELOOP), "Check the path"),

@@ -132,8 +132,8 @@ def _run(argv: Sequence[str], kind: type[RunArguments], verb: str, what: Literal
     is_run = name not in recipes and folder.recipe_path.is_file()
     if is_run and folder.recipe()["recipe"].get("what") == "chain":
         raise UsageError(
-            f"{name} is a run from a given teacher. To resume it, rerun its command. To train other students of this "
-            f"teacher: halfstep distill {folder.stage(GIVEN_TEACHER).path}"
+            f"{name} was distilled from a given teacher. To resume it, rerun its command. To train other students of "
+            f"this teacher: halfstep distill {folder.stage(GIVEN_TEACHER).path}"
         )
     # Check the recipe's own settings first: `fitted` later removes those that the options make redundant.
     default.finish.plan()
@@ -309,7 +309,7 @@ def _sample_prompts(prompts: Path, recipe: Recipe, model: Model, folder: Path, s
         except OutOfMemory:
             if size == sizes[-1]:
                 raise
-            screen.note(f"{size} prompts at once did not fit into memory, so {size // 2} are tried")
+            screen.note(f"a batch of {size} prompts does not fit in memory; retrying with a batch size of {size // 2}")
 
 
 def _scale_of_samples(recipe: Recipe) -> float | None:

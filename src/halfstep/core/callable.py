@@ -127,7 +127,7 @@ def _attribute(value: Any, name: str) -> Any:
 
 @functools.lru_cache(4096)
 def _paths(code: CodeType) -> tuple[_Path, ...]:
-    """Return the global variables that a function and the functions inside it read, and attributes of all variables."""
+    """Return the paths of the global variables and attributes that a function and its inner functions read."""
     codes = [code]
     cells: dict[str, _Path] = {}
     found: dict[_Path, None] = {}
@@ -141,7 +141,7 @@ def _paths_of_one(code: CodeType, cells: dict[str, _Path]) -> Iterator[_Path]:
     """Yield what one code object reads.
 
     Args:
-        cells: the paths that variables shared with inner functions were assigned, by name.
+        cells: the paths assigned so far to variables shared with inner functions, keyed by name.
     """
     variables: dict[str, _Path] = {}
     steps = [(name, value) for step in dis.get_instructions(code) for name, value in _operations(step)]
@@ -200,7 +200,7 @@ class _Copier:
 
     Args:
         search: the modules of the callable.
-        memo: the copies so far by id, as in `copy.deepcopy`.
+        memo: the copies made so far, keyed by id, as in `copy.deepcopy`.
     """
 
     def __init__(self, search: _Search, memo: dict[int, Any]) -> None:
@@ -224,7 +224,7 @@ class _Copier:
         around = memo.setdefault(id(value.__globals__), dict(value.__globals__)) if named else value.__globals__
         cells = [CellType() if uses(_content(cell)) else cell for cell in value.__closure__ or ()]
         made = FunctionType(value.__code__, around, value.__name__, None, tuple(cells))
-        # Stored before the parts are copied, because functions may call each other in a circle.
+        # Stored before the parts are copied, because functions may be mutually recursive.
         memo[id(value)] = made
         around.update({name: self.twin(part) for name, part in named.items()})
         for cell, before in zip(cells, value.__closure__ or (), strict=True):
@@ -250,8 +250,9 @@ class CallableNetwork(nn.Module):
 
     Modules are found in variables of enclosing functions, default values, global variables, attributes of the callable,
     of its class, of functions, and of classes and Python modules that are used or imported by name, and in lists,
-    tuples, sets and dicts of these. The same applies to all callables that are found in this way. A copy is refused if
-    it would use a module that was found here, for example as an attribute of a Python module.
+    tuples, sets and dicts of these. The same applies to all callables that are found in this way. Copying
+    raises ValueError if the copy would still use one of the original modules, for example an attribute of a Python
+    module.
 
     Modules that are used in any other way are neither trained nor copied, for example those returned by a call such as
     `getattr`, those in attributes of an object in an attribute, or those that only a method called through `self` uses.

@@ -205,7 +205,7 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
         raise ValueError(f"diffusers has no {missing} for this model's sampler {sampler}. {USE_ONNX}")
     if model.num_steps is not None and not is_exact(schedule, model.num_steps):
         exact = exact_steps(schedule)
-        more = ", ..." * (exact[-1] < network.num_train_timesteps)
+        more = " and some larger numbers" * (exact[-1] < network.num_train_timesteps)
         remedy = "Export a stage with one of these numbers of steps, "
         if has_movable_clock(model.denoiser.network):
             remedy += (

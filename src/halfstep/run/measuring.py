@@ -100,7 +100,7 @@ class Measuring:
                 yield Notice(note)
         protocol = self._reference.protocol | {"device": str(self.device)}
         if model.manifest.conditions:
-            # Without this entry, a run would keep metrics of samples with the conditions of the first rows.
+            # Without this entry, a resumed run would reuse metrics measured with the conditions of the first rows.
             protocol["condition_rows"] = "a fixed random choice"
         if self._base is None:
             # The first model is reloaded on demand, so that it takes no device memory while students are measured.

@@ -258,7 +258,7 @@ class _Runner:
 
         def keep_rows() -> list[str]:
             later = [self.folder.stage(name) for name, _ in spec.stages[index + 1 :]]
-            # These stages will start from the beginning, so rows of an earlier training would be false progress.
+            # These stages will start from the beginning, so rows of an earlier attempt would show false progress.
             absent = [one.name for one in later if not one.is_complete() and not one.checkpoints()]
 
             def wanted(row: Mapping[str, Any]) -> bool:

@@ -37,8 +37,8 @@ def told_when_out_of_memory(message: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception may be cured with a smaller batch: an out-of-memory error, on the CPU or on a device,
-    or an error of cuDNN that large batches cause."""
+    """Return whether a smaller batch may avoid an error: out of memory on the CPU or on a device, or an error of cuDNN
+    that large batches cause."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     text = str(error)

@@ -45,7 +45,7 @@ def last_good(last: Path | None) -> str:
 
 
 def _is_within(file: str, folder: Path) -> bool:
-    """Return whether a file is in a folder, also if some library has reported its absolute path without links."""
+    """Return whether a file is in a folder, even if a library reported its resolved path."""
     if Path(file).is_relative_to(folder):
         return True
     try:

@@ -38,9 +38,9 @@ def _times(times: Tensor, num_steps: int) -> list[float]:
     """Return the times of a grid as floats in [0, 1].
 
     Raises:
-        ValueError: if the grid does not consist of `num_steps + 1` decreasing times in [0, 1]. Times that lie outside
-            [0, 1] by at most `ROUNDING` are moved to 0 or 1. Steps of length 0 are also accepted, because some
-            schedulers end with such a step.
+        ValueError: if the grid does not consist of `num_steps + 1` decreasing times in [0, 1]. Times outside [0, 1]
+            by at most `ROUNDING` are accepted and clamped, except that a negative time before the last is replaced by
+            its absolute value. Steps of length 0 are also accepted, because some schedulers end with such a step.
     """
     found = torch.as_tensor(times, dtype=torch.float64).flatten().tolist()
     within = [min(max(t, 0.0), 1.0) for t in found]

@@ -52,7 +52,7 @@ class KeptBuffers:
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Copy the buffers that have changed since the last call."""
+        """Copy the buffers of all modules that have changed so far."""
         # torch copies tensors of one device and dtype together.
         again: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         for module, held in self._held.items():
@@ -264,8 +264,8 @@ class Player:
         odd = (path for path, weight in network.named_parameters() if weight.requires_grad and weight.is_complex())
         if (path := next(odd, None)) is not None:
             raise ValueError(
-                f"the weight {path} is complex, which the optimizer does not support. Store torch.view_as_real of it, "
-                "or make it a buffer if it is constant"
+                f"the weight {path} is complex, which the optimiser does not support. Store "
+                "torch.view_as_real(weight), or make it a buffer if it is constant"
             )
         set_dropout(network, training.dropout)
         network.train()

@@ -125,7 +125,7 @@ const paint = (canvas, x0, label) => {
 };
 
 // Return a function that cancels its earlier calls and starts `task`, which fills the element `id`. A call waits until
-// the previous one has stopped, and does not start if there is a later call by then.
+// the previous one has stopped, and is skipped if a later call has arrived by then.
 const newest = (id, task) => {
   let last = 0;
   let previous = Promise.resolve();
