@@ -102,8 +102,8 @@ class Explorer:
         is_picture = self.manifest.is_image and len(self.shape) == 3 and self.shape[0] in (1, 3)
         if not is_picture and self.shape != (2,):
             raise ValueError(
-                f"samples of shape {list(self.shape)} are not supported: the explorer shows only images and 2-D "
-                "points. Use halfstep sample --out samples.npz"
+                f"samples of shape {list(self.shape)} are not supported: the explorer only shows grey or colour "
+                "images and 2-D points. Use halfstep sample --out samples.npz"
             )
         self._models: OrderedDict[str, Model] = OrderedDict()
         self._lock = threading.Lock()
