@@ -30,6 +30,7 @@ from halfstep.data import open_latents
 from halfstep.hub import import_pipeline, prompts_of, text_conditions
 from halfstep.hub.pipelines import _check_options
 from halfstep.models.model import Model
+from halfstep.recipes import recipes
 from halfstep.runs import Outcome, RunFolder
 from halfstep.samplers import Ancestral, samplers
 from support_cli import Capture, refused
@@ -903,7 +904,11 @@ def test_a_run_from_a_given_teacher_is_no_recipe(ddpm_run: Path, tmp_path: Path,
     for name in (ddpm_run, ddpm_run / "recipe.json"):
         said = refused(["run", str(name), "--out", str(tmp_path / "out")], capsys)
         assert "was distilled from a given teacher. To resume it, rerun its command" in said
-        assert f"halfstep distill {ddpm_run}/stages/00-teacher" in said
+        assert "halfstep distill RUN/stages/00-teacher" in said
+    # A recipe that the user has written may have the same name.
+    written = tmp_path / "recipe.json"
+    written.write_text(json.dumps(recipes["digits"]().model_dump(mode="json")))
+    main(["run", str(written), "--dry-run", "--out", str(tmp_path / "out"), "--engine.threads", "1"])
 
 
 def test_the_data_of_prompts_lies_next_to_a_run_in_the_working_folder(

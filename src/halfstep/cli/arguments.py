@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from halfstep.cli.usage import UsageError, first_line
 from halfstep.nets import OWN
 from halfstep.recipes import Recipe, recipes
+from halfstep.run.spec import GIVEN_TEACHER
 from halfstep.runs import RunFolder, StageFolder
 from halfstep.runtime.devices import existing_device
 from halfstep.runtime.files import DamagedFile, read_json
@@ -28,14 +29,28 @@ def recipe_from(text: str) -> Recipe:
         return recipes[text]()
     if not path.is_dir():
         # The user may have written this file, so it needs no seal.
-        return _recipe_in(read_json(path), path)
+        data = read_json(path)
+        _refuse_chain(data, text)
+        return _recipe_in(data, path)
     run = RunFolder(path)
     if not (run.recipe_path.exists() or run.log_path.exists() or run.stages()):
         raise UsageError(
             f"{text} is neither a recipe ({', '.join(recipes)}) nor the folder of a run. To train on the images in "
             f"this folder: halfstep run images --data {quote(text)}"
         )
-    return recipe_of_run(run)
+    data = run.recipe()
+    _refuse_chain(data, text)
+    return _recipe_in(data, run.recipe_path)
+
+
+def _refuse_chain(data: Any, text: str) -> None:
+    """Raise UsageError for the JSON of a run from a given teacher, because `halfstep run` would train a new one."""
+    held = data.get("recipe", data) if isinstance(data, dict) else {}
+    if isinstance(held, dict) and held.get("what") == "chain":
+        raise UsageError(
+            f"{text} was distilled from a given teacher. To resume it, rerun its command. To train other students of "
+            f"this teacher: halfstep distill RUN/stages/{GIVEN_TEACHER}"
+        )
 
 
 def recipe_of_run(run: RunFolder) -> Recipe:

@@ -218,6 +218,7 @@ def _call_heavy(verb: Verb, rest: Sequence[str]) -> None:
         except (NonFinite, OutOfMemory, LostProcess) as error:
             fail(error, code=1)
         except Exception as error:
+            # cuDNN also reports NOT_SUPPORTED for reasons other than the size of a batch.
             if not is_out_of_memory(error) or "NOT_SUPPORTED" in str(error) or os.environ.get("HALFSTEP_TRACEBACK"):
                 raise
             fail(f"out of memory ({first_line(error)}). {LESS_MEMORY}", code=1)

@@ -127,14 +127,6 @@ def _run(argv: Sequence[str], kind: type[RunArguments], verb: str, what: Literal
     name, *rest = argv
     prog = f"halfstep {verb}" if verb == "demo" else f"halfstep {verb} {name}"
     default = recipe_from(name)
-    place = Path(name)
-    folder = RunFolder(place.parent if place.name == "recipe.json" else place)
-    is_run = name not in recipes and folder.recipe_path.is_file()
-    if is_run and folder.recipe()["recipe"].get("what") == "chain":
-        raise UsageError(
-            f"{name} was distilled from a given teacher. To resume it, rerun its command. To train other students of "
-            f"this teacher: halfstep distill {folder.stage(GIVEN_TEACHER).path}"
-        )
     # Check the recipe's own settings first: `fitted` later removes those that the options make redundant.
     default.finish.plan()
     arguments = parse(kind, rest, prog, kind(default), SHORT)
@@ -142,7 +134,9 @@ def _run(argv: Sequence[str], kind: type[RunArguments], verb: str, what: Literal
     with as_typed(rest, SHORT):
         if what == "all":
             recipe = recipe.fitted(_given(rest, SHORT))
-        _carry_out(replace(arguments, recipe=recipe), arguments.out or Path("runs") / f"{recipe.name}{suffix}", what)
+        out = arguments.out or Path("runs") / f"{recipe.name}{suffix}"
+        with _requeued(recipe):
+            _carry_out(replace(arguments, recipe=recipe), out, what)
 
 
 def _given(argv: Sequence[str], short: Mapping[str, str]) -> set[str]:
@@ -420,7 +414,7 @@ def _execute(recipe: Recipe, make: Callable[[], RunSpec], out: Path, json: bool)
     """Build a run, train it and show the results. A signal stops any of these phases cleanly."""
     screen = Screen(json)
     started = time.monotonic()
-    with _requeued(recipe), StopSignal() as stop:
+    with StopSignal() as stop:
         # Several processes stop together, once all of them have agreed to stop.
         alone = stop if world_size() == 1 else None
         with at_once(alone):

@@ -248,9 +248,9 @@ class _Copier:
 class CallableNetwork(nn.Module):
     """A module that wraps a callable `(x_t, time, **cond) -> output`, with the modules that it uses as submodules.
 
-    Modules are found in variables of enclosing functions, default values, global variables, attributes of the callable,
-    of its class, of functions, and of classes and Python modules that are used or imported by name, and in lists,
-    tuples, sets and dicts of these. The same applies to all callables that are found in this way. Copying
+    The search follows global variables, variables of enclosing functions, default values, and attributes of the
+    callable and its class. It also follows attributes of functions, classes and Python modules that the code names,
+    and the entries of lists, tuples, sets and dicts. Every callable that it finds is searched in the same way. Copying
     raises ValueError if the copy would still use one of the original modules, for example an attribute of a Python
     module.
 
