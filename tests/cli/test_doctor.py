@@ -72,7 +72,7 @@ def test_another_failure_of_diffusers_is_not_blamed_on_torchvision() -> None:
     assert "torchvision" not in finding.found + str(finding.advice)
 
 
-def test_a_device_without_float64_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_without_float64_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Like Metal's devices, which raise a TypeError for it."""
     assert doctor.device_finding("cpu").verdict == "ok"
     made = torch.zeros
@@ -84,8 +84,9 @@ def test_a_device_without_float64_is_a_problem(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch, "zeros", zeros)
     finding = doctor.device_finding("cpu")
-    assert finding.verdict == "problem"
+    assert finding.verdict == "missing"
     assert "no float64" in finding.found
+    assert "runs on the CPU" in str(finding.advice)
     assert "does not work" in doctor.device_finding("abacus").found
 
 

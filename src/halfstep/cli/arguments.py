@@ -12,7 +12,7 @@ from halfstep.nets import OWN
 from halfstep.recipes import Recipe, recipes
 from halfstep.run.spec import GIVEN_TEACHER
 from halfstep.runs import RunFolder, StageFolder
-from halfstep.runtime.devices import existing_device
+from halfstep.runtime.devices import default_accelerator, existing_device
 from halfstep.runtime.files import DamagedFile, read_json
 from halfstep.runtime.launch import world_size
 from halfstep.runtime.processes import Processes, make_accelerator
@@ -97,12 +97,12 @@ def processes_of(cpu: bool = False) -> Processes:
 
 
 def device_of(name: str | None, processes: Processes | None = None) -> torch.device:
-    """Return the named device or, by default, the CUDA device if one is available and the CPU otherwise. With several
+    """Return the named device or, by default, the accelerator if there is one and the CPU otherwise. With several
     processes, each uses its own GPU.
 
     Raises:
-        ValueError: if this machine has no such device.
+        ValueError: if this machine has no such device, or the device has no float64.
     """
     if name in (None, "cuda") and processes is not None and processes.count > 1 and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
-    return existing_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return existing_device(name or default_accelerator() or "cpu")

@@ -133,13 +133,15 @@ def _torch() -> Iterator[Finding]:
         elif shutil.which("nvidia-smi") or shutil.which("rocm-smi"):
             advice = "a GPU driver is installed, but torch is built for CPUs only. Install the torch build for your GPU"
         yield Finding(
-            "accelerator", "missing", "no CUDA, ROCm or Metal device was found, so everything runs on the CPU", advice
+            "accelerator", "missing", "no CUDA or ROCm device was found, so everything runs on the CPU", advice
         )
 
 
 def device_finding(name: str) -> Finding:
-    """Check whether a device works and supports float64, which the clocks require and Metal lacks."""
+    """Check whether a device works, and whether halfstep uses it."""
     import torch
+
+    from halfstep.runtime.devices import has_float64
 
     try:
         device = torch.device(name)
@@ -153,11 +155,9 @@ def device_finding(name: str) -> Finding:
         free, total = torch.cuda.mem_get_info(device)
         shown = f"{torch.cuda.get_device_name(device)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
         shown += ", bfloat16" if torch.cuda.is_bf16_supported() else ", no bfloat16: use --engine.precision float32"
-    try:
-        torch.zeros(1, dtype=torch.float64, device=device)
-    except (RuntimeError, TypeError):
-        advice = "clocks and schedules require float64. Train and sample on the CPU (--engine.cpu, --device cpu)"
-        return Finding(name, "problem", f"{shown}, no float64", advice)
+    if not has_float64(device):
+        advice = "clocks and schedules require float64, so everything runs on the CPU"
+        return Finding(name, "missing", f"{shown}, no float64", advice)
     return Finding(name, "ok", shown)
 
 

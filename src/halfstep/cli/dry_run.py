@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from rich.table import Column, Table
 
 from halfstep.cli.usage import UsageError
@@ -19,6 +18,7 @@ from halfstep.run.measuring import calls_of_measuring
 from halfstep.run.spec import RunSpec
 from halfstep.runs import RunFolder
 from halfstep.runs.schema import shortened
+from halfstep.runtime.devices import default_accelerator
 from halfstep.runtime.launch import world_size
 
 LONG_SECONDS: Final = 86400.0
@@ -181,7 +181,7 @@ def _lines(facts: dict[str, Any], spec: RunSpec) -> Iterator[str]:
     parts = " + ".join(f"{gibibytes(size)} {name}" for name, size in memory.items() if size)
     total = gibibytes(sum(memory.values()))
     yield f"estimated memory of the largest update: {total} = {parts} (micro batch of {facts['micro_batch']:,})"
-    on_cpu = spec.engine.cpu or not torch.accelerator.is_available()
+    on_cpu = spec.engine.cpu or default_accelerator() is None
     if not on_cpu or sum(memory.values()) >= LITTLE:
         fits = facts["fits_gib"]
         yield f"fits on a device with {fits[0]} GiB" if fits else f"does not fit on a device with {DEVICES[-1]} GiB"

@@ -41,7 +41,7 @@ class ExploreArguments:
     root_path: str = ""
     """Path under which a proxy serves the page, such as /user/me/proxy/7860."""
     device: str | None = None
-    """cpu, cuda or mps; by default, cuda if it is available, otherwise cpu."""
+    """cpu or cuda; by default, cuda if it is available, otherwise cpu."""
 
 
 def explore(argv: Sequence[str]) -> None:

@@ -61,7 +61,7 @@ class SampleArguments:
     precision: Literal["float32", "bf16"] = "float32"
     """Precision of the network (bf16 is bfloat16)."""
     device: str | None = None
-    """cpu, cuda or mps; by default, cuda if it is available, otherwise cpu."""
+    """cpu or cuda; by default, cuda if it is available, otherwise cpu."""
     out: Path = Path("samples.png")
     """A .png file (one grid, in which small images are enlarged), a .npz file (arr_0, uint8 [n, h, w, c]), or a folder
     of .png files."""

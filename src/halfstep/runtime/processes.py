@@ -25,6 +25,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from halfstep.runtime import storage
+from halfstep.runtime.devices import default_accelerator
 from halfstep.runtime.launch import world_size
 from halfstep.runtime.stop import Interrupted, StopSignal, at_once
 
@@ -109,9 +110,8 @@ def make_accelerator(
     if precision not in modes:
         raise ValueError(f"precision must be one of {', '.join(modes)}, got {precision!r}")
     _check_launcher(precision)
-    if world_size() > 1 and not torch.accelerator.is_available():
-        # accelerate would otherwise treat each process as the only one.
-        cpu = True
+    # With several processes but no accelerator, accelerate would otherwise treat each process as the only one.
+    cpu = cpu or default_accelerator() is None
     # accelerate's settings are global to the process, but two runs in one process may have different settings.
     if AcceleratorState._shared_state:
         AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())

@@ -36,6 +36,7 @@ from halfstep.run.runner import run as run_spec
 from halfstep.run.spec import RunSpec
 from halfstep.runs import RunFolder, StageFolder
 from halfstep.runs.schema import Result
+from halfstep.runtime.devices import default_accelerator
 from halfstep.runtime.environment import environment
 from halfstep.runtime.failures import NonFinite
 from halfstep.runtime.files import cache_folder, read_json, write_json, write_text
@@ -102,7 +103,7 @@ class Bench:
 
     def __init__(self, out: Path, scale: Scale, stop: StopSignal | None, watch: Callable[[Event], None]) -> None:
         self.out, self.scale, self.stop, self.watch = out, scale, stop, watch
-        self.device = torch.device("cuda" if torch.cuda.is_available() and not scale.recipe.engine.cpu else "cpu")
+        self.device = (None if scale.recipe.engine.cpu else default_accelerator()) or torch.device("cpu")
         self.model = lru_cache(maxsize=8)(lambda stage: load(stage.path, self.device))
         """A function that returns the model of a stage."""
         self.data = cache(open_data)

@@ -133,7 +133,7 @@ class StageTrainer:
         self.batches, self.ahead = batches, ahead
         self._feed = Feed(batches, self.places_of, device, ahead)
         self._window_losses: list[float] = []
-        self._window_sum = torch.zeros((), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
+        self._window_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._plateau_at: int | None = None
         self._stop: StopSignal | None = None
         self._window_start = 0
