@@ -1,7 +1,7 @@
 """Ablate the finish by varying each setting separately, for several students of a run.
 
     python benchmarks/finish_ablation.py runs/digits                     # the students at 8, 4, 2 and 1 steps
-    python benchmarks/finish_ablation.py runs/fashion_mnist --steps 8 4 --only "map weight 1" "map weight 4"
+    python benchmarks/finish_ablation.py runs/fashion_mnist --steps 4 --updates 250 --only "map weight 1" "map weight 4"
 
 Each trial starts from the run's halved student with N steps, trains one finish on the run's data with the undistilled
 teacher, and measures the finished student. The row "before" is the student without a finish. Each distance is divided
@@ -24,6 +24,7 @@ import halfstep
 from common import RESULTS, facts, parsed, show
 from halfstep.data import Data, open_data
 from halfstep.measure.evaluate import Method
+from halfstep.metrics import rmse
 from halfstep.objectives import Finishing, Outcome, Plan, Role, Training
 from halfstep.recipes import Recipe
 from halfstep.run.call import Chain, call_of
@@ -40,26 +41,29 @@ VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "as in the recipe": {},
     "data weight 0": {"data_weight": 0.0},
     "data weight 0.5": {"data_weight": 0.5},
-    "map weight 1": {"map_weight": 1.0},
     "map weight 0": {"map_weight": 0.0},
+    "map weight 0.25": {"map_weight": 0.25},
     "map weight 0.5": {"map_weight": 0.5},
+    "map weight 1": {"map_weight": 1.0},
     "map weight 2": {"map_weight": 2.0},
     "map weight 4": {"map_weight": 4.0},
     "1 auxiliary turn": {"auxiliary_turns": 1},
     "2 auxiliary turns": {"auxiliary_turns": 2},
     "4 auxiliary turns": {"auxiliary_turns": 4},
-    "auxiliary rate halved": {"auxiliary_rate": 3.0},
+    "half the auxiliary rate": {"auxiliary": 0.5},
+    "twice the auxiliary rate": {"auxiliary": 2.0},
     "no lead": {"lead_updates": 0},
+    "lead of 20 updates": {"lead_updates": 20},
     "tau inside the step": {"inside_step": True},
     "not whitened": {"whitened": False},
-    "half the rate": {"rate": 0.5},
+    "half the student's rate": {"rate": 0.5, "auxiliary": 2.0},
+    "twice the student's rate": {"rate": 2.0, "auxiliary": 0.5},
+    "half of both rates": {"rate": 0.5},
     "half the updates": {"length": 0.5},
     "twice the updates": {"length": 2.0},
-    "map weight 0.25": {"map_weight": 0.25},
-    "map weight 2, 4 auxiliary turns": {"map_weight": 2.0, "auxiliary_turns": 4},
 }
-"""The settings in which each variant differs from the recipe. These are fields of `Finishing`, plus `rate` and
-`length`, which multiply the learning rate and the number of updates.
+"""The settings in which each variant differs from the recipe. These are fields of `Finishing`, plus `rate`, `auxiliary`
+and `length`, which multiply the learning rate, its ratio to the auxiliary denoiser's rate, and the number of updates.
 """
 
 
@@ -85,7 +89,7 @@ def measure_of(
 ) -> tuple[Callable[[Any], dict[str, Any]], dict[str, float]]:
     """Return a function that measures a model relative to the teacher's best method, and the teacher's distances."""
     references = dict(zip(("own", "other"), references_of(data, recipe.evaluation), strict=True))
-    count, compared = num_samples or recipe.evaluation.num_samples, recipe.evaluation.num_compared
+    count = num_samples or recipe.evaluation.num_samples
     at_best = [drawn(teacher, count, sampler=one.sampler, num_steps=one.num_steps) for one in methods]
     best = {
         name: min(reference.figures(samples).values["frechet"] for samples in at_best)
@@ -99,8 +103,7 @@ def measure_of(
             found = reference.figures(samples).values
             row[f"{name} ratio"] = round(found["frechet"] / best[name], 4)
             row |= {f"{name} {each}": round(found[each], 4) for each in KEPT[1:]}
-        apart = samples[:compared] - at_best[-1][:compared]
-        return row | {"rmse": round(apart.double().pow(2).mean().sqrt().item(), 4)}
+        return row | {"rmse": round(rmse(samples, at_best[-1]), 4)}
 
     return measured, best
 
@@ -109,6 +112,7 @@ def varied(steps: int, training: Training, settings: Mapping[str, Any]) -> Plan:
     """Return the plan for finishing a student with these settings, in the form of `VARIANTS`."""
     own = dict(settings)
     rate, length = own.pop("rate", 1.0), own.pop("length", 1.0)
+    own["auxiliary_rate"] *= own.pop("auxiliary", 1.0)
     changed = replace(
         training, learning_rate=rate * training.learning_rate, num_updates=round(length * training.num_updates)
     )
@@ -130,6 +134,7 @@ def main() -> None:
     parser.add_argument(
         "--num-samples", type=int, help="number of samples per model; default: that of the run's recipe"
     )
+    parser.add_argument("--updates", type=int, help="number of updates per finish; default: that of the run's recipe")
     parser.add_argument(
         "--heun-only", action="store_true", help="skip DDIM with 256 steps, which takes 4 times as long"
     )
@@ -153,12 +158,19 @@ def main() -> None:
     rows: list[dict[str, Any]] = held["rows"]
     methods = AT_BEST[-1:] if options.heun_only else AT_BEST
     measured, best = measure_of(recipe, data, teacher, methods, options.num_samples)
-    planned = recipe.finish.training
-    own = {name: getattr(recipe.finish, name) for name in OWN}
+    finish = recipe.finish
+    trainings = {
+        steps: replace(
+            finish.training,
+            num_updates=options.updates or (finish.updates_at or {}).get(steps, finish.training.num_updates),
+            learning_rate=(finish.learning_rate_at or {}).get(steps, finish.training.learning_rate),
+        )
+        for steps in options.steps
+    }
+    own = {name: getattr(finish, name) for name in OWN}
     for steps in options.steps:
         student = halfstep.load(halved[steps].path)
-        updates = (recipe.finish.updates_at or {}).get(steps, planned.num_updates)
-        training = replace(planned, num_updates=updates)
+        training = trainings[steps]
         for name in ("before", *options.only):
             key = {"steps": steps, "variant": name, "seed": options.seed}
             if any(key.items() <= row.items() for row in rows):
@@ -178,7 +190,9 @@ def main() -> None:
                     "environment": facts(),
                     "run": run.path.name,
                     "recipe": recipe.name,
-                    "training": asdict(training),
+                    "settings": own,
+                    "training": held.get("training", {})
+                    | {str(steps): asdict(trainings[steps]) for steps in trainings},
                     "precision": options.precision,
                     "teacher at its best": best,
                     "rows": rows,

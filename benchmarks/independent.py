@@ -27,7 +27,7 @@ from common import parsed, write
 from halfstep.core.draw import generator_for
 from halfstep.data import Data, open_data
 from halfstep.measure.evaluate import Evaluation, Method, Reference, features_for
-from halfstep.metrics import FeatureExtractor, extractors
+from halfstep.metrics import FeatureExtractor, extractors, rmse
 from halfstep.metrics.features import RealData, in_batches
 from halfstep.metrics.images import from_uint8, to_uint8
 from halfstep.models.model import Model
@@ -95,7 +95,6 @@ def rows_of(
     run: RunFolder,
     references: Sequence[Reference],
     count: int,
-    compared: int,
     methods: Sequence[Method],
     first_seed: int = FIRST_SEED,
 ) -> list[dict[str, Any]]:
@@ -120,8 +119,7 @@ def rows_of(
             found = reference.figures(samples).values
             row[f"{name} ratio"] = round(found["frechet"] / least["frechet"], 4)
             row |= {f"{name} {each}": round(found[each], 4) for each in KEPT}
-        apart = samples[:compared] - at_best[-1][:compared]
-        row["rmse"] = round(apart.double().pow(2).mean().sqrt().item(), 4)
+        row["rmse"] = round(rmse(samples, at_best[-1]), 4)
         rows.append(row)
         print(row, flush=True)
     return rows
@@ -174,8 +172,7 @@ def main() -> None:
         data = open_data(recipe.data)
         references = references or references_of(data, recipe.evaluation, options.perceptron_seed)
         count = options.num_samples or recipe.evaluation.num_samples
-        compared = recipe.evaluation.num_compared
-        rows += rows_of(RunFolder(path), references, count, compared, methods, options.first_seed)
+        rows += rows_of(RunFolder(path), references, count, methods, options.first_seed)
     facts = {one.extractor.name: dict(one.extractor.facts) for one in references}
     write("independent", rows, options, features=facts, first_seed=options.first_seed, mean=averaged(rows))
 

@@ -82,7 +82,7 @@ def test_a_finish_brings_mean_and_width_of_a_wrong_student_to_the_teachers(gain:
         return float(at_zero), float((at_one - at_zero).abs())
 
     before = moments(student)
-    stage = Stage(Finishing(1, map_weight=0.0), training)
+    stage = Stage(Finishing(1, map_weight=0.0, auxiliary_rate=6.0), training)
     trainer = StageTrainer(
         student,
         teacher,

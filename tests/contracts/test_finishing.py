@@ -371,7 +371,7 @@ def test_the_auxiliary_learns_first_and_then_before_each_turn_of_the_student() -
     ]
     own = dataclasses.replace(FINISHING, learning_rate=2e-4)
     training = objective.helpers["auxiliary"].training(own)  # type: ignore[union-attr]
-    assert (training.rate_at(0), training.rate_at(own.num_updates - 1)) == pytest.approx((12e-4, 12e-4))
+    assert (training.rate_at(0), training.rate_at(own.num_updates - 1)) == pytest.approx((30e-4, 30e-4))
     assert training.adam_betas == own.adam_betas
 
 

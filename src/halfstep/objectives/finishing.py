@@ -93,8 +93,9 @@ class Finishing(StepObjective):
     auxiliary_turns: int | None = None
     """Number of turns of the auxiliary denoiser per student turn; None means 1, or 2 if `data_weight` is 0. Both
     defaults cost the same, because a turn with data needs twice as many network calls."""
-    auxiliary_rate: float = 6.0
-    """Constant learning rate of the auxiliary denoiser, relative to the student's peak rate."""
+    auxiliary_rate: float = 15.0
+    """Constant learning rate of the auxiliary denoiser, relative to the student's peak rate. The student's gradient is
+    only correct if the auxiliary denoiser follows the student's changes, so it learns much faster."""
     lead_updates: int = 60
     """Number of initial updates that train only the auxiliary denoiser."""
     inside_step: bool | None = None

@@ -25,7 +25,7 @@ HALVING: Final = Training(num_updates=50_000, learning_rate=5e-5)
 """The paper's hyperparameters for a student: no warm-up, and a learning rate that decays linearly to 0."""
 
 FINISHING: Final = Training(
-    num_updates=260, batch_size=64, learning_rate=5e-5, adam_betas=(0.0, 0.99), grad_clip=1.0, ema_decay=0.98
+    num_updates=260, batch_size=64, learning_rate=2e-5, adam_betas=(0.0, 0.99), grad_clip=1.0, ema_decay=0.98
 )
 """Hyperparameters for finishing a student. `num_updates` includes updates that train only the auxiliary denoiser."""
 

@@ -38,20 +38,20 @@ def digits() -> Recipe:
         chain=SECOND_ORDER.model_copy(
             update={
                 "training": Training(
-                    num_updates=170, batch_size=64, learning_rate=1e-3, warmup_updates=20, adam_betas=(0.9, 0.99)
+                    num_updates=240, batch_size=64, learning_rate=1e-3, warmup_updates=20, adam_betas=(0.9, 0.99)
                 ),
-                "updates_at": {8: 300, 2: 200, 1: 340},
+                "updates_at": {8: 300, 2: 280, 1: 450},
                 "learning_rate_at": {8: 6e-4, 4: 7e-4},
             }
         ),
         finish=FinishConfig(
             steps=(8, 4, 2, 1),
             training=Training(
-                num_updates=260, batch_size=48, learning_rate=1.5e-4, adam_betas=(0.0, 0.99), ema_decay=0.98
+                num_updates=130, batch_size=48, learning_rate=6e-5, adam_betas=(0.0, 0.99), ema_decay=0.98
             ),
             # The student with 8 steps is already as good as its teacher, so it needs fewer updates.
-            updates_at={8: 160, 2: 500, 1: 400},
-            lead_updates=20,
+            updates_at={8: 100, 2: 240, 1: 200},
+            lead_updates=0,
         ),
         evaluation=Evaluation(num_samples=2000, batch_size=500),
         engine=Engine(log_every=20),
@@ -110,7 +110,7 @@ def fashion_mnist() -> Recipe:
         ),
         finish=FinishConfig(
             steps=(8, 4, 2, 1),
-            training=replace(FINISHING, num_updates=250, learning_rate=1e-4),
+            training=replace(FINISHING, num_updates=250, learning_rate=4e-5),
             updates_at={4: 500, 2: 500, 1: 450},
             lead_updates=30,
         ),
