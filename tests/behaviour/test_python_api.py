@@ -305,8 +305,10 @@ def test_a_terminal_gets_a_bar_and_any_other_output_gets_lines(
     assert update.endswith(" of training left in this run")
     assert end.startswith("00-denoise: done in ")
     assert said(progress=False) == ""
-    monkeypatch.setenv("FORCE_COLOR", "1")  # pretend that stderr is a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in the logs of many CI services
     monkeypatch.setenv("TERM", "xterm")
+    assert said().splitlines()[0] == "00-denoise: 10 updates"
+    monkeypatch.setattr("halfstep.run.progress.on_terminal", lambda: True)
     monkeypatch.setenv("COLUMNS", "100")
     shown = said()
     assert "00-denoise" in shown

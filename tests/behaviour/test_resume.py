@@ -17,7 +17,7 @@ from halfstep.run.progress import Lines
 from halfstep.run.runner import run
 from halfstep.runs import RunFolder, read_log, read_status
 from halfstep.runtime import files as run_files
-from halfstep.runtime.files import InUse
+from halfstep.runtime.locks import InUse
 from halfstep.runtime.processes import exit_code
 from halfstep.runtime.stop import Interrupted, StopSignal
 from halfstep.runtime.storage import NoStorage

@@ -29,7 +29,8 @@ class RunDisplay:
 
     def __init__(self, stages: Stages, screen: Screen) -> None:
         self.screen = screen
-        self.is_live = screen.is_terminal and not screen.is_dumb_terminal
+        # With FORCE_COLOR, rich considers every stream a terminal.
+        self.is_live = screen.on_terminal and not screen.is_dumb_terminal
         self.lines = Lines(stages, (lambda _: None) if self.is_live else screen.say)
         self.status = self.lines.status
 

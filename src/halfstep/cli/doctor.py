@@ -19,6 +19,7 @@ from rich.text import Text
 
 from halfstep.cli.usage import Switch, parse
 from halfstep.cli.words import Screen, print_json
+from halfstep.runtime.cpus import usable_cores
 from halfstep.runtime.files import cache_folder, first_line
 
 GIVES: Final = {
@@ -113,14 +114,14 @@ def _torch() -> Iterator[Finding]:
     except (ImportError, OSError) as error:
         yield Finding("torch", "problem", f"torch cannot be imported ({first_line(error)})", "reinstall torch")
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     memory = ""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         memory = f", {total / 2**30:.1f} GiB of memory"
     cpu, threads = platform.processor() or platform.machine(), torch.get_num_threads()
     shown = f"{cpu}, {cores} cores for this process, torch uses {threads} threads{memory}"
-    yield Finding("cpu", "ok", shown, "change the number of threads with --engine.threads N or OMP_NUM_THREADS=N")
+    yield cpu_finding(shown, cores, threads)
     names = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     if torch.backends.mps.is_available():
         names.append("mps")
@@ -135,6 +136,13 @@ def _torch() -> Iterator[Finding]:
         yield Finding(
             "accelerator", "missing", "no CUDA or ROCm device was found, so everything runs on the CPU", advice
         )
+
+
+def cpu_finding(shown: str, cores: int, threads: int) -> Finding:
+    """Check that torch does not use more threads than there are cores, which slows it down many times."""
+    if threads > cores:
+        return Finding("cpu", "problem", shown, f"set OMP_NUM_THREADS={cores}, because further threads only wait")
+    return Finding("cpu", "ok", shown, "change the number of threads with --engine.threads N or OMP_NUM_THREADS=N")
 
 
 def device_finding(name: str) -> Finding:

@@ -123,6 +123,9 @@ def _main(arguments: list[str]) -> None:
         print(f"halfstep {version('halfstep')}")
         raise SystemExit(0)
 
+    if sys.platform == "win32":
+        # It lacks signals, and folders cannot be synced there.
+        fail("halfstep needs Linux or macOS. On Windows, use WSL")
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         if threading.current_thread() is threading.main_thread() and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _end)

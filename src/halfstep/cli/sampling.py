@@ -187,7 +187,7 @@ def decoder_for(model: Model, out: Path) -> Callable[[torch.Tensor], torch.Tenso
     Raises:
         ValueError: if the decoder is missing or not supported.
     """
-    return None if model.manifest.is_image or out.suffix.lower() == ".npz" else decoder_of(model.manifest)
+    return None if model.manifest.is_image or out.suffix.lower() == ".npz" else decoder_of(model.manifest, model.device)
 
 
 def write_samples(
@@ -206,14 +206,13 @@ def write_samples(
         write_arrays(out, arr_0=samples_array(x0, model.manifest.is_image))
         return
     if decode is not None:
-        x0 = torch.cat([decode(part) for part in x0.split(8)])
+        x0 = torch.cat([decode(part).cpu() for part in x0.split(1 if model.device.type == "cuda" else 8)])
     pixels = samples_array(x0, is_image=True)
     if out.suffix.lower() == ".png":
         write_png(out, grid_image(pixels))
         return
     # Existing files in the folder are kept, except the samples of an earlier call.
-    is_new = not out.exists() or not any(out.iterdir())
-    with replacing_folder(out) if is_new else nullcontext(out) as folder:
+    with nullcontext(out) if out.exists() else replacing_folder(out) as folder:
         for seed, picture in zip(seeds, pixels, strict=True):
             image = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
             write_png(folder / _sample_name(seed), image)

@@ -31,7 +31,7 @@ class Screen(Console):
 
     def __init__(self, json: bool = False, file: IO[str] | None = None, is_terminal: bool | None = None) -> None:
         stream = file or (sys.stderr if json else sys.stdout)
-        terminal = stream.isatty() if is_terminal is None else is_terminal
+        terminal = self.on_terminal = stream.isatty() if is_terminal is None else is_terminal
         super().__init__(
             file=file,
             stderr=json,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Final, NamedTuple, final
+from typing import Any, Final, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -145,7 +145,8 @@ def held_on(device: torch.device, data: Data) -> Data:
     if device.type != "cuda" or not isinstance(data, MemoryData):
         return data
     largest = torch.cuda.get_device_properties(device).total_memory / 8
-    return data.to(device) if data.x.nbytes <= largest else data
+    held = (data.x, *data.conditions.values(), *(() if data.labels is None else (data.labels,)))
+    return data.to(device) if sum(value.nbytes for value in held) <= largest else data
 
 
 def training_batch(data: Data, draw: Draw, flip: bool, shown: Container[str] | None = None) -> Batch:
@@ -309,7 +310,11 @@ class Feed:
                 first += 1
             return
         waiting: deque[Future[list[list[Fed]]]] = deque()
-        thread = ThreadPoolExecutor(1, thread_name_prefix="halfstep-feed")
+        # The current device and stream belong to a thread.
+        same: dict[str, Any] = {}
+        if self._device.type == "cuda":
+            same = {"initializer": torch.cuda.set_stream, "initargs": (torch.cuda.current_stream(self._device),)}
+        thread = ThreadPoolExecutor(1, thread_name_prefix="halfstep-feed", **same)
         try:
             next_ = first
             while first < last():

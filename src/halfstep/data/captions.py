@@ -23,6 +23,7 @@ from halfstep.data.folders import (
     VIDEO_SUFFIXES,
     Files,
     files_below,
+    has_folder,
     image_folder,
     image_paths,
     no_images,
@@ -138,7 +139,7 @@ def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImag
     """
     root = existing(folder, "of images with captions")
     below = files_below(root)
-    if (root / "train").is_dir() and (other := {path.parts[0] for path in below} & {"test", "validation", "val"}):
+    if has_folder(root, "train") and (other := {path.parts[0] for path in below} & {"test", "validation", "val"}):
         raise ValueError(
             f"{folder} contains the splits train and {min(other)}: pass one of them, such as {folder / 'train'}"
         )

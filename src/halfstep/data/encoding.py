@@ -4,7 +4,6 @@ In this module, "images" includes clips (videos or sounds). The encoders are cal
 that provide them.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from halfstep.core.door import check_whole
@@ -34,7 +32,9 @@ from halfstep.data.latents import (
     read_index,
     shard_name,
 )
-from halfstep.runtime.files import InUse, refuse_file, sha256_of, sweep, user_path, write_json
+from halfstep.runtime.cpus import usable_cores
+from halfstep.runtime.files import contents, refuse_file, sha256_of, sweep, user_path, write_json
+from halfstep.runtime.locks import acquire, lock_of
 from halfstep.runtime.processes import Processes
 from halfstep.runtime.tensors import write_tensors
 
@@ -88,15 +88,12 @@ def encode(
     """
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
         check_whole(name, value)
-    root, lock, processes = user_path(folder), FileLock(user_path(folder) / ".lock"), processes or Processes()
+    root, lock, processes = user_path(folder), lock_of(user_path(folder)), processes or Processes()
 
     def begin() -> Index:
         refuse_foreign_files(root)
         root.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise InUse(f"another process is writing to {folder}: wait until it ends, or use another folder") from None
+        acquire(lock, f"another process is writing to {folder}: wait until it ends, or use another folder")
         sweep(root)
         return _begin(images, encoder, root, shard_size, tuple(class_names))
 
@@ -112,7 +109,7 @@ def refuse_foreign_files(root: Path) -> None:
     """Raise ValueError if the folder contains files that `encode` did not write."""
     refuse_file(root, "Choose another folder for the latents")
     if root.is_dir() and not (root / INDEX).exists():
-        found = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+        found = [path.name for path in contents(root) if not path.name.startswith(".")]
         if found:
             raise ValueError(
                 f"{root} contains other files, such as {found[0]}: choose a new or empty folder for the latents"
@@ -194,7 +191,7 @@ def _origin(images: CaptionedImages | CaptionedClips | Prompts) -> Origin:
             count=len(images), names="", contents="", captions=digest_of(images.captions), preparation=sampling
         )
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(usable_cores()) as pool:
             contents = list(pool.map(lambda path: [path.stat().st_size, sha256_of(path)], images.contents))
     except OSError as error:
         raise ValueError(f"{error.filename} cannot be read ({error.strerror}): run the command again") from error

@@ -92,6 +92,11 @@ def no_images(root: Path, others: str = "") -> ValueError:
     )
 
 
+def has_folder(root: Path, name: str) -> bool:
+    """Return whether a folder contains a folder with exactly this name, also if the file system ignores case."""
+    return any(entry.name == name and entry.is_dir() for entry in root.iterdir())
+
+
 def image_folder(root: Path, paths: Sequence[PurePath], split: str, labels: bool, limit: int | None) -> Labelled:
     """Return the image files at the sorted `paths` below `root`, or only those in the sub-folder `split` if it exists.
 
@@ -104,7 +109,7 @@ def image_folder(root: Path, paths: Sequence[PurePath], split: str, labels: bool
             dataset.json does not match the files.
     """
     tops = {path.parts[0] for path in paths if len(path.parts) > 1}
-    if (root / split).is_dir():
+    if has_folder(root, split):
         if others := sorted(tops - _SPLITS - {split}):
             raise ValueError(
                 f"{root} has the sub-folders {split} and {others[0]}, so {split} may be a split or a class: use "

@@ -24,6 +24,7 @@ from halfstep.core.warnings import HalfstepWarning
 from halfstep.data.base import Data, MemoryData, check_labels, to_batch
 from halfstep.data.preparation import Preparation, TooDeep, deep_mode
 from halfstep.objectives.base import Batch
+from halfstep.runtime.cpus import usable_cores
 from halfstep.runtime.files import first_line
 from halfstep.runtime.storage import GONE
 
@@ -36,8 +37,7 @@ _SHOWN: Final = 50
 
 def _workers() -> int:
     """Return the number of decoding threads: this process's share of the available cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))))
+    return max(1, min(16, usable_cores() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))))
 
 
 _CHUNK: Final = 4096

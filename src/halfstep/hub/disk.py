@@ -103,7 +103,7 @@ def known_fields(config: Mapping[str, Any], folder: Path, name: str) -> dict[str
 def weights_of(folder: Path) -> list[Path]:
     """Return a part's safetensors files, sorted by name: half-precision files only if no others exist."""
     variant = variant_of(folder) or ""
-    return [file for file in sorted(folder.glob("*.safetensors")) if _variant(file.name) == variant]
+    return [file for file in sorted(folder.glob("[!.]*.safetensors")) if _variant(file.name) == variant]
 
 
 def unused_indices(folder: Path) -> list[Path]:
@@ -111,21 +111,21 @@ def unused_indices(folder: Path) -> list[Path]:
     read = {file.name for file in weights_of(folder)}
     others = [
         file
-        for file in folder.glob("*.safetensors.index*.json")
+        for file in folder.glob("[!.]*.safetensors.index*.json")
         if not read.issuperset(read_config(file).get("weight_map", {}).values())
     ]
-    return [*folder.glob("*.bin.index*.json"), *others]
+    return [*folder.glob("[!.]*.bin.index*.json"), *others]
 
 
 def read_files(folder: Path) -> list[Path]:
     """Return the files that a part is loaded from, such as weights (see `weights_of`), configs and vocabularies."""
-    unread = {*folder.glob("*.safetensors"), *unused_indices(folder)} - {*weights_of(folder)}
-    return [file for file in folder.glob("*.*") if file not in unread and file.suffix not in PICKLED]
+    unread = {*folder.glob("[!.]*.safetensors"), *unused_indices(folder)} - {*weights_of(folder)}
+    return [file for file in folder.glob("[!.]*.*") if file not in unread and file.suffix not in PICKLED]
 
 
 def variant_of(folder: Path) -> str | None:
     """Return the variant to read, or None to read files without a variant."""
-    held = {_variant(file.name) for file in folder.glob("*.safetensors")}
+    held = {_variant(file.name) for file in folder.glob("[!.]*.safetensors")}
     return None if "" in held else next((variant for variant in HALVES if variant in held), None)
 
 
@@ -158,7 +158,7 @@ def check_files(folder: Path, kind: str) -> None:
             if an index or a config refers to other files; or if a shard's tensors differ from those in the index.
     """
     _check_indirection(folder)
-    found = sorted(file.name for file in folder.glob("*.safetensors"))
+    found = sorted(file.name for file in folder.glob("[!.]*.safetensors"))
     if weights_of(folder):
         return
     if found:
@@ -167,7 +167,7 @@ def check_files(folder: Path, kind: str) -> None:
             f"{folder} has only weights of the variant {variant} ({found[0]}): save them without a variant, for "
             f'example: {kind}.from_pretrained(FOLDER, variant="{variant}").save_pretrained(FOLDER)'
         )
-    pickled = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLED)
+    pickled = sorted(file.name for file in folder.glob("[!.]*") if file.suffix in PICKLED)
     if pickled:
         raise ValueError(
             f"{folder} has pickled weights ({pickled[0]}), which could run code. If you trust them, convert them: "
@@ -181,7 +181,7 @@ def check_files(folder: Path, kind: str) -> None:
 
 def _check_indirection(folder: Path) -> None:
     """Reject anything that makes a library read files other than the safetensors files in this folder."""
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob("[!.]*.safetensors")):
         if not file.is_file():
             raise ValueError(f"{file} is not a regular file. Save the pipeline again")
     if (folder / "adapter_config.json").exists():
@@ -195,7 +195,7 @@ def _check_indirection(folder: Path) -> None:
             raise ValueError(
                 f"{config} refers to other files ({field}), which halfstep does not read. Remove the field"
             )
-    for index in sorted(folder.glob("*.safetensors.index*.json")):
+    for index in sorted(folder.glob("[!.]*.safetensors.index*.json")):
         listed = read_config(index).get("weight_map")
         if not isinstance(listed, dict) or not listed:
             raise DamagedFile(f"{index} lists no tensors (weight_map). Save the pipeline again")

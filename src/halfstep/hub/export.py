@@ -42,7 +42,15 @@ from halfstep.nets import (
     precision_of,
 )
 from halfstep.runs import Manifest, Metrics
-from halfstep.runtime.files import first_line, read_json, refuse_taken, replacing_folder, write_json, write_text
+from halfstep.runtime.files import (
+    first_line,
+    read_json,
+    refuse_irreplaceable,
+    refuse_taken,
+    replacing_folder,
+    write_json,
+    write_text,
+)
 from halfstep.samplers import DDIM
 
 
@@ -58,6 +66,7 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
             original pipeline is missing, or if `out` is not empty. In each case, nothing is written.
     """
     refuse_taken(out)
+    refuse_irreplaceable(out)
     whole = model.merged()
     network = whole.network
     if not isinstance(network, StockNetwork):
@@ -91,12 +100,12 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
         _save_scheduler(schedule, into / "scheduler")
         for part, folder in copies.items():
             (into / part).mkdir()
-            kept = [file for file in folder.iterdir() if file.suffix in (".json", ".txt", ".model", ".jinja")]
+            kept = [file for file in folder.glob("[!.]*") if file.suffix in (".json", ".txt", ".model", ".jinja")]
             unused = unused_indices(folder)
             for file in (*(file for file in kept if file not in unused), *weights_of(folder)):
                 plain = without_variant(file.name, folder)
                 if plain.endswith(".index.json"):
-                    write_text(into / part / plain, without_variant(file.read_text(), folder))
+                    write_text(into / part / plain, without_variant(file.read_text(encoding="utf-8"), folder))
                 else:
                     shutil.copyfile(file, into / part / plain)
         write_json(into / "model_index.json", index)
@@ -118,6 +127,7 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
             load LoRA weights, if no exact grid exists for the number of steps, or if `out` is not empty.
     """
     refuse_taken(out)
+    refuse_irreplaceable(out)
     network, pipeline = model.denoiser.network, model.manifest.pipeline
     if not isinstance(network, LoRA):
         raise ValueError("this model was not trained with LoRA and has no LoRA weights. Use --format diffusers")
@@ -240,7 +250,7 @@ def _other_parts(origin: Path, index: dict[str, Any], component: str) -> dict[st
         if name in (component, "scheduler") or not isinstance(value, list) or value[0] is None:
             continue
         folder = origin / name
-        if name == "safety_checker" and not list(folder.glob("*.safetensors")):
+        if name == "safety_checker" and not list(folder.glob("[!.]*.safetensors")):
             # Older repositories have only pickled weights for this part, and the pipeline works without it.
             continue
         if not folder.is_dir():

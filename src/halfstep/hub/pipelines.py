@@ -77,7 +77,7 @@ def fetch(source: str) -> Path:
     try:
         path = download(*NON_EMA, *HALF_PRECISION)
         parts = [file.parent for file in path.glob("*/config.json")]
-        if parts and not any(list(part.glob("*.safetensors")) for part in parts):
+        if parts and not any(list(part.glob("[!.]*.safetensors")) for part in parts):
             path = download(*NON_EMA)
         return path
     except Exception as error:  # the Hub's client and its network libraries raise many exception types
@@ -176,7 +176,7 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, precision: B
     """Record a pipeline's call, and return the teacher."""
     ema = pipeline.averaged
     places = {name: _weights(source, folder / name, ema) for name in DENOISERS if (folder / name).is_dir()}
-    if (folder / "vae").is_dir() and not list((folder / "vae").glob("*.safetensors")):
+    if (folder / "vae").is_dir() and not list((folder / "vae").glob("[!.]*.safetensors")):
         disk.check_files(folder / "vae", "diffusers.AutoencoderKL")
     pipe = load_pipeline(folder, pipeline.kind, places=places)
     component = component_of(pipe)

@@ -8,8 +8,6 @@ from statistics import fmean, stdev
 from time import monotonic
 from typing import Any, Literal, NamedTuple, final
 
-from filelock import FileLock, Timeout
-
 from halfstep.measure.evaluate import Against, Evaluation, Reference
 from halfstep.measure.sources import Source
 from halfstep.measure.store import Cell, Kept, SameNoise, Store, seeds_name, sweep_store
@@ -18,7 +16,8 @@ from halfstep.runs import EvaluationResult
 from halfstep.runs.evaluation import EvaluationTable, Figure, Halves, Protocol, Row, Series
 from halfstep.runtime.environment import environment
 from halfstep.runtime.failures import NonFinite
-from halfstep.runtime.files import InUse, json_digest, sweep, write_sealed
+from halfstep.runtime.files import json_digest, sweep, write_sealed
+from halfstep.runtime.locks import acquire, lock_of
 
 
 class Entry(NamedTuple):
@@ -111,14 +110,11 @@ class Curve:
             "what they measure",
             "give all processes the same files and packages, and run the same command again",
         )
-        lock = FileLock(self.out / ".lock")
+        lock = lock_of(self.out)
 
         def take() -> None:
             self.out.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                raise InUse(f"{self.out} is being written by another halfstep process: wait until it ends") from None
+            acquire(lock, f"{self.out} is being written by another halfstep process: wait until it ends")
             sweep(self.out)
             sweep_store(self.store.folder)
 

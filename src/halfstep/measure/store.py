@@ -50,6 +50,7 @@ from halfstep.runtime.files import (
     write_arrays,
     write_sealed,
 )
+from halfstep.runtime.locks import lock_of
 from halfstep.runtime.processes import Processes
 from halfstep.runtime.stop import StopSignal
 from halfstep.samplers import Ancestral, samplers
@@ -116,7 +117,7 @@ KEPT: Final = TypeAdapter(Kept)
 
 def _lock_of(folder: Path) -> FileLock:
     """Return the lock that is held while a file of the store in `folder` is written."""
-    return FileLock(folder / ".store.lock")
+    return lock_of(folder, ".store.lock")
 
 
 def sweep_store(folder: Path) -> None:

@@ -19,6 +19,7 @@ from halfstep.runs import Manifest, RunFolder, StageFolder
 from halfstep.runtime.devices import existing_device
 from halfstep.runtime.files import (
     DamagedFile,
+    contents,
     last_line,
     leftovers,
     refuse_file,
@@ -169,7 +170,7 @@ def save(model: Model, path: str | Path) -> None:
     if folder.path.parent.name == "stages" and (folder.path.parent.parent / "recipe.json").exists():
         raise ValueError(f"{path} is a stage of a run, and other stages depend on it. Choose another path")
     ours = {folder.manifest_path, folder.model, folder.null, *leftovers(folder.path)}
-    if folder.path.is_dir() and (foreign := sorted(set(folder.path.iterdir()) - ours)):
+    if folder.path.is_dir() and (foreign := sorted(set(contents(folder.path)) - ours)):
         raise ValueError(f"{path} contains {foreign[0].name}, which is not part of a saved model. Choose another path")
     whole = model.merged()
     check_finite(own_state(whole.denoiser.network), whole.manifest.source or "the model")

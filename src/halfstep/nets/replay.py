@@ -195,7 +195,9 @@ class Replay(StockNetwork):
                 value = cond[node["name"]]
                 if "list" not in node:
                     return value
-                return [row[: int(n)] for row, n in zip(value, cond[node["name"] + LENGTH], strict=True)]
+                # One transfer from the device for all rows.
+                lengths = cond[node["name"] + LENGTH].long().tolist()
+                return [row[:length] for row, length in zip(value, lengths, strict=True)]
             case "constant":
                 held: Tensor = getattr(self.constants, node["name"])
                 return held.expand(len(x_t), *held.shape[1:]) if node.get("rows") else held

@@ -146,7 +146,8 @@ class Call:
                 # If a callback fails, its traceback would keep the run, and with it the folder's lock.
                 with contextlib.closing(run(made, out, stop)) as events:
                     self.watch(events, made.stages, model_of)
-                device = make_accelerator(engine.precision, engine.cpu).device
+                # Outside `placed`, a device without an index would be another one.
+                device = torch.empty(0, device=make_accelerator(engine.precision, engine.cpu).device).device
         except Interrupted as stopped:
             if stopped.code == 130:
                 raise KeyboardInterrupt(f"the state is saved in {out}. Repeat the call to resume") from None

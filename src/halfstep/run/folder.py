@@ -22,7 +22,7 @@ from halfstep.runs.schema import flatten
 from halfstep.runtime.environment import environment
 from halfstep.runtime.files import (
     DamagedFile,
-    InUse,
+    contents,
     json_digest,
     leftovers,
     read_sealed,
@@ -30,6 +30,7 @@ from halfstep.runtime.files import (
     sweep,
     write_sealed,
 )
+from halfstep.runtime.locks import acquire, lock_of
 from halfstep.runtime.storage import no_storage
 
 
@@ -95,7 +96,7 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, 
     sweep_store(evaluation := folder.evaluation_path.parent)
     if evaluation.is_dir():
         # Files that `halfstep evaluate` is writing are not leftovers.
-        with contextlib.suppress(Timeout), FileLock(evaluation / ".lock", timeout=0):
+        with contextlib.suppress(Timeout), lock_of(evaluation).acquire(timeout=0):
             sweep(evaluation)
     described: dict[str, Any] = {
         "recipe": dict(spec.recipe),
@@ -140,7 +141,7 @@ def own_samples(spec: RunSpec, folder: RunFolder, key: str, draw: Callable[[], M
         NoStorage: if the disk is full or unavailable.
     """
     path, file = folder.path, folder.own_samples_path
-    lock = FileLock(path / ".lock")
+    lock = lock_of(path)
     try:
         check_recipe(spec, folder)
         _acquire(lock, path)
@@ -160,10 +161,7 @@ def own_samples(spec: RunSpec, folder: RunFolder, key: str, draw: Callable[[], M
 def _acquire(lock: FileLock, path: Path) -> None:
     """Create and lock a run folder."""
     path.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InUse(f"another halfstep process is writing to {path}: wait, or choose another --out") from None
+    acquire(lock, f"another halfstep process is writing to {path}: wait, or choose another --out")
 
 
 def check_recipe(spec: RunSpec, folder: RunFolder) -> None:
@@ -199,7 +197,7 @@ def _has_files(folder: RunFolder) -> bool:
     """Return whether a folder contains files other than those of a run that was killed before it wrote recipe.json."""
     early = folder.own_samples_path
     ours = {folder.path / ".lock", early, *leftovers(folder.path, "recipe.json"), *leftovers(folder.path, early.name)}
-    return folder.path.is_dir() and bool(set(folder.path.iterdir()) - ours)
+    return folder.path.is_dir() and bool(set(contents(folder.path)) - ours)
 
 
 def _not_a_run(folder: RunFolder) -> ValueError:

@@ -142,6 +142,11 @@ def _say(text: str) -> None:
             print(printable(text), file=sys.stderr, flush=True)
 
 
+def on_terminal() -> bool:
+    """Return whether stderr is a terminal. With FORCE_COLOR, rich considers every stream a terminal."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 @contextlib.contextmanager
 def shown(stages: Stages, wanted: bool) -> Iterator[Callable[[Event], None]]:
     """Yield a function that shows events on stderr: as bars on a terminal, and otherwise as lines.
@@ -151,7 +156,7 @@ def shown(stages: Stages, wanted: bool) -> Iterator[Callable[[Event], None]]:
     console = Console(stderr=True)
     if not wanted:
         yield lambda event: None
-    elif not console.is_terminal or console.is_dumb_terminal:
+    elif not on_terminal() or console.is_dumb_terminal:
         yield Lines(stages, _say).take
     else:
         columns = (

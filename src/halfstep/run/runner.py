@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Final, NoReturn, final
 
 from accelerate import Accelerator
-from filelock import FileLock
 
 from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.data import Data, MemoryData
@@ -31,6 +30,7 @@ from halfstep.runs import Heartbeat, Manifest, RunFolder, RunLog, StageFolder
 from halfstep.runs.schema import flatten
 from halfstep.runtime.failures import NonFinite
 from halfstep.runtime.files import write_json
+from halfstep.runtime.locks import lock_of
 from halfstep.runtime.processes import Lookout, LostProcess, Processes, is_lost, make_accelerator
 from halfstep.runtime.stop import Interrupted, StopSignal
 from halfstep.runtime.storage import last_good, no_storage
@@ -64,7 +64,7 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Generator[
     folder = RunFolder(path)
     accelerator = make_accelerator(spec.engine.precision, spec.engine.cpu, spec.engine.timeout_minutes)
     processes = Processes(accelerator, spec.engine.timeout_minutes)
-    lock = FileLock(path / ".lock")
+    lock = lock_of(path)
     runner = None
     try:
         own, fingerprint = processes.on_main(lambda: take_folder(spec, folder, lock))

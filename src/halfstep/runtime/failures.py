@@ -32,7 +32,8 @@ def told_when_out_of_memory(message: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
             raise
-        # A chained exception would keep its frames alive, and with them the memory.
+        # The new exception refers to the first one, whose frames would keep the memory alive.
+        error.__traceback__ = None
         raise OutOfMemory(message) from None
 
 

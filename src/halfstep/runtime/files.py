@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -22,13 +23,12 @@ if TYPE_CHECKING:
 SEAL: Final = "sha256"
 """The key under which a sealed JSON file stores the digest of all its other entries."""
 
+_CLUTTER: Final = (".DS_Store", "._*", ".nfs*", "lost+found", "Thumbs.db", "desktop.ini")
+"""Names of files and folders that operating systems create in any folder."""
+
 
 class DamagedFile(ValueError):
     """A file is missing, truncated or altered. The message contains the path of the file."""
-
-
-class InUse(ValueError):
-    """Another process is writing to the folder."""
 
 
 def first_line(error: BaseException) -> str:
@@ -81,9 +81,29 @@ def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _flush(descriptor)
+    except OSError as error:
+        # Some network and shared file systems cannot flush folders.
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
+
+
+def _flush(descriptor: int) -> None:
+    """Flush a descriptor to the disk itself; on macOS, fsync only reaches the disk's cache."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)
+
+
+def contents(folder: Path) -> list[Path]:
+    """Return the sorted contents of a folder, without the files that operating systems create in any folder."""
+    return sorted(path for path in folder.iterdir() if not any(fnmatch(path.name, name) for name in _CLUTTER))
 
 
 def remove(path: Path) -> None:
@@ -238,12 +258,19 @@ def refuse_file(out: Path, remedy: str = "Choose another --out") -> None:
         raise ValueError(f"{there} is {kind}, so {'it' if there == out else out} cannot be a folder. {remedy}")
 
 
+def refuse_irreplaceable(out: Path) -> None:
+    """Raise ValueError if a complete folder cannot take the place of `out`, such as a mount point."""
+    if out.is_dir() and (os.path.ismount(out) or Path.cwd().is_relative_to(out.resolve())):
+        kind = "a mount point" if os.path.ismount(out) else "the current folder or contains it"
+        raise ValueError(f"{out} cannot be replaced, because it is {kind}: choose a new folder in it")
+
+
 def refuse_taken(out: Path, is_file: bool = False, remedy: str = "choose another --out") -> None:
     """Raise ValueError if the output file or folder already exists. An output folder may exist if it is empty."""
     if is_file and os.path.lexists(out):
         raise ValueError(f"{out} already exists: {remedy}")
     refuse_file(out.parent if is_file else out)
-    if not is_file and out.exists() and any(out.iterdir()):
+    if not is_file and out.exists() and contents(out):
         raise ValueError(f"{out} already exists: {remedy}")
 
 

@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar, final
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 from torch import distributed as dist
@@ -113,7 +113,8 @@ def make_accelerator(
     # With several processes but no accelerator, accelerate would otherwise treat each process as the only one.
     cpu = cpu or default_accelerator() is None
     # accelerate's settings are global to the process, but two runs in one process may have different settings.
-    if AcceleratorState._shared_state:
+    # The user may have created a state, too.
+    if AcceleratorState._shared_state or PartialState._shared_state:
         AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
     accelerator = Accelerator(
         mixed_precision=modes[precision],
@@ -344,6 +345,8 @@ class Lookout:
         self._saved = time.monotonic()
 
 
+_OURS: Final = re.compile(r"invalid usage|unhandled cuda error|out of memory", re.IGNORECASE)
+"""Errors of NCCL that this process caused, such as two processes on one GPU."""
 _BROKEN: Final = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken pipe|timed ?out", re.IGNORECASE)
 
 
@@ -351,7 +354,9 @@ def is_lost(error: BaseException) -> bool:
     """Return whether an error means that another process is gone."""
     # Our own errors contain paths, which may match by accident.
     ours = type(error).__module__.startswith("halfstep.")
-    return isinstance(error, RuntimeError) and not ours and dist.is_initialized() and bool(_BROKEN.search(str(error)))
+    if not isinstance(error, RuntimeError) or ours or not dist.is_initialized():
+        return False
+    return bool(_BROKEN.search(str(error))) and not _OURS.search(str(error))
 
 
 def leave() -> None:

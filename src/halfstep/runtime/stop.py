@@ -40,8 +40,12 @@ class StopSignal:
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            handler = signal.getsignal(number)
+            if number == signal.SIGHUP and handler == signal.SIG_IGN:
                 # The process was started with nohup, so SIGHUP must remain ignored.
+                continue
+            if handler is None:
+                # A host that embeds Python has installed a handler, which Python could not restore.
                 continue
             self._before[number] = signal.signal(number, self._receive)
         return self

@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import Final
 
-from halfstep.runtime.files import DamagedFile, InUse
+from halfstep.runtime.files import DamagedFile
+from halfstep.runtime.locks import InUse
 
 FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """The error numbers for full disks."""

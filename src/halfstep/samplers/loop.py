@@ -10,6 +10,7 @@ from torch import Tensor
 from halfstep.core.denoiser import Cond, Denoiser
 from halfstep.core.door import check_denoiser, check_instance, check_noise, failed_call, got
 from halfstep.core.grids import check_num_steps, uniform_times
+from halfstep.runtime.failures import is_out_of_memory
 from halfstep.samplers.base import Memory, Sampler
 from halfstep.samplers.ddim import DDIM
 
@@ -137,7 +138,8 @@ def trajectory(
         except Exception as error:
             # Invalid inputs raise exactly these types. A subclass of RuntimeError has a different cause, such as
             # running out of memory.
-            if taken or type(error) not in (TypeError, RuntimeError, IndexError, AttributeError):
+            known = type(error) in (TypeError, RuntimeError, IndexError, AttributeError)
+            if taken or not known or is_out_of_memory(error):
                 raise
             remedy = "Pass the same kind of noise and conditions as in training, in the dtype of the model"
             raise failed_call(type(denoiser).__name__, x_t, cond, error, remedy) from error
@@ -156,9 +158,16 @@ def sample(
 ) -> Tensor:
     """Return the clean samples x0 `[batch, *dims]` at the end of `trajectory`, with the same arguments and errors.
 
-    Sampling clips x0 only if the denoiser does (see `Clipped`), as models returned by `load` do for images.
+    The noise and the conditions are moved to the denoiser's device, and the samples to the noise's device. Sampling
+    clips x0 only if the denoiser does (see `Clipped`), as models returned by `load` do for images.
     """
-    x_s = x_t
-    for step in trajectory(denoiser, x_t, num_steps, sampler, cond, grid, noise):
+    weight = next(denoiser.parameters(), None) if isinstance(denoiser, torch.nn.Module) else None
+    if weight is None or not isinstance(x_t, Tensor) or x_t.is_meta or weight.device == x_t.device:
+        x_s = x_t
+    else:
+        x_s = x_t.to(weight.device)
+        if isinstance(cond, Mapping):
+            cond = {name: value.to(weight.device) for name, value in cond.items()}
+    for step in trajectory(denoiser, x_s, num_steps, sampler, cond, grid, noise):
         x_s = step.x_s
-    return x_s
+    return x_s if x_s is x_t else x_s.to(x_t.device)

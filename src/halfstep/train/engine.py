@@ -16,6 +16,7 @@ from typing import final
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from halfstep.core.denoiser import Denoiser, NetworkDenoiser
@@ -73,6 +74,8 @@ class StageTrainer:
         engine: Engine = Engine(),
         ahead: int = 0,
     ) -> None:
+        # The trainer of the previous stage is part of reference cycles, which would keep its memory.
+        clear_device_cache(garbage_collection=True)
         training, objective = stage.training, stage.objective
         if objective.needs_teacher and teacher is None:
             raise ValueError(f"stage {stream} learns from a teacher, but none is given. Pass one")
@@ -98,10 +101,10 @@ class StageTrainer:
         sharded = engine.sharding == "full"
         auxiliaries, followers = make_helpers(stage, Models(student, teacher), shape, seed, stream)
         if teacher is not None:
-            if sharded:
-                for part in teacher.modules():
-                    if isinstance(part, NetworkDenoiser):
-                        shard(part.network, accelerator.device, accelerator.num_processes)
+            networks = [part.network for part in teacher.modules() if isinstance(part, NetworkDenoiser)]
+            if sharded and networks:
+                for network in networks:
+                    shard(network, accelerator.device, accelerator.num_processes)
             else:
                 teacher = teacher.to(accelerator.device)
         self.players = {
@@ -178,6 +181,7 @@ class StageTrainer:
         buffers = KeptBuffers(() if self._stop is None else self.players.values())
         while True:
             buffers.keep()
+            failed = False
             try:
                 with contextlib.nullcontext() if self._stop is None else self._stop.at_once():
                     waits_since = time.perf_counter()
@@ -195,8 +199,10 @@ class StageTrainer:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                # The exception's frames would keep the memory alive.
-                raise OutOfMemory(does_not_fit(self)) from None
+                failed = True
+            if failed:
+                # Raised here, because the first exception's frames would keep the memory alive.
+                raise OutOfMemory(does_not_fit(self))
             yield self.update
 
     def places_of(self, update: int) -> Iterator[list[Place]]:

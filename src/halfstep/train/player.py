@@ -259,7 +259,7 @@ class Player:
         self, name: str, model: nn.Module, training: Training, accelerator: Accelerator, optimizer: str, sharded: bool
     ) -> None:
         self.name, self.model, self.training = name, model, training
-        self._accelerator = accelerator
+        self._accelerator, self._optimizer_name = accelerator, optimizer
         network = network_of(model)
         odd = (path for path, weight in network.named_parameters() if weight.requires_grad and weight.is_complex())
         if (path := next(odd, None)) is not None:
@@ -274,6 +274,11 @@ class Player:
         """The network as used in the player's own turns: sharded or, with several processes, wrapped in DDP."""
         if sharded:
             shard(network, accelerator.device, accelerator.num_processes)
+        else:
+            # Moving can change the weights' memory layout, which an optimiser and averages then rely on.
+            network.to(accelerator.device)
+            # A copy of a network from an earlier call has accelerate's mark, with which accelerate would ignore it.
+            vars(network).pop("_is_accelerate_prepared", None)
         made = make_optimizer(optimizer, [parameter for _, parameter in trainable(network)], training)
         if sharded:
             self.wrapped, self._optimizer = network, made
@@ -281,7 +286,7 @@ class Player:
             with warnings.catch_warnings():
                 # DDP warns that broadcast_buffers is deprecated, but accelerate does not support its replacement.
                 warnings.simplefilter("ignore", FutureWarning)
-                self.wrapped, self._optimizer = accelerator.prepare(network, made)
+                self.wrapped, self._optimizer = accelerator.prepare(network, made, device_placement=[False, True])
             # The engine enters autocast itself. With accelerate's wrapper, the compiler would see a new network in each
             # stage, and another one when the wrapper is removed.
             accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
@@ -383,7 +388,9 @@ class Player:
         """Return tensors as large as the state that the first optimiser step allocates, or [] if that state exists."""
         if self._optimizer.state_dict()["state"]:
             return []
-        return [torch.empty_like(p) for p in self._parameters for _ in range(2)]
+        # The moments of an 8-bit optimiser are bytes.
+        dtype = torch.uint8 if self._optimizer_name != "adamw" else None
+        return [torch.empty_like(p, dtype=dtype) for p in self._parameters for _ in range(2)]
 
     def take_sums(self) -> tuple[float, float, int]:
         """Return the sums of losses and gradient norms and the number of turns since the last call."""

@@ -20,7 +20,7 @@ from halfstep.hub.onnx import distance_from_torch, example_conditions, export_on
 from halfstep.hub.web import runtime
 from halfstep.models.model import Model
 from halfstep.objectives import GuidanceRange
-from halfstep.runtime.files import refuse_taken, replacing, replacing_folder
+from halfstep.runtime.files import refuse_irreplaceable, refuse_taken, replacing, replacing_folder
 
 MOST_BYTES: Final = 256 * 2**20
 """Maximum size in bytes of a model's weights. Browsers fail to load larger pages."""
@@ -51,6 +51,8 @@ def export_web(
             nothing is written.
     """
     refuse_taken(out, is_file=single_file)
+    if not single_file:
+        refuse_irreplaceable(out)
     for model, _ in models:
         _check(model)
     held = runtime.read_runtime(runtime_source)

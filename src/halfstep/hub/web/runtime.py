@@ -1,5 +1,6 @@
 """Download and cache onnxruntime-web, which runs graphs in browsers, and verify its sha256 digests."""
 
+import contextlib
 import hashlib
 import io
 import tarfile
@@ -11,7 +12,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Final
 
-from halfstep.runtime.files import cache_folder, first_line, replacing_folder
+from halfstep.runtime.files import DamagedFile, cache_folder, first_line, replacing_folder
 
 VERSION: Final = "1.30.0"
 URL: Final = f"https://registry.npmjs.org/onnxruntime-web/-/onnxruntime-web-{VERSION}.tgz"
@@ -60,6 +61,10 @@ def _read(source: Path) -> dict[str, bytes]:
             found = _unpacked(source.read_bytes())
     except (OSError, KeyError, EOFError, zlib.error, tarfile.TarError) as error:
         raise ValueError(f"{source} is not the npm package onnxruntime-web ({first_line(error)}): {REMEDY}") from None
+    return _checked(found, str(source))
+
+
+def _checked(found: dict[str, bytes], source: str) -> dict[str, bytes]:
     for name, content in found.items():
         if hashlib.sha256(content).hexdigest() != SHA256[name]:
             raise ValueError(f"{name} in {source} is not from onnxruntime-web {VERSION} (its sha256 differs): {REMEDY}")
@@ -78,15 +83,16 @@ def _unpacked(package: bytes) -> dict[str, bytes]:
 
 
 def _fetch(folder: Path) -> dict[str, bytes]:
-    """Download the files in `SHA256` into the folder, in the layout of the unpacked package."""
+    """Download the files in `SHA256`, and store them in the folder in the layout of the unpacked package."""
     try:
         with urllib.request.urlopen(URL, timeout=TIMEOUT) as answer:
-            found = _unpacked(answer.read())
+            found = _checked(_unpacked(answer.read()), URL)
     except (OSError, HTTPException, KeyError, EOFError, zlib.error, tarfile.TarError) as error:
         reason = first_line(error)
         raise ValueError(f"onnxruntime-web cannot be downloaded ({reason}). On another machine, {REMEDY}") from None
-    with replacing_folder(folder) as into:
+    # Without a writable cache, the files are downloaded again for each export.
+    with contextlib.suppress(OSError, DamagedFile), replacing_folder(folder) as into:
         (into / "dist").mkdir()
         for name, content in found.items():
             (into / "dist" / name).write_bytes(content)
-        return _read(into)
+    return found
