@@ -40,6 +40,7 @@ def _too_small(model: Model, monkeypatch: pytest.MonkeyPatch, room: int) -> list
         return forward(x_t, time)
 
     monkeypatch.setattr(network, "forward", limited)
+    monkeypatch.setattr(model, "_fitting", None)
     return sizes
 
 
@@ -56,6 +57,10 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
     # Sizes that did not fit are not tried again, and the chosen size is more than half of the largest that fits.
     assert len({size for size in sizes if size > room}) == sum(size > room for size in sizes)
     assert max(fitting) > min(room, asked) / 2
+    # Later calls start with that size.
+    sizes.clear()
+    assert torch.equal(model.sample(range(asked)), found)
+    assert max(sizes) <= room
 
 
 def test_a_batch_that_was_asked_for_is_not_changed(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -292,9 +292,11 @@ class Moved(Denoiser):
 
 
 @pytest.mark.parametrize("whitened", [True, False])
-@pytest.mark.parametrize("map_weight", [0.0, 0.7, None])
+@pytest.mark.parametrize(
+    ("num_steps", "map_weight", "weight"), [(3, 0.0, 0.0), (3, 0.7, 0.7), (3, None, 1.5), (1, None, 1.0)]
+)
 def test_the_gradient_is_the_difference_of_the_two_denoisers_and_the_way_back_to_the_start(
-    whitened: bool, map_weight: float | None
+    whitened: bool, num_steps: int, map_weight: float | None, weight: float
 ) -> None:
     count, process = 64, VPCosine()
     point = numbers(1, 3)
@@ -302,12 +304,11 @@ def test_the_gradient_is_the_difference_of_the_two_denoisers_and_the_way_back_to
     before = data_set_denoiser(process, point - 0.1)
     student = Moved(before, (0.2 * numbers(count, 3, seed=2)).requires_grad_())
     models = models_of(student, real, own, before)
-    objective = Finishing(3, map_weight=map_weight, whitened=whitened)
+    objective = Finishing(num_steps, map_weight=map_weight, whitened=whitened)
     objective.loss(models, Batch(point.expand(count, 3)), draw_for(count)).loss.sum().backward()
     x0, direction = point - 0.1 + student.by, own.answers[0].x0 - real.answers[0].x0
     if whitened:
         direction = direction / ((x0 - real.answers[0].x0).abs().mean(1, keepdim=True) + 1e-3)
-    weight = 1.5 if map_weight is None else map_weight
     torch.testing.assert_close(student.by.grad, (direction + 2 * weight * student.by) / 3, rtol=1e-9, atol=1e-12)
 
 

@@ -54,6 +54,8 @@ class Model(Denoiser):
         self._plain: Denoiser = Clipped(denoiser) if manifest.clip else denoiser
         guided = Guided(denoiser, self.null) if self.null and not self.takes_scale else denoiser
         self._guided: Denoiser = Clipped(guided) if manifest.clip else guided
+        self._fitting: int | None = None
+        """The batch size that an earlier call has found to fit in memory, if it had to try several."""
 
     def extra_repr(self) -> str:
         steps = "" if self.num_steps is None else f" of {self.num_steps} step{'s' * (self.num_steps != 1)}"
@@ -335,7 +337,7 @@ class Model(Denoiser):
             check_whole("batch_size", batch_size)
         if cond is not None and not isinstance(cond, Mapping):
             raise ValueError(f"cond must be a mapping of names to tensors, got {got(cond)}. Pass {{'text': tensor}}")
-        size = batch_size or samples_at_once(self.device)
+        size = batch_size or self._fitting or samples_at_once(self.device)
         chunks: list[Tensor] = []
         first = 0
         while first < len(seeds):
@@ -350,7 +352,7 @@ class Model(Denoiser):
             except Exception as error:
                 if batch_size is not None or size == 1 or not is_out_of_memory(error):
                     raise
-                size = -(-len(part) // 2)
+                size = self._fitting = -(-len(part) // 2)
                 continue
             first += len(part)
         return torch.cat(chunks) if chunks else torch.empty(0, *self.shape)

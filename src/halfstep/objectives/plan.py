@@ -210,7 +210,7 @@ class Plan:
                 Adam optimiser moves every weight by the full learning rate, and a short stage does not recover from
                 that.
             factor: number of teacher steps that one student step replaces, in every stage.
-            students: step counts of all students, such as 256, 64, 16, 8, 4; overrides `end` and `factor`.
+            students: step counts of all students, such as 8, 2, 1; overrides `end` and `factor`.
             updates_at: maps a student's number of steps to a different number of updates. By default, the 2-step and
                 1-step students get twice `training.num_updates`, as in the paper.
             learning_rate_at: maps a student's number of steps to a different learning rate.
@@ -331,7 +331,7 @@ def _factors(steps: Sequence[int]) -> list[int]:
         ValueError: if a number does not divide the previous number, or there are no students.
     """
     if len(steps) < 2:
-        raise ValueError("the list of students is empty. List the steps of each student, such as 256, 64, 16, 8, 4")
+        raise ValueError("the list of students is empty. List the steps of each student, such as 8, 2, 1")
     for number in steps:
         check_num_steps(number)
     for teacher, student in pairwise(steps):

@@ -97,7 +97,7 @@ class ChainConfig(Record):
     teacher_steps: Steps | None = None
     """Number of first-teacher steps per step of the first student; the factor by default."""
     students: tuple[Steps, ...] | None = None
-    """Step counts of all students, such as 256 64 16 8 4; overrides end_steps and factor."""
+    """Step counts of all students, such as 8 2 1; overrides end_steps and factor."""
     training: Flat = HALVING
     """Training hyperparameters of each student."""
     updates_at: dict[int, Positive] | None = None
@@ -202,7 +202,7 @@ class FinishConfig(Record):
     learning_rate_at: dict[int, Rate] | None = None
     """Learning rates for individual students, keyed by number of steps."""
     map_weight: float | None = Finishing.map_weight
-    """Weight of the loss that preserves the map from noise to samples; by default, half the number of steps."""
+    """Weight of the loss that preserves the map from noise to samples; by default, half the number of steps, but at least 1."""
     data_weight: float | None = Finishing.data_weight
     """Weight of the data relative to the teacher, from 0 to 1; by default 1, or 0 with guidance."""
     auxiliary_turns: Positive | None = Finishing.auxiliary_turns

@@ -67,9 +67,10 @@ class Cost(Study):
                 lines.append([f"paper, {data}: distillation to {end}", told, "–", "–"])
         notes = (
             "Brackets show the ratio to base training. Network calls are counted per sample, with a backward pass as "
-            f"two calls and a teacher step as one call. The recipe `{scale.recipe.name}` sets the numbers of updates "
-            "for base training and distillation, and therefore their ratio. The second line for each data set is the "
-            "paper's claim.",
+            "two calls and a teacher step as one call. The data and the network are those of the recipe "
+            f"`{scale.recipe.name}`. The study sets the numbers of updates for base training and distillation, and "
+            f"therefore their ratio. Its chain starts from {scale.recipe.chain.start_steps} DDIM steps. The second "
+            "line for each data set is the paper's claim.",
         )
         return Table(("part", "updates", "network calls", "seconds"), lines, notes)
 

@@ -81,8 +81,9 @@ class Integrators(Study):
             f"Each entry shows the Frechet distance of {scale.recipe.evaluation.num_samples:,} samples, followed by "
             f"the root mean square error relative to the solution of the ODE (RK4 with {EXACT_STEPS} steps) from the "
             f"same {COMPARED} noise samples, without clipping x0. Brackets show the number of network calls if it "
-            f"differs from the number of steps. The recipe is `{scale.recipe.name}`. The paper's numbers could not be "
-            "verified, so they are not shown.",
+            "differs from the number of steps. The data and the network are those of the recipe "
+            f"`{scale.recipe.name}`. The study sets the number of updates of the teacher. The paper's numbers could "
+            "not be verified, so they are not shown.",
         )
         return Table(("method", *(f"{count} steps" for count in steps)), lines, notes)
 

@@ -319,10 +319,11 @@ class Roads(Study):
         budget = ", ".join(f"{settings.passes[steps]:,} ({count(steps, 'step')})" for steps in settings.steps)
         notes = (
             f"The distance is the Frechet distance of {scale.recipe.evaluation.num_samples:,} samples, as the mean "
-            f"± standard deviation over {scale.road_seeds} seeds. The recipe is `{scale.recipe.name}`. All seeds "
-            "share one teacher, and each seed has different training and sampling noise. The number after a method "
-            "is the number of network calls per sample, which is the number of steps for a student. Heun takes as "
-            "many steps as this number of calls allows.",
+            f"± standard deviation over {scale.road_seeds} seeds. The data and the network are those of the recipe "
+            f"`{scale.recipe.name}`. The study sets the numbers of updates, and the paper's chain starts from "
+            f"{scale.recipe.chain.start_steps} DDIM steps. All seeds share one teacher, and each seed has different "
+            "training and sampling noise. The number after a method is the number of network calls per sample, which "
+            "is the number of steps for a student. Heun takes as many steps as this number of calls allows.",
             "At equal cost, the stages that lead to a student take a fixed number of single-sample forward passes, "
             f"exact to within half an update: {budget}. A backward pass counts as two forward passes, and auxiliary "
             "networks are included. The seconds of training include only these stages.",

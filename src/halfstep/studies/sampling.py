@@ -62,9 +62,10 @@ def _distances(rows: Sequence[Finding], methods: Iterable[str], steps: int) -> l
 
 def _protocol(scale: Scale) -> str:
     return (
-        f"Our values are Frechet distances of {scale.recipe.evaluation.num_samples:,} samples with the recipe "
-        f"`{scale.recipe.name}`. Ancestral sampling uses the best of {scale.gamma_levels} values of gamma for each "
-        "number of steps."
+        f"Our values are Frechet distances of {scale.recipe.evaluation.num_samples:,} samples. The data and the "
+        f"network are those of the recipe `{scale.recipe.name}`. The study sets the numbers of updates, and its chain "
+        f"starts from {scale.recipe.chain.start_steps} DDIM steps. Ancestral sampling uses the best of "
+        f"{scale.gamma_levels} values of gamma for each number of steps."
     )
 
 

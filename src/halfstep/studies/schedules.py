@@ -101,8 +101,9 @@ class Schedules(Study):
                     line.append(spread(values) + (f" (rate {rate:g})" if rate else ""))
                 lines.append(line)
         notes = (
-            f"The table shows Frechet distances of {scale.recipe.evaluation.num_samples:,} samples. The recipe is "
-            f"`{scale.recipe.name}`, with a chain from {scale.recipe.chain.start_steps} steps to 1. Each entry is the "
+            f"The table shows Frechet distances of {scale.recipe.evaluation.num_samples:,} samples. The data and the "
+            f"network are those of the recipe `{scale.recipe.name}`. The study sets the numbers of updates, and its "
+            f"chains start from {scale.recipe.chain.start_steps} DDIM steps and end at 1 step. Each entry is the "
             f"mean ± standard deviation over {scale.seeds} seeds with the best of the learning rates "
             f"{', '.join(f'{rate:g}' for rate in scale.rates)}. All seeds share one teacher and the same sampling "
             "noise. Updates are doubled at 2 steps and at 1 step. The values of the paper's ablation are unknown and "

@@ -289,7 +289,9 @@ class Player:
                 self.wrapped, self._optimizer = accelerator.prepare(network, made, device_placement=[False, True])
             # The engine enters autocast itself. With accelerate's wrapper, the compiler would see a new network in each
             # stage, and another one when the wrapper is removed.
-            accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+            network = accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        self.network: nn.Module = network
+        """The network without its multi-process wrapper."""
         self._ema = EMA(self.network, training.ema_decay) if training.ema_decay else None
         self.followed_by: list[EMA] = []
         """The averages of this player that the objective calls."""
@@ -308,12 +310,6 @@ class Player:
         """The first update whose loss or gradient was not finite, or -1 if all were finite."""
         self._window_turns = 0
         self.recent = Recent()
-
-    @property
-    def network(self) -> nn.Module:
-        """The network without its multi-process wrapper."""
-        network: nn.Module = self._accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-        return network
 
     @contextlib.contextmanager
     def alone(self, players: "Iterable[Player]") -> Iterator[None]:
