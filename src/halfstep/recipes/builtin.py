@@ -53,7 +53,7 @@ def digits() -> Recipe:
             updates_at={8: 80, 2: 320, 1: 220},
             lead_updates=0,
         ),
-        evaluation=Evaluation(num_samples=2000, batch_size=500, teacher_steps=(8, 4, 2, 1)),
+        evaluation=Evaluation(num_samples=2000, batch_size=500),
         engine=Engine(log_every=20),
     )
 
