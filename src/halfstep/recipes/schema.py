@@ -202,7 +202,8 @@ class FinishConfig(Record):
     learning_rate_at: dict[int, Rate] | None = None
     """Learning rates for individual students, keyed by number of steps."""
     map_weight: float | None = Finishing.map_weight
-    """Weight of the loss that preserves the map from noise to samples; by default, half the number of steps, but at least 1."""
+    """Weight of the loss that preserves the map from noise to samples; by default half the number of steps, at least
+    1."""
     data_weight: float | None = Finishing.data_weight
     """Weight of the data relative to the teacher, from 0 to 1; by default 1, or 0 with guidance."""
     auxiliary_turns: Positive | None = Finishing.auxiliary_turns
