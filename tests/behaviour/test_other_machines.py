@@ -10,9 +10,13 @@ import pytest
 from accelerate import PartialState
 from filelock import FileLock
 
+import halfstep
 from halfstep.cli import doctor
+from halfstep.cli.display import RunDisplay
 from halfstep.cli.words import Screen
 from halfstep.data.folders import has_folder
+from halfstep.hub.export import export_pipeline
+from halfstep.hub.web.page import export_web
 from halfstep.runtime import cpus, files, locks
 from halfstep.runtime.processes import make_accelerator
 from halfstep.runtime.stop import StopSignal
@@ -65,6 +69,10 @@ def test_a_mount_point_or_the_current_folder_is_refused_before_the_work(
     for held in (Path(), Path(".."), tmp_path, inner):
         with pytest.raises(ValueError, match=r"is the current folder or contains it: choose a new folder in it"):
             files.refuse_irreplaceable(held)
+    model = halfstep.load("fashion")
+    for export in (lambda: export_pipeline(model, inner), lambda: export_web([(model, None)], inner, "page")):
+        with pytest.raises(ValueError, match=r"cannot be replaced"):
+            export()
     monkeypatch.setattr(os.path, "ismount", lambda path: True)
     with pytest.raises(ValueError, match=r"a mount point: choose a new folder in it"):
         files.refuse_irreplaceable(tmp_path)
@@ -136,6 +144,7 @@ def test_colours_in_a_log_do_not_make_it_a_terminal(monkeypatch: pytest.MonkeyPa
     assert not sys.stdout.isatty()
     assert not Screen().on_terminal
     assert Screen(is_terminal=True).on_terminal
+    assert not RunDisplay([], Screen()).is_live
 
 
 def test_windows_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """A trained denoiser that can be saved, loaded and sampled."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, final
 
 import torch
@@ -26,6 +26,30 @@ from halfstep.samplers import Sampler, sample, samplers
 def samples_at_once(device: torch.device) -> int:
     """Return the default sampling batch size."""
     return 1024 if device.type == "cuda" else 256
+
+
+def drawn_in_batches(
+    count: int, size: int, draw: Callable[[range], Tensor], may_halve: bool = True
+) -> tuple[list[Tensor], int]:
+    """Return the results of `draw` for consecutive ranges below `count`, and the length of the ranges at the end.
+
+    Args:
+        size: the length of a range. If a range does not fit in memory, its length is halved, unless `may_halve` is
+            false or the length is 1.
+    """
+    parts: list[Tensor] = []
+    first = 0
+    while first < count:
+        places = range(first, min(first + size, count))
+        try:
+            parts.append(draw(places))
+        except Exception as error:
+            if not may_halve or size == 1 or not is_out_of_memory(error):
+                raise
+            size = -(-len(places) // 2)
+            continue
+        first += len(places)
+    return parts, size
 
 
 @final
@@ -338,21 +362,18 @@ class Model(Denoiser):
         if cond is not None and not isinstance(cond, Mapping):
             raise ValueError(f"cond must be a mapping of names to tensors, got {got(cond)}. Pass {{'text': tensor}}")
         size = batch_size or self._fitting or samples_at_once(self.device)
-        chunks: list[Tensor] = []
-        first = 0
-        while first < len(seeds):
-            part = seeds[first : first + size]
+
+        def draw(places: range) -> Tensor:
+            rows = slice(places.start, places.stop)
+            part = seeds[rows]
             drawn = step_noise(part, self.shape) if method.stochastic else None
-            others = {name: value[first : first + size] for name, value in (cond or {}).items()}
-            labels = class_label[first : first + size] if isinstance(class_label, Tensor) else class_label
+            others = {name: value[rows] for name, value in (cond or {}).items()}
+            labels = class_label[rows] if isinstance(class_label, Tensor) else class_label
             shown = self.cond(part, labels, guidance_scale, others)
-            try:
-                with self._computing(precision):
-                    chunks.append(sample(self, self.noise(part), steps, method, shown, noise=drawn).cpu())
-            except Exception as error:
-                if batch_size is not None or size == 1 or not is_out_of_memory(error):
-                    raise
-                size = self._fitting = -(-len(part) // 2)
-                continue
-            first += len(part)
+            with self._computing(precision):
+                return sample(self, self.noise(part), steps, method, shown, noise=drawn).cpu()
+
+        chunks, fitting = drawn_in_batches(len(seeds), size, draw, may_halve=batch_size is None)
+        if fitting < size:
+            self._fitting = fitting
         return torch.cat(chunks) if chunks else torch.empty(0, *self.shape)

@@ -12,9 +12,8 @@ from halfstep.core.door import check_denoiser, check_instance, check_shape, chec
 from halfstep.core.draw import Draw, as_seed, sample_labels
 from halfstep.core.grids import check_num_steps
 from halfstep.data import LatentData, MemoryData, StandIn
-from halfstep.models.model import Model, samples_at_once
+from halfstep.models.model import Model, drawn_in_batches, samples_at_once
 from halfstep.objectives import Guidance, Role
-from halfstep.runtime.failures import is_out_of_memory
 from halfstep.runtime.files import json_digest
 from halfstep.runtime.tensors import read_cached, write_verified
 from halfstep.samplers import DDIM, Heun, Sampler, sample, samplers
@@ -70,22 +69,16 @@ def samples_of(
     labels = None
     if model is not None and model.num_classes:
         labels = sample_labels(range(num_samples), model.manifest.classes_shown or model.num_classes)
-    was_training, parts, size, first = teacher.training, list[Tensor](), samples_at_once(device), 0
+
+    def draw(places: range) -> Tensor:
+        noise = Draw(seed, SOURCE, 0, num_samples, places).normal("noise", shape)
+        cond = {} if model is None else model.cond(places, guidance_scale=_unguided(model))
+        return sample(teacher, teacher.process.start_scale * noise, num_steps, method, cond).float()
+
+    was_training = teacher.training
     teacher.eval()
     try:
-        while first < num_samples:
-            places = range(first, min(first + size, num_samples))
-            noise = Draw(seed, SOURCE, 0, num_samples, places).normal("noise", shape)
-            cond = {} if model is None else model.cond(places, guidance_scale=_unguided(model))
-            x_1 = (teacher.process.start_scale * noise).to(device)
-            try:
-                parts.append(sample(teacher, x_1, num_steps, method, cond).float().cpu())
-            except Exception as error:
-                if size == 1 or not is_out_of_memory(error):
-                    raise
-                size = -(-len(places) // 2)
-                continue
-            first += len(places)
+        parts, _ = drawn_in_batches(num_samples, samples_at_once(device), draw)
     finally:
         teacher.train(was_training)
     return _as_data(torch.cat(parts), labels)

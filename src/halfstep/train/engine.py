@@ -181,7 +181,6 @@ class StageTrainer:
         buffers = KeptBuffers(() if self._stop is None else self.players.values())
         while True:
             buffers.keep()
-            failed = False
             try:
                 with contextlib.nullcontext() if self._stop is None else self._stop.at_once():
                     waits_since = time.perf_counter()
@@ -199,10 +198,9 @@ class StageTrainer:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                failed = True
-            if failed:
-                # Raised here, because the first exception's frames would keep the memory alive.
-                raise OutOfMemory(does_not_fit(self))
+                # The new exception refers to the first one, whose frames would keep the memory alive.
+                error.__traceback__ = None
+                raise OutOfMemory(does_not_fit(self)) from None
             yield self.update
 
     def places_of(self, update: int) -> Iterator[list[Place]]:
