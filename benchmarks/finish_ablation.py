@@ -44,6 +44,7 @@ VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "map weight 0": {"map_weight": 0.0},
     "map weight 0.25": {"map_weight": 0.25},
     "map weight 0.5": {"map_weight": 0.5},
+    "map weight 0.75": {"map_weight": 0.75},
     "map weight 1": {"map_weight": 1.0},
     "map weight 2": {"map_weight": 2.0},
     "map weight 4": {"map_weight": 4.0},

@@ -84,8 +84,8 @@ class Finishing(StepObjective):
     num_steps: int
     map_weight: float | None = None
     """Weight of the squared distance between x0 and its value before finishing; None means num_steps / 2, but at least
-    1. The default grows with the number of steps, because a student with more steps has less to gain from finishing and
-    is more affected by errors of the auxiliary denoiser."""
+    0.75. The default grows with the number of steps, because a student with more steps has less to gain from finishing
+    and is more affected by errors of the auxiliary denoiser."""
     data_weight: float | None = None
     """Weight of the data's score in the student's target score, from 0 to 1. The teacher's score has the remaining
     weight. None means 1, or 0 if the teacher is guided, because guided samples are not distributed like data. A teacher
@@ -177,7 +177,7 @@ class Finishing(StepObjective):
         # The gradient of the first term is proportional to minus `towards`, and the value of this term measures the
         # distance between the two denoisers.
         matching, moved = entry_mean((x0 - target).square()) / 2, entry_mean((x0 - before).square())
-        weight = max(1.0, self.num_steps / 2) if self.map_weight is None else self.map_weight
+        weight = max(0.75, self.num_steps / 2) if self.map_weight is None else self.map_weight
         return Losses(matching + weight * moved, models.student.process.log_snr(landing.tau))
 
     def auxiliary_loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
