@@ -142,7 +142,7 @@ def _finished(scale: Scale, steps: Sequence[int]) -> list[Leg]:
     def finishing(number: int) -> Callable[[int], Objective]:
         # The default number of lead updates, which only train the auxiliary denoiser, would take up most of a short
         # finish.
-        return lambda updates: Finishing(number, lead_updates=min(Finishing.lead_updates, updates // 4))
+        return lambda updates: Finishing(number, lead_updates=0)
 
     finishes = [Leg(finishing(number), settings.finish, settings.passes[number]) for number in steps]
     return _second_order(scale, steps, 1 - settings.finish_share) + finishes

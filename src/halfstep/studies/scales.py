@@ -146,7 +146,7 @@ def smoke() -> Scale:
         roads=RoadSettings(
             passes={8: 120_000, 4: 160_000, 2: 200_000, 1: 250_000},
             finish=Training(
-                num_updates=COUNTED, batch_size=32, learning_rate=1e-4, adam_betas=(0.0, 0.99), ema_decay=0.98
+                num_updates=COUNTED, batch_size=32, learning_rate=6e-5, adam_betas=(0.0, 0.99), ema_decay=0.98
             ),
             consistency=consistency,
             grid=(8, 64),
