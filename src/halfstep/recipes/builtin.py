@@ -47,10 +47,10 @@ def digits() -> Recipe:
         finish=FinishConfig(
             steps=(8, 4, 2, 1),
             training=Training(
-                num_updates=130, batch_size=48, learning_rate=6e-5, adam_betas=(0.0, 0.99), ema_decay=0.98
+                num_updates=180, batch_size=48, learning_rate=6e-5, adam_betas=(0.0, 0.99), ema_decay=0.98
             ),
             # The student with 8 steps is already as good as its teacher, so it needs fewer updates.
-            updates_at={8: 50, 2: 320, 1: 220},
+            updates_at={8: 80, 2: 320, 1: 220},
             lead_updates=0,
         ),
         evaluation=Evaluation(num_samples=2000, batch_size=500),
