@@ -38,9 +38,9 @@ def digits() -> Recipe:
         chain=SECOND_ORDER.model_copy(
             update={
                 "training": Training(
-                    num_updates=200, batch_size=64, learning_rate=1e-3, warmup_updates=20, adam_betas=(0.9, 0.99)
+                    num_updates=300, batch_size=64, learning_rate=1e-3, warmup_updates=20, adam_betas=(0.9, 0.99)
                 ),
-                "updates_at": {8: 300, 2: 240, 1: 420},
+                "updates_at": {2: 400, 1: 500},
                 "learning_rate_at": {8: 6e-4, 4: 7e-4},
             }
         ),
@@ -50,7 +50,7 @@ def digits() -> Recipe:
                 num_updates=180, batch_size=48, learning_rate=6e-5, adam_betas=(0.0, 0.99), ema_decay=0.98
             ),
             # The student with 8 steps is already as good as its teacher, so it needs fewer updates.
-            updates_at={8: 80, 2: 320, 1: 220},
+            updates_at={8: 80, 2: 400, 1: 220},
             lead_updates=0,
         ),
         evaluation=Evaluation(num_samples=2000, batch_size=500),
