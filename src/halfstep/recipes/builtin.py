@@ -110,10 +110,8 @@ def fashion_mnist() -> Recipe:
         ),
         finish=FinishConfig(
             steps=(8, 4, 2, 1),
-            training=replace(FINISHING, num_updates=250, learning_rate=1e-4),
-            updates_at={4: 500, 2: 500, 1: 450},
-            # Measured with this ratio only.
-            auxiliary_rate=6.0,
+            training=replace(FINISHING, num_updates=250, learning_rate=4e-5),
+            updates_at={4: 350, 2: 500, 1: 450},
             lead_updates=30,
         ),
         evaluation=Evaluation(num_samples=4000, batch_size=500),
