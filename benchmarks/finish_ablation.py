@@ -60,6 +60,7 @@ VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "half the student's rate": {"rate": 0.5, "auxiliary": 2.0},
     "twice the student's rate": {"rate": 2.0, "auxiliary": 0.5},
     "slower student": {"rate": 0.4, "auxiliary": 2.5},
+    "faster student": {"rate": 2.5, "auxiliary": 0.4},
     "half of both rates": {"rate": 0.5},
     "half the updates": {"length": 0.5},
     "twice the updates": {"length": 2.0},

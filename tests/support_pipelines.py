@@ -484,6 +484,34 @@ def tiny_encoding_stable_audio(tokens: Path) -> Any:
     return pipe
 
 
+def tiny_audioldm(tokens: Path) -> Any:
+    """Save AudioLDM: audio as spectrograms, and text embeddings in the argument of the classes."""
+    from diffusers import AudioLDMPipeline, DDIMScheduler, UNet2DConditionModel
+    from transformers import ClapTextConfig, ClapTextModelWithProjection, SpeechT5HifiGan, SpeechT5HifiGanConfig
+
+    torch.manual_seed(5)
+    unet = UNet2DConditionModel(
+        sample_size=4, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=(16, 32), attention_head_dim=8, norm_num_groups=8, class_embed_type="simple_projection",
+        projection_class_embeddings_input_dim=8, class_embeddings_concat=True,
+    )  # fmt: skip
+    texts = ClapTextConfig(
+        hidden_size=8, intermediate_size=16, num_attention_heads=1, num_hidden_layers=1, projection_dim=8,
+        vocab_size=60, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    sounds = SpeechT5HifiGanConfig(
+        model_in_dim=8, sampling_rate=16, upsample_initial_channel=16, upsample_rates=[2, 2],
+        upsample_kernel_sizes=[4, 4], resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1, 3]],
+        normalize_before=False,
+    )  # fmt: skip
+    return AudioLDMPipeline(
+        unet=wake(unet), scheduler=DDIMScheduler(clip_sample=False, steps_offset=1, **SD_SCHEDULER),
+        vae=tiny_vae(in_channels=1, out_channels=1), tokenizer=word_tokenizer(tokens),
+        text_encoder=ClapTextModelWithProjection(texts).eval(), vocoder=SpeechT5HifiGan(sounds).eval(),
+    )  # fmt: skip
+
+
 def tiny_auraflow(tokens: Path) -> Any:
     """Save AuraFlow, for which the library has no specific code."""
     from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler

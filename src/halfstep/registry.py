@@ -59,8 +59,8 @@ class Registry(dict[str, Member]):
     def describe(self, member: object) -> dict[str, Any]:
         """Describe an instance of a registered dataclass as a dict from which `rebuild` recreates the instance.
 
-        The dict is {"type": name, **fields}. An instance of another registered dataclass in a field is described as
-        {"family": family, **description}.
+        The dict is {"type": name, **fields}. An instance of another registered dataclass in a field, or in a tuple
+        or dict in a field, is described as {"family": family, **description}.
 
         Raises:
             ValueError: if `member` is not a dataclass, or its class is not registered.
@@ -71,7 +71,7 @@ class Registry(dict[str, Member]):
         return {"type": self.name_of(member), **fields}
 
     def rebuild(self, data: Mapping[str, Any]) -> Any:
-        """Recreate an instance from its description, as returned by `describe`.
+        """Recreate an instance from its description, as returned by `describe`. Lists, as in JSON, become tuples.
 
         Raises:
             ValueError: if the type is unknown, or if the description does not match the type's fields.
@@ -99,6 +99,10 @@ class Registry(dict[str, Member]):
 
 
 def _described(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_described(part) for part in value)
+    if isinstance(value, Mapping):
+        return {name: _described(part) for name, part in value.items()}
     if dataclasses.is_dataclass(value):
         for registry in _families.values():
             if type(value) in registry.values():
@@ -107,6 +111,11 @@ def _described(value: Any) -> Any:
 
 
 def _rebuilt(value: Any) -> Any:
-    if isinstance(value, Mapping) and value.get("family") in _families:
+    if isinstance(value, list | tuple):
+        # JSON has no tuples, and a frozen dataclass with a list in a field has no hash.
+        return tuple(_rebuilt(part) for part in value)
+    if not isinstance(value, Mapping):
+        return value
+    if value.get("family") in _families:
         return _families[value["family"]].rebuild({name: part for name, part in value.items() if name != "family"})
-    return value
+    return {name: _rebuilt(part) for name, part in value.items()}

@@ -22,12 +22,20 @@ from halfstep.cli import main
 from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import FlowMatching, processes
 from halfstep.core.prediction import X0
-from halfstep.hub import export_pipeline, import_pipeline, text_conditions
+from halfstep.hub import decoder_of, export_pipeline, import_pipeline, text_conditions
 from halfstep.hub.card import call_of, lora_card
 from halfstep.hub.clock import grid_of
 from halfstep.hub.pipelines import load_pipeline
 from halfstep.hub.recording import SCALE, Recording, _guiding, record, verify
-from halfstep.hub.schedulers import SOLVERS, StockSchedule, first_order, multistep, read_schedule, write_schedule
+from halfstep.hub.schedulers import (
+    SOLVERS,
+    StockSchedule,
+    config_of,
+    first_order,
+    multistep,
+    read_schedule,
+    write_schedule,
+)
 from halfstep.hub.stock import stock
 from halfstep.hub.trace import Call, Step, Trace, component_of, prompted, trace
 from halfstep.models.folder import load
@@ -91,6 +99,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
+@pytest.fixture(scope="module")
+def teacher(saved: Callable[[str], Path]) -> Callable[[str], Model]:
+    """Return each family's imported model, imported once."""
+    return functools.cache(lambda name: import_pipeline(saved(name), FAMILIES[name].options))
+
+
 def called(pipe: Any, x_1: Tensor, num_steps: int, **options: Any) -> Tensor:
     """Return the latents that the stock pipeline samples from `x_1`."""
     with torch.no_grad():
@@ -110,9 +124,11 @@ def guided(model: Model, pipe: Any) -> list[tuple[dict[str, Any], float | None]]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_our_samples_are_those_of_the_pipeline(name: str, saved: Callable[[str], Path]) -> None:
+def test_our_samples_are_those_of_the_pipeline(
+    name: str, saved: Callable[[str], Path], teacher: Callable[[str], Model]
+) -> None:
     family, folder = FAMILIES[name], saved(name)
-    model = import_pipeline(folder, family.options)
+    model = teacher(name)
     assert isinstance(model.denoiser.network, Replay)
     found = {**model.denoiser.network.clock, **model.denoiser.network.output}
     found["prediction"] = model.manifest.prediction["type"]
@@ -140,6 +156,32 @@ def test_our_samples_are_those_of_the_pipeline(name: str, saved: Callable[[str],
             assert_same(made[-1], called(pipe, x_1, num_steps, **call))
             # Both a prompt and a scale have an effect.
             assert all(float((other - made[-1]).abs().max()) > 1e-3 for other in (ours(swapped), *made[:-1]))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_scale_in_the_card_is_that_of_one_network_call(
+    name: str, saved: Callable[[str], Path], teacher: Callable[[str], Model]
+) -> None:
+    """A card that names another argument or value makes its readers guide twice."""
+    manifest = teacher(name).manifest
+    pipeline = manifest.pipeline
+    assert pipeline is not None
+    student = manifest.model_copy(update={"outcome": Outcome(role="student", num_steps=4)})
+    guided = student.model_copy(update={"guidance": {"type": "fixed", "scale": 3.0}, "guidance_scale": 3.0})
+    sections = [
+        lora_card("mine", one, pipeline, StockSchedule("DDIMScheduler", {})).partition("## Guidance")[2]
+        for one in ((manifest, student) if pipeline.off is None else (manifest, student, guided))
+    ]
+    told = [dict(re.findall(r"(\w+_scale) (\d+(?:\.\d+)?)", section)) for section in sections]
+    scales = {argument: float(value) for argument, value in told[0].items()}
+    assert all(found == told[0] for found in told)
+    assert scales == {pipeline.guidance: call_of(student, 4)[str(pipeline.guidance)]}
+    assert ("(cond + scale (cond - uncond))" in sections[0]) == (pipeline.off == 0)
+    assert ("and a negative prompt" in sections[0]) == (pipeline.guidance == "true_cfg_scale")
+    pipe = quietly(load_pipeline(saved(name), pipeline.kind))
+    # Some pipelines apply guidance only if they are given a negative prompt.
+    negative = {"negative_prompt": [" ", " "]} if pipeline.off is not None else {}
+    called_once_a_step(pipe, noise(2, *manifest.shape), 2, **FAMILIES[name].options, **scales, **negative)
 
 
 @pytest.mark.parametrize("name", ["pixart", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "lcm"))])
@@ -407,6 +449,31 @@ def test_a_student_of_angles_is_exported_on_a_table(saved: Callable[[str], Path]
     assert_same(sample(again, x_t, 4, cond=again.cond(range(2), others=conditions)), ours)
 
 
+def test_text_embeddings_in_the_argument_of_the_classes_are_a_condition(tmp_path: Path) -> None:
+    """AudioLDM's and MusicLDM's networks have no other argument for texts."""
+    support_pipelines.tiny_audioldm(tmp_path / "tokens").save_pretrained(tmp_path / "teacher")
+    run = distilled(tmp_path / "teacher", {}, tmp_path / "run", "--matching.guidance-scale", "3")
+    teacher, student = load(RunFolder(run).stages()[0].path), load(run)
+    assert (student.num_classes, student.manifest.conditions) == (0, {"class_embeddings": (8,)})
+    main(["export", str(run), "--out", str(tmp_path / "out")])
+    conditions = text_conditions(student.manifest, PROMPTS)
+    for folder, model, scale, num_steps in (("teacher", teacher, 3.0, 8), ("out", student, None, 4)):
+        pipe = load_pipeline(tmp_path / folder, "AudioLDMPipeline")
+        pipe.scheduler = first_order(pipe.scheduler)
+        made = trace(pipe, num_steps, of=num_steps, prompt=list(PROMPTS), guidance_scale=scale or 1.0)
+        schedule = read_schedule(config_of(pipe.scheduler))
+        cond = model.cond(range(2), guidance_scale=scale, others=conditions)
+        times = grid_of(schedule, made)
+        found = sample(model, made.steps[0].before, num_steps, cond=cond, grid=lambda _, times=times: times)
+        assert_same(found, made.steps[-1].after)
+        assert all(len(step.calls) == 1 and len(step.calls[0].output) == (4 if scale else 2) for step in made.steps)
+
+
+def test_a_vae_that_cannot_be_decoded_is_named(teacher: Callable[[str], Model]) -> None:
+    with pytest.raises(ValueError, match=r"vae contains the class AutoencoderDC, .*\. Write a \.npz file"):
+        decoder_of(teacher("sana").manifest)
+
+
 def run_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Run the lines of a card next to its folder, and return their names."""
     found = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
@@ -441,7 +508,11 @@ def test_the_card_of_a_video_student_writes_its_frames(
 
 
 @pytest.mark.parametrize(
-    "kind", ["StableAudio3Pipeline", "AudioLDM2Pipeline", "AceStepPipeline", "LongCatAudioDiTPipeline"]
+    "kind",
+    [
+        *("StableAudio3Pipeline", "AudioLDMPipeline", "MusicLDMPipeline"),
+        *("AceStepPipeline", "LongCatAudioDiTPipeline"),
+    ],
 )
 def test_the_card_of_no_audio_pipeline_saves_a_picture(kind: str, saved: Callable[[str], Path]) -> None:
     manifest = import_pipeline(saved("stable_audio")).manifest
@@ -451,7 +522,7 @@ def test_the_card_of_no_audio_pipeline_saves_a_picture(kind: str, saved: Callabl
         "mine", manifest.model_copy(update={"pipeline": pipeline}), pipeline, StockSchedule("DDIMScheduler", {})
     )
     assert "png" not in card
-    assert ("wavfile.write" in card) == ("from scipy.io import wavfile" in card) == (kind[:4] in ("Stab", "Audi"))
+    assert ("wavfile.write" in card) == ("from scipy.io import wavfile" in card) == (kind[:3] in ("Sta", "Aud", "Mus"))
 
 
 def test_a_time_that_no_scheduler_passes_is_refused(saved: Callable[[str], Path], tmp_path: Path) -> None:

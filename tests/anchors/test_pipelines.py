@@ -1,6 +1,7 @@
 """Our samples from an imported pipeline equal those of the pipeline, with the same steps, noise and guidance."""
 
 import itertools
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from halfstep.hub.encoding import text_conditions
 from halfstep.hub.pipelines import import_pipeline
+from halfstep.hub.schedulers import SHIFTED_TABLES, TABLES, read_schedule
+from halfstep.hub.stock import stock
 from halfstep.models.model import Model
 from halfstep.samplers import sample
 from support_pipelines import assert_same, noise, quietly, save_ddpm, save_dit, save_sd, save_sd3, times_of
@@ -134,3 +137,27 @@ def test_a_flow_matching_transformer_with_guidance(tmp_path: Path) -> None:
         ).images  # fmt: skip
         found = ours(model, x_1, pipe.scheduler, num_steps, guidance_scale=guidance_scale, others=cond)
         assert_same(found, stock)
+
+
+@pytest.mark.parametrize(
+    ("setting", "bound"), [("clip_sample", "clip_sample_range"), ("thresholding", "sample_max_value")]
+)
+@pytest.mark.parametrize("kind", [*TABLES, *SHIFTED_TABLES])
+def test_samples_are_clipped_only_if_the_scheduler_clips_them(kind: str, setting: str, bound: str) -> None:
+    """Configs are passed between schedulers, so they contain settings that a scheduler ignores."""
+    config = {"_class_name": kind, "clip_sample": False, "thresholding": False}
+    x_t, eps = noise(2, 1, 3, 4, 4)
+
+    def stepped(config: dict[str, Any]) -> Tensor:
+        scheduler = stock(kind).from_config(config)
+        scheduler.set_timesteps(4)
+        named = {"old_pred_original_sample": None, "timestep_back": None} if kind == "CogVideoXDPMScheduler" else {}
+        torch.manual_seed(0)
+        step = scheduler.step(10 * eps, timestep=scheduler.timesteps[0], sample=x_t, **named, return_dict=False)
+        return torch.as_tensor(step[0])
+
+    is_clipped = not torch.equal(stepped(config), stepped(config | {setting: True}))
+    assert read_schedule(config | {setting: True}).clip == is_clipped
+    expectation = pytest.raises(ValueError, match=f"has {bound} 2.5") if is_clipped else nullcontext()
+    with expectation:
+        assert not read_schedule(config | {setting: True, bound: 2.5}).clip

@@ -24,7 +24,20 @@ def test_an_argument_of_another_kind_is_refused(values: tuple[Any, Any, Any]) ->
     one, two, later = values
     kinds = [type(value).__name__ for value in values]
     with pytest.raises(ValueError, match=rf"the argument extra is a {kinds[0]} for one prompt, a {kinds[1]} for two"):
-        Reading(torch.zeros(2, 4), None).node("", {"extra": one}, {"extra": two}, {"extra": later})
+        Reading(torch.zeros(2, 4), None, False).node("", {"extra": one}, {"extra": two}, {"extra": later})
+
+
+def test_texts_without_a_maximum_length_are_refused() -> None:
+    """AudioLDM 2 pads a text to the longest of its batch, and its call has no max_sequence_length."""
+    arguments = [
+        {"encoder_hidden_states_1": torch.zeros(batch, length, 3)} for batch, length in ((1, 2), (2, 5), (2, 5))
+    ]
+    with pytest.raises(ValueError, match=r"the argument encoder_hidden_states_1 has no maximum length") as said:
+        Reading(torch.zeros(2, 4), None, False).node("", *arguments)
+    assert "--call max_sequence_length=N" in str(said.value)
+    assert "halfstep.distill accepts any conditions" in str(said.value)
+    call = Reading(torch.zeros(2, 4), 8, False).node("", *arguments)
+    assert call["items"]["encoder_hidden_states_1"]["shape"] == [8, 3]
 
 
 def test_an_omitted_mask_takes_its_length_from_the_other_conditions() -> None:

@@ -18,7 +18,15 @@ from halfstep.core.denoiser import NetworkDenoiser, output_gain, warn_of_gain, w
 from halfstep.core.noise import VPCosine, VPTable, linear_betas, scaled_linear_betas, zero_terminal_betas
 from halfstep.core.prediction import X0, Eps, V
 from halfstep.core.warnings import HalfstepWarning
-from halfstep.hub import export_lora, export_pipeline, import_pipeline, networks_below, read_schedule
+from halfstep.hub import (
+    decoder_of,
+    export_lora,
+    export_pipeline,
+    import_pipeline,
+    networks_below,
+    read_schedule,
+    text_conditions,
+)
 from halfstep.hub.disk import open_part
 from halfstep.hub.pipelines import fetch
 from halfstep.hub.stock import quiet
@@ -221,6 +229,120 @@ def test_a_vae_that_is_not_read_is_refused_when_the_teacher_is_opened(saved: Pat
     (folder / "vae" / WEIGHTS).rename(folder / "vae" / "diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match=r"vae has pickled weights \(diffusion_pytorch_model.bin\)"):
         import_pipeline(folder)
+
+
+def checked(folder: Path) -> Path:
+    """Add a safety checker, and the processor of its images, to a Stable Diffusion pipeline."""
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = CLIPConfig(
+        text_config={**size, "vocab_size": 60}, vision_config={**size, "image_size": 8, "patch_size": 4},
+        projection_dim=16,
+    )  # fmt: skip
+    StableDiffusionSafetyChecker(config).save_pretrained(folder / "safety_checker")
+    CLIPImageProcessor().save_pretrained(folder / "feature_extractor")
+    edit(
+        folder / "model_index.json",
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+        requires_safety_checker=True,
+    )
+    return folder
+
+
+def test_a_safety_checker_is_exported_though_it_is_not_loaded(saved: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    folder = checked(shutil.copytree(saved / "sd", tmp_path / "sd"))
+    out = export_pipeline(import_pipeline(folder), tmp_path / "out")
+    pipes = [StableDiffusionPipeline.from_pretrained(place) for place in (folder, out)]
+    wanted, found = (pipe.safety_checker.state_dict() for pipe in pipes)
+    assert_same_weights(found, wanted)
+    assert pipes[1].feature_extractor.to_dict() == pipes[0].feature_extractor.to_dict()
+    assert pipes[1].config.requires_safety_checker
+
+
+@pytest.mark.parametrize(
+    ("part", "left_out"),
+    [
+        ("safety_checker", {"safety_checker"}),
+        ("feature_extractor", {"safety_checker", "feature_extractor"}),
+        ("image_encoder", {"image_encoder"}),
+    ],
+)
+def test_a_part_that_only_other_uses_need_may_be_missing(
+    saved: Path, tmp_path: Path, part: str, left_out: set[str]
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    folder = checked(shutil.copytree(saved / "sd", tmp_path / "sd"))
+    shutil.copytree(folder / "safety_checker", folder / "image_encoder")
+    (folder / "image_encoder" / "model.safetensors").rename(folder / "image_encoder" / "pytorch_model.bin")
+    edit(folder / "model_index.json", image_encoder=["transformers", "CLIPVisionModelWithProjection"])
+    for is_there in (True, False):
+        if not is_there:
+            shutil.rmtree(folder / part)
+        out = export_pipeline(import_pipeline(folder), tmp_path / f"out-{is_there}")
+        pipe = StableDiffusionPipeline.from_pretrained(out)
+        missing = {name for name, value in pipe.components.items() if value is None}
+        assert missing == {"image_encoder"} | (set() if is_there else left_out)
+        assert pipe.config.requires_safety_checker == (pipe.safety_checker is not None)
+        assert f'from_pretrained("{out.name}")' in (out / "README.md").read_text()
+
+
+def test_a_missing_vae_is_reported_before_training(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved / "sd", tmp_path / "sd")
+    shutil.rmtree(folder / "vae")
+    with pytest.warns(HalfstepWarning, match=r"sd has no vae, .* Copy vae into this folder before you export"):
+        model = import_pipeline(folder)
+    with pytest.raises(ValueError, match=r"sd has no vae, which the exported pipeline needs\. Copy vae into"):
+        export_pipeline(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pipeline_that_was_moved_is_reported_with_its_path(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved / "sd", tmp_path / "sd")
+    model = import_pipeline(folder)
+    folder.rename(tmp_path / "moved")
+    uses: list[Callable[[], Any]] = [
+        lambda: export_pipeline(model, tmp_path / "out"),
+        lambda: text_conditions(model.manifest, ["a"]),
+        lambda: decoder_of(model.manifest),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match=rf"pipeline {folder} is missing\. .* link: ln -s FOLDER {folder}$"):
+            use()
+    folder.symlink_to(tmp_path / "moved")
+    assert decoder_of(model.manifest)(torch.zeros(1, *model.shape)).shape == (1, 3, 8, 8)
+
+
+def test_only_parts_without_other_weights_are_downloaded_in_half_precision(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    repository, half = shutil.copytree(saved / "sd", tmp_path / "sd"), "diffusion_pytorch_model.fp16.safetensors"
+    shutil.copy(repository / "vae" / WEIGHTS, repository / "vae" / half)
+    shutil.copytree(repository / "vae", repository / "safety_checker")
+    (repository / "safety_checker" / WEIGHTS).rename(repository / "safety_checker/pytorch_model.bin")
+
+    def download(name: str, **patterns: Any) -> str:
+        held = [str(file.relative_to(repository)) for file in repository.rglob("*.*")]
+        for file in filter_repo_objects(held, **patterns):
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(repository / file, tmp_path / name / file)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    text = "text_encoder/model.safetensors"
+    found = {str(file.relative_to(tmp_path / "a/sd")) for file in fetch("a/sd").glob("*/*.safetensors")}
+    assert found == {text, f"unet/{WEIGHTS}", f"vae/{WEIGHTS}"}
+    (repository / "unet" / WEIGHTS).rename(repository / "unet" / half)
+    found = {str(file.relative_to(tmp_path / "b/sd")) for file in fetch("b/sd").glob("*/*.safetensors")}
+    assert found == {text, f"unet/{half}", f"vae/{WEIGHTS}", f"safety_checker/{half}"}
 
 
 def test_lora_weights_over_averaged_weights_are_not_exported_alone(saved: Path, tmp_path: Path) -> None:
@@ -442,6 +564,17 @@ def test_eps_at_zero_terminal_snr_is_matched_to_v_and_no_option_of_a_new_teacher
     with pytest.warns(HalfstepWarning, match=r"its output does not determine x0.*--matching\.prediction v") as said:
         warn_of_gain(process, Eps(), given=True)
     assert "--model." not in str(said[0].message)
+
+
+def test_eps_at_zero_terminal_snr_is_refused_if_a_pipeline_is_recorded(saved: Path, tmp_path: Path) -> None:
+    """The stock pipeline divides by zero, so its first step cannot be compared with ours."""
+    folder = shutil.copytree(saved / "sd", tmp_path / "sd")
+    config = folder / "scheduler/scheduler_config.json"
+    edit(config, _class_name="EulerDiscreteScheduler", rescale_betas_zero_snr=True)
+    with pytest.raises(ValueError, match=r"v_prediction if .* set rescale_betas_zero_snr to false"):
+        import_pipeline(folder)
+    edit(config, prediction_type="v_prediction")
+    assert import_pipeline(folder).denoiser.prediction == V()
 
 
 def test_samples_that_are_not_finite_are_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

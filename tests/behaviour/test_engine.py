@@ -1,6 +1,8 @@
 """An update of the engine does what its definition says, however the batch is split."""
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +16,19 @@ from halfstep.core.draw import Draw
 from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import V
 from halfstep.data import MemoryData, training_batch
-from halfstep.nets import MLP
-from halfstep.objectives import Batch, Consistency, Denoising, Models, Plan, Stage, Training
+from halfstep.nets import MLP, copy_network
+from halfstep.objectives import (
+    Batch,
+    Consistency,
+    Denoising,
+    Halving,
+    Losses,
+    Models,
+    Plan,
+    Stage,
+    StepObjective,
+    Training,
+)
 from halfstep.runs import StageFolder
 from halfstep.runtime.failures import NonFinite
 from halfstep.runtime.processes import make_accelerator
@@ -23,7 +36,7 @@ from halfstep.train import player
 from halfstep.train.checkpoint import resume, write_checkpoint
 from halfstep.train.engine import StageTrainer
 from halfstep.train.optimizers import make_optimizer
-from halfstep.train.player import EMA, KeptBuffers
+from halfstep.train.player import EMA, Follower, KeptBuffers
 from halfstep.train.settings import Engine
 from halfstep.train.sharding import fill, load_whole, skeleton
 from toys import finish, points, toy_plan, toy_spec, tuned, weights
@@ -86,6 +99,52 @@ def test_an_update_is_adamw_on_the_clipped_gradient_of_the_mean_loss() -> None:
         optimizer.step()
     for ours, theirs in zip(trainer.finish().parameters(), denoiser.parameters(), strict=True):
         assert torch.allclose(ours, theirs, rtol=0, atol=2e-6)
+
+
+@dataclass(frozen=True)
+class _Misshapen(StepObjective):
+    """Halving with its losses in another shape."""
+
+    change: Callable[[Losses], Losses]
+    num_steps: int = 2
+
+    @property
+    def evals(self) -> Any:
+        return Halving(2).evals
+
+    def step_losses(self, *arguments: Any) -> Losses:
+        return self.change(Halving(2).step_losses(*arguments))
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1, 8])
+@pytest.mark.parametrize(
+    ("change", "loss", "log_snr"),
+    [
+        (lambda losses: losses._replace(loss=losses.loss.mean()), "[]", "[{0}]"),
+        (lambda losses: losses._replace(loss=losses.loss[:, None].expand(-1, 2)), "[{0}, 2]", "[{0}]"),
+        (lambda losses: losses._replace(loss=losses.loss[:, None] + losses.loss), "[{0}, {0}]", "[{0}]"),
+        (lambda losses: losses._replace(loss=losses.loss[:, None]), "[{0}, 1]", "[{0}]"),
+        (lambda losses: losses._replace(loss=losses.loss.repeat(2)), "[{1}]", "[{0}]"),
+        (lambda losses: losses._replace(log_snr=losses.log_snr.mean()), "[{0}]", "[]"),
+    ],
+    ids=["mean", "entries", "pairs", "column", "twice", "log_snr"],
+)
+def test_losses_that_are_not_one_number_per_sample_are_rejected(
+    change: Callable[[Losses], Losses], loss: str, log_snr: str, micro_batch: int | None
+) -> None:
+    """Their sum is finite, so they would train with a gradient of another scale."""
+    trainer = StageTrainer(
+        _denoiser(), _denoiser(1), Stage(_Misshapen(change), Training(2, 1e-2, batch_size=16)), _batches, (2,),
+        seed=0, stream="01", accelerator=make_accelerator(cpu=True), engine=Engine(micro_batch=micro_batch),
+    )  # fmt: skip
+    number = micro_batch or 16
+    shapes = [text.format(number, 2 * number) for text in (loss, log_snr)]
+    with pytest.raises(ValueError, match="turn of student returned") as caught:
+        next(trainer.run())
+    assert f"a loss of shape {shapes[0]} and a log_snr of shape {shapes[1]} for a micro batch of {number}" in str(
+        caught.value
+    )
+    assert str(caught.value).endswith(f"Return Losses with one number per sample in both, each of shape [{number}]")
 
 
 def test_betas_may_be_whole_numbers() -> None:
@@ -157,6 +216,109 @@ def test_a_resumed_average_has_the_buffers_of_its_network() -> None:
     list(again.run())
     expected, found = whole.finish().state_dict(), again.finish().state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class _Cast(torch.nn.Module):
+    """A network in another precision that converts its inputs itself."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.SiLU(), torch.nn.Linear(16, 2)).to(dtype)
+        self.scale, self.dtype = torch.nn.Buffer(torch.tensor(1.25, dtype=dtype)), dtype
+
+    def forward(self, x_t: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        inputs = torch.cat([x_t, time[:, None]], 1).to(self.dtype)
+        found: torch.Tensor = self.layers(inputs) * self.scale
+        return found.to(x_t)
+
+
+def _cast(dtype: torch.dtype, seed: int = 0) -> NetworkDenoiser:
+    torch.manual_seed(seed)
+    return NetworkDenoiser(_Cast(dtype), VPCosine(), V())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("decay", [None, 0.99])
+@torch.no_grad()
+def test_a_copy_for_the_objective_is_exactly_its_player_and_follows_it_in_high_precision(
+    dtype: torch.dtype, decay: float | None
+) -> None:
+    model = _cast(dtype)
+    follower = Follower(model, decay)
+    x_t, t = torch.randn(8, 2), torch.rand(8).double()
+    assert torch.equal(follower.model(x_t, t).x0, model(x_t, t).x0)
+    tensors = model.network.state_dict()
+    assert {name: value.dtype for name, value in follower.network.state_dict().items()} == {
+        name: value.dtype for name, value in tensors.items()
+    }
+    if decay is None:
+        return
+    ema = EMA(model.network, decay, follower.network)
+    expected = {name: value.double().clone() for name, value in tensors.items()}
+    for n in range(1, 41):
+        for parameter in model.network.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+        ema.update(n)
+        share = min(decay, (1 + n) / (10 + n))
+        for name, value in model.network.state_dict().items():
+            expected[name] = share * expected[name] + (1 - share) * value.double()
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-6
+    for name, parameter in follower.network.named_parameters():
+        torch.testing.assert_close(ema.state_dict()[name].double(), expected[name], rtol=0, atol=tolerance)
+        assert torch.equal(parameter, ema.state_dict()[name].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_saved_average_is_not_rounded_to_the_weights_and_an_older_one_still_loads(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    module = torch.nn.Linear(8, 8).to(dtype)
+    for copied in (None, copy_network(module)):
+        average = EMA(module, 0.999, copied)
+        for n in range(1, 6):
+            with torch.no_grad():
+                module.weight += 0.1 * torch.randn(8, 8, generator=generator).to(dtype)
+            average.update(n)
+        state = {name: value.clone() for name, value in average.state_dict().items()}
+        assert not torch.equal(state["weight"], state["weight"].to(torch.bfloat16).to(state["weight"]))
+        again = EMA(module, 0.999, None if copied is None else copy_network(module))
+        again.load_state_dict(state)
+        assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+        if copied is not None:
+            assert again._into is not None
+            assert torch.equal(again._into.weight, copied.weight)
+        # Older checkpoints contain the averages of half-precision weights in half precision.
+        older = {name: value.to(torch.bfloat16) for name, value in state.items()}
+        again.load_state_dict(older)
+        assert all(torch.equal(value.to(torch.bfloat16), older[name]) for name, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize("self_teacher", [0.0, 0.99])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_resumed_stage_of_another_precision_equals_an_uninterrupted_one(
+    dtype: torch.dtype, self_teacher: float
+) -> None:
+    """It hands on an average, and its objective can call another one."""
+
+    def made() -> StageTrainer:
+        training = Training(12, 1e-2, batch_size=16, ema_decay=0.99)
+        return StageTrainer(
+            _cast(dtype), _cast(dtype, 1), Stage(Consistency(1, 8, 8, self_teacher=self_teacher), training), _batches,
+            (2,), seed=0, stream="01", accelerator=make_accelerator(cpu=True),
+        )  # fmt: skip
+
+    whole, again = made(), made()
+    for update in whole.run():
+        # Later updates reduce the weight of what a checkpoint rounds.
+        if update == 11:
+            again.load_state(whole.state(), 11, 0.0)
+    list(again.run())
+    for part, tensors in whole.state().items():
+        assert all(torch.equal(again.state()[part][name], value) for name, value in tensors.items()), part
+    average = whole.state()["ema"]
+    expected, found = whole.finish().state_dict(), again.finish().state_dict()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value)
+        assert torch.equal(value, average[name.removeprefix("network.")].to(dtype))
 
 
 class _Buffered(torch.nn.Module):

@@ -479,6 +479,24 @@ def test_only_a_second_ctrl_c_ends_a_process_at_once_and_not_a_launchers_echo() 
         assert stop.number == signal.SIGINT
 
 
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_ctrl_c_twice_ends_a_process_that_another_signal_has_stopped(first: signal.Signals) -> None:
+    # If nohup started the suite, SIGHUP would remain ignored.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with StopSignal() as stop:
+            signal.raise_signal(first)
+            time.sleep(SAME_PRESS + 0.1)
+            # The first Ctrl-C alone must not end a process that is saving its state.
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(SAME_PRESS + 0.1)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            assert stop.number == first
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_an_interruptible_block_is_left_once_and_only_from_inside() -> None:
     with StopSignal() as stop:
         with pytest.raises(Interrupted), at_once(stop):
@@ -641,6 +659,14 @@ def test_checkpoints_are_pruned_only_after_what_replaces_them_was_read_back(
     assert not stage.is_complete()
     finish(toy_spec(), path)
     assert weights(path) == weights(uncut)
+
+
+def test_the_latest_checkpoints_are_kept_when_their_names_become_longer(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path / "stage")
+    folder.path.mkdir()
+    updates = (99_995_000, 100_000_000, 100_005_000)
+    written = [checkpoints.write_checkpoint({"student": {}}, {"update": update}, folder) for update in updates]
+    assert folder.checkpoints() == [written[2], written[1]]
 
 
 def test_a_checkpoint_contains_the_state_at_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

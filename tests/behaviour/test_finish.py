@@ -36,6 +36,7 @@ from halfstep.run.events import Progress
 from halfstep.run.folder import DifferentRecipe
 from halfstep.run.runner import run
 from halfstep.runs import RunFolder, read_log, read_status
+from halfstep.runtime.files import write_sealed
 from halfstep.runtime.processes import make_accelerator
 from halfstep.runtime.stop import StopSignal
 from halfstep.train.engine import StageTrainer
@@ -261,6 +262,40 @@ def test_the_command_of_a_run_accepts_the_folder_that_has_grown(trained: Path, c
     assert "stage 04-finish-0001 is missing" in str(read_status(trained).message)
     main(["finish", str(trained), *BRIEF])
     assert weights(trained) == before
+
+
+def test_a_finish_keeps_the_students_that_the_resumed_run_keeps(trained: Path) -> None:
+    folder = RunFolder(trained)
+    held = folder.recipe()
+    # As if the run had been started with other settings, and then interrupted.
+    held["recipe"]["chain"]["keep"] = [1]
+    write_sealed(folder.recipe_path, held)
+    before = weights(trained)
+    changed = ["--chain.keep", "2", "1", "--engine.checkpoint-minutes", "7"]
+    main(["run", "arrays", "--data", held["recipe"]["data"]["source"], "--out", str(trained), *TINY_ARRAYS, *changed])
+    now = folder.recipe()["recipe"]
+    assert now["chain"]["keep"] == [2, 1]
+    assert now["engine"]["checkpoint_minutes"] == 7
+    main(["finish", str(trained), "--steps", "1", *BRIEF])
+    assert weights(trained).items() > before.items()
+
+
+def test_a_further_finish_has_settings_of_its_own(trained: Path, capsys: Capture) -> None:
+    main(["finish", str(trained), "--steps", "2", *BRIEF, "--finish.updates-at", "2", "3"])
+    before = weights(trained)
+    own = ["--finish.updates-at", "1", "5", "--finish.learning-rate-at", "1", "1e-5"]
+    main(["finish", str(trained), "--steps", "1", *BRIEF, *own])
+    assert weights(trained).items() > before.items()
+    held = RunFolder(trained).recipe()["recipe"]["finish"]
+    assert (held["updates_at"], held["learning_rate_at"]) == ({"1": 5, "2": 3}, {"1": 1e-5})
+    assert [row.num_updates for row in RunFolder(trained).plan[-2:]] == [3, 5]
+    # The settings of a stage that is there cannot change.
+    both = ["finish", str(trained), "--steps", "2", "1", *BRIEF]
+    other = "finish.learning_rate_at.2: 0.001 (the folder has nothing)"
+    assert other in refused([*both, "--finish.learning-rate-at", "2", "1e-3"], capsys)
+    other = "finish.learning_rate_at.1: 0.001 (the folder has 1e-05)"
+    assert other in refused([*both, "--finish.learning-rate-at", "1", "1e-3"], capsys)
+    assert "finish.updates_at.2: 9 (the folder has 3)" in refused([*both, "--finish.updates-at", "2", "9"], capsys)
 
 
 def test_unsupported_finishes_are_rejected_in_one_line(trained: Path, tmp_path: Path, capsys: Capture) -> None:

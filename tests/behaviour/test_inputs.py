@@ -1,6 +1,7 @@
 """Warnings about data and packages come before the first update, and a run accepts changed evaluation settings."""
 
 import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from halfstep.recipes.building import FREE_FIELDS, check_fit
 from halfstep.run.folder import DifferentRecipe
 from halfstep.runs import Manifest, RunFolder, RunStatus, StageStatus, best
 from halfstep.runs.schema import Result
-from toys import finish, points, toy_spec
+from toys import finish, points, toy_plan, toy_spec, weights
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -142,6 +143,32 @@ def test_changed_data_are_listed_and_can_be_accepted(tmp_path):
     with pytest.raises(DifferentRecipe, match="shape") as refused:
         finish(spec(torch.zeros(20, 3), accept=True), tmp_path / "run")
     assert "accept" not in str(refused.value)
+
+
+def test_a_lost_recipe_of_a_run_with_changed_data_is_written_again(tmp_path):
+    path = tmp_path / "run"
+
+    def spec(x: torch.Tensor, accept: bool = False, seed: int = 0):
+        recipe = {"name": "toy", "seed": seed, "data": {"source": "x.npy", "accept_changed": accept}}
+        return toy_spec(plan=toy_plan(8, 6), data=MemoryData("x.npy", x), recipe=recipe, free=FREE_FIELDS)
+
+    finish(spec(points()), path)
+    shutil.rmtree(path / "stages" / "02-halve-0001")
+    with pytest.warns(HalfstepWarning, match="resumes with changed data"):
+        finish(spec(points(199), accept=True), path)
+    before, held = weights(path), RunFolder(path).recipe()
+    RunFolder(path).recipe_path.unlink()
+    with pytest.raises(DifferentRecipe, match=r"trained on other data than x\.npy.*--data\.accept-changed"):
+        finish(spec(points(199)), path)
+    with pytest.raises(ValueError, match="not a run folder"):
+        finish(spec(points(199), accept=True, seed=1), path)
+    assert not RunFolder(path).recipe_path.exists()
+    shutil.rmtree(path / "stages" / "02-halve-0001")
+    with pytest.warns(HalfstepWarning, match="resumes with changed data"):
+        finish(spec(points(199), accept=True), path)
+    assert weights(path) == before
+    now = RunFolder(path).recipe()
+    assert (now["run"], now["data_fingerprint"]) == (held["run"], held["data_fingerprint"])
 
 
 # Words

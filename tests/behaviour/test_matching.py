@@ -1,6 +1,7 @@
 """Matching: the student has the teacher's x0 with another prediction, on another clock, or with guidance."""
 
 import math
+from collections.abc import Callable
 from typing import Final, final
 
 import pytest
@@ -9,9 +10,18 @@ from torch import Tensor, nn
 
 import halfstep
 from halfstep.core.denoiser import GUIDANCE, Clipped, Cond, Denoiser, Guided, NetworkDenoiser, Reprocessed
-from halfstep.core.noise import VE, NoiseProcess, VPCosine, VPTable, as_clock
-from halfstep.core.oracle import MixtureDenoiser
-from halfstep.core.prediction import Denoised, Eps, V
+from halfstep.core.noise import (
+    VE,
+    FlowMatching,
+    NoiseProcess,
+    VPCosine,
+    VPTable,
+    as_clock,
+    linear_betas,
+    zero_terminal_betas,
+)
+from halfstep.core.oracle import GaussianDenoiser, MixtureDenoiser
+from halfstep.core.prediction import Constant, Denoised, Eps, V
 from halfstep.nets import MLP, UNet2D, copy_denoiser, on_clock, unet2d_config, with_guidance
 from halfstep.objectives import (
     Batch,
@@ -315,3 +325,116 @@ def test_guidance_comes_before_clipping() -> None:
     guided = Guided(teacher, null, 4.0)(x_t, t, cond).x0
     assert float(guided.abs().max()) > 0.4
     assert torch.equal(seen(x_t, t, cond).x0, guided.clamp(-0.3, 0.3))
+
+
+def zero_terminal(levels: int) -> VPTable:
+    return VPTable(zero_terminal_betas(linear_betas(levels)))
+
+
+class Noise(nn.Module):
+    """The exact eps of Gaussian data with mean 0.3 and standard deviation 0.5, with or without a class."""
+
+    def __init__(self, process: NoiseProcess) -> None:
+        super().__init__()
+        self.exact = GaussianDenoiser(process, 0.3, 0.5)
+
+    def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
+        return self.exact(x_t, time).eps
+
+
+def _exact_eps(process: NoiseProcess) -> NetworkDenoiser:
+    return NetworkDenoiser(Noise(process), process, Eps())
+
+
+at_zero_snr = pytest.mark.parametrize(
+    ("process", "last"),
+    [(zero_terminal(100), 0.99), (FlowMatching(), 1000 / 1001), (FlowMatching(3.0), 1000 / 1003)],
+    ids=["table", "flow", "shifted"],
+)
+
+
+@at_zero_snr
+@pytest.mark.parametrize(
+    "seen",
+    [
+        _exact_eps,
+        lambda process: Clipped(_exact_eps(process), -9.0, 9.0),
+        lambda process: Guided(_exact_eps(process), {"class_labels": torch.tensor(2)}, 3.0),
+        lambda process: Clipped(Reprocessed(_exact_eps(FlowMatching(5.0)), process), -9.0, 9.0),
+    ],
+    ids=["plain", "clipped", "guided", "reprocessed"],
+)
+def test_where_eps_does_not_determine_x0_the_target_is_that_of_the_last_level_with_signal(
+    process: NoiseProcess, last: float, seen: Callable[[NoiseProcess], Denoiser]
+) -> None:
+    """At t = 1, the exact student returns the mean. The root of its loss is therefore the teacher's distance from the
+    mean at the last level, alpha std^2 / (alpha^2 std^2 + sigma^2) |x_t - alpha mean|."""
+    student, teacher = Watched(GaussianDenoiser(process, 0.3, 0.5)), Watched(seen(process))
+    draw = halfstep.Draw(0, "s", 3, 256, range(256))
+    x0 = 0.3 + 0.5 * numbers(256, 1)
+    batch = Batch(x0, {"class_labels": torch.zeros(256, dtype=torch.int64)})
+    result = Matching(4, weighting=Constant()).loss(Models(student, teacher), batch, draw)
+    (t,), (answer,) = student.times, student.answers
+    assert t.unique().tolist() == [0.25, 0.5, 0.75, 1.0], "the student is trained at t = 1"
+    torch.testing.assert_close(teacher.times[0], torch.where(t == 1, last, t), rtol=0, atol=1e-12)
+    assert torch.equal(result.log_snr, process.log_snr(t))
+    alpha, sigma = (float(value) for value in process.alpha_sigma(torch.tensor(last, dtype=torch.float64)))
+    assert 0 < alpha < 0.02
+    # At t = 1, the exact student's eps is the noise that was mixed in.
+    away = alpha * 0.25 / (alpha**2 * 0.25 + sigma**2) * (alpha * (x0 - 0.3) + sigma * answer.eps)
+    expected = torch.where(t == 1, away[:, 0].abs(), 0.0)
+    # Rounding in eps is sigma / alpha = 1000 times as large in x0.
+    torch.testing.assert_close(result.loss.sqrt(), expected, rtol=0, atol=1e-11)
+    assert float(expected.max()) < 0.25 * 4 * alpha / sigma
+
+
+@at_zero_snr
+def test_an_eps_teacher_at_zero_terminal_snr_is_distilled_through_its_matching_stage(
+    process: NoiseProcess, last: float
+) -> None:
+    torch.manual_seed(0)
+    teacher = NetworkDenoiser(MLP((2,), width=16, depth=1), process, Eps())
+    names: list[str] = []
+    training = Training(2, 1e-3, batch_size=256)
+    for each in (teacher, Clipped(teacher)):
+        student = halfstep.distill(
+            each, numbers(256, 2).float().clamp(-1, 1), start=2, to=1, training=training,
+            matching=Training(20, 1e-3, batch_size=256), engine=halfstep.Engine(cpu=True, trackers=()),
+            on_stage=lambda name, model: names.append(name),
+        )  # fmt: skip
+        assert bool(student.sample(range(4)).isfinite().all())
+    assert names == ["01-match", "02-halve-0001"] * 2
+
+
+def test_lora_students_of_an_eps_teacher_at_zero_terminal_snr_keep_its_schedule() -> None:
+    """Full students of such a U-Net move to the cosine process, which keeps some signal."""
+    torch.manual_seed(0)
+    config = unet2d_config(
+        size=(8, 8), in_channels=1, out_channels=1, block_out_channels=(16, 16), layers_per_block=1,
+        attention=(False, True), attention_head_dim=8, mid_attention=False, norm_num_groups=8,
+    )  # fmt: skip
+    table = zero_terminal(8)
+    teacher = NetworkDenoiser(UNet2D(config, num_train_timesteps=8), table, Eps())
+    training = Training(2, 1e-3, batch_size=32)
+    for lora_rank, bound in ((2, -math.inf), (None, -20.0)):
+        student = halfstep.distill(
+            teacher, numbers(32, 1, 8, 8).float().clamp(-1, 1), start=2, to=1, training=training, lora_rank=lora_rank,
+            engine=halfstep.Engine(cpu=True, trackers=()),
+        )  # fmt: skip
+        assert float(student.process.log_snr(torch.ones(1, dtype=torch.float64))) == pytest.approx(bound)
+        assert (student.process == table) == (lora_rank == 2)
+        assert student.prediction == V()
+        assert bool(student.sample(range(2)).isfinite().all())
+
+
+@at_zero_snr
+def test_a_student_whose_output_does_not_determine_x0_is_refused(process: NoiseProcess, last: float) -> None:
+    teacher = NetworkDenoiser(MLP((2,)), process, Eps())
+    for objective in (Matching(), Matching(prediction=Eps())):
+        # As in a dry run.
+        for device in ("cpu", "meta"):
+            with torch.device(device), pytest.raises(ValueError, match="predicts Eps has no x0 at t = 1") as caught:
+                objective.start(teacher)
+        assert str(caught.value).endswith("Choose another prediction for the student, such as V()")
+    with torch.device("meta"):
+        assert Matching(prediction=V()).start(teacher).prediction == V()

@@ -1,4 +1,4 @@
-"""Networks may have weights that cannot be trained, such as integers."""
+"""Networks may have weights that cannot be trained, such as integers, or weights in another precision."""
 
 from collections.abc import Mapping
 
@@ -41,6 +41,19 @@ class Turned(nn.Module):
     def forward(self, x_t: Tensor, time: Tensor) -> Tensor:
         found: Tensor = self.layer(torch.cat([x_t, time[:, None]], 1))
         return torch.view_as_real(torch.complex(found[:, 0], found[:, 1]) * self.turn)
+
+
+class Cast(nn.Module):
+    """A network in another precision that converts its inputs itself."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.dtype = nn.Linear(3, 2, dtype=dtype), dtype
+
+    def forward(self, x_t: Tensor, time: Tensor) -> Tensor:
+        found: Tensor = self.layer(torch.cat([x_t, time[:, None]], 1).to(self.dtype))
+        return found.to(x_t)
 
 
 class Own(halfstep.Denoiser):
@@ -91,3 +104,23 @@ def test_complex_weights_are_rejected_unless_they_are_constant() -> None:
         assert "\n" not in str(caught.value)
     teacher = halfstep.fit(denoiser(Turned(False)), points(), TRAINING, engine=CPU)
     assert torch.equal(teacher.network.turn, Turned(False).turn)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.float64, "float32"), (torch.bfloat16, "float32"), (torch.bfloat16, "bf16")]
+)
+def test_networks_in_another_precision_are_distilled_and_finished(dtype: torch.dtype, precision: str) -> None:
+    """A finish calls a frozen copy of the student, and a consistency stage can call its average.
+
+    In a finish, the auxiliary denoiser of a teacher in bfloat16 is a copy of the network before its conversion.
+    """
+    engine = halfstep.Engine(cpu=True, trackers=(), teacher_precision=precision)
+    finish = halfstep.Plan.finishes([2], TRAINING, lambda number: Finishing(number, lead_updates=1))
+    student = halfstep.distill(
+        denoiser(Cast(dtype)), points(), start=4, to=2, training=TRAINING, finish=finish, engine=engine
+    )
+    assert all(parameter.dtype == dtype for parameter in student.parameters())
+    assert bool(student.sample(range(2)).isfinite().all())
+    plan = halfstep.Plan.of(halfstep.Consistency(2, 4, 4, self_teacher=0.9), TRAINING)
+    student = halfstep.distill(denoiser(Cast(dtype)), points(), plan=plan, engine=engine)
+    assert all(parameter.dtype == dtype for parameter in student.parameters())

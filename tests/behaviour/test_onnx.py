@@ -243,6 +243,19 @@ def test_weights_next_to_the_graph_are_found(tmp_path: Path, monkeypatch: pytest
     assert_same(ran(file, noise=noise), sample(made, noise, 1))
 
 
+def test_the_weights_of_a_renamed_graph_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from halfstep.hub import onnx as room
+
+    made, out, held = points(VPCosine(), V()), tmp_path / "sampler.onnx", tmp_path / "sampler.onnx.data"
+    held.write_bytes(b"the weights of a graph that was renamed")
+    assert export_onnx(made, tmp_path / "small.onnx", 1).exists()
+    monkeypatch.setattr(room, "LARGEST", 0)
+    with pytest.raises(ValueError, match=r"sampler\.onnx\.data already exists: choose another name for the graph"):
+        export_onnx(made, out, 1)
+    assert not out.exists()
+    assert held.read_bytes() == b"the weights of a graph that was renamed"
+
+
 def test_a_missing_package_and_a_missing_number_of_steps_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,6 +159,21 @@ def test_a_lost_recipe_is_written_again_and_a_foreign_one_refused(path: Path, ma
         load(path)
 
 
+def test_a_run_that_an_earlier_version_named_is_resumed(path: Path, made: Path) -> None:
+    recipe = RunFolder(path).recipe_path
+    for file in (recipe, *path.glob("stages/*/m*.json")):
+        held = read_sealed(file)
+        # Earlier versions did not record the digest of the recipe alone.
+        write_sealed(file, held | {"run": held["run"].partition("-")[0]})
+    for _ in range(2):
+        shutil.rmtree(path / "stages" / THIRD)
+        finish(SPEC, path)
+        assert weights(path) == weights(made / "uncut")
+        recipe.unlink()
+    with pytest.raises(ValueError, match="is not empty, but it is not a run folder"):
+        finish(OTHER, path)
+
+
 @pytest.mark.parametrize("content", ['{"recipe": null}', '{"recipe": {"seed": 1}}', "[]", "{"])
 def test_a_damaged_recipe_is_reported_with_a_remedy(path: Path, content: str) -> None:
     file = RunFolder(path).recipe_path

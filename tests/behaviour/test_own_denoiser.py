@@ -1,6 +1,7 @@
 """A user's own `Denoiser`, based only on `process.alpha_sigma(t)`, can be trained, distilled and sampled."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 import halfstep
 from halfstep.core.noise import NoiseProcess, VPCosine, per_sample
 from halfstep.core.prediction import Denoised
+from halfstep.nets import MLP
 from halfstep.samplers import samplers
 from support import members
 from toys import points
@@ -74,6 +76,34 @@ def test_a_student_is_distilled_from_it_and_it_stays_as_it_was(fitted: Linear) -
     undistilled = halfstep.sample(fitted, x_1, 2)
     # A line fitted to the teacher's landing points, closer to them than the teacher's own two steps.
     assert (two - four).square().mean() < 0.3 * (undistilled - four).square().mean()
+
+
+def test_its_student_is_distilled_again_like_a_model(fitted: Linear) -> None:
+    training = halfstep.Training(2, 1e-2, batch_size=8)
+    network = halfstep.NetworkDenoiser(MLP((2,), width=8, depth=1), VPCosine(), halfstep.V())
+    for teacher in (fitted, network):
+        student, names = halfstep.distill(teacher, points(), to=4, start=8, training=training), list[str]()
+        last = halfstep.distill(
+            student, points(), to=1, training=training, on_stage=lambda name, _, names=names: names.append(name)
+        )
+        assert names == ["01-halve-0002", "02-halve-0001"]
+        assert last.num_steps == 1
+        with pytest.raises(ValueError, match="distilled for 4 steps"):
+            halfstep.distill(student, points(), to=1, start=16, training=training)
+
+
+def test_a_network_that_was_distilled_elsewhere_is_a_student(tmp_path: Path) -> None:
+    training = halfstep.Training(2, 1e-2, batch_size=8)
+    student = halfstep.NetworkDenoiser(MLP((2,), width=8, depth=1), VPCosine(), halfstep.V())
+    student.num_steps, student.sampler = 4, halfstep.Heun()
+    for out in (None, tmp_path / "run"):
+        with pytest.raises(ValueError, match="distilled for 4 steps of Heun"):
+            halfstep.distill(student, points(), to=2, training=training, out=out)
+    student.sampler = None
+    last = halfstep.distill(student, points(), to=1, training=training, out=tmp_path / "run")
+    assert last.num_steps == 1
+    assert halfstep.load(tmp_path / "run" / "stages" / "00-teacher").num_steps == 4
+    assert (tmp_path / "run" / "stages" / "02-halve-0001").exists()
 
 
 def test_options_that_need_a_network_are_rejected(fitted: Linear) -> None:

@@ -19,7 +19,7 @@ import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import halfstep
 import own_objective
@@ -348,6 +348,78 @@ def test_the_gradient_reaches_only_the_player_whose_turn_it_is() -> None:
     for _ in trainer.run():
         pass
     assert stepped == ["critic", STUDENT] * TRAINING.num_updates
+
+
+class Headed(nn.Module):
+    """A critic with a frozen first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(2, 8).requires_grad_(False)
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, x0: Tensor) -> Tensor:
+        judged: Tensor = self.head(torch.tanh(self.backbone(x0)))[:, 0]
+        return judged
+
+
+@dataclass(frozen=True)
+class Judged(Game):
+    """The game with a critic that has a frozen first layer, or only frozen layers."""
+
+    student_first: bool = False
+    all_frozen: bool = False
+
+    @property
+    def helpers(self) -> Mapping[str, Helper]:
+        def start(models: Models, shape: tuple[int, ...]) -> nn.Module:
+            return Headed().requires_grad_(False) if self.all_frozen else Headed()
+
+        return {"critic": Auxiliary(start, lambda own: own.of_helper(2.0, weight_decay=0.1)), "slow": Average(0.9)}
+
+    def turns(self, update: int) -> tuple[Turn, ...]:
+        critic, student = super().turns(update)
+        return (student, critic) if self.student_first else (critic, student)
+
+    def critic_loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
+        with torch.no_grad():
+            made, log_snr = self._made(models, batch, draw)
+        judge = models.helpers["critic"]
+        return Losses(nn.functional.softplus(judge(made)) + nn.functional.softplus(-judge(batch.x0)), log_snr)
+
+    def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
+        made, log_snr = self._made(models, batch, draw)
+        return Losses(nn.functional.softplus(-models.helpers["critic"](made)), log_snr)
+
+    def _made(self, models: Models, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
+        t, eps = self._noisy(batch, draw)
+        process = models.student.process
+        return models.student(process.mix(batch.x0, eps, t), t, batch.cond).x0, process.log_snr(t)
+
+
+@pytest.mark.parametrize("student_first", [False, True])
+def test_frozen_layers_of_a_helper_stay_frozen_and_resume(student_first: bool) -> None:
+    trainer, again = (made_trainer(Judged(student_first=student_first)) for _ in range(2))
+    critic = trainer.players["critic"]
+    before = {name: value.clone() for name, value in critic.network.state_dict().items()}
+    for update in trainer.run():
+        assert [p.requires_grad for p in critic.network.parameters()] == [False, False, True, True]
+        assert [torch.equal(value, before[name]) for name, value in critic.network.state_dict().items()] == [
+            True, True, False, False
+        ]  # fmt: skip
+        if update == 4:
+            again.load_state(trainer.state(), 4, 0.0)
+    assert {name.partition(".")[2] for name in trainer.state()["helper-critic-optimizer"]} == {
+        "head.weight", "head.bias"
+    }  # fmt: skip
+    list(again.run())
+    for part, tensors in trainer.state().items():
+        assert all(torch.equal(again.state()[part][name], value) for name, value in tensors.items()), part
+
+
+def test_a_helper_of_only_frozen_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"all weights of the network of critic are frozen\. Call requires_grad_"):
+        made_trainer(Judged(all_frozen=True))
 
 
 @dataclass(frozen=True)

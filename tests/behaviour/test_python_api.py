@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import errno
 import functools
 import gc
@@ -14,7 +15,7 @@ import sys
 import tomllib
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,7 +28,21 @@ from torch import Tensor, nn
 
 import halfstep
 from halfstep.core import callable as callables
+from halfstep.core.draw import Draw
 from halfstep.nets import MLP, LoRA, UNet2D, unet2d_config
+from halfstep.objectives import (
+    STUDENT,
+    Batch,
+    Evals,
+    Frozen,
+    Helper,
+    Losses,
+    Models,
+    Objective,
+    Outcome,
+    Role,
+    objectives,
+)
 from halfstep.runtime.files import DamagedFile
 from support import in_turn
 from toys import points, weights
@@ -345,6 +360,153 @@ def test_the_lines_of_a_chain_name_its_stages_as_the_command_line_does(
         f"{name}: complete" for name in ("00-teacher", "01-halve-0002", "02-halve-0001")
     ]
     assert said(out=tmp_path / "run", progress=False) == []
+
+
+class Level(nn.Module):
+    """Another network, with a level that is added to its output and starts at random."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.level = network, nn.Parameter(torch.randn(2))
+
+    def forward(self, x_t: Tensor, time: Tensor) -> Tensor:
+        found: Tensor = self.network(x_t, time) + self.level
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Alone(Objective):
+    """Denoising by a researcher's objective, which also pulls the student to where it started."""
+
+    needs_teacher: ClassVar[bool] = False
+    grown: bool = False
+
+    @property
+    def outcome(self) -> Outcome:
+        return Outcome(Role.TEACHER)
+
+    @property
+    def evals(self) -> Mapping[str, Evals]:
+        return {STUDENT: Evals(1, 1), "first": Evals(1)}
+
+    @property
+    def helpers(self) -> Mapping[str, Helper]:
+        return {"first": Frozen()}
+
+    def start(self, teacher: halfstep.Denoiser) -> halfstep.Denoiser:
+        if not self.grown:
+            return teacher
+        assert isinstance(teacher, halfstep.NetworkDenoiser)
+        if isinstance(teacher.network, MLP):
+            wide = MLP((2,), width=8, depth=2)
+            wide.load_state_dict(teacher.network.state_dict(), strict=False)
+            return halfstep.NetworkDenoiser(wide, teacher.process, teacher.prediction)
+        return halfstep.NetworkDenoiser(Level(teacher.network), teacher.process, teacher.prediction)
+
+    def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
+        losses = halfstep.Denoising().loss(models, batch, draw)
+        x_t = draw.normal("other", batch.x0.shape[1:]).to(batch.x0)
+        with torch.no_grad():
+            first = models.helpers["first"](x_t, 1.0, batch.cond).x0
+        pull = (models.student(x_t, 1.0, batch.cond).x0 - first).square().mean(1)
+        return Losses(losses.loss + pull, losses.log_snr)
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[type[Alone]]:
+    """Register the researcher's objective for one test."""
+    objectives.register("alone")(Alone)
+    yield Alone
+    del objectives["alone"]
+
+
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+@pytest.mark.parametrize("kind", ["denoising", "alone"])
+def test_a_stage_without_a_teacher_trains_a_copy_in_memory_as_in_a_folder(
+    tmp_path: Path, alone: type[Alone], kind: str, place: str
+) -> None:
+    training = halfstep.Training(6, 1e-2, batch_size=8)
+    one = halfstep.Plan.of(halfstep.Denoising() if kind == "denoising" else alone(), training)
+    two, four = (halfstep.Plan.halvings(2 * steps, steps, training, updates_at={}) for steps in (2, 4))
+    plan = {"first": one + four + two, "middle": four + one + two, "last": four + two + one}[place]
+    results, names = [], []
+    for out in (None, tmp_path / "run"):
+        teacher, stages = denoiser(), list[str]()
+        before = state(teacher)
+        found = halfstep.distill(
+            teacher,
+            points(),
+            plan=plan,
+            engine=CPU,
+            out=out,
+            on_stage=lambda name, _, stages=stages: stages.append(name),
+        )
+        assert all(map(torch.equal, state(teacher), before))
+        assert all(parameter.requires_grad for parameter in teacher.parameters())
+        results.append(found)
+        names.append([name for name in stages if name != "00-teacher"])
+    assert equal(*results)
+    assert names[0] == names[1] == plan.names(1)
+
+
+def test_a_model_keeps_the_guidance_of_its_parent_in_memory_as_in_a_folder(tmp_path: Path) -> None:
+    data = points(), {"class_labels": torch.arange(200) % 3}
+    plan = halfstep.Plan.of(halfstep.Denoising(), TRAINING)
+    for out in (None, tmp_path / "run"):
+        found = halfstep.distill(
+            denoiser(Labelled()), data, plan=plan, guidance=halfstep.FixedGuidance(2.0), null={"class_labels": 3},
+            matching=TRAINING, engine=CPU, out=out,
+        )  # fmt: skip
+        assert found.guidance == halfstep.FixedGuidance(2.0), out
+
+
+def test_random_weights_that_an_objective_adds_depend_only_on_the_seed(tmp_path: Path, alone: type[Alone]) -> None:
+    plan = halfstep.Plan.of(alone(grown=True), TRAINING)
+
+    def level(global_seed: int, seed: int) -> Tensor:
+        teacher = denoiser()
+        torch.manual_seed(global_seed)
+        found: Tensor = halfstep.distill(teacher, points(), plan=plan, engine=CPU, seed=seed).network.level
+        return found
+
+    assert torch.equal(level(0, 0), level(1, 0))
+    assert not torch.allclose(level(0, 0), level(0, 1), atol=0.1)
+
+    # A frozen copy of the start is made again when the run resumes.
+    def kept(name: str, global_seed: int, **more: Any) -> halfstep.Model:
+        torch.manual_seed(3)
+        teacher = denoiser(MLP((2,), width=8, depth=1))
+        torch.manual_seed(global_seed)
+        found = halfstep.distill(teacher, points(), plan=plan, engine=CPU, out=tmp_path / name, **more)
+        assert isinstance(found, halfstep.Model)
+        return found
+
+    whole, windows = kept("whole", 0), list[int]()
+
+    def cut(_: str, window: halfstep.Window) -> None:
+        windows.append(window.update)
+        if len(windows) == 2:
+            raise Cut
+
+    with pytest.raises(Cut):
+        kept("cut", 1, on_window=cut)
+    assert equal(kept("cut", 2, on_window=lambda _, window: windows.append(window.update)), whole)
+    assert windows[2] > windows[0], "the call resumed"
+
+
+def test_a_network_on_another_process_is_loaded_into_the_users_own(tmp_path: Path) -> None:
+    process, further = halfstep.VPCosine(-10, 10), halfstep.VPCosine(-6, 6)
+    student = halfstep.distill(denoiser(), points(), **CHAIN, process=process, out=tmp_path / "run")
+    halfstep.save(student, tmp_path / "saved")
+    for path in ("run", "saved"):
+        for network in (Net(), student.network):
+            loaded = halfstep.load(tmp_path / path, network=network)
+            assert loaded.process == process
+            assert torch.equal(loaded.sample(range(4)), student.sample(range(4)))
+    # Twice, from a matched model.
+    matched = halfstep.load(tmp_path / "run" / "stages" / "01-match", network=Net())
+    twice = halfstep.distill(matched, points(), **CHAIN, process=further, out=tmp_path / "twice")
+    assert torch.equal(halfstep.load(tmp_path / "twice", network=Net()).sample(range(4)), twice.sample(range(4)))
 
 
 # Data.
@@ -828,8 +990,9 @@ def test_class_labels_belong_to_their_samples() -> None:
 # Argument checks.
 
 
-def _fit(**changes: Any) -> Any:
-    arguments: dict[str, Any] = {"denoiser": denoiser(), "data": points(), "training": TRAINING} | changes
+def _fit(own: Any = None, **changes: Any) -> Any:
+    arguments: dict[str, Any] = {"denoiser": denoiser() if own is None else own, "data": points()} | changes
+    arguments = {"training": TRAINING} | arguments
     return halfstep.fit(**arguments)
 
 
@@ -873,6 +1036,18 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: halfstep.fit(halfstep.Clipped(denoiser()), points(), TRAINING),
         r"Pass its \.denoiser",
     ),
+    **{
+        f"a {name} inside a denoiser to {call.__name__[1:]}": (
+            functools.partial(call, halfstep.Reprocessed(wrap(), halfstep.VPCosine(-10, 10))),
+            rf"contains a {name}, which .* Pass the {name}'s \.denoiser",
+        )
+        for call in (_fit, _distill)
+        for name, wrap in (
+            ("Clipped", lambda: halfstep.Clipped(denoiser())),
+            ("Guided", lambda: halfstep.Guided(denoiser(Labelled()), {"class_labels": torch.tensor(0)}, 2.0)),
+            ("Model", lambda: halfstep.Model.of(denoiser(), (2,), clip=True)),
+        )
+    },
     "a number as training": (lambda: _distill(training=100), r"Pass halfstep\.Training\(num_updates"),
     "a number as guidance": (lambda: _distill(guidance=4.0), r"Pass halfstep\.FixedGuidance\(4\.0\)"),
     "a class as prediction": (lambda: _distill(prediction=halfstep.X0), r"Call it: X0\(\.\.\.\)"),

@@ -207,8 +207,10 @@ def test_a_folder_of_another_recipe_is_refused_with_the_difference_and_left_alon
     before = weights(uncut)
     with pytest.raises(DifferentRecipe, match=r"seed: 1 \(the folder has 0\)"):
         finish(toy_spec(recipe={"name": "toy", "seed": 1}), uncut)
-    finish(toy_spec(recipe={"name": "toy", "seed": 1}, free=("seed",)), uncut)
-    assert weights(uncut) == before
+    path = Path(shutil.copytree(uncut, tmp_path / "run"))
+    finish(toy_spec(recipe={"name": "toy", "seed": 1}, free=("seed",)), path)
+    assert weights(path) == weights(uncut) == before
+    assert RunFolder(path).recipe()["recipe"]["seed"] == 1
 
 
 def test_a_folder_of_other_data_is_refused(uncut: Path) -> None:

@@ -289,7 +289,8 @@ def test_samples_of_another_device_are_drawn_again_only_where_that_matters(
     drawn.clear()
     Store(tmp_path).measure([cell()], [reference])
     assert not drawn
-    Store(tmp_path, own_device=True).result(cell(), reference)
+    assert Store(tmp_path).result(cell(), reference).pace == ("NVIDIA H100", 1)
+    assert Store(tmp_path, own_device=True).result(cell(), reference).pace == tuple(held["pace"])
     assert drawn == {2: 16}
     assert json.loads(file.read_text())["pace"] == held["pace"]
 

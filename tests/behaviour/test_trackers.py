@@ -59,6 +59,16 @@ def test_tensorboard_contains_the_log_once_also_after_an_interruption(tmp_path: 
     assert value == pytest.approx(metrics.results[0].frechet, rel=1e-6)
 
 
+def test_tensorboard_drops_the_curve_of_a_first_stage_that_restarts(tmp_path: Path) -> None:
+    for updates in ((1, 2, 3), (1,)):
+        trackers = Trackers(("tensorboard",), tmp_path, "toy", {})
+        trackers.start(0)
+        for update in updates:
+            trackers.log("00-denoise", {"loss": float(len(updates))}, update)
+        trackers.finish()
+    assert _events(tmp_path) == {"00-denoise/loss": [(1, 1.0)]}
+
+
 def test_a_picture_is_shown_as_it_is_in_the_folder(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

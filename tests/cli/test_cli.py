@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -516,6 +517,13 @@ def test_ctrl_c_saves_prints_how_to_resume_and_exits_130(toy_npy: Path, tmp_path
     assert list(out.glob("stages/00-denoise/checkpoint-*/manifest.json"))
 
 
+def test_the_recorded_command_can_be_pasted(toy_npy: Path, tmp_path: Path) -> None:
+    argv = ["train", "arrays", "--data", str(toy_npy), "--out", str(tmp_path / "a run; 1"), *TINY_ARRAYS]
+    main(argv)
+    command = RunFolder(tmp_path / "a run; 1").recipe()["environment"]["command"]
+    assert shlex.split(command) == ["halfstep", *argv]
+
+
 def test_the_home_folder_in_an_option_is_expanded(
     toy_npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -541,6 +549,8 @@ def test_the_command_line_uses_a_run_of_a_python_call_with_one_of_our_networks(
     run, data = tmp_path / "python", torch.from_numpy(np.load(toy_npy))
     training = halfstep.Training(2, 1e-3, batch_size=8)
     halfstep.distill(halfstep.load(toy_run / "stages" / "00-denoise"), data, start=4, to=2, training=training, out=run)
+    # The arguments of the program that called halfstep would not reproduce the run.
+    assert RunFolder(run).recipe()["environment"]["command"] is None
     measured = ["--data", str(toy_npy), "--num-samples", "20", "--out", str(tmp_path / "evaluation"), "--json"]
     capsys.readouterr()
     main(["evaluate", str(run), *measured])

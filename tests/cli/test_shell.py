@@ -123,7 +123,9 @@ def test_a_rank_without_a_world_is_that_of_one_process(monkeypatch: pytest.Monke
 
 def test_a_user_without_a_home_gets_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def homeless(path: Path) -> Path:
-        raise RuntimeError("Could not determine home directory.")
+        if str(path).startswith("~"):
+            raise RuntimeError("Could not determine home directory.")
+        return path
 
     monkeypatch.setattr(Path, "expanduser", homeless)
     monkeypatch.setenv("HALFSTEP_CACHE", "")
@@ -133,6 +135,12 @@ def test_a_user_without_a_home_gets_a_remedy(monkeypatch: pytest.MonkeyPatch, tm
         user_path("~nobody/x")
     monkeypatch.setenv("HALFSTEP_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path
+
+
+def test_the_cache_folder_may_start_with_a_tilde(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HALFSTEP_CACHE", "~/x")
+    assert cache_folder() == tmp_path / "x"
 
 
 def test_a_closed_terminal_stops_like_sigterm_unless_nohup_started_it() -> None:

@@ -34,7 +34,7 @@ from halfstep.objectives import (
     objectives,
 )
 from halfstep.runtime.processes import make_accelerator
-from halfstep.samplers import DDIM, Ancestral, DPMSolverPP2M, Heun, Sampler
+from halfstep.samplers import DDIM, Ancestral, Heun, Sampler, samplers
 from halfstep.train.engine import StageTrainer
 from support import (
     Watched,
@@ -326,7 +326,23 @@ def test_the_average_replaces_the_student_in_predictions_and_only_the_student_le
     assert all(p.grad is not None for p in student.parameters())
 
 
-@every_deterministic
+@pytest.mark.parametrize("sampler", [each for each in members(samplers) if each.values[0].order > 1])
+def test_a_sampler_of_higher_order_changes_the_target_or_is_refused(sampler: Sampler) -> None:
+    if sampler.multistep:
+        with pytest.raises(ValueError, match=r"^DPMSolverPP2M needs several steps in a row .*, such as Heun\(\)"):
+            Consistency(2, teacher_sampler=sampler)
+        return
+    models = Models(toy_denoiser(VPCosine(), V(), seed=1), toy_denoiser(VPCosine(), V(), seed=2))
+    losses = [
+        Consistency(2, 8, 8, teacher_sampler=each).loss(models, Batch(numbers(64, 2)), draw_for()).loss
+        for each in (sampler, DDIM())
+    ]
+    assert not torch.allclose(*losses, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "sampler", [each for each in variants() if not (each.values[0].stochastic or each.values[0].multistep)]
+)
 def test_an_update_calls_the_networks_as_often_as_it_says(sampler: Sampler) -> None:
     process = VPCosine()
     student, teacher = (Watched(mixture(process)) for _ in range(2))
@@ -395,7 +411,7 @@ def test_the_metric_is_of_the_weighted_error() -> None:
 
 def test_a_description_holds_all_settings() -> None:
     full = Consistency(
-        2, 8, 64, 300, Constant(), PseudoHuber(1e-3), GuidanceRange(1, 4), True, DPMSolverPP2M(), self_teacher=0.5
+        2, 8, 64, 300, Constant(), PseudoHuber(1e-3), GuidanceRange(1, 4), True, Heun(), self_teacher=0.5
     )  # fmt: skip
     for objective in (full, Consistency(1), Consistency(4, guidance=FixedGuidance(3.0))):
         assert objectives.rebuild(objectives.describe(objective)) == objective

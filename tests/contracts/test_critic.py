@@ -12,16 +12,18 @@ import scipy.stats
 import torch
 from torch import Tensor, nn
 
+import halfstep
 from halfstep.core.denoiser import GUIDANCE, Cond, Denoiser, Guided, NetworkDenoiser, Reprocessed
 from halfstep.core.draw import Draw
 from halfstep.core.noise import VE, NoiseProcess, VPCosine, per_sample, processes
 from halfstep.core.oracle import GaussianDenoiser, data_set_denoiser
-from halfstep.core.prediction import Denoised, V, Weighting, eps_from_x0
+from halfstep.core.prediction import X0, Denoised, V, Weighting, eps_from_x0
 from halfstep.models.students import in_precision
 from halfstep.nets import (
     MLP,
     EncoderHalf,
     Network,
+    OnProcess,
     Replay,
     UNet2D,
     encoder_half,
@@ -50,7 +52,7 @@ from halfstep.objectives import (
 from halfstep.objectives.adversarial import critic_of
 from halfstep.runtime.processes import make_accelerator
 from halfstep.train.engine import StageTrainer
-from support import ToyHalf, Watched, members, numbers, toy_denoiser
+from support import ToyHalf, ToyNetwork, Watched, members, numbers, toy_denoiser
 from support_pipelines import replay
 
 SIZE = 64
@@ -546,6 +548,35 @@ def test_a_user_defined_network_registers_its_encoder_half() -> None:
     critic = critic_of(Models(denoiser, denoiser))
     assert isinstance(critic.encoder, ToyHalf)
     assert isinstance(critic.encoder, EncoderHalf)
+
+
+def test_the_critics_features_on_another_process_are_those_at_the_networks_own_time_and_scale() -> None:
+    own, process = VE(0.01, 50.0), VPCosine(-7, 8)
+    network = ToyNetwork(V())
+    moved = NetworkDenoiser(OnProcess(network, own, process), process, V())
+    critic = critic_of(Models(moved, moved))
+    assert critic.encoder.channels == ToyHalf.channels
+    y, tau = numbers(5, 2), torch.tensor([0.1, 0.3, 0.5, 0.8, 1.0]).double()
+    there = own.time_at(process.log_snr(tau))
+    scale = own.alpha_sigma(there)[0] / process.alpha_sigma(tau)[0]
+    torch.testing.assert_close(critic.encoder(y, tau), encoder_half(network)(scale[:, None] * y, there))
+    # The half of a copy contains none of the network's other layers.
+    grads = torch.autograd.grad(critic.encoder(y, tau).sum(), list(critic.encoder.parameters()))
+    assert all(bool(grad.any()) for grad in grads)
+
+
+def test_a_chain_with_a_critic_moves_a_users_network_to_another_process() -> None:
+    training, x0 = Training(2, 1e-3, 8), numbers(64, 2).float()
+
+    def judged(objective: Objective) -> Objective:
+        return Adversarial(objective, lead_updates=0)
+
+    student = halfstep.distill(
+        NetworkDenoiser(ToyNetwork(X0()).float(), VPCosine(), X0()), x0,
+        plan=halfstep.Plan.halvings(4, 2, training).changed(judged), process=VPCosine(-10, 10), matching=training,
+        device="cpu", progress=False,
+    )  # fmt: skip
+    assert isinstance(student.network, OnProcess)
 
 
 # In the engine.

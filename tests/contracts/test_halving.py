@@ -19,7 +19,7 @@ from halfstep.core.noise import NoiseProcess, VPCosine, processes
 from halfstep.core.oracle import data_set_denoiser
 from halfstep.core.prediction import Denoised, FlowVelocity, Prediction, V, eps_from_x0, predictions
 from halfstep.objectives import Batch, Halving, Models, halving_target
-from halfstep.samplers import DDIM, Ancestral, Angle, DataPredictionSampler, DPMSolverPP2M, Heun, Sampler
+from halfstep.samplers import DDIM, Ancestral, Angle, DataPredictionSampler, DPMSolverPP2M, Heun, Sampler, samplers
 from support import (
     FURTHER_PROCESSES,
     Landing,
@@ -439,7 +439,7 @@ def test_the_effective_prediction_makes_a_ddim_step_of_the_method_s_own(
 
 
 @every_deterministic
-@every_few
+@in_turn("num_teacher_steps", [2, 3, 4])
 @pytest.mark.parametrize("process", [VPCosine(), NARROW], ids=["vp_cosine", "narrow"])
 def test_an_update_calls_the_teacher_as_often_as_it_says_and_never_at_time_0(
     process: NoiseProcess, sampler: Sampler, num_teacher_steps: int
@@ -458,6 +458,28 @@ def test_a_teacher_that_draws_noise_is_refused() -> None:
         halving_target(mixture(VPCosine()), numbers(2, 2), 0.5, 0.25, sampler=Ancestral())
     with pytest.raises(ValueError, match=r"^Ancestral draws noise, .*Choose a deterministic sampler"):
         Halving(4, teacher_sampler=Ancestral())
+
+
+@pytest.mark.parametrize("sampler", [each for each in members(samplers) if each.values[0].order > 1])
+@in_turn("num_teacher_steps", [1, 2, 3])
+@in_turn("num_steps", [1, 2])
+@torch.no_grad()
+def test_a_sampler_of_higher_order_changes_the_target_or_is_refused(
+    sampler: Sampler, num_teacher_steps: int, num_steps: int
+) -> None:
+    def build() -> Halving:
+        return Halving(num_steps, num_teacher_steps, teacher_sampler=sampler)
+
+    if sampler.multistep and num_teacher_steps < (3 if num_steps == 1 else 2):
+        with pytest.raises(
+            ValueError, match=r" needs at least [23] teacher steps .* DDIM, got [12]\. Take more teacher"
+        ):
+            build()
+        return
+    models = Models(toy_denoiser(VPCosine(), V(), seed=3), toy_denoiser(VPCosine(), V()))
+    batch, draw = Batch(0.5 * numbers(32, 2)), Draw(0, "stage", 0, 32, range(32))
+    losses = [each.loss(models, batch, draw).loss for each in (build(), Halving(num_steps, num_teacher_steps))]
+    assert not torch.allclose(*losses, rtol=1e-6, atol=0)
 
 
 def test_the_teacher_s_sampler_is_ddim_unless_another_is_named() -> None:

@@ -1,13 +1,23 @@
 """Families by name: every member can be named, built and looked up again, and a typo gets a hint."""
 
+import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from halfstep.core.noise import processes
-from halfstep.core.prediction import predictions, weightings
+from halfstep import registry as registry_module
+from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.noise import VPCosine, processes
+from halfstep.core.prediction import SNR, Constant, LinearPrediction, Weighting, predictions, weightings
+from halfstep.models.folder import load, save
+from halfstep.models.model import Model
+from halfstep.nets import MLP
 from halfstep.objectives import objectives
 from halfstep.registry import Registry, nearest
 from halfstep.samplers import samplers
@@ -57,6 +67,45 @@ def test_an_unrecognisable_name_gets_the_list_without_a_suggestion() -> None:
 def test_unregistered_classes_have_no_name() -> None:
     with pytest.raises(ValueError, match="3 is not a registered prediction"):
         predictions.name_of(3)
+
+
+@dataclass(frozen=True)
+class Mixed(LinearPrediction):
+    """A prediction with settings in tuples."""
+
+    shares: tuple[float, ...] = (1.0, 0.5)
+    nested: tuple[tuple[int, int], ...] = ((1, 2), (3, 4))
+    weightings: tuple[Weighting, ...] = (SNR(), Constant())
+
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return -self.shares[0] * sigma, self.shares[1] * alpha
+
+
+@dataclass(frozen=True)
+class Named:
+    """Settings in a dict."""
+
+    bounds: dict[str, tuple[float, Weighting]]
+
+
+def test_a_description_survives_json_with_tuples_and_members_in_them(tmp_path: Path) -> None:
+    predictions.register("mixed")(Mixed)
+    family: Registry[Any] = Registry("named thing")
+    family.register("named")(Named)
+    try:
+        for registry, member in ((predictions, Mixed(shares=(0.5, 2.0))), (family, Named({"x0": (1.0, SNR())}))):
+            rebuilt = registry.rebuild(json.loads(json.dumps(registry.describe(member))))
+            assert rebuilt == member
+        own = MLP((2,), width=8, depth=1)
+        model = Model.of(NetworkDenoiser(own, VPCosine(), Mixed(shares=(0.5, 2.0))), (2,))
+        save(model, tmp_path / "saved")
+        loaded = load(tmp_path / "saved")
+        assert loaded.prediction == model.prediction
+        assert hash(loaded.prediction) == hash(model.prediction)
+        assert torch.equal(loaded.sample(range(3), 2), model.sample(range(3), 2))
+    finally:
+        del predictions["mixed"]
+        registry_module._families.pop("named thing")
 
 
 def test_a_name_is_given_once_and_the_first_stays() -> None:

@@ -14,7 +14,7 @@ from halfstep.core.draw import step_noise
 from halfstep.core.grids import uniform_times
 from halfstep.core.noise import FlowMatching, NoiseProcess, VPCosine, processes
 from halfstep.core.oracle import data_set_denoiser
-from halfstep.core.prediction import X0, Prediction, predictions
+from halfstep.core.prediction import X0, Prediction, V, predictions
 from halfstep.samplers import (
     DDIM,
     Ancestral,
@@ -59,6 +59,26 @@ every_deterministic = pytest.mark.parametrize("sampler", those(SAMPLERS, "stocha
 every_deterministic_variant = pytest.mark.parametrize("sampler", those(VARIANTS, "stochastic", wanted=False))
 every_stochastic = pytest.mark.parametrize("sampler", those(SAMPLERS, "stochastic", wanted=True))
 every_prediction = pytest.mark.parametrize("prediction", members(predictions))
+
+
+@every_deterministic_variant
+@torch.no_grad()
+def test_exactly_multistep_samplers_have_a_memory_and_they_start_and_end_with_ddim(sampler: Sampler) -> None:
+    """Otherwise, an objective could not tell when such a sampler has no effect on its target."""
+    denoiser, x_t = toy_denoiser(VPCosine(), V()), numbers(4, 2)
+    between, memory = sampler.step(denoiser, x_t, 0.9, 0.6, None, None)
+    _, later = sampler.step(denoiser, between, 0.6, 0.4, None, memory)
+    assert [memory is not None, later is not None] == [sampler.multistep] * 2
+    if sampler.multistep:
+        for x, t, s, held, is_ddim in (
+            (x_t, 0.9, 0.6, None, True),
+            (between, 0.6, 0.4, memory, False),
+            (between, 0.6, 0.0, memory, True),
+        ):
+            found, _ = sampler.step(denoiser, x, t, s, None, held)
+            wanted, _ = DDIM().step(denoiser, x, t, s, None, None)
+            assert torch.equal(found, wanted) == is_ddim, (t, s)
+
 
 # For data of one point, samplers that hold eps or x0 constant are exact. The others hold a quantity that changes.
 HOLD_FAST: Final = (DDIM, Ancestral, DPMSolverPP2M)

@@ -106,6 +106,53 @@ def test_words_and_numbers_stay_the_texts_that_they_are(tmp_path, write):
     assert read_captions(tmp_path).captions == tuple(captions.values())
 
 
+@pytest.mark.parametrize("write", [write_jsonl, write_csv, write_parquet])
+def test_captions_that_are_all_dates_or_numbers_stay_as_they_are(tmp_path, write):
+    """Table readers infer a column's type from its values."""
+    for captions in ({"a.png": "2021-05-03", "b.png": "2022-01-02"}, {"a.png": "007", "b.png": "1.50"}):
+        for name in captions:
+            image(tmp_path / name)
+        write(tmp_path, captions)
+        assert read_captions(tmp_path).captions == tuple(captions.values())
+
+
+def test_json_numbers_become_captions(tmp_path):
+    for name in ("a.png", "b.png", "c.png"):
+        image(tmp_path / name)
+    rows = ['{"file_name": "a.png", "text": 7}', '{"file_name": "b.png", "text": 1.50}']
+    (tmp_path / "metadata.jsonl").write_text("\n".join([*rows, "", '{"file_name": "c.png", "text": "\u2028"}', ""]))
+    assert read_captions(tmp_path).captions == ("7", "1.50", "\u2028")
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ['{"file_name": "a.png", "text": "x", "score": 1}', '{"file_name": "b.png", "text": "y", "score": "n/a"}'],
+        ['{"n": {"text": 1}, "file_name": "a.png", "text": "x"}', '{"n": [[]], "text": "y", "file_name": "b.png"}'],
+    ],
+)
+def test_other_columns_may_have_values_of_several_types(tmp_path, rows):
+    for name in ("a.png", "b.png"):
+        image(tmp_path / name)
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    assert read_captions(tmp_path).captions == ("x", "y")
+
+
+def test_other_columns_of_a_parquet_file_are_not_read(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    image(tmp_path / "a.png")
+    table = pa.table({"image": [b"Q" * 999], "file_name": ["a.png"], "text": ["x"], "n": [{"text": 1}]})
+    file = tmp_path / "metadata.parquet"
+    parquet.write_table(table, file, compression="gzip", use_dictionary=False, write_statistics=False)
+    assert read_captions(tmp_path).captions == ("x",)
+    file.write_bytes(file.read_bytes().replace(b"\x1f\x8b", b"\x00\x00", 1))  # damages the first column
+    with pytest.raises(OSError, match=r"(?i)zlib|gzip|inflate"):
+        parquet.read_table(file)
+    assert read_captions(tmp_path).captions == ("x",)
+
+
 def test_names_with_backslashes_and_of_another_spelling_are_found(tmp_path):
     composed, apart = (unicodedata.normalize(form, "s/caf\u00e9.png") for form in ("NFC", "NFD"))
     image(tmp_path / apart)
@@ -211,6 +258,8 @@ def test_both_kinds(tmp_path):
         ('{"file_name": "a.png", "text": ["x"]}', ["cannot be read", "list"]),
         ('{"file_name": null, "text": "x"}', ["row 1", "no file_name"]),
         ('{"file_name": "a.png", "text": "\xe9"}', ["cannot be read", "UTF-8"]),
+        ('{"file_name": "a.png", "text": "\\ud83d"}', ["line 1", "surrogates"]),
+        ('\n{"file_name": "a.png", "text": true}', ["line 2", "the text is a bool", "one JSON object per line"]),
     ],
 )
 def test_damaged_jsonl(tmp_path, row, words):
@@ -225,6 +274,7 @@ def test_damaged_jsonl(tmp_path, row, words):
         ("file_name,text\na.png,a cat, and a dog", ["Expected 2 columns, got 3", "quotes"]),
         ("file_name,text\na.png", ["Expected 2 columns, got 1"]),
         ('file_name,text\na.png,"a cat\nb.png,a dog', ["1 of 2 images", "b.png"]),
+        ("file_name,text,text\na.png,a cat,a dog", ["several columns 'text'"]),
         ("a.png,a cat\na.png,a dog", ["'file_name'", "a.png, a cat"]),
         ("", ["1 of 1 images"]),
     ],

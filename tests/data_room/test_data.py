@@ -200,6 +200,18 @@ def test_links_to_folders_are_followed_once(tmp_path):
     assert len(opened(tmp_path / "data")) == 1
 
 
+def test_a_split_may_be_a_link_to_another(tmp_path):
+    save(tmp_path / "val/a/1.png", noise(2, 2))
+    save(tmp_path / "val/b/2.png", noise(2, 2))
+    (tmp_path / "val/b/loop").symlink_to(tmp_path)
+    (tmp_path / "test").symlink_to("val")
+    val, test = opened(tmp_path, split="val"), opened(tmp_path, split="test")
+    assert (len(val), val.class_names) == (len(test), test.class_names) == (2, ("a", "b"))
+    # Links to one folder within a split still count once.
+    (tmp_path / "val/c").symlink_to("a")
+    assert len(opened(tmp_path, split="test")) == 2
+
+
 @pytest.mark.parametrize("limit", [1, 7, 1797, 5000])
 def test_limit_keeps_the_first(limit):
     data, whole = opened("digits", limit=limit), opened("digits")

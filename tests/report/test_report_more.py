@@ -17,7 +17,7 @@ from halfstep.report import headline, read_run, write_report
 from halfstep.report.evaluation import curves_of
 from halfstep.report.evaluation import text_table as evaluation_table
 from halfstep.report.page import MOST_BYTES
-from halfstep.report.quality import quality_groups, text_table
+from halfstep.report.quality import Group, quality_groups, text_table
 from halfstep.report.words import number, times
 from halfstep.runs import EvaluationResult, RunFolder
 from halfstep.runtime.files import write_json, write_sealed
@@ -91,6 +91,35 @@ def test_the_cost_follows_from_times_and_figures(tmp_path: Path) -> None:
     said = re.search(r"it pays off after about ([\d,]+) samples", page.text)
     assert said
     assert float(said[1].replace(",", "")) == pytest.approx(samples, rel=0.05)
+
+
+def test_times_of_different_machines_are_not_compared(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run")
+
+    def measured_on(pace: tuple[str, int] | None) -> tuple[Page, Group]:
+        """Return the report and the figures of a run whose students were measured with this pace."""
+        for path in run.glob("stages/*/metrics.json"):
+            held = json.loads(path.read_text())
+            for row in held["results"]:
+                row["pace"] = ("Xeon", 2) if path.parent.name == "00-denoise" else pace
+            write_sealed(path, held)
+        facts = read_run(run)
+        (group,) = quality_groups(facts.stages, facts.start)
+        return reported(run), group
+
+    page, group = measured_on(("Xeon", 2))
+    assert "it pays off after" in page.text
+    assert all(row.speed_up for row in group.rows)
+    assert group.pace_note is None
+    for other in (("Xeon", 4), ("Epyc", 2), None):
+        page, group = measured_on(other)
+        assert "pays off" not in page.text
+        # The teacher's own rows are compared with the teacher at its best.
+        assert [row.speed_up is None for row in group.rows] == [row.student is not None for row in group.rows]
+        table = text_table(group)
+        assert [row[-1] == "–" for row in table.rows] == [row.student is not None for row in group.rows]
+        assert group.pace_note in table.notes
+        assert str(group.pace_note) in page.text
 
 
 # --- A run in progress ---
@@ -428,7 +457,7 @@ def test_figures_of_an_earlier_halfstep_are_read(tmp_path: Path) -> None:
     for path in run.glob("stages/*/metrics.json"):
         held = json.loads(path.read_text())
         for row in held["results"]:
-            for name in ("precision", "recall", "coverage"):
+            for name in ("precision", "recall", "coverage", "pace"):
                 del row[name]
         held["results"] = [row for row in held["results"] if row["sampler"] != "heun"]
         write_sealed(path, held)
@@ -436,3 +465,4 @@ def test_figures_of_an_earlier_halfstep_are_read(tmp_path: Path) -> None:
     (row,) = [row for row in page.table("Steps")[2:] if row[0] == "128"]
     assert row[3:5] == [number(frechet(128, True)), number(frechet(128, True) / frechet(256, False))]
     assert len(row) == 11
+    assert row[-1] == f"{times(result(256, False).seconds_per_1000 / result(128, True).seconds_per_1000)}×"

@@ -18,7 +18,7 @@ from halfstep.cli.verbs import VERBS, Verb, overview
 from halfstep.registry import nearest
 from halfstep.runtime.allocator import keep_freed_memory
 from halfstep.runtime.files import first_line
-from halfstep.runtime.launch import check_launch, rank, world_size
+from halfstep.runtime.launch import check_launch, rank, recorded_command, world_size
 from halfstep.runtime.storage import FULL, GONE, exit_code
 from halfstep.runtime.terminal import Output, one_line, safe_outputs, warn
 
@@ -81,10 +81,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: with one of `verbs.EXIT_CODES`.
     """
     threading.excepthook = _thread_failed
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with safe_outputs() as out:
+        with safe_outputs() as out, recorded_command(arguments):
             try:
-                _main(list(sys.argv[1:] if argv is None else argv))
+                _main(arguments)
             except SystemExit as end:
                 if not end.code:
                     _check_written(out)

@@ -354,9 +354,12 @@ def finish(argv: Sequence[str]) -> None:
         raise UsageError("there is no student to finish. Add --steps, such as --steps 2 1")
     with as_typed(rest, SHORT_OF_FINISH):
         arguments.recipe.fitted(_given(rest, SHORT_OF_FINISH)).finish.plan()
-    # New finishing stages follow the existing ones, whose order does not change.
-    steps = tuple(dict.fromkeys((*recipe.finish.steps, *asked.steps)))
-    finishes = asked.model_copy(update={"steps": steps})
+    # New finishing stages follow the existing ones, whose order and own settings do not change.
+    before = recipe.finish
+    changes: dict[str, Any] = {"steps": tuple(dict.fromkeys((*before.steps, *asked.steps)))}
+    for setting in ("updates_at", "learning_rate_at"):
+        changes[setting] = {**(getattr(before, setting) or {}), **(getattr(asked, setting) or {})} or None
+    finishes = asked.model_copy(update=changes)
     arguments = replace(arguments, recipe=arguments.recipe.model_copy(update={"finish": finishes}))
     what, parent = held.get("what", "all"), held.get("parent")
     if what == "teacher":

@@ -299,14 +299,18 @@ class Guided(Denoiser):
         return self._null_held[place].expand_as(like)
 
 
+LARGEST_GAIN: Final = 1000.0
+"""The gain (see `output_gain`) above which an output that is accurate to 1% does not determine x0."""
+
+
 def output_gain(process: NoiseProcess, prediction: Prediction, t: float = 1.0) -> float:
     """Return the gain from output error to x0 error at t: sigma / alpha for eps, 1 for x0.
 
     For "both", the two heads are assumed to have the same error, whose effects on x0 partly cancel out.
     """
-    alpha, sigma = process.alpha_sigma(torch.tensor([t], dtype=torch.float64))
-    output = torch.ones(1, prediction.channels, dtype=torch.float64)
-    x_t = torch.zeros(1, 1, dtype=torch.float64)
+    alpha, sigma = process.alpha_sigma(torch.tensor([t], dtype=torch.float64, device="cpu"))
+    output = torch.ones(1, prediction.channels, dtype=torch.float64, device="cpu")
+    x_t = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
     gain = float(prediction.denoised(output, x_t, alpha, sigma).x0.abs())
     # Dividing by a signal of 0 may result in NaN, which would pass any check against an upper limit.
     return math.inf if math.isnan(gain) else gain
@@ -319,8 +323,7 @@ def warn_of_gain(process: NoiseProcess, prediction: Prediction, *, given: bool =
         given: whether the network is already trained, in which case its settings cannot be changed.
     """
     gain = output_gain(process, prediction)
-    # With a gain above 1,000, an output that is accurate to 1% does not determine x0.
-    if gain > 1000:
+    if gain > LARGEST_GAIN:
         log_snr = float(process.log_snr(torch.ones(1, dtype=torch.float64)))
         error = (
             f"an error in its output is {gain:.2g} times as large in x0"

@@ -13,7 +13,8 @@ the device.
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple, final
 
@@ -34,6 +35,17 @@ def _number(key: tuple[object, ...]) -> int:
 def generator_for(*key: object) -> torch.Generator:
     """Return a CPU generator seeded with a hash of `key`. Different keys yield independent numbers."""
     return torch.Generator().manual_seed(_number(key))
+
+
+@contextmanager
+def seeded(*key: object) -> Iterator[None]:
+    """Seed torch's global generator with a hash of `key`, and restore the state of the CPU generator on exit.
+
+    The initial weights of new layers then depend only on the key, on every rank and in a resumed run.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_number(key))
+        yield
 
 
 def _normal_rows(keys: Sequence[tuple[object, ...]], shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -92,7 +92,8 @@ class NoiseProcess(ABC):
         if t not in self._remembered:
             if len(self._remembered) >= REMEMBERED:
                 self._remembered.clear()
-            alpha, sigma = self.alpha_sigma(torch.tensor([t], dtype=torch.float64))
+            # Networks may be built on the meta device, which computes no numbers.
+            alpha, sigma = self.alpha_sigma(torch.tensor([t], dtype=torch.float64, device="cpu"))
             self._remembered[t] = float(alpha), float(sigma)
         return self._remembered[t]
 

@@ -6,6 +6,7 @@ image or clip: a.txt for a.png, or for a folder of frames named a. Tables have t
 captions. Other columns are ignored.
 """
 
+import json
 import sys
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,14 @@ from halfstep.data.preparation import Preparation
 from halfstep.runtime.files import check_regular, first_line, user_path
 
 TABLES: Final = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+COLUMNS: Final = ("file_name", "text")
+"""The columns of a table that are read."""
+FORMATS: Final = {
+    ".jsonl": ", as UTF-8 and with one JSON object per line",
+    ".csv": ", as UTF-8 and with quotes around texts that contain commas",
+    ".parquet": "",
+}
+"""Advice on saving a table, by its suffix."""
 RGB: Final = Preparation(channels=3)
 """Converts images to RGB and keeps their original size."""
 
@@ -187,7 +196,7 @@ def read_classes(folder: Path, preparation: Preparation = RGB) -> tuple[Captione
         ValueError: if the folder is missing, has no images or has fewer than two classes.
     """
     root = existing(folder, "with a sub-folder of images for each class")
-    found = image_folder(root, image_paths(root, files_below(root)), "train", labels=True, limit=None)
+    found = image_folder(root, image_paths(root, files_below(root, "train")), "train", labels=True, limit=None)
     if found.labels is None:
         raise ValueError(f"{folder} has no classes: put the images of each class into a separate sub-folder")
     assert isinstance(found.images, Files)
@@ -268,32 +277,69 @@ def _composed(path: PurePath) -> str:
 def _rows(path: Path) -> list[tuple[str, str]]:
     """Return the file_name and text of each row in a table."""
     import pyarrow as pa  # type: ignore[import-untyped]
-    from pyarrow import csv, json, parquet
 
-    # `imagefolder` itself is not used, because in .csv files it treats the captions "NA" and "None" as missing, and
-    # shifts the columns of rows with an extra field.
-    text = {name: pa.string() for name in ("file_name", "text")}
-    size = min(max(path.stat().st_size, 1 << 16), 2**31 - 1)
-    readers: dict[str, Callable[[], Any]] = {
-        ".jsonl": lambda: json.read_json(path, json.ReadOptions(block_size=size)),
-        ".csv": lambda: csv.read_csv(
-            path, None, csv.ParseOptions(newlines_in_values=True), csv.ConvertOptions(column_types=text)
-        ),
-        ".parquet": lambda: parquet.read_table(path),
-    }
     if path.stat().st_size == 0:
         return []
     try:
-        table = readers[path.suffix]()
-        columns = ", ".join(table.column_names) or "none"
-        if missing := text.keys() - set(table.column_names):
-            raise ValueError(f"it has no column {min(missing)!r}, only these: {columns}")
-        names, captions = (table[name].cast(pa.string()).to_pylist() for name in text)
+        names, captions = _json_columns(path) if path.suffix == ".jsonl" else _arrow_columns(path)
     except (OSError, pa.ArrowException, ValueError) as error:
         raise ValueError(
-            f"{path} cannot be read ({first_line(error)}): save it as UTF-8, with the columns file_name and text, and "
-            f"with quotes around texts that contain commas"
+            f"{path} cannot be read ({first_line(error)}): save it with the columns {' and '.join(COLUMNS)}"
+            f"{FORMATS[path.suffix]}"
         ) from error
     if None in names:
         raise ValueError(f"{path} row {names.index(None) + 1} has no file_name: add the file name, or remove the row")
-    return list(zip(names, (caption or "" for caption in captions), strict=True))
+    return [(str(name), caption or "") for name, caption in zip(names, captions, strict=True)]
+
+
+def _check_columns(found: Sequence[str]) -> None:
+    """Raise ValueError unless each column that is read exists once."""
+    if missing := set(COLUMNS) - set(found):
+        raise ValueError(f"it has no column {min(missing)!r}, only these: {', '.join(found) or 'none'}")
+    if several := [name for name in COLUMNS if found.count(name) > 1]:
+        raise ValueError(f"it has several columns {several[0]!r}")
+
+
+def _json_columns(path: Path) -> list[list[str | None]]:
+    """Return the `COLUMNS` of a .jsonl file. A number becomes the text that it is written as."""
+    # pyarrow's reader is not used: it either infers a type for each column, which turns dates into timestamps and
+    # rejects columns with values of several types, or it rejects captions that are numbers.
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        try:
+            rows += [_json_row(line)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+    _check_columns(list(dict.fromkeys(name for row in rows for name in row)))
+    return [[row.get(name) for row in rows] for name in COLUMNS]
+
+
+def _json_row(line: str) -> dict[str, Any]:
+    row = json.loads(line, parse_int=str, parse_float=str)
+    if not isinstance(row, dict):
+        raise ValueError("it is not a JSON object")
+    for name, value in ((name, row.get(name)) for name in COLUMNS):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"the {name} is a {type(value).__name__}, not a string")
+        # A JSON string may contain half of a surrogate pair, which cannot be encoded.
+        (value or "").encode()
+    return row
+
+
+def _arrow_columns(path: Path) -> list[list[str | None]]:
+    """Return the `COLUMNS` of a .csv or .parquet file."""
+    import pyarrow as pa
+    from pyarrow import csv, parquet
+
+    # `imagefolder` itself is not used, because in .csv files it treats the captions "NA" and "None" as missing, and
+    # shifts the columns of rows with an extra field.
+    if path.suffix == ".csv":
+        types = dict.fromkeys(COLUMNS, pa.string())
+        table = csv.read_csv(
+            path, None, csv.ParseOptions(newlines_in_values=True), csv.ConvertOptions(column_types=types)
+        )
+        _check_columns(table.column_names)
+    else:
+        _check_columns(parquet.read_schema(path).names)
+        table = parquet.read_table(path, columns=list(COLUMNS))
+    return [table[name].cast(pa.string()).to_pylist() for name in COLUMNS]

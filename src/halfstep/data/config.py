@@ -128,7 +128,7 @@ def _folder(config: DataConfig, root: Path) -> Labelled:
         return _table(config)
     if _is_run(root):
         raise ValueError(f"{config.source} is a run folder, not data: pass the data that the run was trained on")
-    files = files_below(root)
+    files = files_below(root, config.split)
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     tables = [path for path in files if path.suffix.lower() in _TABLES]
     if images and tables:

@@ -178,12 +178,16 @@ def changed_since(source: str, moment: float) -> list[Path]:
     return found
 
 
-def files_below(root: Path) -> list[PurePath]:
+def files_below(root: Path, first: str = "") -> list[PurePath]:
     """Return the sorted files below `root`, except hidden files, files in `lost+found`, and files in run folders, such
     as generated samples.
 
     Symbolic links to folders are followed, but each folder is visited only once. A folder that is removed during the
     search counts as empty.
+
+    Args:
+        first: the sub-folder of `root` to visit before all others. It is complete even if it and another sub-folder
+            are links to the same folder.
 
     Raises:
         ValueError: if a folder cannot be read.
@@ -210,5 +214,8 @@ def files_below(root: Path) -> list[PurePath]:
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "lost+found")
+        if folder == str(root) and first in folders:
+            folders.remove(first)
+            folders.insert(0, first)
         found += [Path(folder, name).relative_to(root) for name in names if not name.startswith(".")]
     return sorted(found, key=lambda path: path.parts)

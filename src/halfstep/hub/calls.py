@@ -25,10 +25,11 @@ class Reading:
     Args:
         latents: the samples for two prompts.
         longest: the length to which prompts are padded, or None if unknown.
+        has_classes: whether the denoiser's `class_labels` are classes.
     """
 
-    def __init__(self, latents: Tensor, longest: Any) -> None:
-        self.latents, self.longest = latents, longest
+    def __init__(self, latents: Tensor, longest: Any, has_classes: bool) -> None:
+        self.latents, self.longest, self.has_classes = latents, longest, has_classes
         self.constants: dict[str, Tensor] = {}
         self._names: set[str] = set()
 
@@ -110,13 +111,18 @@ class Reading:
         if padded:
             if not isinstance(self.longest, int):
                 raise ValueError(
-                    f"the argument {path[1:]} has no maximum length, because the pipeline has no max_sequence_length"
+                    f"the argument {path[1:]} has no maximum length, because max_sequence_length is not set. If the "
+                    "pipeline's call takes it, set it with --call max_sequence_length=N. Otherwise, distil the network "
+                    "in Python: halfstep.distill accepts any conditions"
                 )
             node["shape"][0] = self.longest
         return node
 
     def _leaf(self, kind: str, path: str, value: Tensor) -> dict[str, Any]:
         name = path.rpartition(".")[2]
+        if name == "class_labels" and not self.has_classes:
+            # Some networks take text embeddings in this argument, but the name is reserved for classes.
+            name = "class_embeddings"
         if name in self._names or name.isdigit():
             name = path[1:].replace(".", "_")
         self._names.add(name)

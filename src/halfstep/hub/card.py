@@ -22,7 +22,7 @@ _SOUND: Final = "made[0].T.float().cpu().numpy()"
 _SOUNDS: Final = {
     "StableAudioPipeline": ("pipe.vae.config.sampling_rate", _SOUND),
     "StableAudio3Pipeline": ("pipe.vae.config.sampling_rate", _SOUND),
-    "AudioLDM2Pipeline": ("pipe.vocoder.config.sampling_rate", "made[0]"),
+    **dict.fromkeys(("AudioLDMPipeline", "MusicLDMPipeline"), ("pipe.vocoder.config.sampling_rate", "made[0]")),
 }
 """The sampling rate and the first sound of audio pipelines, by the pipeline's class."""
 
@@ -38,7 +38,7 @@ def call_of(manifest: Manifest, num_steps: int) -> dict[str, Any]:
     if manifest.guidance is not None and manifest.guidance["type"] == "range":
         call["guidance_scale"] = manifest.guidance_scale
     elif pipeline.guidance is not None:
-        call[pipeline.guidance] = pipeline.scale if pipeline.off is None else pipeline.off
+        call[pipeline.guidance] = pipeline.single_scale
     return call | pipeline.options
 
 

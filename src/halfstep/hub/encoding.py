@@ -13,8 +13,8 @@ from torch import Tensor
 from halfstep.data import Encoder
 from halfstep.hub.autoencoder import Autoencoder, autoencoder_in
 from halfstep.hub.calls import call_in, conditions_in
-from halfstep.hub.disk import open_part, read_files
-from halfstep.hub.pipelines import fetch, load_pipeline
+from halfstep.hub.disk import open_part, read_config, read_files
+from halfstep.hub.pipelines import fetch_pipeline, load_pipeline
 from halfstep.hub.recording import GUIDANCES
 from halfstep.hub.stock import check_transformers
 from halfstep.hub.trace import first_arguments, prompted
@@ -33,7 +33,7 @@ def autoencoder_of(model: Model, device: str | torch.device = "cpu") -> Autoenco
         ValueError: if the pipeline has no VAE, or if its VAE does not encode to the network's samples.
     """
     pipeline = _pipeline_of(model.manifest)
-    folder, device = fetch(pipeline.folder), torch.device(device)
+    folder, device = fetch_pipeline(pipeline), torch.device(device)
     if model.num_classes:
         pipe = load_pipeline(folder, pipeline.kind, device, is_whole=False)
     else:
@@ -54,7 +54,7 @@ def encoder_of(
         ValueError: if a part is missing, or if the network has fewer classes than `class_names`.
     """
     manifest, pipeline = model.manifest, _pipeline_of(model.manifest)
-    folder = fetch(pipeline.folder)
+    folder = fetch_pipeline(pipeline)
     if manifest.num_classes < len(class_names):
         raise ValueError(
             f"the network in {folder} has {manifest.num_classes} classes, but the images have {len(class_names)}"
@@ -92,7 +92,7 @@ def prompts_of(model: Model, device: str | torch.device = "cpu") -> Encoder:
     identity = [manifest.network, manifest.process, manifest.prediction, manifest.clip, manifest.files]
     facts = rounded_digest(identity, 12)
     options = json.dumps(pipeline.options, sort_keys=True)
-    key = f"{pipeline.kind} {manifest.source} {facts} {_hashes(fetch(pipeline.folder), *TEXT_PARTS)} {options}"
+    key = f"{pipeline.kind} {manifest.source} {facts} {_hashes(fetch_pipeline(pipeline), *TEXT_PARTS)} {options}"
     return Encoder(images, texts, key, model.null or None)
 
 
@@ -115,6 +115,12 @@ def _vae(folder: Path, device: str | torch.device) -> tuple[Any, float, float]:
         raise ValueError(
             f"{folder} has no vae, which is needed to encode and decode images. Save the pipeline with its VAE"
         )
+    declared = read_config(place / "config.json").get("_class_name", kind)
+    if declared != kind:
+        raise ValueError(
+            f"{place} contains the class {declared}, which halfstep cannot decode. Write a .npz file, or export the "
+            "student"
+        )
     vae = open_part(place, f"diffusers.{kind}").eval().to(device)
     return vae, float(vae.config.get("shift_factor") or 0.0), float(vae.config.scaling_factor)
 
@@ -136,7 +142,7 @@ def text_conditions(
             whose samples must all end at the same time.
     """
     pipeline = _pipeline_of(manifest)
-    pipe = _text_pipeline(fetch(pipeline.folder), pipeline.kind, torch.device(device))
+    pipe = _text_pipeline(fetch_pipeline(pipeline), pipeline.kind, torch.device(device))
     call, unguided = call_in(manifest), _unguided(pipe, pipeline)
     if ends is None:
         return conditions_in(call, first_arguments(pipe, **prompted(pipe, captions), **unguided), len(captions))
@@ -177,7 +183,7 @@ def decoder_of(manifest: Manifest, device: str | torch.device = "cpu") -> Callab
     Raises:
         ValueError: if the pipeline has no VAE, or if the VAE is not an `AutoencoderKL`.
     """
-    vae, shift, scale = _vae(fetch(_pipeline_of(manifest).folder), device)
+    vae, shift, scale = _vae(fetch_pipeline(_pipeline_of(manifest)), device)
 
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:

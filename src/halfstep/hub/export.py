@@ -14,7 +14,7 @@ import torch
 
 from halfstep.hub.card import call_of, lora_card, model_card
 from halfstep.hub.disk import check_files, unused_indices, weights_of, without_variant
-from halfstep.hub.pipelines import OPTIONAL, fetch, is_light, load_pipeline
+from halfstep.hub.pipelines import UNNEEDED, fetch_pipeline, is_light, load_pipeline
 from halfstep.hub.recording import verify_export
 from halfstep.hub.schedulers import (
     FLOW,
@@ -83,13 +83,16 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
     if not model.manifest.is_image:
         if model.manifest.pipeline is None:
             raise ValueError("this model generates latents, and its original pipeline is unknown. Use --format onnx")
-        origin = fetch(model.manifest.pipeline.folder)
+        origin = fetch_pipeline(model.manifest.pipeline)
         index = read_json(origin / "model_index.json")
         copies = _other_parts(origin, index, component)
-    if "safety_checker" in index and "safety_checker" not in copies:
-        index |= {"safety_checker": [None, None], "requires_safety_checker": False}
+    left_out = [name for name in UNNEEDED if name in index and name not in copies]
+    index |= {name: [None, None] for name in left_out}
+    if "safety_checker" in left_out:
+        index["requires_safety_checker"] = False
     # diffusers requires these parts unless None is passed for them.
-    absent = [n for n, value in index.items() if isinstance(value, list) and value[0] is None and n not in OPTIONAL]
+    optional = stock(kind)._optional_components
+    absent = [n for n, value in index.items() if isinstance(value, list) and value[0] is None and n not in optional]
 
     import diffusers
 
@@ -161,7 +164,7 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
         precision = precision_of(network)
         write_text(into / "README.md", lora_card(name or out.name, model.manifest, pipeline, schedule, precision))
         if not model.sampler.stochastic:
-            pipe = load_pipeline(fetch(pipeline.folder), pipeline.kind)
+            pipe = load_pipeline(fetch_pipeline(pipeline), pipeline.kind)
             if precision != "float32":
                 base_network: Any = merged(bare(network))
                 getattr(pipe, component).load_state_dict(base_network.model.state_dict())
@@ -250,15 +253,19 @@ def _other_parts(origin: Path, index: dict[str, Any], component: str) -> dict[st
         if name in (component, "scheduler") or not isinstance(value, list) or value[0] is None:
             continue
         folder = origin / name
-        if name == "safety_checker" and not list(folder.glob("[!.]*.safetensors")):
-            # Older repositories have only pickled weights for this part, and the pipeline works without it.
+        # Older repositories have only pickled weights for some of these parts.
+        can_be_loaded = folder.is_dir() if name == "feature_extractor" else any(folder.glob("[!.]*.safetensors"))
+        if name in UNNEEDED and not can_be_loaded:
             continue
         if not folder.is_dir():
-            raise ValueError(f"{origin} no longer contains its {name}, which the exported pipeline needs")
+            raise ValueError(f"{origin} has no {name}, which the exported pipeline needs. Copy {name} into this folder")
         if not is_light(folder):
             # Only parts that can be loaded safely are copied.
             check_files(folder, ".".join(map(str, value)))
         parts[name] = folder
+    if "feature_extractor" not in parts:
+        # Pipelines reject a safety checker without a feature extractor.
+        parts.pop("safety_checker", None)
     return parts
 
 

@@ -28,7 +28,7 @@ from halfstep.core.prediction import Denoised, eps_from_x0
 from halfstep.hub.calls import difference
 from halfstep.models.model import Model
 from halfstep.nets import merged
-from halfstep.runtime.files import replacing, scratch
+from halfstep.runtime.files import refuse_taken, replacing, scratch
 from halfstep.samplers import sample
 
 LARGEST: Final = int(1.4 * 2**30)
@@ -153,8 +153,8 @@ def export_onnx(
         example: conditions for two samples, each `[2, ...]`, or None to generate them from the manifest.
 
     Raises:
-        ValueError: if a package is missing, if the number of steps is unknown, or if the graph's samples differ from
-            torch's. In each case, nothing is written.
+        ValueError: if a package is missing, if the number of steps is unknown, if large weights would replace those of
+            another graph, or if the graph's samples differ from torch's. In each case, nothing is written.
     """
     for name in ("onnx", "onnxruntime", "onnxscript"):
         if find_spec(name) is None:
@@ -165,6 +165,10 @@ def export_onnx(
     noise = _normal(0, 2, *model.shape)
     inputs = step_noise(model, steps, 2) | cond
     sampler = UnrolledSampler(model, steps, tuple(inputs)).eval()
+    has_own_file = sum(parameter.nbytes for parameter in sampler.parameters()) > LARGEST
+    if has_own_file:
+        # A graph keeps the name of its weights file, even if the graph itself is renamed.
+        refuse_taken(out.with_name(f"{out.name}.data"), is_file=True, remedy="choose another name for the graph")
     batch = {0: torch.export.Dim("batch")}
     with scratch(out) as place:
         place.mkdir()
@@ -192,8 +196,7 @@ def export_onnx(
         for node in program.model.graph.all_nodes():
             node.metadata_props.clear()
         program.model.metadata_props.update(facts)
-        size = sum(parameter.nbytes for parameter in sampler.parameters())
-        program.save(made, external_data=size > LARGEST)
+        program.save(made, external_data=has_own_file)
         apart = distance_from_torch(made, model, steps, cond)
         if not apart <= 1e-4:
             raise ValueError(

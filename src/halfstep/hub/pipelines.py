@@ -5,6 +5,7 @@ the pipeline's own calls. Only safetensors files are read, and no code in a repo
 """
 
 import inspect
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,8 +36,10 @@ FETCHED: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*/*.safetensors", "d
 """Files to download, excluding pickles, code and single-file weights."""
 NON_EMA: Final = ("*.non_ema.*", "*.non_ema-*")
 HALF_PRECISION: Final = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*")
-"""Half-precision weights, downloaded only if the repository has no full-precision weights."""
-OPTIONAL: Final = ("vae", "safety_checker", "feature_extractor", "image_encoder")
+"""Half-precision weights, downloaded only for parts that have no full-precision weights."""
+UNNEEDED: Final = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts that are loaded and exported only if they are complete, because pipelines sample from prompts without them."""
+OPTIONAL: Final = ("vae", *UNNEEDED)
 """Parts that do not affect a denoiser's inputs."""
 DENOISERS: Final = ("transformer", "unet")
 OWN_ARGUMENTS: Final = (
@@ -76,12 +79,28 @@ def fetch(source: str) -> Path:
 
     try:
         path = download(*NON_EMA, *HALF_PRECISION)
-        parts = [file.parent for file in path.glob("*/config.json")]
-        if parts and not any(list(part.glob("[!.]*.safetensors")) for part in parts):
-            path = download(*NON_EMA)
+        parts = [file.parent for file in path.glob("*/config.json")] or [path]
+        complete = {part.name for part in parts if list(part.glob("[!.]*.safetensors"))}
+        if any(part.name not in complete.union(UNNEEDED) for part in parts):
+            path = download(*NON_EMA, *(f"{name}/{half}" for name in complete for half in HALF_PRECISION))
         return path
     except Exception as error:  # the Hub's client and its network libraries raise many exception types
         raise ValueError(f"{source} could not be downloaded from the Hub ({first_line(error)})") from None
+
+
+def fetch_pipeline(pipeline: Pipeline) -> Path:
+    """Return the local folder of an imported model's pipeline, downloading it if it is a Hub repository.
+
+    Raises:
+        ValueError: if the folder has been moved or deleted, or if the repository cannot be reached.
+    """
+    # A folder is recorded with its absolute path.
+    if Path(pipeline.folder).is_absolute() and not Path(pipeline.folder).is_dir():
+        raise ValueError(
+            f"the model's pipeline {pipeline.folder} is missing. Restore it at this path, for example with a symbolic "
+            f"link: ln -s FOLDER {shlex.quote(pipeline.folder)}"
+        )
+    return fetch(pipeline.folder)
 
 
 def import_pipeline(
@@ -178,6 +197,13 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, precision: B
     places = {name: _weights(source, folder / name, ema) for name in DENOISERS if (folder / name).is_dir()}
     if (folder / "vae").is_dir() and not list((folder / "vae").glob("[!.]*.safetensors")):
         disk.check_files(folder / "vae", "diffusers.AutoencoderKL")
+    if not (folder / "vae").is_dir() and disk.read_config(folder / "model_index.json").get("vae", [None])[0]:
+        warnings.warn(
+            f"{folder} has no vae, which decodes samples and belongs to an exported pipeline. Copy vae into this "
+            "folder before you export a student",
+            HalfstepWarning,
+            stacklevel=3,
+        )
     pipe = load_pipeline(folder, pipeline.kind, places=places)
     component = component_of(pipe)
     try:
@@ -272,7 +298,7 @@ def load_pipeline(
     is_whole: bool = True,
     places: Mapping[str, Path] | None = None,
 ) -> Any:
-    """Load a pipeline in float32.
+    """Load a pipeline in float32, without its safety checker.
 
     Args:
         is_whole: whether to load the weights of the denoiser and the VAE. Without these weights, the pipeline can only
@@ -286,7 +312,9 @@ def load_pipeline(
     for name, value in index.items():
         if not isinstance(value, list):
             continue
-        if value[0] is None or (name in OPTIONAL and not list((folder / name).glob("*.safetensors"))):
+        # Pipelines reject a safety checker without a feature extractor, and neither affects the latents.
+        is_left_out = name in OPTIONAL and not list((folder / name).glob("*.safetensors"))
+        if value[0] is None or is_left_out or name == "safety_checker":
             given[name] = None
         elif list((folder / name).glob("*.safetensors")) or not is_light(folder / name):
             given[name] = _part(kind, name, value, (places or {}).get(name, folder / name), is_whole, device)

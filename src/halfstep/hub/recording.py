@@ -9,6 +9,7 @@ that change from step to step are the sample and the time. The result is a netwo
 import functools
 import inspect
 import itertools
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor
 
-from halfstep.core.denoiser import GUIDANCE, NetworkDenoiser, ddim_step
+from halfstep.core.denoiser import GUIDANCE, NetworkDenoiser, ddim_step, output_gain
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.hub.calls import Reading, call_in, conditions_in, difference, reached
 from halfstep.hub.clock import fit_clock, grid_of, shown_time
@@ -81,10 +82,18 @@ def record(pipe: Any, options: Mapping[str, Any]) -> Recording:
         options: additional pipeline call arguments, such as height and width.
 
     Raises:
-        ValueError: if the call cannot be recorded, or if the replay differs from the recording.
+        ValueError: if the call cannot be recorded, if the network's output does not determine x0 at the last noise
+            level, or if the replay differs from the recording.
     """
     taken = inspect.signature(type(pipe).__call__).parameters
-    clip = read_schedule(config_of(pipe.scheduler), mu=1.0).clip
+    declared = read_schedule(config_of(pipe.scheduler), mu=1.0)
+    if output_gain(declared.process, declared.prediction) == math.inf:
+        raise ValueError(
+            f"the scheduler of this {type(pipe).__name__} has prediction_type epsilon and zero terminal SNR, so the "
+            "network's output does not determine x0 in the first step. In the scheduler's config, set prediction_type "
+            "to v_prediction if the network was trained with it. Otherwise, set rescale_betas_zero_snr to false, or "
+            "choose trained_betas below 1"
+        )
     pipe.scheduler = first_order(pipe.scheduler)
     labels = "class_labels" in taken
     prompts: Sequence[Any] = (0, 1) if labels else PROMPTS
@@ -98,11 +107,11 @@ def record(pipe: Any, options: Mapping[str, Any]) -> Recording:
     two = trace(pipe, STEPS, **prompted(pipe, prompts), **plain)
     try:
         default = taken["max_sequence_length"].default if "max_sequence_length" in taken else None
-        reading = Reading(two.steps[0].before, options.get("max_sequence_length", default))
+        reading = Reading(two.steps[0].before, options.get("max_sequence_length", default), labels)
         call = reading.node("", one.steps[0].calls[0].arguments, *(step.calls[0].arguments for step in two.steps[:2]))
         if others := [len(step.calls) for step in two.steps if len(step.calls) != 1]:
             raise ValueError(f"without guidance, the denoiser is called {others[0]} times per step, not once")
-        schedule = replace(read_schedule(config_of(pipe.scheduler), two.mu), clip=clip)
+        schedule = replace(read_schedule(config_of(pipe.scheduler), two.mu), clip=declared.clip)
         output = _output(two.steps[0])
         end, shorter = None, dict[str, Any]()
         if END in taken:

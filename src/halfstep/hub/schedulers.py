@@ -152,8 +152,9 @@ def _read(kind: str, full: Mapping[str, Any], mu: float | None) -> Schedule:
     _refuse(kind, full, {"timestep_type": "discrete"})
     # With a maximum of 1, thresholding is the same as clipping.
     bounds = {"clip_sample": "clip_sample_range", "thresholding": "sample_max_value"}
-    # CogVideoX's schedulers have these settings but ignore them.
-    used = [bound for setting, bound in bounds.items() if full.get(setting) and kind not in SHIFTED_TABLES]
+    # A scheduler ignores another scheduler's settings, and CogVideoX's schedulers also ignore their own.
+    taken = fields_of(kind) if kind in TABLES else set()
+    used = [bound for setting, bound in bounds.items() if setting in taken and full.get(setting)]
     _refuse(kind, full, dict.fromkeys(used, 1.0))
     learned = "learned" in str(full.get("variance_type"))
     last = 0.0 if full.get("set_alpha_to_one", True) else 1 / num

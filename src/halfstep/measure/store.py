@@ -334,6 +334,7 @@ class Store:
             recall=values.get("recall"),
             coverage=values.get("coverage"),
             seconds_per_1000=facts["seconds_per_1000"],
+            pace=facts["pace"],
         )
 
     def _measured(self, pair: tuple[Cell, Against]) -> tuple[Tensor]:

@@ -14,7 +14,7 @@ from halfstep.core.noise import processes
 from halfstep.core.prediction import predictions
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.models.model import Model
-from halfstep.nets import OWN, LoRA, build_network, copy_network, load_own_state, own_state
+from halfstep.nets import OWN, LoRA, build_network, copy_network, load_own_state, own_state, rebuild_own
 from halfstep.runs import Manifest, RunFolder, StageFolder
 from halfstep.runtime.devices import existing_device
 from halfstep.runtime.files import (
@@ -127,7 +127,7 @@ def blank_denoiser(manifest: Manifest, network: nn.Module | None = None) -> Netw
     if network is None or manifest.network.get("type") != OWN:
         return NetworkDenoiser(build_network(manifest.network), process, prediction)
     blank = NetworkDenoiser(network, process, prediction)
-    blank.network = copy_network(blank.network)
+    blank.network = rebuild_own(manifest.network, copy_network(blank.network), process)
     return blank
 
 

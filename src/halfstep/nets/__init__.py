@@ -1,6 +1,15 @@
 """Networks that can be called as (x_t, time, **cond) -> output. Only this package and hub/ depend on diffusers."""
 
-from halfstep.nets.base import OWN, Network, build_network, describe_network, networks, set_dropout
+from halfstep.nets.base import (
+    OWN,
+    Network,
+    OnProcess,
+    build_network,
+    describe_network,
+    networks,
+    rebuild_own,
+    set_dropout,
+)
 from halfstep.nets.features import EncoderHalf, encoder_half
 from halfstep.nets.lora import (
     LoRA,
@@ -23,7 +32,6 @@ from halfstep.nets.mlp import MLP
 from halfstep.nets.replay import LENGTH, Replay, conditions_of, nodes_of, read_output, takes_scale
 from halfstep.nets.stock import StockNetwork, UNet2D, unet2d_config
 from halfstep.nets.surgery import (
-    OnProcess,
     has_fourier_clock,
     has_movable_clock,
     on_clock,

@@ -3,11 +3,14 @@
 import inspect
 from abc import ABC
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from itertools import pairwise
+from typing import Any, Final, final
 
+import torch
 from torch import Tensor, nn
 
 from halfstep.core.callable import CallableNetwork
+from halfstep.core.noise import NoiseProcess, as_clock, per_sample, processes
 from halfstep.registry import Registry
 
 
@@ -26,8 +29,37 @@ OWN: Final = "own"
 """The type that a manifest records for a user-defined module, which only the user can rebuild."""
 
 
+@final
+class OnProcess(nn.Module):
+    """A custom network on a noise process other than its own.
+
+    The network is called at the time of its own process that has the same log-SNR. Its input is scaled to the
+    amplitudes of its own process, as in `Reprocessed`.
+    """
+
+    def __init__(self, network: Callable[..., Tensor], own: NoiseProcess, process: NoiseProcess) -> None:
+        super().__init__()
+        self.network: Any = network
+        self.own = own
+        self.process = process
+
+    def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
+        t = as_clock(time, x_t)
+        there = self.own.time_at(self.process.log_snr(t)).clamp(0, 1)
+        scale = torch.hypot(*self.own.alpha_sigma(there)) / torch.hypot(*self.process.alpha_sigma(t))
+        output: Tensor = self.network(per_sample(scale, x_t) * x_t, there.to(time), **cond)
+        return output
+
+
 def describe_network(network: nn.Module) -> dict[str, Any]:
-    """Return {"type": registered name, **arguments}, or only the class or function name of a user-defined network."""
+    """Return {"type": registered name, **arguments}, or only the class or function name of a user-defined network.
+
+    The description of a user-defined network in `OnProcess` wrappers also contains their `own` processes, from the
+    innermost to the outermost.
+    """
+    if isinstance(network, OnProcess):
+        inner = describe_network(network.network)
+        return inner | {"processes": [*inner.get("processes", ()), processes.describe(network.own)]}
     if not isinstance(network, Network) or type(network) not in networks.values():
         named: Any = network.function if isinstance(network, CallableNetwork) else type(network)
         named = named if hasattr(named, "__qualname__") else type(named)
@@ -52,6 +84,21 @@ def build_network(description: Mapping[str, Any]) -> Network:
         return kind(**arguments)
     except TypeError as error:
         raise ValueError(f"the arguments of this network do not match {kind.__name__}: {error}") from None
+
+
+def rebuild_own(description: Mapping[str, Any], network: nn.Module, process: NoiseProcess) -> nn.Module:
+    """Return a user-defined network, with or without its `OnProcess` wrappers, as the network that was described.
+
+    Args:
+        description: the result of `describe_network`.
+        process: the noise process on which the described network is called.
+    """
+    while isinstance(network, OnProcess):
+        network = network.network
+    own = [processes.rebuild(described) for described in description.get("processes", ())]
+    for inner, outer in pairwise([*own, process]):
+        network = OnProcess(network, inner, outer)
+    return network
 
 
 _DROPOUT: Final = (

@@ -13,6 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from halfstep.nets.base import OnProcess
 from halfstep.nets.lora import LoRA, merged
 from halfstep.nets.mlp import MLP
 from halfstep.nets.replay import LENGTH, Replay
@@ -129,6 +130,21 @@ class _MLPHalf(EncoderHalf):
         return self.network.hidden(x_t, time, **cond)
 
 
+@final
+class _OnProcessHalf(EncoderHalf):
+    """The encoder half of a custom network on another noise process."""
+
+    def __init__(self, network: OnProcess) -> None:
+        super().__init__()
+        # The wrapper converts the input and the time for the half as it did for the whole network.
+        network.network = encoder_half(network.network)
+        self.network, self.channels = network, network.network.channels
+
+    def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
+        features: Tensor = self.network(x_t, time, **cond)
+        return features
+
+
 def _first_half(blocks: nn.ModuleList) -> nn.ModuleList:
     """Return the first half of the blocks, rounded up."""
     return blocks[: -(-len(blocks) // 2)]
@@ -136,6 +152,7 @@ def _first_half(blocks: nn.ModuleList) -> nn.ModuleList:
 
 encoder_half.register(UNet2D, _UNetHalf)
 encoder_half.register(MLP, _MLPHalf)
+encoder_half.register(OnProcess, _OnProcessHalf)
 
 
 @encoder_half.register(Replay)

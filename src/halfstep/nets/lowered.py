@@ -6,7 +6,8 @@ The network computes in bfloat16. Weights are always quantised on the CPU, so th
 """
 
 import copy
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Literal, final
 
 import torch
@@ -35,6 +36,7 @@ class InHalf(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
+        self._dtypes = {name: value.dtype for name, value in _tensors(network)}
         # Unlike `to(torch.bfloat16)`, this leaves complex tensors unchanged.
         self.network = copy.deepcopy(network).bfloat16()
         self.restores_norm = bool(getattr(network, "restores_norm", False))
@@ -45,6 +47,15 @@ class InHalf(nn.Module):
         # A custom network might not cast its float32 time embedding to bfloat16.
         with torch.autocast(x_t.device.type, torch.bfloat16):
             return called_in_half(self.network, x_t, time, cond)
+
+    def restore_dtypes(self, copied: nn.Module) -> None:
+        """Convert a copy of the inner network to the dtypes before the conversion to bfloat16, in place."""
+        for name, value in _tensors(copied):
+            value.data = value.data.to(self._dtypes[name])
+
+
+def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return itertools.chain(network.named_parameters(), network.named_buffers())
 
 
 def unwrapped(network: nn.Module) -> nn.Module:

@@ -6,12 +6,11 @@ as close to the old network as its weights allow. The matching stage removes the
 
 import math
 from collections.abc import Callable
-from typing import Any, Final, final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from halfstep.core.noise import NoiseProcess, as_clock, per_sample
 from halfstep.nets.base import Network, build_network, describe_network
 from halfstep.nets.lora import base_of
 from halfstep.nets.lowered import unwrapped
@@ -135,28 +134,6 @@ def on_integers(network: Replay) -> Replay:
         layer.weight.copy_(torch.cat(turned, dim=1))
         frequencies.mul_(slope)
     return moved.to(next(network.parameters()))
-
-
-@final
-class OnProcess(nn.Module):
-    """A custom network on a noise process other than its own.
-
-    The network is called at the time of its own process that has the same log-SNR. Its input is scaled to the
-    amplitudes of its own process, as in `Reprocessed`.
-    """
-
-    def __init__(self, network: Callable[..., Tensor], own: NoiseProcess, process: NoiseProcess) -> None:
-        super().__init__()
-        self.network: Any = network
-        self.own = own
-        self.process = process
-
-    def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
-        t = as_clock(time, x_t)
-        there = self.own.time_at(self.process.log_snr(t)).clamp(0, 1)
-        scale = torch.hypot(*self.own.alpha_sigma(there)) / torch.hypot(*self.process.alpha_sigma(t))
-        output: Tensor = self.network(per_sample(scale, x_t) * x_t, there.to(time), **cond)
-        return output
 
 
 def _name(network: nn.Module) -> str:

@@ -88,7 +88,7 @@ class Critic(nn.Module):
 
 
 def critic_of(models: Models) -> Critic:
-    """Return a trainable critic built from the unguided teacher, in float32.
+    """Return a trainable critic built from the unguided teacher, in the dtypes of `auxiliary_denoiser`.
 
     The critic shares no weights with the student, not even the base of a LoRA student.
 

@@ -26,10 +26,10 @@ AUXILIARY: Final = "auxiliary"
 def auxiliary_denoiser(models: Models) -> Denoiser:
     """Return a trainable denoiser that starts as an unguided copy of the teacher.
 
-    The copy is in float32, whatever the teacher's precision. If the student has an input for the guidance scale, the
-    copy gets one too, which has no effect at first. For a LoRA student, the denoiser is a second adapter on the
-    student's base, so only one base is in memory. This adapter starts as a copy of the teacher's adapter, or at 0 if
-    the teacher has no adapter. A custom denoiser is copied as is.
+    The copy has the dtypes of the teacher's network, even if the teacher runs in bfloat16. If the student has an input
+    for the guidance scale, the copy gets one too, which has no effect at first. For a LoRA student, the denoiser is a
+    second adapter on the student's base, so only one base is in memory. This adapter starts as a copy of the teacher's
+    adapter, or at 0 if the teacher has no adapter. A custom denoiser is copied as is.
 
     Raises:
         ValueError: if no teacher is given, or the student takes a guidance scale and the teacher's network cannot.
@@ -56,7 +56,7 @@ def _copied(teacher: Denoiser, student: Denoiser) -> Denoiser:
     else:
         twin = copy_network(network)
         if isinstance(teacher.network, InHalf):
-            twin = twin.float()
+            teacher.network.restore_dtypes(twin)
         if beside is not None and takes_guidance(beside) and not takes_guidance(twin):
             twin = with_guidance(twin)
         if beside is not None and checkpoints_gradients(beside):

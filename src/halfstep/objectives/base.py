@@ -129,7 +129,8 @@ class Losses(NamedTuple):
     """The losses of one turn on a batch."""
 
     loss: Tensor
-    """The weighted loss of each sample, `[batch]`. The engine minimises the mean loss over the global batch."""
+    """The weighted loss of each sample, `[batch]`. The engine minimises the mean loss over the global batch and rejects
+    any other shape, such as a mean over the batch."""
     log_snr: Tensor
     """The log-SNR of each sample, float64 `[batch]`, which is used for statistics."""
 
@@ -175,9 +176,9 @@ class Auxiliary:
     start: Callable[[Models, tuple[int, ...]], nn.Module]
     """Creates the network from the models and the shape of one sample, before the first update. The network must be new
     or a copy, never the student or the teacher itself. A copy of the student has the weights that the student starts
-    from, in float32. If the student is a LoRA model, its copy shares the base and has a separate adapter. Random
-    initial weights are drawn from torch's generator, which is seeded for the call. Dry runs and checks before a run
-    call the function on the meta device, so it must not read tensor values."""
+    from. If the student is a LoRA model, its copy shares the base and has a separate adapter. Weights that do not
+    require gradients stay frozen. Random initial weights are drawn from torch's generator, which is seeded for the
+    call. Dry runs and checks before a run call the function on the meta device, so it must not read tensor values."""
     training: Callable[[Training], Training]
     """Maps the student's hyperparameters to those of this network. The number of updates and the batch size must match
     those of the stage."""
@@ -187,6 +188,8 @@ class Auxiliary:
 @dataclass(frozen=True)
 class Average:
     """A copy of a player that holds the moving average of the player's weights, for the objective to call.
+
+    The average itself is in float32 or float64, and the copy's weights have the player's dtypes.
 
     Args:
         decay: final decay, in [0, 1). After n updates, the decay is min(decay, (1 + n) / (10 + n)).
@@ -281,7 +284,7 @@ class Objective(ABC):
 
     def start(self, teacher: Denoiser) -> Denoiser:
         """Return the model that the student starts from: the teacher, which the engine copies, or a model built from
-        it.
+        it. Random initial weights are drawn from torch's generator, which is seeded for the call.
 
         Raises:
             ValueError: if the teacher cannot be converted to this kind of student.

@@ -162,8 +162,8 @@ class Consistency(Objective):
 
     Raises:
         ValueError: if a count is not a whole number in its range, `grid_start` or `grid_end` is not a multiple of
-            num_steps and at least twice as large, `self_teacher` is not in [0, 1), the teacher's sampler is stochastic,
-            or a setting has no effect.
+            num_steps and at least twice as large, `self_teacher` is not in [0, 1), the teacher's sampler is stochastic
+            or multistep, or a setting has no effect.
     """
 
     num_steps: int
@@ -182,7 +182,7 @@ class Consistency(Objective):
     """Whether to apply guidance to the teacher, which doubles the number of teacher calls. Leave this False if the
     teacher has already learned guidance."""
     teacher_sampler: Sampler = field(default_factory=DDIM)
-    """The deterministic sampler for the teacher's step; the student uses DDIM."""
+    """The deterministic sampler for the teacher's single step, not multistep; the student uses DDIM."""
     self_teacher: float = 0.0
     """Decay of the student's moving average, which is called at x_s. With 0, the student itself is called instead, with
     the same dropout masks as in the pass with gradients."""
@@ -209,6 +209,11 @@ class Consistency(Objective):
         if self.guide_teacher and self.guidance is None:
             raise ValueError("guide_teacher has no effect without guidance. Add guidance")
         check_deterministic(self.teacher_sampler)
+        if self.teacher_sampler.multistep:
+            raise ValueError(
+                f"{type(self.teacher_sampler).__name__} needs several steps in a row to differ from DDIM, but the "
+                "teacher takes one. Choose a sampler without memory, such as Heun()"
+            )
         check_number("self_teacher", self.self_teacher, below=1)
 
     def grid_steps(self, update: int) -> int:

@@ -94,7 +94,8 @@ class Halving(StepObjective):
     Source: Salimans & Ho 2022 (arXiv:2202.00512), algorithm 2.
 
     Raises:
-        ValueError: if a number of steps is not a whole number of at least 1, or the teacher's sampler is stochastic.
+        ValueError: if a number of steps is not a whole number of at least 1, the teacher's sampler is stochastic, or a
+            multistep sampler takes too few steps to differ from DDIM.
     """
 
     num_steps: int
@@ -109,6 +110,14 @@ class Halving(StepObjective):
         check_num_steps(self.num_steps)
         check_num_steps(self.num_teacher_steps)
         check_deterministic(self.teacher_sampler)
+        # The first step of a multistep sampler is a DDIM step, and so is the step onto clean data.
+        least = 3 if self.num_steps == 1 else 2
+        if self.teacher_sampler.multistep and self.num_teacher_steps < least:
+            raise ValueError(
+                f"{type(self.teacher_sampler).__name__} needs at least {least} teacher steps for each step of a "
+                f"student with num_steps={self.num_steps} to differ from DDIM, got {self.num_teacher_steps}. Take "
+                "more teacher steps, or choose Heun()"
+            )
 
     @property
     def evals(self) -> Mapping[str, Evals]:

@@ -5,10 +5,15 @@ zero SNR), change the clock, or build classifier-free guidance into the weights.
 range of scales; with a range, the scale becomes an input of the network. The noisy samples follow the student's noise
 process. The teacher is called at the same noise levels as the student, twice if the teacher is guided.
 
+An eps-prediction teacher does not determine x0 at zero SNR either. If the process ends there, the teacher is called at
+the last noise level with signal instead of t = 1, on the same clean samples and noise. For data of unit scale, the mean
+of x0 at that level differs from the mean at t = 1 by about alpha / sigma.
+
 Source: Meng et al. 2023, "On Distillation of Guided Diffusion Models" (arXiv:2210.03142), section 3.1, for guidance;
 Salimans & Ho 2022 (arXiv:2202.00512), section 4, for predictions suited to few steps.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, final
@@ -16,11 +21,11 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from halfstep.core.denoiser import Clipped, Denoiser, NetworkDenoiser, Reprocessed
+from halfstep.core.denoiser import LARGEST_GAIN, Clipped, Denoiser, NetworkDenoiser, Reprocessed, output_gain
 from halfstep.core.door import check_real
 from halfstep.core.draw import Draw
 from halfstep.core.grids import check_num_steps
-from halfstep.core.noise import NoiseProcess, as_clock
+from halfstep.core.noise import NoiseProcess, VPTable, as_clock
 from halfstep.core.prediction import Prediction, SNRPlusOne, Weighting
 from halfstep.nets import Network, OnProcess, StockNetwork, on_clock, takes_guidance, with_guidance
 from halfstep.objectives.base import (
@@ -39,6 +44,27 @@ from halfstep.objectives.base import (
 from halfstep.objectives.guidance import Guidance
 
 
+def _known_times(denoiser: Denoiser, process: NoiseProcess, t: Tensor) -> Tensor:
+    """Return the times t of `process`, `[batch]`, or the last time with signal where x0 is undetermined at t.
+
+    Without discrete levels, this is the time at which the gain of eps prediction, sigma / alpha, is `LARGEST_GAIN`.
+    """
+    if isinstance(process, VPTable):
+        last = torch.full_like(t, 1 - 1 / len(process.betas))
+    else:
+        last = process.time_at(torch.full_like(t, -2 * math.log(LARGEST_GAIN)))
+    known = t
+    for part in denoiser.modules():
+        if isinstance(part, NetworkDenoiser):
+            own = part.process
+            there = t if own == process else own.time_at(process.log_snr(t)).clamp(0, 1)
+            # No value is read on the host, which would wait for the device.
+            output = t.new_ones(len(t), part.prediction.channels)
+            x0 = part.prediction.denoised(output, t.new_zeros(len(t), 1), *own.alpha_sigma(there)).x0
+            known = torch.where(x0.isfinite().squeeze(1), known, last)
+    return known
+
+
 @final
 @objectives.register("match")
 @dataclass(frozen=True)
@@ -50,6 +76,10 @@ class Matching(Objective):
     sigma / alpha amplifies the teacher's error. If `num_times` equals the teacher's number of noise levels, the teacher
     is called only at those levels. With the default weighting, the loss is the squared error in v, which is balanced
     across all noise levels.
+
+    If the teacher's output does not determine x0 at t = 1, as with eps prediction at zero SNR, the student is still
+    trained at t = 1, but the teacher is called at the last noise level with signal, on the same clean samples and
+    noise. This is the second-to-last level of a `VPTable`. For other processes, sigma / alpha is 1000 at this level.
 
     Source: Meng et al. 2023 (arXiv:2210.03142), section 3.1, for guidance.
 
@@ -101,6 +131,11 @@ class Matching(Objective):
             )
         network, own = teacher.network, teacher.process
         process = self.process or own
+        if output_gain(process, meaning) == math.inf:
+            raise ValueError(
+                f"a student that predicts {type(meaning).__name__} has no x0 at t = 1, where the signal of {process} "
+                "is 0. Choose another prediction for the student, such as V()"
+            )
         if self.guidance is not None and self.guidance.is_shown and not takes_guidance(network):
             network = with_guidance(network)
         if process != own and isinstance(network, StockNetwork):
@@ -119,7 +154,8 @@ class Matching(Objective):
         cond = batch.cond if self.guidance is None else self.guidance.shown(batch.cond, draw, batch.x0)
         t = as_clock((draw.integers("time", self.num_times) + 1) / self.num_times, batch.x0)
         eps = draw.normal("noise", batch.x0.shape[1:]).to(batch.x0)
-        x_t = models.student.process.mix(batch.x0, eps, t)
+        process = models.student.process
+        x_t, known = process.mix(batch.x0, eps, t), _known_times(teacher, process, t)
         with torch.no_grad():
-            target = teacher(x_t, t, cond).x0
+            target = teacher(process.mix(batch.x0, eps, known), known, cond).x0
         return noisy_student_loss(models, x_t, t, target, cond, self.weighting)

@@ -221,7 +221,8 @@ class Plan:
 
         Raises:
             ValueError: if `end` is not below `start`, the factors do not lead from `start` to `end`, `updates_at` or
-                `learning_rate_at` contains a number of steps that is not in the chain, or the sampler is stochastic.
+                `learning_rate_at` contains a number of steps that is not in the chain, the sampler is stochastic, or a
+                multistep sampler takes too few steps to differ from DDIM.
         """
         steps = [start, *students] if students is not None else divided(start, end, factor)
         factors = _factors(steps)

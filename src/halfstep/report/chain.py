@@ -8,7 +8,7 @@ import numpy as np
 from markupsafe import Markup
 
 from halfstep.report import figures
-from halfstep.report.quality import Group
+from halfstep.report.quality import Group, has_same_pace
 from halfstep.report.reading import LogPoint, RunFacts, StageFacts
 from halfstep.report.summary import Summary
 from halfstep.report.words import count, duration, number
@@ -207,6 +207,8 @@ def _paid(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> str | N
     for stage_name, student in group.students:
         if student.num_steps != summary.best.steps:
             continue
+        if not has_same_pace(student, group.best):
+            return None
         trained = sum(stage.manifest.seconds for stage in facts.others[: names.index(stage_name) + 1])
         saved = ((group.best.seconds_per_1000 or 0.0) - student.seconds_per_1000) / 1000
         if not (is_finite(saved) and saved > 0 and is_finite(trained)):

@@ -42,7 +42,8 @@ class Pair:
     """The student, or the teacher if the row has no student. The row shows the network calls and time of this
     result."""
     speed_up: float | None
-    """Ratio of the speed of `measured` to that of the teacher at its best."""
+    """Ratio of the speed of `measured` to that of the teacher at its best, or None if their times cannot be
+    compared."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,16 @@ class Group:
     def best_words(self) -> str:
         """Sampling method of the teacher at its best."""
         return "" if self.best is None else method_words(*self.best[:3])
+
+    @property
+    def pace_note(self) -> str | None:
+        """Sentence about the rows without a speed-up, if times in the table are from different machines."""
+        if self.best is None or all(has_same_pace(row.measured, self.best) for row in self.rows):
+            return None
+        return (
+            "Some models have no speed-up, because their time was measured on another device, or with another number "
+            "of threads, than that of the teacher at its best."
+        )
 
     @property
     def base_words(self) -> str:
@@ -181,7 +192,7 @@ def _group(name: str, start: StageFacts | None, stages: Sequence[tuple[StageFact
                 is_repeated=keys.count(key) > 1,
                 ratio=best.ratio(student.frechet) if best and student else None,
                 measured=held[0],
-                speed_up=ratio(best.seconds_per_1000 if best else None, held[0].seconds_per_1000),
+                speed_up=_speed_up(held[0], best),
             )
         )
     # Rows with the same number of steps and the same sampler keep the order of the plan.
@@ -197,6 +208,17 @@ def _group(name: str, start: StageFacts | None, stages: Sequence[tuple[StageFact
         note=next((held.note for _, held in stages if held.note), None),
         too_few=is_too_few,
     )
+
+
+def _speed_up(result: Result, best: Best | None) -> float | None:
+    if best is None or not has_same_pace(result, best):
+        return None
+    return ratio(best.seconds_per_1000, result.seconds_per_1000)
+
+
+def has_same_pace(result: Result, best: Best) -> bool:
+    """Return whether the times of a result and of the teacher at its best can be compared."""
+    return result.pace == best.pace
 
 
 def _written(result: Result | None, name: str, form: str) -> str:
@@ -230,6 +252,8 @@ def text_table(group: Group) -> Table:
     if group.best is not None:
         what = "Speed-up is" if group.too_few else "Ratio and speed-up are"
         notes.append(f"{what} relative to the teacher at its best, {group.best_words}.")
+    if group.pace_note is not None:
+        notes.append(group.pace_note)
     if group.base is not None:
         notes.append(
             f"RMSE compares the student's samples with the teacher's ({group.base_words}) from the same noise."

@@ -36,11 +36,18 @@ KINDS: Final[Mapping[str, tuple[type, str]]] = {
 def check_bare(name: str, denoiser: Any) -> None:
     """Raise ValueError unless training targets can be computed with the denoiser."""
     check_denoiser(name, denoiser, Denoiser)
-    if isinstance(denoiser, Clipped | Guided):
-        what, remedy = "clips x0", "Pass its .denoiser; samples can be clipped later"
-        if isinstance(denoiser, Guided):
-            what, remedy = "is guided", "Pass its .denoiser, with guidance=halfstep.FixedGuidance(scale) and null"
-        raise ValueError(f"{name} {what}, but training needs its plain output. {remedy}")
+    for part in denoiser.modules():
+        if isinstance(part, Clipped):
+            what, remedy = "clips x0", "samples can be clipped later"
+        elif isinstance(part, Guided):
+            what, remedy = "is guided", "for guidance, pass guidance=halfstep.FixedGuidance(scale) and null to distill"
+        elif isinstance(part, Model):
+            what, remedy = "may clip x0 and apply guidance", "samples can be clipped later"
+        else:
+            continue
+        holds = "" if part is denoiser else f"contains a {type(part).__name__}, which "
+        whose = "its" if part is denoiser else f"the {type(part).__name__}'s"
+        raise ValueError(f"{name} {holds}{what}, but training needs the plain output. Pass {whose} .denoiser; {remedy}")
 
 
 def check_trainable(denoiser: Denoiser, *, as_it_is: bool = False) -> None:

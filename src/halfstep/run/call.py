@@ -224,6 +224,8 @@ class Chain:
     """Runs the stages of one call in memory.
 
     Args:
+        first: the given teacher, or, if `known` is None, the denoiser that the first stage trains in place.
+        known: the outcome of the stage that trained the given teacher, or None if no teacher is given.
         like: the model that contains the denoiser `first`, or None for a custom denoiser.
     """
 
@@ -233,23 +235,25 @@ class Chain:
         engine: Engine,
         data: Data | StreamedBatches,
         first: Denoiser,
-        known: Outcome,
+        known: Outcome | None,
         null: Cond,
         like: Model | None,
     ) -> None:
         self.call, self.engine, self.data, self.null, self.like = call, engine, data, null, like
         self.accelerator = make_accelerator(engine.precision, engine.cpu)
         self.batches, self.ahead = as_batches(data, self.accelerator.device)
-        self.made: list[Denoiser] = [first]
-        self.outcomes = [known]
+        self.first = first
+        self.made: list[Denoiser] = [] if known is None else [first]
+        """The models that a stage can build on: the given teacher and the results of the earlier stages."""
+        self.outcomes = [] if known is None else [known]
+        self.number = len(self.made)
+        """The number of the first stage. A given teacher takes the number 0."""
         self.models: list[Any] = []
         self.names: list[str] = []
 
-    @staticmethod
-    def stages(plan: Plan) -> list[tuple[str, Stage]]:
-        """Return the stages of a plan with their names. A given teacher takes the number 0."""
-        needs_teacher = plan.stages[0].objective.needs_teacher
-        return list(zip(plan.names(int(needs_teacher)), plan.stages, strict=True))
+    def stages(self, plan: Plan) -> list[tuple[str, Stage]]:
+        """Return the stages of a plan with their names."""
+        return list(zip(plan.names(self.number), plan.stages, strict=True))
 
     def watched(self, plan: Plan, lora_rank: int | None) -> Any:
         """Train the stages in order, show their progress, and return the last result."""
@@ -259,15 +263,19 @@ class Chain:
     def run(self, plan: Plan, lora_rank: int | None) -> Iterator[Event]:
         """Train the stages in order.
 
-        Each stage trains a student, or the given denoiser itself if the stage's objective needs no teacher.
+        Each stage trains a new student. Only if no teacher is given, the first stage trains the given denoiser itself.
         """
         for index, (name, stage) in enumerate(self.stages(plan)):
-            student, seen = self.made[0], None
-            if stage.objective.needs_teacher:
-                parents = parents_of(stage.objective, self.outcomes)
-                assert parents is not None
+            student, seen, like = self.first, None, self.like
+            parents = parents_of(stage.objective, self.outcomes)
+            if parents is not None:
                 start, teacher = self.made[parents.start], self.made[parents.teacher]
-                student, seen = student_and_teacher(stage, start, teacher, self.null, lora_rank, self.engine)
+                student, seen = student_and_teacher(
+                    stage, start, teacher, self.null, lora_rank, self.engine, seed=self.call.seed, stream=name
+                )
+                # The results of the stages are the last entries of `made`.
+                place = parents.start - (len(self.made) - len(self.models))
+                like = self.models[place] if place >= 0 else like
             yield StageStart(name, index, stage, 0, 0.0)
             trainer = StageTrainer(
                 student,
@@ -289,7 +297,7 @@ class Chain:
             self.made.append(trainer.finish())
             self.outcomes.append(stage.objective.outcome)
             self.names.append(name)
-            self.models.append(self._model(trainer, self.made[-1]))
+            self.models.append(self._model(trainer, self.made[-1], like))
             seconds = trainer.seconds
             # Free the optimisers' moments before the next trainer is built.
             del trainer, seen
@@ -299,8 +307,8 @@ class Chain:
         """Return a copy of a stage's result, so that callbacks cannot change the original."""
         return copy.deepcopy(self.models[self.names.index(name)])
 
-    def _model(self, trainer: StageTrainer, denoiser: Denoiser) -> Any:
-        like = self.like
+    def _model(self, trainer: StageTrainer, denoiser: Denoiser, like: Any) -> Any:
+        """Return the result of a stage: a `Model` with the facts of its parent `like`, or a custom denoiser."""
         if not isinstance(denoiser, NetworkDenoiser):
             outcome = trainer.stage.objective.outcome
             denoiser.num_steps, denoiser.sampler = outcome.num_steps, outcome.sampler

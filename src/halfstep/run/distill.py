@@ -44,7 +44,7 @@ from halfstep.runs import RunFolder
 from halfstep.runtime.files import DamagedFile
 from halfstep.runtime.processes import Processes, make_accelerator
 from halfstep.runtime.tensors import digest_of
-from halfstep.samplers import Sampler
+from halfstep.samplers import DDIM, Sampler
 from halfstep.train.settings import Engine
 
 STUDENT_TRAINING: Final = Training(num_updates=1000, learning_rate=2e-4)
@@ -92,7 +92,7 @@ def fit(
     like = _as_model(denoiser, samples)
     if network is None:
         with in_python(), call.placed() as used:
-            chain = Chain(call, used, samples, denoiser, Outcome(Role.TEACHER), {}, like)
+            chain = Chain(call, used, samples, denoiser, None, {}, like)
             return chain.watched(plan, None)
     spec = call.spec(
         "fit",
@@ -314,6 +314,7 @@ def _as_model(denoiser: Denoiser, data: Data | StreamedBatches) -> Model | None:
         num_classes=data.num_classes if isinstance(data, Data) else 0,
         conditions=conditions_of(data),
         clip=image,
+        made=_outcome_of(denoiser),
         is_image=image,
     )
 
@@ -322,9 +323,17 @@ def _start_of(teacher: Denoiser) -> Start:
     """Return a model, or a denoiser built in Python, as the start of a chain."""
     if isinstance(teacher, Model):
         return Start.of(teacher)
+    made = _outcome_of(teacher)._asdict()
     if isinstance(teacher, NetworkDenoiser):
-        return Start(teacher.process, teacher.prediction, may_move=has_movable_clock(teacher.network))
-    return Start(teacher.process, None)
+        return Start(teacher.process, teacher.prediction, may_move=has_movable_clock(teacher.network), **made)
+    return Start(teacher.process, None, **made)
+
+
+def _outcome_of(denoiser: Denoiser) -> Outcome:
+    """Return the outcome of a denoiser built in Python: a student's if it was distilled for a number of steps."""
+    if denoiser.num_steps is None:
+        return Outcome(Role.TEACHER)
+    return Outcome(Role.STUDENT, denoiser.num_steps, denoiser.sampler or DDIM())
 
 
 def _drawn(teacher: Denoiser, call: Call, spec: RunSpec | None) -> Data:

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from filelock import FileLock, Timeout
 
@@ -32,6 +32,9 @@ from halfstep.runtime.files import (
 )
 from halfstep.runtime.locks import acquire, lock_of
 from halfstep.runtime.storage import no_storage
+
+_BY_STEPS: Final = ("finish.updates_at", "finish.learning_rate_at")
+"""Settings of single finished students, keyed by number of steps."""
 
 
 class DifferentRecipe(ValueError):
@@ -74,13 +77,16 @@ def _indexed(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def identity(spec: RunSpec) -> str:
-    """Return a digest of everything that determines the learned weights: the data and the recipe's fixed fields."""
+    """Return a digest of everything that determines the learned weights: the data and the recipe's fixed fields.
+
+    A second digest, of the recipe's fixed fields alone, follows after a hyphen.
+    """
     fields = flatten(spec.defaults) | flatten(spec.recipe)
     ignored = set(spec.free)
     if not fields.get("finish.steps"):
         ignored |= {name for name in fields if name.startswith("finish.")}
     decided = {name: value for name, value in fields.items() if name not in ignored}
-    return json_digest([decided, spec.data.fingerprint], 32)
+    return f"{json_digest([decided, spec.data.fingerprint], 32)}-{json_digest(decided, 32)}"
 
 
 def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, str]:
@@ -117,10 +123,10 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, 
         )
         finishes = {name: value for name, value in held["recipe"].items() if name == "finish"}
         described |= {"recipe": described["recipe"] | finishes, "plan": held["plan"]}
-    # Keep recipe.json up to date: `evaluate` and the report read the evaluation settings and the data path from it.
+    # Keep recipe.json up to date: later commands, such as `evaluate` and `finish`, take their defaults from it.
     now, old = flatten(dict(spec.recipe)), flatten(held["recipe"])
-    moved = any(now[name] != old.get(name) for name in now if name.startswith(("evaluation.", "data.")))
-    if moved or len(held["plan"]) < len(spec.stages) or held.get("data_fingerprint") != spec.data.fingerprint:
+    changed = any(now[name] != old.get(name) for name in spec.free if name in now)
+    if changed or len(held["plan"]) < len(spec.stages) or held.get("data_fingerprint") != spec.data.fingerprint:
         write_sealed(folder.recipe_path, held | described)
     return held["run"], spec.data.fingerprint
 
@@ -188,9 +194,31 @@ def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
         if held.get("data_fingerprint") not in (None, spec.data.fingerprint):
             _accept(spec, folder, held)
     elif _has_files(folder):
-        before_finishing = replace(spec, recipe={n: v for n, v in spec.recipe.items() if n != "finish"})
-        if _held_by(folder) not in (identity(spec), identity(before_finishing)):
-            raise _not_a_run(folder)
+        _check_held(spec, folder)
+
+
+def _check_held(spec: RunSpec, folder: RunFolder) -> None:
+    """Raise ValueError unless the stages and checkpoints of a folder without recipe.json belong to the run."""
+    before_finishing = replace(spec, recipe={n: v for n, v in spec.recipe.items() if n != "finish"})
+    # Runs of earlier versions lack the digest of the recipe alone.
+    all_held, _, recipe_held = (_held_by(folder) or "").partition("-")
+    own = [identity(one).split("-") for one in (spec, before_finishing)]
+    if all_held in [digest for digest, _ in own]:
+        return
+    if recipe_held not in [digest for _, digest in own]:
+        raise _not_a_run(folder)
+    what = f"the stages in {folder.path} were trained on other data than {spec.data.source}"
+    if not _accepts_changed(spec):
+        other = "" if _accepts_changed(spec) is None else ", or add --data.accept-changed to resume with this data"
+        raise DifferentRecipe(f"{what}; restore the old data, choose another --out{other}")
+    warnings.warn(f"{folder.path} resumes with changed data: {what}", HalfstepWarning, stacklevel=2)
+
+
+def _accepts_changed(spec: RunSpec) -> bool | None:
+    """Return whether the recipe accepts changed data, or None if the caller, such as halfstep.fit, has no such
+    setting."""
+    accepts: bool | None = dict(spec.recipe.get("data") or {}).get("accept_changed")
+    return accepts
 
 
 def _has_files(folder: RunFolder) -> bool:
@@ -225,8 +253,7 @@ def _accept(spec: RunSpec, folder: RunFolder, held: Mapping[str, Any]) -> None:
     changed = changed_since(spec.data.source, folder.recipe_path.stat().st_mtime)
     files = "file" if len(changed) == 1 else "files"
     said = [f"{len(changed):,} changed {files}: {', '.join(map(str, changed[:3]))}"] if changed else []
-    # This is None if the caller, such as halfstep.fit, has no such setting.
-    accepts = dict(spec.recipe.get("data") or {}).get("accept_changed")
+    accepts = _accepts_changed(spec)
     fits = isinstance(before, dict) and all(before.get(name) == now[name] for name in ("shape", "class_names"))
     fits = fits and accepts is not None
     if isinstance(before, dict):
@@ -255,7 +282,7 @@ def _growing(spec: RunSpec, held: Mapping[str, Any]) -> list[str]:
     """Return the fields that may differ because the recipe or the folder has additional finishing stages at the end.
 
     If the recipe or the folder has no finishing stage, all finishing fields may differ. Otherwise, only the list of
-    steps may differ.
+    steps may differ, and the settings of single students that one of the two does not finish.
     """
     new = flatten(spec.recipe)
     old = flatten(spec.defaults) | flatten(held["recipe"])
@@ -264,7 +291,14 @@ def _growing(spec: RunSpec, held: Mapping[str, Any]) -> list[str]:
     # In each pair, one list must be a prefix of the other.
     if any(one != other for pair in pairs for one, other in zip(*pair, strict=False)):
         return []
-    return ["finish.steps"] if all(lists) else sorted(name for name in old | new if name.startswith("finish."))
+    finishing = sorted(name for name in old | new if name.startswith("finish."))
+    if not all(lists):
+        return finishing
+    both = {str(steps) for steps in min(lists, key=len)}
+    settings = {name: name.rpartition(".") for name in finishing}
+    # Without entries, the setting itself has a value: null or an empty mapping.
+    own = [name for name, (setting, _, steps) in settings.items() if setting in _BY_STEPS and steps not in both]
+    return ["finish.steps", *_BY_STEPS, *own]
 
 
 def _rows(spec: RunSpec) -> list[dict[str, Any]]:

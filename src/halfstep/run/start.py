@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from halfstep.core.denoiser import Cond, Denoiser, NetworkDenoiser
 from halfstep.core.door import got
-from halfstep.core.draw import generator_for
+from halfstep.core.draw import seeded
 from halfstep.models.model import Model
 from halfstep.models.students import in_precision, start_student
 from halfstep.nets import LoRA, share_base
@@ -27,21 +26,32 @@ def fresh_denoiser(spec: RunSpec) -> NetworkDenoiser:
     """
     if spec.network is None:
         raise ValueError("the plan's first stage needs a network or a teacher. Pass one of them")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator_for(spec.seed, "weights").initial_seed())
+    with seeded(spec.seed, "weights"):
         network = spec.network()
     return NetworkDenoiser(network, spec.process, spec.prediction)
 
 
 def student_and_teacher(
-    stage: Stage, start: Denoiser, teacher: Denoiser, null: Cond, lora_rank: int | None, engine: Engine
+    stage: Stage,
+    start: Denoiser,
+    teacher: Denoiser,
+    null: Cond,
+    lora_rank: int | None,
+    engine: Engine,
+    *,
+    seed: int,
+    stream: str,
 ) -> tuple[Denoiser, Denoiser]:
     """Return a stage's student, initialised from `start`, and the teacher, wrapped by `Objective.view`.
+
+    Args:
+        seed, stream: the key for the random initial weights of layers that `Objective.start` adds.
 
     Raises:
         ValueError: if the student cannot be built, or the teacher cannot be stored in the engine's `teacher_precision`.
     """
-    student = start_student(stage.objective.start(start), lora_rank)
+    with seeded(seed, stream, "start"):
+        student = start_student(stage.objective.start(start), lora_rank)
     if isinstance(teacher, NetworkDenoiser):
         teacher = in_precision(teacher, engine.teacher_precision)
     elif engine.teacher_precision != "float32":
@@ -78,7 +88,16 @@ def trainer_for(
             share_base(teacher.denoiser.network, start.denoiser.network)
         # The stages of a run do not store the null conditions, which belong to the run's given teacher.
         null = teacher.null or ({} if spec.teacher is None else spec.teacher.null)
-        student, seen = student_and_teacher(stage, start.denoiser, teacher.denoiser, null, spec.lora_rank, spec.engine)
+        student, seen = student_and_teacher(
+            stage,
+            start.denoiser,
+            teacher.denoiser,
+            null,
+            spec.lora_rank,
+            spec.engine,
+            seed=spec.seed,
+            stream=stream,
+        )
     shown = {*([CLASSES] if spec.conditional else []), *spec.conditions}
     batches, ahead = as_batches(spec.data, accelerator.device, spec.flip, shown)
     return StageTrainer(

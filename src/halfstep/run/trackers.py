@@ -65,7 +65,7 @@ class Trackers:
         for name in self._names:
             tracker: Any
             if name == "tensorboard":
-                tracker = TensorBoardTracker("tensorboard", self._folder, purge_step=step + 1 if step else None)
+                tracker = TensorBoardTracker("tensorboard", self._folder, purge_step=step + 1)
             elif name == "wandb":
                 tracker = WandBTracker(
                     "halfstep", name=self._name, id=identity, resume="allow", dir=str(self._folder), config=settings

@@ -22,6 +22,8 @@ class Best(NamedTuple):
     coverage: float | None = None
     """The share of real samples that have a generated sample in their neighbourhood."""
     kid: float | None = None
+    pace: tuple[str, int] | None = None
+    """The device and the number of CPU threads that determined the time, as in `Result.pace`."""
 
     @classmethod
     def of(cls, result: Result) -> "Best":

@@ -67,7 +67,8 @@ class StageFolder:
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoint folders, latest first."""
-        return sorted(self.path.glob("checkpoint-*"), reverse=True)
+        # Names have at least eight digits: as text, checkpoint-100000000 would precede checkpoint-99995000.
+        return sorted(self.path.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name), reverse=True)
 
     def manifest(self, verify: bool = True) -> Manifest:
         """Return the manifest, after checking that it belongs to this stage and run and that its files are intact.

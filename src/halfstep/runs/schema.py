@@ -36,6 +36,11 @@ class Pipeline(Record):
     end: str | None = None
     """The name of the call argument that sets a sound's end time in seconds, if end times can differ between sounds."""
 
+    @property
+    def single_scale(self) -> float | None:
+        """The value of the argument `guidance` with which each step takes one network call, or None without it."""
+        return self.scale if self.off is None else self.off
+
 
 class Outcome(Record):
     """The role of a stage's model and how to sample it, as declared by the stage's objective."""
@@ -129,40 +134,55 @@ class Manifest(Record):
         return self.outcome.num_steps
 
     def guidance_words(self) -> str:
-        """Explain `guidance_scale`, the effect of negative prompts, and the number of network calls per step."""
+        """Explain the pipeline's guidance scale, the effect of negative prompts, and the network calls per step."""
         if not self.num_classes and not self.conditions:
             return "The model is unconditional, so guidance has no effect. Each step takes one network call."
-        if self.guidance is None and self.pipeline is not None and self.pipeline.scale is not None:
+        pipeline = self.pipeline
+        if self.guidance is None and pipeline is not None and pipeline.scale is not None:
             return (
-                f"The network itself takes the scale as an input and was distilled at scale {self.pipeline.scale:g}: "
-                f"pass {self.pipeline.guidance} {self.pipeline.scale:g}. Each step takes one network call."
+                f"The network itself takes the scale as an input and was distilled at scale {pipeline.scale:g}: "
+                f"pass {pipeline.guidance} {pipeline.scale:g}. Each step takes one network call."
             )
+        ignored = "" if self.num_classes else " Negative prompts have no effect."
+        if pipeline is None or pipeline.single_scale is None:
+            single = None
+        else:
+            single = f"{pipeline.guidance} {pipeline.single_scale:g}"
+        if self.guidance is None and single is None:
+            learned = "is a teacher" if self.outcome.role == "teacher" else "has learned no guidance"
+            return f"The model {learned}, and its pipeline applies none. Each step takes one network call."
         if self.guidance is None and self.outcome.role == "teacher":
+            assert pipeline is not None
+            base, negative = "cond" if pipeline.off == 0 else "uncond", ", and negative prompts work"
+            # Pipelines with this argument apply it only if a negative prompt is passed.
+            needed = " and a negative prompt" if pipeline.guidance == "true_cfg_scale" else ""
             return (
-                "The model is a teacher. guidance_scale 1 disables guidance, and each step takes one network call. "
-                "With any other scale, each step takes two network calls, with and without the condition "
-                "(uncond + scale (cond - uncond)), and negative prompts work."
+                f"The model is a teacher. {single} disables guidance, and each step takes one network call. With a "
+                f"higher scale{needed}, each step takes two network calls, with and without the condition ({base} + "
+                f"scale (cond - uncond)){'' if self.num_classes else negative}."
             )
         if self.guidance is None:
             return (
-                "The model has learned no guidance: leave guidance_scale at 1, so that each step takes one network "
-                "call. A scale above 1 would call the model twice per step, with and without the condition, but the "
-                "model was not distilled for that."
+                f"The model has learned no guidance: pass {single}, so that each step takes one network call. A higher "
+                "scale would call the model twice per step, with and without the condition, but the model was not "
+                "distilled for that."
             )
         if self.guidance["type"] == "fixed":
             scale = self.guidance["scale"]
+            passed, twice = "", ""
+            if single is not None:
+                passed = f" Pass {single}, which disables a pipeline's own guidance."
+                twice = " With a higher scale, guidance would be applied twice."
             return (
                 f"The model has learned the teacher's guidance at scale {scale:g} (uncond + {scale:g} (cond - "
-                "uncond)). Pass guidance_scale 1, which disables a pipeline's own guidance. Each step then takes one "
-                "network call, while the teacher needed two. With any other scale, guidance would be applied twice. "
-                "Negative prompts have no effect."
+                f"uncond)).{passed} Each step takes one network call, while the teacher needed two.{twice}{ignored}"
             )
         low, high = self.guidance["low"], self.guidance["high"]
         return (
             "The model has learned the teacher's guidance (uncond + scale (cond - uncond)) at all scales from "
             f"{low:g} to {high:g} and takes the scale as an input: pass guidance_scale in that range, because the "
-            "model was not trained outside it. Each step takes one network call, while the teacher needed two. "
-            "Negative prompts have no effect."
+            "model was not trained outside it. Each step takes one network call, while the teacher needed two."
+            f"{ignored}"
         )
 
 
@@ -187,6 +207,9 @@ class Result(Record):
     noise; None for those samples themselves."""
     seconds_per_1000: float
     """The wall time for 1,000 samples."""
+    pace: tuple[str, int] | None = None
+    """The device and the number of CPU threads that determined the time, or None for a result of an earlier version.
+    Times are only compared if these are equal, which is assumed for two results of earlier versions."""
     samples: str | None = None
     """The path of the .npz with the first samples, relative to the stage's folder."""
 

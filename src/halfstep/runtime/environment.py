@@ -3,13 +3,14 @@
 import os
 import platform
 import subprocess
-import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from halfstep.runtime.launch import command
 
 
 def device_name() -> str:
@@ -18,7 +19,10 @@ def device_name() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Return the information needed to reproduce a run, as JSON-ready data."""
+    """Return the information needed to reproduce a run, as JSON-ready data.
+
+    The command is None if halfstep was called by a Python program, whose arguments would not reproduce the run.
+    """
     versions = {}
     for package in ("halfstep", "torch", "diffusers", "accelerate", "numpy"):
         try:
@@ -40,6 +44,6 @@ def environment() -> dict[str, Any]:
         "device": device_name(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "command": " ".join(["halfstep", *sys.argv[1:]]),
+        "command": command(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }

@@ -335,11 +335,10 @@ def cache_folder() -> Path:
     """Return the folder for files that can be recreated: $HALFSTEP_CACHE, or ~/.cache/halfstep.
 
     Raises:
-        ValueError: if the variable is not set and the user has no home folder.
+        ValueError: if the home folder that the path starts with is unknown.
     """
-    if named := os.environ.get("HALFSTEP_CACHE"):
-        return Path(named)
-    return user_path("~/.cache/halfstep")
+    # No shell expands the ~ of a variable that a container or a unit file sets.
+    return user_path(os.environ.get("HALFSTEP_CACHE") or "~/.cache/halfstep")
 
 
 def user_path(text: str | Path) -> Path:

@@ -1,13 +1,35 @@
-"""Reads the rank and the world size from the environment variables of `torchrun` or `accelerate launch`.
+"""Reads how this process was started: its rank and world size, from the environment variables of `torchrun` or
+`accelerate launch`, and its command line.
 
 This module does not import torch.
 """
 
+import contextlib
 import os
+import shlex
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Final
 
 VARIABLES: Final = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": 0}
 """The environment variables that launchers set, with the minimum value of each variable."""
+
+_COMMAND: ContextVar[str | None] = ContextVar("command", default=None)
+
+
+@contextlib.contextmanager
+def recorded_command(argv: Sequence[str]) -> Iterator[None]:
+    """Let `command` return the command `halfstep` with these arguments while the block runs."""
+    before = _COMMAND.set(shlex.join(["halfstep", *argv]))
+    try:
+        yield
+    finally:
+        _COMMAND.reset(before)
+
+
+def command() -> str | None:
+    """Return the `halfstep` command that is being run, quoted for a shell, or None in other Python programs."""
+    return _COMMAND.get()
 
 
 def check_launch() -> None:

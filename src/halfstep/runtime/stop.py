@@ -2,7 +2,8 @@
 
 Schedulers (Kubernetes, Slurm, spot instances) send SIGTERM before they kill a process, Slurm's `--signal` sends SIGUSR1
 earlier, a closed terminal sends SIGHUP, and Ctrl-C sends SIGINT. Launchers often send a signal both to a process and to
-its process group, so a second Ctrl-C is ignored if it directly follows the first. Later, it ends the process.
+its process group, so a second Ctrl-C is ignored if it directly follows the first. Later, it ends the process, whichever
+signal came first.
 """
 
 import contextlib
@@ -34,7 +35,8 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self._since = 0.0
+        self._pressed: float | None = None
+        """When the first SIGINT arrived, in seconds of `time.monotonic`."""
         self._at_once = False
         self._before: dict[int, object] = {}
 
@@ -55,11 +57,14 @@ class StopSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.number == number == signal.SIGINT and now - self._since > SAME_PRESS:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._pressed is None:
+                self._pressed = now
+            elif now - self._pressed > SAME_PRESS:
+                raise KeyboardInterrupt
         if self.number is None:
-            self.number, self._since = number, now
+            self.number = number
         if self._at_once and not _importing(frame):
             # Raise only once, because unwinding may wait for a device or close files, and must not be interrupted.
             self._at_once = False

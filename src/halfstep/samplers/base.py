@@ -27,6 +27,9 @@ class Sampler(ABC):
     """The global order of convergence (in distribution for stochastic samplers), which the contract tests measure."""
     stochastic: ClassVar[bool] = False
     """Whether each step adds noise."""
+    multistep: ClassVar[bool] = False
+    """Whether steps reuse the predictions of earlier steps. The first step, which has none to reuse, and the step onto
+    clean data are then DDIM steps."""
     evals_per_step: ClassVar[int]
     """The number of network calls in a step that lands at s > 0, which the contract tests count."""
     evals_last_step: ClassVar[int]

@@ -42,6 +42,7 @@ class DPMSolverPP2M(DataPredictionSampler):
     """
 
     order: ClassVar[int] = 2
+    multistep: ClassVar[bool] = True
     evals_per_step: ClassVar[int] = 1
     evals_last_step: ClassVar[int] = 1
 

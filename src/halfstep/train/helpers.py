@@ -5,7 +5,7 @@ from typing import Final
 
 import torch
 
-from halfstep.core.draw import generator_for
+from halfstep.core.draw import seeded
 from halfstep.nets import InHalf
 from halfstep.objectives import STUDENT, Auxiliary, Average, Models, Stage, Training
 from halfstep.train.player import Follower
@@ -41,9 +41,7 @@ def make_helpers(
                     )
             if training.ema_decay or training.early_end.patience:
                 raise ValueError(f"ema_decay and early_end of helper {name} have no effect. Use an Average instead")
-            with torch.random.fork_rng(devices=[]):
-                # On every rank, the weights of new layers depend only on the run's seed.
-                torch.manual_seed(generator_for(seed, stream, "helper", name).initial_seed())
+            with seeded(seed, stream, "helper", name):
                 auxiliaries[name] = helper.start(models, shape), training
             if any(isinstance(part, InHalf) for part in auxiliaries[name][0].modules()):
                 raise ValueError(f"helper {name} is a copy of a teacher in bfloat16. Start it from the student")

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from halfstep.core.denoiser import Cond, Denoiser, NetworkDenoiser
 from halfstep.core.prediction import Denoised
-from halfstep.nets import LoRA, copy_network, load_own_state, own_state, set_dropout, trainable
+from halfstep.nets import copy_network, load_own_state, own_state, set_dropout, trainable
 from halfstep.objectives import Losses, Training
 from halfstep.train.optimizers import flatten_state, make_optimizer
 from halfstep.train.recent import KEPT, Part, Recent
@@ -168,12 +168,13 @@ class EMA:
     """An exponential moving average of the trainable parameters of `module`. The buffers of `module` are copied.
 
     After n steps, the decay is min(decay, (1 + n) / (10 + n)). The average therefore soon forgets the random initial
-    weights and does not lag behind in short runs. The averages are float32. A single operation updates all tensors.
+    weights and does not lag behind in short runs. The averages are float32, or float64 for float64 weights, because an
+    average in half precision would round small changes away. A single operation updates all tensors.
 
     Args:
         decay: final decay, in [0, 1).
-        into: a float32 copy of the module, sharded like the module. The parameters of this copy become the averages. If
-            None, the averages are stored separately.
+        into: a copy of the module with the same dtypes, sharded like the module. The parameters of this copy are kept
+            equal to the averages, rounded to their dtypes. If None, only the averages are stored.
     """
 
     def __init__(self, module: nn.Module, decay: float, into: nn.Module | None = None) -> None:
@@ -187,29 +188,40 @@ class EMA:
         self._weights = [p.detach() for _, p in trainable(module)]
         # Each process averages only its own slices of sharded weights.
         self._parameters = [local(p) for p in self._weights]
+        dtypes = [torch.promote_types(p.dtype, torch.float32) for p in self._parameters]
+        self._rounded: list[tuple[Tensor, Tensor]] = []
+        """The parameters of `into` that are too narrow to hold their averages, each with its average."""
         if into is None:
-            self._averages = [p.float().clone() for p in self._parameters]
+            self._averages = [p.to(dtype, copy=True) for p, dtype in zip(self._parameters, dtypes, strict=True)]
         else:
-            self._averages = [local(p.detach()) for _, p in trainable(into)]
+            held = [local(p.detach()) for _, p in trainable(into)]
+            self._averages = [p.to(dtype) for p, dtype in zip(held, dtypes, strict=True)]
+            self._rounded = [(p, mean) for p, mean in zip(held, self._averages, strict=True) if p is not mean]
 
     @torch.no_grad()
     def update(self, num_steps: int) -> None:
         """Move the average towards the current weights, after `num_steps` optimiser steps."""
         weight = 1 - min(self.decay, (1 + num_steps) / (10 + num_steps))
-        current = [p if p.dtype == torch.float32 else p.float() for p in self._parameters]
+        pairs = zip(self._parameters, self._averages, strict=True)
+        current = [p if p.dtype == average.dtype else p.to(average.dtype) for p, average in pairs]
         torch._foreach_lerp_(self._averages, current, weight)
-        self._copy_buffers()
+        self._copy_into()
 
-    def _copy_buffers(self) -> None:
+    def _copy_into(self) -> None:
         if self._into is not None:
+            for own, average in self._rounded:
+                own.copy_(average)
             for own, buffer in zip(self._into.buffers(), self._module.buffers(), strict=True):
                 own.copy_(buffer)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the module's state, with the averages instead of the parameters."""
+        """Return the module's state, with the averages instead of the parameters.
+
+        The averages keep their dtypes, so a resumed stage has the averages of an uninterrupted one.
+        """
         state = own_state(self._module)
         for names, weight, average in zip(self._names, self._weights, self._averages, strict=True):
-            value = joined(average.to(weight.dtype), weight)
+            value = joined(average, weight)
             state[names[0]] = value
             # The state may contain only one of the names of a tied weight.
             state.update({name: value for name in names[1:] if name in state})
@@ -221,12 +233,14 @@ class EMA:
         before."""
         for names, weight, average in zip(self._names, self._weights, self._averages, strict=True):
             average.copy_(local(spread_as(state[names[0]], weight)))
-        self._copy_buffers()
+        self._copy_into()
 
 
 @final
 class Follower:
     """A copy of a player that the objective calls: a moving average, or the player as it was before the first update.
+
+    The copy keeps the dtypes of the player's network, which may convert its inputs to them.
 
     Args:
         model: the player's model, whose network must not be sharded yet.
@@ -235,15 +249,15 @@ class Follower:
 
     def __init__(self, model: nn.Module, decay: float | None) -> None:
         self.decay = decay
-        # LoRA weights are averaged on top of a shared base. All other weights are averaged in float32.
-        copied = copy_network(network_of(model))
-        self.network = copied if isinstance(copied, LoRA) else copied.float()
-        self.model = seen_through(model, self.network.requires_grad_(False).eval())
+        self.network = copy_network(network_of(model)).requires_grad_(False).eval()
+        self.model = seen_through(model, self.network)
 
 
 @final
 class Player:
     """A network in training, with its optimiser and averages.
+
+    Weights that do not require gradients when the player is created stay frozen.
 
     Args:
         model: a denoiser or any other module, which is trained in place.
@@ -252,7 +266,7 @@ class Player:
         sharded: whether the weights are sharded across the processes.
 
     Raises:
-        ValueError: if a trainable weight is complex.
+        ValueError: if a trainable weight is complex, or all weights are frozen.
     """
 
     def __init__(
@@ -279,7 +293,11 @@ class Player:
             network.to(accelerator.device)
             # A copy of a network from an earlier call has accelerate's mark, with which accelerate would ignore it.
             vars(network).pop("_is_accelerate_prepared", None)
-        made = make_optimizer(optimizer, [parameter for _, parameter in trainable(network)], training)
+        self._trained = [(path, weight) for path, weight in trainable(network) if weight.requires_grad]
+        """The weights that the optimiser changes, with their names."""
+        if not self._trained:
+            raise ValueError(f"all weights of the network of {name} are frozen. Call requires_grad_(True)")
+        made = make_optimizer(optimizer, [weight for _, weight in self._trained], training)
         if sharded:
             self.wrapped, self._optimizer = network, made
         else:
@@ -303,7 +321,6 @@ class Player:
         """Number of optimiser steps taken."""
         self._settled = False
         device = accelerator.device
-        self._parameters = [parameter for _, parameter in trainable(self.network)]
         self._loss_sum = torch.zeros((), device=device)
         self._norm_sum = torch.zeros((), device=device)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
@@ -315,13 +332,13 @@ class Player:
     def alone(self, players: "Iterable[Player]") -> Iterator[None]:
         """Return a context manager that discards the gradients of other players' weights."""
         others = [player for player in players if player is not self]
-        frozen = [p for other in others if not is_sharded(other.network) for p in other._parameters]
-        for parameter in frozen:
+        stopped = [p for other in others if not is_sharded(other.network) for _, p in other._trained]
+        for parameter in stopped:
             parameter.requires_grad_(False)
         try:
             yield
         finally:
-            for parameter in frozen:
+            for parameter in stopped:
                 parameter.requires_grad_(True)
             for other in others:
                 if is_sharded(other.network):
@@ -329,7 +346,19 @@ class Player:
                     other.clear()
 
     def backward(self, update: int, places: range, losses: Losses, x0: Tensor) -> Tensor:
-        """Add the gradient of a micro batch, and return the micro batch's contribution to the mean loss."""
+        """Add the gradient of a micro batch, and return the micro batch's contribution to the mean loss.
+
+        Raises:
+            ValueError: unless the objective returned one loss and one log-SNR for each sample.
+        """
+        shapes = [list(losses.loss.shape), list(losses.log_snr.shape)]
+        # A mean over the batch, or a loss for each entry, would scale the gradient.
+        if shapes != [[len(places)]] * 2:
+            raise ValueError(
+                f"the objective's turn of {self.name} returned a loss of shape {shapes[0]} and a log_snr of shape "
+                f"{shapes[1]} for a micro batch of {len(places)} samples. Return Losses with one number per sample in "
+                f"both, each of shape [{len(places)}]"
+            )
         accelerator = self._accelerator
         largest = torch.linalg.vector_norm(x0, ord=torch.inf)
         self.recent.parts.append(Part(update, places, losses.loss.detach(), losses.log_snr.detach(), largest))
@@ -386,7 +415,7 @@ class Player:
             return []
         # The moments of an 8-bit optimiser are bytes.
         dtype = torch.uint8 if self._optimizer_name != "adamw" else None
-        return [torch.empty_like(p, dtype=dtype) for p in self._parameters for _ in range(2)]
+        return [torch.empty_like(p, dtype=dtype) for _, p in self._trained for _ in range(2)]
 
     def take_sums(self) -> tuple[float, float, int]:
         """Return the sums of losses and gradient norms and the number of turns since the last call."""
@@ -404,25 +433,22 @@ class Player:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return the weights, moments and averages, keyed by name. The tensors may be sharded."""
-        network = self.network
-        names = [name for name, _ in trainable(network)]
         moments: dict[str, Tensor] = {}
         for index, entry in self._optimizer.state_dict()["state"].items():
             for key, value in flatten_state(entry):
-                moments[f"{key}.{names[index]}"] = value
+                moments[f"{key}.{self._trained[index][0]}"] = value
         averages = {name: average.state_dict() for name, average in self._averages.items()}
-        return {"network": own_state(network), "optimizer": moments, **averages}
+        return {"network": own_state(self.network), "optimizer": moments, **averages}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
         """Restore an unsharded result of `state` that was saved after `steps` steps."""
         network = self.network
         (load_whole if is_sharded(network) else load_own_state)(network, state["network"])
-        parameters = trainable(network)
-        index_of = {name: index for index, (name, _) in enumerate(parameters)}
+        index_of = {name: index for index, (name, _) in enumerate(self._trained)}
         entries: dict[int, dict[str, Any]] = {}
         for key, value in state["optimizer"].items():
             kind, name = key.split(".", 1)
-            parameter = parameters[index_of[name]][1]
+            parameter = self._trained[index_of[name]][1]
             if is_sharded(network):
                 value = spread_as(value, parameter) if value.shape == parameter.shape else value
             elif value.shape == parameter.shape:
