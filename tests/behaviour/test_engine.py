@@ -308,7 +308,7 @@ def test_a_resumed_stage_of_another_precision_equals_an_uninterrupted_one(
 
     whole, again = made(), made()
     for update in whole.run():
-        # Later updates reduce the weight of what a checkpoint rounds.
+        # Late, because further updates would hide the rounding of a checkpoint.
         if update == 11:
             again.load_state(whole.state(), 11, 0.0)
     list(again.run())

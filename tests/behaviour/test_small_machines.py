@@ -338,9 +338,8 @@ def test_a_teacher_that_takes_the_scale_is_not_guided_twice_in_any_precision(pre
     engine = Engine(teacher_precision=precision)  # type: ignore[arg-type]
 
     def seen_by(guidance: Guidance) -> Denoiser:
-        return student_and_teacher(
-            Stage(Matching(8, guidance=guidance), training), teacher, teacher, null, None, engine
-        )[1]
+        stage = Stage(Matching(8, guidance=guidance), training)
+        return student_and_teacher(stage, teacher, teacher, null, None, engine, seed=0, stream="test")[1]
 
     x_t, labels, scale = torch.randn(16, 3), torch.arange(16) % 2, torch.linspace(1, 8, 16)
     found, wanted = (

@@ -884,7 +884,7 @@ def test_a_missing_decoder_is_reported_before_sampling(
     dit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr(Model, "sample", lambda *_, **__: pytest.fail("samples were drawn"))
-    monkeypatch.setattr("halfstep.hub.encoding.fetch", lambda folder: tmp_path)
+    monkeypatch.setattr("halfstep.hub.encoding.fetch_pipeline", lambda pipeline: tmp_path)
     argv = ["sample", str(dit_run), "--num-samples", "2", "--out", str(tmp_path / "a.png")]
     assert "has no vae, which is needed to encode and decode images" in refused(argv, capsys)
 

@@ -293,7 +293,7 @@ class Moved(Denoiser):
 
 @pytest.mark.parametrize("whitened", [True, False])
 @pytest.mark.parametrize(
-    ("num_steps", "map_weight", "weight"), [(3, 0.0, 0.0), (3, 0.7, 0.7), (3, None, 1.5), (1, None, 1.0)]
+    ("num_steps", "map_weight", "weight"), [(3, 0.0, 0.0), (3, 0.7, 0.7), (3, None, 1.5), (1, None, 0.75)]
 )
 def test_the_gradient_is_the_difference_of_the_two_denoisers_and_the_way_back_to_the_start(
     whitened: bool, num_steps: int, map_weight: float | None, weight: float
