@@ -297,7 +297,7 @@ def test_a_saved_average_is_not_rounded_to_the_weights_and_an_older_one_still_lo
 def test_a_resumed_stage_of_another_precision_equals_an_uninterrupted_one(
     dtype: torch.dtype, self_teacher: float
 ) -> None:
-    """It hands on an average, and its objective can call another one."""
+    """The stage returns an average of its weights, and its objective calls another average."""
 
     def made() -> StageTrainer:
         training = Training(12, 1e-2, batch_size=16, ema_decay=0.99)

@@ -6,8 +6,8 @@ range of scales; with a range, the scale becomes an input of the network. The no
 process. The teacher is called at the same noise levels as the student, twice if the teacher is guided.
 
 An eps-prediction teacher does not determine x0 at zero SNR either. If the process ends there, the teacher is called at
-the last noise level with signal instead of t = 1, on the same clean samples and noise. For data of unit scale, the mean
-of x0 at that level differs from the mean at t = 1 by about alpha / sigma.
+the last noise level with signal instead of t = 1, on the same clean samples and noise. For data of unit scale, this
+changes the mean of x0 by about alpha / sigma.
 
 Source: Meng et al. 2023, "On Distillation of Guided Diffusion Models" (arXiv:2210.03142), section 3.1, for guidance;
 Salimans & Ho 2022 (arXiv:2202.00512), section 4, for predictions suited to few steps.

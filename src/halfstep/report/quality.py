@@ -76,8 +76,8 @@ class Group:
         if self.best is None or all(has_same_pace(row.measured, self.best) for row in self.rows):
             return None
         return (
-            "Some models have no speed-up, because their time was measured on another device, or with another number "
-            "of threads, than that of the teacher at its best."
+            "Some models have no speed-up, because they and the teacher at its best were timed on different devices or "
+            "with different numbers of threads."
         )
 
     @property
